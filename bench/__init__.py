@@ -1,0 +1,1 @@
+"""How fast: benchmarks that print ratios, measured interleaved in one run."""

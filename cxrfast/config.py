@@ -1,0 +1,115 @@
+"""What a training is: one frozen configuration, its presets by scale, and where things lie by default."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cxrfast.errors import RunError
+from cxrfast.labels import POLICIES
+from cxrfast.splits import FOLDS
+
+DATA = Path(os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg"))
+SHARDS = Path(os.environ.get("CXRFAST_SHARDS", "data/shards"))
+RUNS = Path("runs")
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+SPLITS = ("folds", "official")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Batch sizes that do not change with the number of GPUs. Ours: the study's own table was not available to us."""
+
+    global_batch: int
+    micro_batch: int
+
+
+PRESETS = {128: Preset(32, 16), 256: Preset(384, 32), 512: Preset(192, 16), 1024: Preset(96, 8), 2048: Preset(48, 4)}
+"""By the largest scale they are meant for. From 256 px on, 1, 2, 3, 4, 6 or 12 ranks share a global batch."""
+
+LEARNING_RATE, LEARNING_RATE_BATCH = 1e-4, 32
+"""Adam's learning rate for a global batch of 32; it grows in proportion to the global batch, as in the study."""
+
+
+def preset(scale: int) -> Preset:
+    """The preset of the smallest scale that is not below `scale`; that of 2048 px above."""
+    return PRESETS[min((s for s in PRESETS if s >= scale), default=max(PRESETS))]
+
+
+def learning_rate(global_batch: int) -> float:
+    return LEARNING_RATE * global_batch / LEARNING_RATE_BATCH
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the weights of a run. Raises RunError for values that make no sense."""
+
+    set_id: str
+    """Of the shard set."""
+    scale: int
+    """Side of the images, px."""
+    labels: tuple[str, ...]
+    """Findings, in the order of the logits."""
+    fold: int = 0
+    split: str = "folds"
+    """`folds`: the set's own five; `official`: the data set's train, validate and test."""
+    views: tuple[str, ...] = ()
+    """View positions to keep (AP, PA, LATERAL, …); empty keeps all, as the study does."""
+    limit: int | None = None
+    """Use the first `limit` rows of each part only: a rehearsal."""
+    policy: str = "u_zeros"
+    """What an uncertain label becomes."""
+    arch: str = "densenet121"
+    """A torchvision classifier."""
+    weights: str = "imagenet"
+    """imagenet, none, or the path of a checkpoint or run."""
+    global_batch: int
+    micro_batch: int
+    learning_rate: float
+    epochs: int = 100
+    """At most."""
+    factor: float = 0.5
+    """The learning rate's, after `patience` epochs without a lower validation loss."""
+    patience: int = 3
+    stop_after: int = 10
+    """Epochs without a lower validation loss after which training ends."""
+    degrees: float = 15.0
+    """Rotation, uniform in ±degrees."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    precision: str = "auto"
+    """bf16 or fp16 autocast, or fp32; resolved before the run starts."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS)):
+            if getattr(self, name) not in allowed:
+                raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
+        if not 0 <= self.fold < FOLDS:
+            raise RunError(f"--fold {self.fold} does not exist: folds are 0 to {FOLDS - 1}")
+        for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
+            if getattr(self, name) <= 0:
+                raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")
+        if not 0 <= self.flip <= 1:
+            raise RunError(f"flip {self.flip} is no probability")
+
+    @property
+    def hash(self) -> str:
+        """Of all fields: equal hashes train equal runs."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """`name: mine, not theirs` for every field that differs."""
+        return [f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
+                for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
+        """Raises RunError if `value` is not what `asdict` gave."""
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+        except TypeError as error:
+            raise RunError(f"the configuration is of another version of cxrfast ({error})") from error

@@ -1,0 +1,59 @@
+"""Files that are whole or absent: written under a temporary name in the same folder, synced, renamed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY = ".tmp"
+"""Suffix of files being written; what a killed process leaves under it is overwritten or removed by the next one."""
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what becomes `path`; the process id keeps two writers apart."""
+    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes `path`'s place when the block ends, and vanishes if the block raises."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:  # open(), unlike mkstemp, honours umask and setgid
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse fsync on a folder
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON with a fixed layout, so that equal values are equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

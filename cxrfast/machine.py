@@ -1,0 +1,50 @@
+"""What this machine lends the process: cores and memory, as the scheduler and the container grant them."""
+
+import math
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+
+def usable_cores() -> int:
+    """CPU affinity ∩ cgroup quota, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return max(1, cores)
+
+
+def memory_bytes() -> int:
+    """Main memory, bytes, limited by the cgroup."""
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process and its children now."""
+    process = psutil.Process()
+    total = 0
+    for p in (process, *process.children(recursive=True)):
+        try:
+            total += p.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,121 @@
+"""The classifier: a uint8 grey batch in, logits out. Normalisation is its first layer and part of every checkpoint."""
+
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cxrfast.errors import RunError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, as torchvision's weights expect."""
+
+
+class Normalise(nn.Module):
+    """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scaled to [0, 1], copied to three channels, normalised."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        grey = image.to(torch.float32) / 255
+        return ((grey - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class Classifier(nn.Module):
+    """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L)."""
+
+    def __init__(self, arch: str, outputs: int) -> None:
+        super().__init__()
+        if arch not in torchvision.models.list_models(module=torchvision.models):
+            raise RunError(f"architecture {arch!r} is unknown: use a torchvision classifier (densenet121, resnet50, …)")
+        self.arch = arch
+        self.normalise = Normalise()
+        self.net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.net(self.normalise(image))
+
+    @property
+    def feature_layers(self) -> nn.Module:
+        """The layers whose output is the last convolutional feature map, (N, C, h, w)."""
+        if hasattr(self.net, "features"):
+            return self.net.features
+        if hasattr(self.net, "layer4"):
+            layers = list(self.net.children())
+            return nn.Sequential(*layers[:layers.index(self.net.layer4) + 1])
+        raise RunError(f"no last feature map is known for {self.arch}")
+
+
+# Weights
+
+
+def imagenet_file(arch: str) -> tuple[str, Path]:
+    """Address of torchvision's ImageNet weights and where torch keeps them on this machine."""
+    url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)  # type: ignore[attr-defined]
+    return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
+def fetch_weights(arch: str, to: Path | None = None) -> Path:
+    """Download torchvision's ImageNet weights, checked against the hash in their name; kept ones are not fetched again.
+
+    Raises RunError without a network, naming what to do.
+    """
+    url, cached = imagenet_file(arch)
+    target = to / cached.name if to else cached
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = target.stem.rsplit("-", 1)[1]
+    try:
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash is wrong
+        raise RunError(f"ImageNet weights for {arch} could not be downloaded from {url} ({error}). On a machine with a network "
+                       f"run `cxrfast fetch-weights --arch {arch} --to DIR`, copy DIR here and give --weights DIR/{target.name}; "
+                       "or train from scratch with --weights none") from error
+    return target
+
+
+def load_weights(model: Classifier, weights: str) -> None:
+    """Fill `model` from `imagenet`, `none`, a .pth or .safetensors file, or the folder of a run.
+
+    The last layer is kept random where the file has another number of outputs. Raises RunError for a file that is no
+    checkpoint of this architecture.
+    """
+    if weights == "none":
+        return
+    path = fetch_weights(model.arch) if weights == "imagenet" else Path(weights)
+    if path.is_dir():
+        path = path / "best.safetensors"
+    if not path.exists():
+        raise RunError(f"--weights {weights}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run")
+    try:
+        given = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        given = {_modern(name): tensor for name, tensor in given.items()}
+    except (SafetensorError, AttributeError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"--weights {weights}: {path} is no checkpoint ({type(error).__name__})") from error
+    own = model.state_dict()
+    usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    missing = [name for name in own if name not in usable and not name.startswith("normalise.")]
+    last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
+    if set(missing) - last:
+        raise RunError(f"--weights {weights}: {path} does not fit {model.arch}: "
+                       f"{len(missing)} of {len(own)} tensors are absent or of another shape, first {missing[0]}")
+    model.load_state_dict(usable, strict=False)
+
+
+def _modern(name: str) -> str:
+    """Key of a torchvision file → key of `Classifier`; old densenet files write `norm.1` for `norm1`."""
+    if name.startswith(("net.", "normalise.")):
+        return name
+    return "net." + re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)

@@ -1,0 +1,115 @@
+"""Which rows come next, on which rank, turned and flipped how. Pure numpy: no files, no clock, no global state.
+
+Nothing here depends on the number of ranks but the choice of micro-batches: 8, 4, 2 or 1 ranks see the same ones.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxrfast.errors import LoadError
+from cxrfast.shards.plan import permutation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """Every row at most once an epoch, in an order drawn from (seed, epoch); N mod global_batch rows are dropped.
+
+    Micro-batch j of the M = global_batch / micro_batch in a global batch is its rows j::M; rank r takes j ≡ r (mod world).
+    Raises LoadError where the sizes do not divide or no global batch can be filled.
+    """
+
+    rows: np.ndarray
+    """int64 (N,), the split's rows."""
+    global_batch: int
+    """Images in one optimiser step, over all ranks."""
+    micro_batch: int
+    """Images in one forward pass."""
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.global_batch % self.micro_batch:
+            raise LoadError(f"global batch {self.global_batch} is no multiple of micro-batch {self.micro_batch}: "
+                            f"micro-batches that fit are {_divisors(self.global_batch)}")
+        if self.accumulation % self.world:
+            raise LoadError(f"{self.world} ranks cannot share the {self.accumulation} micro-batches of a global batch "
+                            f"({self.global_batch} / {self.micro_batch}): start {_divisors(self.accumulation)} ranks, "
+                            "or change --micro-batch")
+        if len(self.rows) < self.global_batch:
+            raise LoadError(f"{len(self.rows):,} training rows do not fill one global batch of {self.global_batch}: "
+                            "use a smaller --global-batch or more images")
+
+    @property
+    def accumulation(self) -> int:
+        """M: micro-batches in a global batch, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def steps(self) -> int:
+        """Global batches in an epoch."""
+        return len(self.rows) // self.global_batch
+
+    def global_batches(self, epoch: int, consumed: int = 0) -> np.ndarray:
+        """int64 (steps left, global_batch): the rows of each optimiser step once `consumed` samples are behind."""
+        if consumed % self.global_batch:
+            raise LoadError(f"position {consumed} is not at the start of a global batch of {self.global_batch}")
+        rows = self.rows[permutation(len(self.rows), self.seed, epoch)]
+        return rows[:self.steps * self.global_batch].reshape(self.steps, self.global_batch)[consumed // self.global_batch:]
+
+    def micro_batches(self, epoch: int, consumed: int = 0) -> list[np.ndarray]:
+        """This rank's micro-batches, int64 (micro_batch,) each, `accumulation / world` for each global batch."""
+        steps = self.global_batches(epoch, consumed)
+        cut = steps.reshape(len(steps), self.micro_batch, self.accumulation).transpose(0, 2, 1)
+        return list(cut[:, self.rank::self.world].reshape(-1, self.micro_batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOrder:
+    """Every row exactly once, on exactly one rank, in the order given. Batches are dealt to the ranks in turn."""
+
+    rows: np.ndarray
+    micro_batch: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def micro_batches(self, epoch: int = 0, consumed: int = 0) -> list[np.ndarray]:
+        """This rank's batches, int64, of `micro_batch` rows; the very last one may be shorter."""
+        starts = range(consumed, len(self.rows), self.micro_batch)
+        return [self.rows[s:s + self.micro_batch] for s in starts][self.rank::self.world]
+
+
+Order = TrainOrder | EvalOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random rotation about the centre and horizontal flip; what is rotated in from outside is black."""
+
+    degrees: float = 15.0
+    """Angles are uniform in ±degrees, counter-clockwise as seen."""
+    flip: float = 0.5
+    """Probability of a horizontal flip, which comes before the rotation."""
+
+    def draw(self, seed: int, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Angles float32 (N,) in degrees and flips bool (N,): a hash of (seed, epoch, row) and of nothing else."""
+        key = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))
+        words = _mix(key + rows.astype(np.uint64))
+        unit = (words >> np.uint64(40)).astype(np.float64) / 2**24
+        other = (words & np.uint64(2**24 - 1)).astype(np.float64) / 2**24
+        return ((2 * unit - 1) * self.degrees).astype(np.float32), other < self.flip
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that scatters neighbours."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(x) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

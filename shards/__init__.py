@@ -1,0 +1,1 @@
+"""Bytes at rest: a source tree of radiographs becomes a set of WebDataset tar shards."""

@@ -1,0 +1,432 @@
+"""Build a shard set: a source tree becomes tars at every asked scale, each image read and decoded once.
+
+A task is one shard at all scales that lack it. Its files appear whole or not at all, the manifest last, so a build
+killed at any instant is finished by the same call: no row lost, none doubled, the same bytes. Nothing is written into
+the source.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing.connection import wait as wait_for_exit
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import ShardError, is_disk_full
+from cxrfast.files import TEMPORARY, sync_folder, temporary_name, write_bytes
+from cxrfast.machine import usable_cores
+from cxrfast.progress import progress
+from cxrfast.shards import manifest
+from cxrfast.shards.images import BadImage, Reason, at_scales, decode_grey, encode
+from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
+from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.rows import label_names, read_rows, write_rows
+from cxrfast.shards.sources import Source, read_source
+
+MISSING_ALLOWED = 0.001
+"""Share of images that may be missing; above it the tree is half a download."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a build will take, from a sample of the images, for shards that are not there yet."""
+
+    images: dict[int, int]
+    bytes: dict[int, int]
+    files: dict[int, int]
+    seconds: float
+    free: int
+    """Bytes free where the set goes."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a build did."""
+
+    info: SetInfo
+    scales: list[int]
+    source_counts: dict[str, int]
+    estimate: Estimate
+    rows: dict[int, int] = field(default_factory=dict)
+    """Rows held a scale, shards of earlier builds included."""
+    bytes: dict[int, int] = field(default_factory=dict)
+    quarantined: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    complete: bool = False
+    """False after a dry run and where `limit` left shards for later."""
+
+
+def build(data: Path, out: Path, scales: list[int], *, source: str = "mimic", recipe: Recipe | None = None,
+          workers: int | None = None, limit: int | None = None, allow_missing: bool = False,
+          retry_quarantined: bool = False, dry_run: bool = False, quiet: bool = False) -> Report:
+    """Cut the images of the tree `data` into the shard set `out` at `scales` (px).
+
+    An existing set is continued: scales and shards that it lacks are added, the others keep their bytes. `limit` builds
+    the shards that hold the first `limit` rows of the full plan. Raises ShardError, with finished shards kept.
+    """
+    start = time.monotonic()
+    recipe, scales = recipe or Recipe(), check_scales(scales)
+    data, out = Path(data), Path(out)
+    info, rows, counts = _plan(data, out, source, recipe, allow_missing, quiet)
+    if retry_quarantined and out.is_dir() and not dry_run:
+        scales = sorted({*scales, *manifest.scales_in(out)})
+        _forget_quarantined(data, out, info, rows)
+    numbers = range(info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard)))
+    tasks = _tasks(data, out, info, rows, scales, numbers)
+    workers = max(1, workers or usable_cores())
+    estimate = estimate_build(tasks, out, workers)
+    report = Report(info=info, scales=scales, source_counts=counts, estimate=estimate)
+    if dry_run:
+        return report
+    if sum(estimate.bytes.values()) > estimate.free:
+        raise ShardError(f"{out} needs about {sum(estimate.bytes.values()) / 1e9:,.1f} GB more and {estimate.free / 1e9:,.1f} GB "
+                         "are free: make room, choose another --out or fewer scales")
+    _prepare(out, info, rows, scales)
+    _run(tasks, workers, sum(len(t.rows) for t in tasks), quiet)
+    _finish(out, info, rows, report)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+# The plan
+
+
+def _plan(data: Path, out: Path, source: str, recipe: Recipe, allow_missing: bool,
+          quiet: bool) -> tuple[SetInfo, pd.DataFrame, dict[str, int]]:
+    """The set's description and rows table: the one in `out` if it was planned from the same images, else a new one."""
+    listed: Source = read_source(source, data)
+    rows = plan_rows(listed.images, listed.labels, recipe.seed)
+    identity = set_id(rows, recipe)
+    if (out / "set.json").exists():
+        info = read_set(out)
+        if info.id != identity:
+            differing = [f"{name} {getattr(info, name)} there, {getattr(recipe, name)} asked for"
+                         for name in ("seed", "codec", "quality", "resize", "grey")
+                         if getattr(info, name) != getattr(recipe, name)]
+            raise ShardError(f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
+                             "choose another --out, or give the same --data and options")
+        return info, read_rows(out / "rows.parquet"), listed.counts
+    if out.is_dir() and any(out.iterdir()) and not (out / "rows.parquet").exists():
+        raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
+    rows["bytes"] = source_bytes(data, rows["path"].tolist(), quiet)
+    _check_missing(data, rows, allow_missing)
+    info = SetInfo(
+        id=identity, source=source, labels=list(listed.labels), seed=recipe.seed, images=len(rows),
+        studies=rows["study_id"].nunique(), patients=rows["patient_id"].nunique(),
+        rows_per_shard=rows_per_shard(len(rows)), codec=recipe.codec, quality=recipe.quality, resize=recipe.resize,
+        grey=recipe.grey, versions=manifest.versions())
+    return info, rows, listed.counts
+
+
+def source_bytes(data: Path, paths: list[str], quiet: bool = True) -> np.ndarray:
+    """Size of every source file, int64; -1 where there is none. Threads, since a network file system answers slowly."""
+    def size(path: str) -> int:
+        try:
+            return os.stat(data / path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+
+    with ThreadPoolExecutor(16) as pool, progress("looking for images", len(paths), quiet=quiet) as advance:
+        sizes = np.empty(len(paths), np.int64)
+        for i, value in enumerate(pool.map(size, paths, chunksize=256)):
+            sizes[i] = value
+            advance()
+    return sizes
+
+
+def _check_missing(data: Path, rows: pd.DataFrame, allow_missing: bool) -> None:
+    """Raises ShardError where so many images are missing that the tree must be half a download."""
+    missing = int(rows["bytes"].lt(0).sum())
+    if missing == len(rows):
+        raise ShardError(f"none of the {len(rows):,} images that the tables list is in {data} (first: {rows['path'].iloc[0]}): "
+                         "give --data the folder that holds files/")
+    if missing > MISSING_ALLOWED * len(rows) and not allow_missing:
+        folders = missing_by_folder(rows).query("missing > 0")
+        lines = "\n".join(f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples())
+        raise ShardError(f"{missing:,} of {len(rows):,} images are missing in {data}:\n{lines}\n"
+                         "finish the download, or leave them out with --allow-missing")
+
+
+def _prepare(out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int]) -> None:
+    """Write the plan if it is new, and clear away what a killed build left half-written."""
+    for scale in scales:
+        (out / str(scale)).mkdir(parents=True, exist_ok=True)
+        for stale in (out / str(scale)).glob(f"*{TEMPORARY}"):
+            stale.unlink(missing_ok=True)
+    if not (out / "set.json").exists():
+        write_rows(out / "rows.parquet", rows)
+        info.write(out)  # after the rows: set.json says that the plan is whole
+
+
+# Tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """What a worker needs to know of one row."""
+
+    row: int
+    path: str
+    bytes: int
+    meta: dict
+    """Goes beside the image into the tar: ids and raw labels, null where blank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One shard at every scale that lacks it."""
+
+    data: Path
+    out: Path
+    set: str
+    shard: int
+    scales: list[int]
+    quality: int
+    rows: list[Image]
+    quarantined: dict[str, str]
+    """Rows that an earlier scale had to leave out."""
+    held: frozenset[int] | None
+    """Rows that an earlier scale holds; None if there is no earlier scale."""
+
+
+def _tasks(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int], numbers: range) -> list[Task]:
+    """What is left to build. An earlier scale of the same shard says which rows to leave out."""
+    present = manifest.scales_in(out) if out.is_dir() else []
+    tasks = []
+    for shard in numbers:
+        there = {scale: m for scale in present if (m := read_manifest(out, scale, shard))}
+        wanted = [scale for scale in scales if scale not in there]
+        earlier = next(iter(there.values()), None)
+        if wanted:
+            part = rows.iloc[shard * info.rows_per_shard:(shard + 1) * info.rows_per_shard]
+            tasks.append(Task(
+                data=data, out=out, set=info.id, shard=shard, scales=wanted, quality=info.quality, rows=_images(part),
+                quarantined=earlier.quarantined if earlier else {}, held=frozenset(earlier.rows) if earlier else None))
+    return tasks
+
+
+def _images(part: pd.DataFrame) -> list[Image]:
+    labels = label_names(part)
+    return [Image(row=r["row"], path=r["path"], bytes=r["bytes"], meta={
+        **{name: r[name] for name in ("row", "image_id", "study_id", "patient_id")},
+        "labels": {name: None if np.isnan(r[name]) else r[name] for name in labels}})
+        for r in part.to_dict("records")]
+
+
+def _forget_quarantined(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame) -> None:
+    """Drop, at every scale, the manifests of shards with quarantined rows, whose files are looked at anew."""
+    for scale in manifest.scales_in(out):
+        for shard in manifest.built(out, scale):
+            m = read_manifest(out, scale, shard)
+            if m and m.quarantined:
+                again = rows["row"].isin([int(row) for row in m.quarantined])
+                rows.loc[again, "bytes"] = source_bytes(data, rows.loc[again, "path"].tolist())
+                (out / "SHA256SUMS").unlink(missing_ok=True)
+                shard_path(out, scale, shard, "json").unlink()
+    write_rows(out / "rows.parquet", rows)
+
+
+def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12) -> Estimate:
+    """Decode, resize and encode a few images of the remaining shards, in memory, and multiply."""
+    present = [(task, image) for task in tasks for image in task.rows if image.bytes > 0]
+    chosen = present[::max(1, len(present) // sample)][:sample]
+    sizes: dict[int, list[int]] = {}
+    seconds = []
+    for task, image in chosen:
+        start = time.perf_counter()
+        try:
+            pixels = at_scales(decode_grey((task.data / image.path).read_bytes()), task.scales)
+        except (BadImage, OSError):
+            continue  # the build itself reports it
+        for scale, picture in pixels.items():
+            sizes.setdefault(scale, []).append(len(encode(picture, task.quality)) + len(_meta(image)) + 2048)
+        seconds.append(time.perf_counter() - start)
+    scales = sorted({scale for task in tasks for scale in task.scales})
+    images = {scale: sum(len(task.rows) for task in tasks if scale in task.scales) for scale in scales}
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    return Estimate(
+        images=images,
+        bytes={scale: int(np.mean(sizes.get(scale, [0])) * images[scale]) for scale in scales},
+        files={scale: 3 * sum(scale in task.scales for task in tasks) for scale in scales},
+        seconds=float(np.mean(seconds or [0.0])) * sum(len(task.rows) for task in tasks) / workers,
+        free=shutil.disk_usage(folder).free)
+
+
+# Workers
+
+
+def _run(tasks: list[Task], workers: int, total: int, quiet: bool) -> None:
+    """Build all tasks in a pool of processes; a shard that fails is named at the end, and the others are still built."""
+    failed: list[str] = []
+    if not tasks:
+        return
+    with progress("sharding", total, quiet=quiet) as advance:
+        for task, future in _completed(tasks, min(workers, len(tasks))):
+            try:
+                future.result()
+            except ShardError as error:
+                failed.append(str(error))
+            advance(len(task.rows))
+    if failed:
+        raise ShardError(f"{len(failed)} shards could not be built, all others are kept:\n  " + "\n  ".join(failed[:10])
+                         + "\nmend the source and run the same command again")
+
+
+def _completed(tasks: list[Task], workers: int) -> Iterator[tuple[Task, Future[None]]]:
+    """Run the tasks, a few more submitted than run, and yield each when it is done."""
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    waiting: dict[Future[None], Task] = {}
+    queue = iter(tasks)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (task := next(queue, None)):
+                waiting[pool.submit(build_shard, task)] = task
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future
+    except BrokenProcessPool as error:
+        raise ShardError("a worker process died (killed, or out of memory): finished shards are kept, run the same command "
+                         "again, with fewer --workers if memory is short") from error
+    except OSError as error:
+        if is_disk_full(error):
+            raise ShardError(f"no space or quota left in {tasks[0].out}: finished shards are kept; make room and run the "
+                             "same command again") from error
+        raise ShardError(f"{error}: finished shards are kept, run the same command again") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_with(sentinel: int) -> None:
+    """End this worker when its parent dies, or it would go on writing beside the build that takes over."""
+    wait_for_exit([sentinel])
+    os._exit(1)
+
+
+def build_shard(task: Task) -> None:
+    """Write one shard at its scales. Raises ShardError if a row that was fine when planned or before is not fine now."""
+    writers = {scale: _TarWriter(task.out, scale, task.shard) for scale in task.scales}
+    quarantined = dict(task.quarantined)
+    rows: list[int] = []
+    try:
+        for image in task.rows:
+            if str(image.row) in quarantined:
+                continue
+            try:
+                pixels = at_scales(decode_grey(_read(task, image)), task.scales)
+            except BadImage as error:
+                if task.held is not None and image.row in task.held:
+                    raise ShardError(f"shard {task.shard}: {image.path} was fine at other scales and is {error.reason} now") from error
+                quarantined[str(image.row)] = error.reason.value
+                continue
+            rows.append(image.row)
+            meta = _meta(image)
+            for scale, picture in pixels.items():
+                writers[scale].add(image.row, encode(picture, task.quality), meta)
+        for scale, writer in writers.items():
+            digest, size = writer.close()
+            ShardManifest(set=task.set, scale=scale, shard=task.shard, sha256=digest, bytes=size, rows=rows,
+                          crc32=writer.crc32, quarantined=quarantined).write(task.out)
+    finally:
+        for writer in writers.values():
+            writer.discard()
+
+
+def _read(task: Task, image: Image) -> bytes:
+    if image.bytes < 0:
+        raise BadImage(Reason.MISSING)
+    try:
+        data = (task.data / image.path).read_bytes()
+    except FileNotFoundError:
+        raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
+    if len(data) != image.bytes:
+        raise ShardError(f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the "
+                         "set was planned")
+    return data
+
+
+def _meta(image: Image) -> bytes:
+    return json.dumps(image.meta, ensure_ascii=False).encode()
+
+
+class _TarWriter:
+    """A tar and its DALI index, hashed while they are written; they take their names in `close`."""
+
+    def __init__(self, out: Path, scale: int, shard: int) -> None:
+        self.path = shard_path(out, scale, shard, "tar")
+        self.temporary = temporary_name(self.path)
+        self.file = open(self.temporary, "wb", buffering=1 << 20)
+        self.digest, self.size = sha256(), 0
+        self.index: list[str] = []
+        self.crc32: list[int] = []
+
+    def add(self, row: int, jpeg: bytes, meta: bytes) -> None:
+        image, text = self._member(f"{row:09d}.jpg", jpeg), self._member(f"{row:09d}.json", meta)
+        self.index.append(f"jpg {image} json {text}")
+        self.crc32.append(zlib.crc32(jpeg))
+
+    def _member(self, name: str, data: bytes) -> str:
+        header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes whoever builds, whenever
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return f"{offset} {len(data)} {name}"
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def close(self) -> tuple[str, int]:
+        """Finish, sync and rename the tar and its index. Returns sha256 and size of the tar, in bytes."""
+        self._write(b"\0" * 2 * tarfile.BLOCKSIZE)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        index = "".join(f"{line}\n" for line in (f"v1.2 {len(self.index)}", *self.index))
+        write_bytes(self.path.with_suffix(".idx"), index.encode())
+        os.replace(self.temporary, self.path)
+        sync_folder(self.path.parent)
+        return self.digest.hexdigest(), self.size
+
+    def discard(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+# The end
+
+
+def _finish(out: Path, info: SetInfo, rows: pd.DataFrame, report: Report) -> None:
+    """quarantine.csv and SHA256SUMS from the manifests, and the report's counts."""
+    manifests = [m for scale in manifest.scales_in(out) for shard in manifest.built(out, scale)
+                 if (m := read_manifest(out, scale, shard))]
+    for m in manifests:
+        report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
+        report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
+        report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})
+    manifest.write_quarantine(out, dict(zip(rows["row"], rows["path"], strict=True)), report.quarantined)
+    manifest.write_sums(out, manifests)
+    report.complete = all(len(manifest.built(out, scale)) == info.shards for scale in report.scales)
