@@ -110,6 +110,7 @@ class TrainConfig:
     def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
         """Raises RunError if `value` is not what `asdict` gave."""
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+            return cls(**fields)
         except TypeError as error:
             raise RunError(f"the configuration is of another version of cxrfast ({error})") from error

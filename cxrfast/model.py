@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         self.arch = arch
         self.normalise = Normalise()
         self.net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.net(self.normalise(image))
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
 def imagenet_file(arch: str) -> tuple[str, Path]:
     """Address of torchvision's ImageNet weights and where torch keeps them on this machine."""
-    url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)  # type: ignore[attr-defined]
+    url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)
     return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
@@ -119,3 +119,22 @@ def _modern(name: str) -> str:
     if name.startswith(("net.", "normalise.")):
         return name
     return "net." + re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)
+
+
+# Precision
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` → bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.12
+    return "bf16" if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass of that precision runs."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else torch.bfloat16, enabled=precision != "fp32")

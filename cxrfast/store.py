@@ -69,6 +69,25 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mappi
     shutil.rmtree(old, ignore_errors=True)
 
 
+def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
+    """Write `arrays` and `attributes` into the group at `path`, keeping what it holds under other names.
+
+    Raises RunError if a group is there that cannot be read: it is neither used nor overwritten.
+    """
+    kept_arrays: dict[str, np.ndarray] = {}
+    kept_attributes: dict[str, Any] = {}
+    old = path.with_name(path.name + ".old")  # where `write_arrays` leaves it if killed between two renames
+    if (existing := path if path.exists() else old).exists():
+        try:
+            group = open_arrays(existing)
+            members = [(name, m) for name, m in group.members(max_depth=None) if isinstance(m, zarr.Array)]
+            kept_arrays = {name: np.asarray(array[:]) for name, array in members}
+            kept_attributes = dict(group.attrs)
+        except Exception as error:  # zarr's own classes differ by version
+            raise RunError(f"{existing} is damaged ({error}): delete it and try again") from error
+    write_arrays(path, {**kept_arrays, **arrays}, {**kept_attributes, **attributes})
+
+
 def open_arrays(path: Path) -> Any:
     """The zarr group at `path`, read-only. Raises RunError if it is none."""
     try:

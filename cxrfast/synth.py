@@ -1,11 +1,7 @@
-"""A phantom MIMIC-CXR-JPG tree: radiographs that nobody was exposed for, with findings planted at known sizes.
+"""`cxrfast synth`: a phantom MIMIC-CXR-JPG tree, radiographs nobody was exposed for (see `phantom`).
 
-In: how many images, how large, which seed. Out: the folders, CSVs and checksums of MIMIC-CXR-JPG 2.1.0, quirks included.
-Large findings survive any downscaling, fine ones are one to two native pixels wide and keep the local mean, so that
-nothing of them is left at low resolution. Nothing is ever written over: the target must be new or empty.
-
-Lengths are in mm. The longer side of every image is 430 mm; x grows to the image's right (the patient's left),
-y downwards, and (0, 0) lies between the lungs. Attenuation is what is summed up: 0 is air, about 1 is bone.
+In: how many images, how large, which seed. Out: the folders, CSVs and checksums of MIMIC-CXR-JPG 2.1.0 with their
+quirks. The target must be new or empty.
 """
 
 import csv
@@ -13,25 +9,22 @@ import gzip
 import hashlib
 import io
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-import simplejpeg
 
 from cxrfast import files
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
+from cxrfast.machine import usable_cores
+from cxrfast.phantom import FINDINGS, Image, draw, stream
 from cxrfast.progress import progress
-
-FIELD = 430.0
-"""mm over the longer side of an image."""
+from cxrfast.shards.images import encode as encode_jpeg
 
 SIZES = (64, 4096)
 """Smallest and largest longer side, in pixels."""
@@ -39,70 +32,9 @@ SIZES = (64, 4096)
 DAMAGE = ("truncated", "empty", "not a JPEG")
 """What is done, in turn, to the images that `corrupt` asks for."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One planted finding. `low` and `high` bound its size in `unit`; `prevalence` is per study, independent of the others."""
-
-    kind: str
-    low: float
-    high: float
-    unit: str
-    prevalence: float
-    text: str
-    uncertain: float = 0.0
-    """Share of its positives that the CSVs call uncertain (-1)."""
-
-
-FINDINGS = {
-    "Cardiomegaly": Finding("large", 0.57, 0.64, "of the thorax's width", 0.33, "wide heart (0.41 to 0.48 without)", 0.03),
-    "Pleural Effusion": Finding("large", 40, 100, "mm", 0.33, "fluid over the diaphragm, with a meniscus", 0.03),
-    "Lung Opacity": Finding("large", 60, 110, "mm", 0.30, "soft bright patch in a lung", 0.05),
-    "Lung Lesion": Finding("middle", 10, 25, "mm", 0.28, "nodule in a lung", 0.05),
-    "Support Devices": Finding("middle", 3, 3, "mm", 0.30, "catheter, tube, or pacemaker with its lead"),
-    "Pneumothorax": Finding("fine", 1, 2, "px", 0.30, "bright pleural line along apex and lateral border"),
-    "Fracture": Finding("fine", 1, 2, "px", 0.30, "dark hairlines across two to four ribs"),
-}
-"""Truth of the phantoms by label. The other labels have no positives; `No Finding` is 1 where none of these is present."""
-
-
-# ── the plan: who, which study, which view ──────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image to draw. `patient`, `study` and `index` count from 0 and key the random streams."""
-
-    index: int
-    patient: int
-    study: int
-    subject_id: int
-    study_id: int
-    dicom_id: str
-    view: str
-    height: int
-    width: int
-    present: tuple[str, ...]
-    """Findings of the study, in the order of FINDINGS."""
-    date: int
-    time: float
-    damage: str = ""
-
-    @property
-    def path(self) -> str:
-        subject = f"p{self.subject_id}"
-        return f"files/{subject[:3]}/{subject}/s{self.study_id}/{self.dicom_id}.jpg"
-
-
 VIEWS = {("AP",): 0.40, ("PA",): 0.25, ("AP", "AP"): 0.13, ("PA", "AP"): 0.07, ("PA", "LATERAL"): 0.12,
          ("AP", "PA", "LATERAL"): 0.03}
 """Views of a study and how often they occur; one image in ten is a lateral."""
-
-
-def stream(seed: int, domain: str, index: int = 0) -> np.random.Generator:
-    """The random numbers of one thing: the same whichever process draws it, and whatever else is drawn."""
-    number = ("set", "patient", "study", "image", "labels").index(domain)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, number << 40 | index], np.uint64)))
 
 
 def plan(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list[Image]:
@@ -114,22 +46,23 @@ def plan(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list[Image]
     made: list[Image] = []
     study = -1
     for patient in range(images):
-        for visit in range(1 + min(3, int(rng.geometric(0.55)) - 1)):
+        year = int(rng.integers(0, 90))
+        for visit in range(min(4, int(rng.geometric(0.55)))):
             study += 1
             present = tuple(name for name, finding in FINDINGS.items() if rng.random() < finding.prevalence)
             views = list(VIEWS)[rng.choice(len(VIEWS), p=list(VIEWS.values()))]
-            date = 21_000_101 + 10_000 * int(rng.integers(0, 90) + 2 * visit) + int(rng.integers(0, 28))
+            date = 21_000_101 + 10_000 * (year + visit) + 100 * int(rng.integers(12)) + int(rng.integers(28))
             minute = int(rng.integers(0, 24 * 60 - 5))
             for number, view in enumerate(views):
                 if len(made) == images:
                     return made
                 height, width = _shape(rng, size, view)
                 digest = hashlib.sha256(f"{seed}/{len(made)}".encode()).hexdigest()
-                clock = divmod(minute + number, 60)
+                hour, past = divmod(minute + number, 60)
                 made.append(Image(
                     len(made), patient, study, subjects[patient], studies[study],
                     "-".join(digest[i:i + 8] for i in range(0, 40, 8)), view, height, width, present, date,
-                    clock[0] * 10_000 + clock[1] * 100 + int(rng.integers(0, 480)) / 8, damaged.get(len(made), "")))
+                    hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8, damaged.get(len(made), "")))
     return made
 
 
@@ -147,498 +80,43 @@ def _shape(rng: np.random.Generator, size: int, view: str) -> tuple[int, int]:
     return (short, size) if 0.62 < kind <= 0.93 and view != "LATERAL" else (size, short)
 
 
-# ── the patient ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What stays the same over a patient's studies, in mm unless said otherwise."""
-
-    half: float
-    """Half the inner width of the thorax."""
-    apex: float
-    dome: tuple[float, float]
-    """y of the diaphragm's domes: the patient's right, left."""
-    angle: float
-    """y of the costophrenic angles."""
-    heart: tuple[float, float]
-    """Cardiothoracic ratio without and with Cardiomegaly."""
-    rib_step: float
-    rib_drop: float
-    clavicle: float
-    fat: float
-    """0 for a thin patient, 1 for a heavy one."""
-    breasts: bool
-    bubble: float
-    """Radius of the stomach's air bubble."""
-    vessels: int
-    """Seed of the vascular tree."""
-
-    @classmethod
-    def of(cls, rng: np.random.Generator) -> "Anatomy":
-        dome = rng.uniform(68, 82)
-        large = FINDINGS["Cardiomegaly"]
-        return cls(
-            half=rng.uniform(132, 145), apex=rng.uniform(-132, -120), dome=(dome, dome + rng.uniform(4, 12)),
-            angle=dome + rng.uniform(36, 44), heart=(rng.uniform(0.41, 0.48), rng.uniform(large.low, large.high)),
-            rib_step=rng.uniform(21.5, 24.5), rib_drop=rng.uniform(0.85, 1.2), clavicle=rng.uniform(-8, 8),
-            fat=rng.uniform(0, 1), breasts=bool(rng.random() < 0.45), bubble=rng.uniform(8, 20),
-            vessels=int(rng.integers(1 << 32)))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how large a study's findings are, were they present: all views of a study show the same ones.
-
-    Places in a lung are (side, u, v): side -1 is the image's left, u runs from 0 (medial; in a lateral view, anterior)
-    to 1 (lateral; posterior), v from 0 (apex) to 1 (diaphragm).
-    """
-
-    fluid: tuple[float, float]
-    """Height of the fluid at the lateral wall above the dome of the image's left and right side, mm; 0 for none."""
-    patch: tuple[int, float, float, float]
-    """side, u, v, diameter in mm"""
-    nodule: tuple[int, float, float, float]
-    device: int
-    pleura: tuple[int, float]
-    """side, mm inside the lung's border"""
-    breaks: tuple[int, int, int, float]
-    """side, first rib, number of ribs, share of the way from spine to chest wall"""
-    wobble: tuple[float, ...]
-    """Radii of the patch's outline, as shares of its radius."""
-
-    @classmethod
-    def of(cls, rng: np.random.Generator) -> "Placement":
-        def size(name: str) -> float:
-            return float(rng.uniform(FINDINGS[name].low, FINDINGS[name].high))
-
-        def side() -> int:
-            return int(rng.choice([-1, 1]))
-
-        where = rng.choice(3, p=[0.35, 0.35, 0.30])
-        fluid = (0.0 if where == 1 else size("Pleural Effusion"), 0.0 if where == 0 else size("Pleural Effusion"))
-        return cls(
-            fluid=fluid, patch=(side(), rng.uniform(0.4, 0.7), rng.uniform(0.3, 0.65), size("Lung Opacity")),
-            nodule=(side(), rng.uniform(0.45, 0.85), rng.uniform(0.2, 0.6), size("Lung Lesion")),
-            device=int(rng.integers(0, 3)), pleura=(side(), rng.uniform(9, 20)),
-            breaks=(side(), int(rng.integers(2, 5)), int(rng.integers(2, 5)), rng.uniform(0.45, 0.8)),
-            wobble=tuple(float(r) for r in rng.uniform(0.85, 1.1, 9)))
-
-
-# ── drawing: mm in, masks in 0..1 out ───────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A grid of pixels over the patient, who lies `shift` mm off its centre, turned by `angle` radians."""
-
-    height: int
-    width: int
-    shift: tuple[float, float] = (0.0, 0.0)
-    angle: float = 0.0
-
-    @property
-    def scale(self) -> float:
-        """Pixels per mm."""
-        return max(self.height, self.width) / FIELD
-
-    def pixels(self, points: np.ndarray) -> np.ndarray:
-        """(N, 2) mm → (N, 1, 2) int32 in sixteenths of a pixel, as cv2 draws with shift=4."""
-        c, s = np.cos(self.angle), np.sin(self.angle)
-        placed = (np.asarray(points) @ np.array([[c, s], [-s, c]]) + self.shift) * self.scale
-        return np.rint((placed + (self.width / 2 - 0.5, self.height / 2 - 0.5)) * 16).astype(np.int32)[:, None]
-
-    def blur(self, mask: np.ndarray, mm: float) -> np.ndarray:
-        """uint8 mask → float32 in 0..1 with edges of `mm` (sigma). Wide blurs are done at a half or a quarter of the size."""
-        sigma = max(mm * self.scale, 0.3)
-        part = 4 if sigma > 4 else 2 if sigma > 2 else 1
-        if part > 1:
-            mask = cv2.resize(mask, (self.width // part, self.height // part), interpolation=cv2.INTER_AREA)
-        soft = cv2.GaussianBlur(mask, (0, 0), sigma / part, borderType=cv2.BORDER_REPLICATE) * np.float32(1 / 255)
-        return cv2.resize(soft, (self.width, self.height), interpolation=cv2.INTER_LINEAR) if part > 1 else soft
-
-    def areas(self, outlines: list[np.ndarray], blur: float) -> np.ndarray:
-        """Filled outlines (each (N, 2) mm)."""
-        mask = np.zeros((self.height, self.width), np.uint8)
-        for outline in outlines:
-            cv2.fillPoly(mask, [self.pixels(outline)], 255, cv2.LINE_AA, 4)
-        return self.blur(mask, blur)
-
-    def bands(self, lines: list[np.ndarray], width: float, blur: float, core: float = 1.0) -> np.ndarray:
-        """Lines of `width` mm; inside their walls the value is `core`, as in a tube or a bone with its cortex."""
-        mask = np.zeros((self.height, self.width), np.uint8)
-        for share, value in ((1.0, 255), (0.62, round(255 * core)))[:1 if core == 1.0 else 2]:
-            for line in lines:
-                thick = max(1, round(width * share * self.scale))
-                cv2.polylines(mask, [self.pixels(line)], False, value, thick, cv2.LINE_AA, 4)
-        return self.blur(mask, blur)
-
-
-def smooth(points: np.ndarray, closed: bool = True, steps: int = 8) -> np.ndarray:
-    """Catmull-Rom curve through (N, 2) points."""
-    p = np.asarray(points, float)
-    p = np.vstack([p[-1:], p, p[:2]]) if closed else np.vstack([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
-    a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
-    t = np.linspace(0, 1, steps, endpoint=False)[:, None, None]
-    curve = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    curve = curve.transpose(1, 0, 2).reshape(-1, 2)
-    return curve if closed else np.vstack([curve, p[-2:-1]])
-
-
-def mirror(points: np.ndarray, side: float) -> np.ndarray:
-    return np.asarray(points, float) * (side, 1.0)
-
-
-# ── the anatomy as curves ───────────────────────────────────────────────────────────────────────────────────────────
-
-LUNG = np.array([(0.0, 0.34), (0.05, 0.52), (0.15, 0.70), (0.32, 0.86), (0.52, 0.955), (0.74, 1.0), (1.0, 1.0)])
-"""Lateral border of a lung: share of the way from apex to costophrenic angle, share of the thorax's half width."""
-
-
-def chest_wall(a: Anatomy, y: np.ndarray | float) -> np.ndarray:
-    """Distance of the lung's lateral border from the midline at height `y`."""
-    return a.half * np.interp((np.asarray(y) - a.apex) / (a.angle - a.apex), LUNG[:, 0], LUNG[:, 1])
-
-
-def dome(a: Anatomy, side: int) -> float:
-    return a.dome[0 if side < 0 else 1]
-
-
-def lung(a: Anatomy, side: int) -> np.ndarray:
-    y, d = a.apex + LUNG[:, 0] * (a.angle - a.apex), dome(a, side)
-    lateral = np.stack([a.half * LUNG[:, 1], y], axis=1)
-    base = [(a.half - 6, a.angle - 2), (0.87 * a.half, d + 16), (0.68 * a.half, d + 2), (0.46 * a.half, d - 2),
-            (0.26 * a.half, d + 8), (21, d + 14)]
-    medial = [(20, 30), (19, -40), (21, a.apex + 38), (28, a.apex + 12)]
-    return mirror(smooth(np.vstack([lateral, base, medial])), side)
-
-
-def heart(a: Anatomy, ratio: float) -> list[np.ndarray]:
-    """Outlines of the heart, `ratio` of the thorax wide, and of the great vessels above it."""
-    width = 2 * a.half * ratio
-    r, left, y, tall = -0.34 * width, 0.66 * width, (a.dome[0] + a.dome[1]) / 2, 0.55 * width + 24
-    body = [(0.55 * r, y - tall), (0.92 * r, y - 0.72 * tall), (r, y - 0.42 * tall), (0.93 * r, y - 5), (0.6 * r, y + 14),
-            (0.0, y + 20), (0.5 * left, y + 20), (0.83 * left, y + 7), (left, y - 16), (0.95 * left, y - 0.42 * tall),
-            (0.68 * left, y - 0.75 * tall), (0.42 * left, y - 1.02 * tall)]
-    vessels = [(-22, -160), (-27, -90), (-30, -55), (-32, -20), (-25, 60), (25, 60), (36, -5), (38, -22), (33, -36),
-               (37, -48), (38, -58), (32, -68), (25, -80), (25, -110), (22, -160)]
-    return [smooth(np.array(body)), smooth(np.array(vessels))]
-
-
-def ribs(a: Anatomy, side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Centre lines of the posterior ribs 2 to 10, from the spine to the chest wall, and of their anterior parts."""
-    back, front = [], []
-    for n in range(9):
-        y = a.apex + 2 + n * a.rib_step
-        drop = a.rib_drop * (16 + 4.5 * n)
-        x = float(chest_wall(a, y + drop)) + 2
-        back.append(mirror(smooth(np.array([(14, y), (0.32 * x, y - 7), (0.66 * x, y + 0.12 * drop),
-                                            (0.9 * x, y + 0.55 * drop), (x, y + drop)]), closed=False), side))
-        if n < 7:
-            end = y + drop + 34 + 4 * n
-            front.append(mirror(smooth(np.array([(x, y + drop), (0.96 * x, y + drop + 13), (0.78 * x, end - 8),
-                                                 (0.40 * x + 10, end)]), closed=False), side))
-    return back, front
-
-
-def vascular_tree(a: Anatomy, hila: list[tuple[float, float, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Segments (N, 2, 2) and widths (N,) of the vessels of each hilum: x, y, side of its lung (0: seen from the side)."""
-    rng = np.random.Generator(np.random.Philox(a.vessels))
-    starts = []
-    for x, y, side in hila:
-        for spread in np.linspace(-1.35, 1.45, 8) if side else np.linspace(0, 5.6, 10):
-            hub = (0, 12 * spread) if side else (11 * np.cos(spread), 11 * np.sin(spread))
-            starts.append((x + hub[0], y + hub[1], spread if side >= 0 else np.pi - spread))
-    at, heading = np.array(starts)[:, :2], np.array(starts)[:, 2]
-    width, length = rng.uniform(3.6, 5.2, len(at)), rng.uniform(70, 95, len(at))
-    segments, widths = [], []
-    while len(at):  # one generation of branches after the other; seven steps each, children at three of them
-        headings = heading[:, None] + np.cumsum(rng.normal(0, 0.16, (len(at), 7)), axis=1)
-        step = np.stack([np.cos(headings), np.sin(headings)], axis=2) * (length / 7)[:, None, None]
-        path = np.concatenate([at[:, None], at[:, None] + np.cumsum(step, axis=1)], axis=1)
-        thick = width[:, None] * 0.87 ** np.arange(7)
-        segments.append(np.stack([path[:, :-1], path[:, 1:]], axis=2).reshape(-1, 2, 2))
-        widths.append(thick.ravel())
-        turn = rng.uniform(0.4, 0.8, (len(at), 3)) * rng.choice([-1, 1], (len(at), 3))
-        keep = (thick[:, [1, 3, 5]] > 1.25).ravel()
-        at, heading = path[:, [2, 4, 6]].reshape(-1, 2)[keep], (headings[:, [1, 3, 5]] + turn).ravel()[keep]
-        width, length = 0.75 * thick[:, [1, 3, 5]].ravel()[keep], np.repeat(0.62 * length, 3)[keep]
-    return np.concatenate(segments), np.concatenate(widths)
-
-
-# ── the views ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def draw_vessels(frame: Frame, tree: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    mask = np.zeros((frame.height, frame.width), np.uint8)
-    ends = frame.pixels(tree[0].reshape(-1, 2)).reshape(-1, 2, 1, 2)
-    thick = np.ceil(tree[1] * 1.5).astype(int)  # classes of 2/3 mm, drawn wide over thin
-    for k in np.unique(thick):
-        cv2.polylines(mask, list(ends[thick == k]), False, min(255, 60 + 25 * int(k)),
-                      max(1, round(k / 1.5 * frame.scale)), cv2.LINE_AA, 4)
-    return frame.blur(mask, 0.7)
-
-
-def fluid_outline(x: tuple[float, float], level: float, bottom: float) -> np.ndarray:
-    """Below the meniscus that climbs from x[0] to x[1], where it stands at `level`."""
-    t = np.linspace(0, 1, 24)
-    surface = np.stack([x[0] + t * (x[1] - x[0]), level + 22 * (1 - t**3)], axis=1)
-    return np.vstack([surface, [(x[1], bottom), (x[0], bottom)]])
-
-
-def patch_outline(p: Placement, x: float, y: float) -> np.ndarray:
-    turn = np.linspace(0, 2 * np.pi, len(p.wobble), endpoint=False)
-    radius = p.patch[3] / 2 * np.array(p.wobble)
-    return smooth(np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], axis=1))
-
-
-def disc(x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    return np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
-
-
-def in_lung(a: Anatomy, place: tuple[int, float, float, float], view: str) -> tuple[float, float]:
-    side, u, v, _ = place
-    y = a.apex + v * (dome(a, side) - a.apex)
-    return (-75 + 150 * u, y) if view == "LATERAL" else (side * (24 + u * (float(chest_wall(a, y)) - 24)), y)
-
-
-def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap: bool) -> np.ndarray:
-    """Attenuation of a PA or AP view, but for fine findings. (H, W) float32."""
-    lungs = frame.areas([lung(a, -1), lung(a, 1)], 1.3)
-    ratio = a.heart[1 if "Cardiomegaly" in present else 0]
-    centre = frame.areas(heart(a, ratio), 1.6)
-    tissue = frame.areas(trunk(a), 2.5)
-    depth = tissue * (0.34 + 0.30 * frame.blur((tissue * 255).astype(np.uint8), 22))
-    image = depth + (0.03 * a.fat) * tissue
-    tree = draw_vessels(frame, vascular_tree(a, [(-34, -12, -1), (34, -20, 1)]))
-    hila = frame.areas([disc(-36, -8, 13, 24), disc(37, -18, 12, 22)], 6)
-    air = lungs * (1 - 0.93 * centre)
-    fluid = np.zeros_like(air)
-    if "Pleural Effusion" in present:
-        wet = [mirror(fluid_outline((18, a.half + 2), dome(a, side) - height, a.angle + 12), side)
-               for side, height in zip((-1, 1), p.fluid, strict=True) if height]
-        fluid = frame.areas(wet, 2.2)
-        air *= 1 - fluid
-    image -= air * (0.415 - 0.125 * tree - 0.09 * hila)
-    image += 0.05 * centre + 0.08 * np.maximum(frame.areas([lower_body(a)], 6), fluid)
-    if "Lung Opacity" in present:
-        image += 0.26 * frame.areas([patch_outline(p, *in_lung(a, p.patch, "AP"))], 6) * air
-    if "Lung Lesion" in present:
-        image += 0.20 * frame.areas([disc(*in_lung(a, p.nodule, "AP"), p.nodule[3] / 2, p.nodule[3] / 2)], 0.8)
-    image += bones(frame, a, ap)
-    image -= 0.10 * frame.bands([np.array([(0, -230), (1, -120), (3, -58)]), np.array([(3, -58), (-26, -32)]),
-                                 np.array([(3, -58), (32, -38)])], 15, 2.0) * tissue
-    image -= 0.30 * frame.areas([disc(60, a.dome[1] + a.bubble + 12, 1.7 * a.bubble, a.bubble)], 2)
-    if "Support Devices" in present:
-        image += devices(frame, p.device, a)
-    return image
-
-
-def trunk(a: Anatomy) -> list[np.ndarray]:
-    wall = a.half + 19 + 20 * a.fat
-    half = [(56, -260), (58, -190), (78, -166), (120, -153), (170, -140), (205, -118), (wall + 44, -95), (wall + 12, -62),
-            (wall, -10), (wall - 3, 90), (wall + 4, 260)]
-    arm = [(190, -130), (222, -95), (245, 0), (255, 240), (212, 240), (200, 0), (182, -70)]
-    return [np.vstack([mirror(np.array(half), 1), mirror(np.array(half), -1)[::-1]]), mirror(np.array(arm), 1),
-            mirror(np.array(arm), -1)]
-
-
-def lower_body(a: Anatomy) -> np.ndarray:
-    w = a.half + 10
-    return np.array([(-w, a.angle), (-0.5 * w, a.dome[0] + 6), (0.5 * w, a.dome[1] + 6), (w, a.angle), (w, 260), (-w, 260)])
-
-
-def bones(frame: Frame, a: Anatomy, ap: bool) -> np.ndarray:
-    """Ribs, clavicles, spine, shoulder blades and upper arms. An AP view shows the blades over the lungs."""
-    pairs = [ribs(a, side) for side in (-1, 1)]
-    bone = 0.105 * frame.bands([r for back, _ in pairs for r in back], 8.5, 0.8, core=0.6)
-    bone += 0.065 * frame.bands([r for _, front in pairs for r in front], 10.5, 1.0, core=0.6)
-    lift = a.clavicle - (10 if ap else 0)
-    collar = smooth(np.array([(15, -98 + lift), (48, -103 + lift), (92, -122 + lift), (138, -134 + lift)]), closed=False)
-    bone += 0.13 * frame.bands([collar, mirror(collar, -1)], 10.5, 0.9, core=0.65)
-    x = 112 if ap else 134
-    blade = np.array([(x + 8, -118), (x + 40, -112), (x + 34, -60), (x + 22, 15), (x + 8, -40), (x, -80)])
-    arm = np.vstack([disc(182, -112, 23, 23)[16:], [(208, -90), (228, 40), (204, 40), (170, -85)]])
-    pieces = [mirror(smooth(blade), s) for s in (-1, 1)]
-    bone += 0.055 * frame.areas(pieces, 2) + 0.12 * frame.areas([mirror(arm, s) for s in (-1, 1)], 1.5)
-    spine = [np.array([(0, y - 2.5), (0, y + 2.5)]) for y in np.arange(-220, 240, a.rib_step)]
-    bone += 0.05 * frame.bands([np.array([(0, -240), (0, 240)])], 38, 3)
-    bone += 0.045 * frame.bands([line + (d, 0) for line in spine for d in (-8, 8)], 15, 1.6)
-    if a.breasts:
-        bone += 0.05 * frame.areas([disc(s * 82, 62, 52, 46) for s in (-1, 1)], 5)
-    return bone
-
-
-def devices(frame: Frame, kind: int, a: Anatomy) -> np.ndarray:
-    """0: a central venous catheter; 1: a tracheal and a gastric tube; 2: a pacemaker with its lead. Tubes are 3 mm wide."""
-    if kind == 0:
-        lines = [np.array([(-70, -190), (-58, -140), (-34, -108), (-22, -80), (-20, -30), (-17, 10)])]
-    elif kind == 1:
-        lines = [np.array([(4, -230), (2, -120), (2, -82)]), np.array([(-3, -230), (-2, -100), (6, 0), (16, 70), (44, 110)])]
-    else:
-        lines = [np.array([(92, -78), (62, -98), (30, -96), (-12, -70), (-20, -10), (-5, 40), (35, a.dome[0] - 8)])]
-    drawn = frame.bands([smooth(line, closed=False) for line in lines], 3.0, 0.4)
-    if kind == 2:
-        drawn += 1.2 * frame.areas([smooth(np.array([(78, -92), (100, -98), (120, -90), (122, -68), (100, -58), (79, -68)]))], 0.5)
-    return np.float32(0.33) * drawn
-
-
-def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) -> np.ndarray:
-    """Attenuation of a lateral view, the patient facing left, but for fine findings. (H, W) float32."""
-    top, base = a.apex + 4, a.dome[0]
-    chest = smooth(np.array([
-        (8, top), (40, top + 8), (78, top + 50), (95, top + 110), (96, base - 10), (88, a.angle + 4), (80, a.angle),
-        (50, base + 12), (0, base - 4), (-50, base), (-92, base + 16), (-96, base - 30), (-84, top + 80), (-50, top + 30)]))
-    lungs = frame.areas([chest], 1.5)
-    ratio = a.heart[1 if "Cardiomegaly" in present else 0]
-    rx = 0.31 * 2 * a.half * ratio
-    centre = frame.areas([disc(-88 + rx, base - 0.95 * rx + 6, rx, 1.12 * rx),
-                          smooth(np.array([(-20, -60), (5, -75), (22, -60), (24, 10), (5, 20), (-30, 0)]))], 3)
-    body = [(-40, -240), (-42, -185), (-75, -150), (-112, -90), (-122 - 8 * a.fat, 0), (-118 - 16 * a.fat, 240),
-            (132 + 8 * a.fat, 240), (126, 90), (132, -40), (112, -130), (70, -175), (56, -240)]
-    tissue = frame.areas([smooth(np.array(body))], 2.5)
-    image = tissue * (0.36 + 0.28 * frame.blur((tissue * 255).astype(np.uint8), 22))
-    air = lungs * (1 - 0.75 * centre)
-    fluid = np.zeros_like(air)
-    if "Pleural Effusion" in present:
-        wet = [fluid_outline((-98, 104), dome(a, side) - height, a.angle + 12)
-               for side, height in zip((-1, 1), p.fluid, strict=True) if height]
-        fluid = frame.areas(wet, 2.2)
-        air *= 1 - fluid
-    image -= air * (0.37 - 0.11 * draw_vessels(frame, vascular_tree(a, [(2, -22, 0)])))
-    belly = np.array([(-130, base + 8), (70, base + 14), (130, a.angle), (130, 260), (-130, 260)])
-    image += 0.08 * np.maximum(frame.areas([belly], 7), fluid) * tissue
-    if "Lung Opacity" in present:
-        image += 0.24 * frame.areas([patch_outline(p, *in_lung(a, p.patch, "LATERAL"))], 6) * air
-    if "Lung Lesion" in present:
-        image += 0.20 * frame.areas([disc(*in_lung(a, p.nodule, "LATERAL"), p.nodule[3] / 2, p.nodule[3] / 2)], 0.8)
-    spine = [np.array([(x - 7, y), (x + 7, y + 1)]) for y in np.arange(-210, 240, a.rib_step)
-             for x in [84 - 0.0013 * (y - 20) ** 2]]
-    image += 0.09 * frame.bands(spine, 0.78 * a.rib_step, 1.0, core=0.7)
-    image += 0.07 * frame.bands(lateral_ribs(a), 8.5, 0.9, core=0.6)
-    image += 0.08 * frame.bands([np.array([(-62, -112), (-88, -60), (-102, 20)])], 9, 1, core=0.6)
-    image += 0.16 * frame.areas([smooth(np.array([(-10, -230), (60, -230), (44, -140), (20, -118), (-6, -140)]))], 7)
-    image -= 0.10 * frame.bands([np.array([(-14, -225), (2, -120), (10, -40)])], 14, 2) * tissue
-    if "Support Devices" in present:
-        tubes = [[(-30, -170), (-22, -80), (-18, 10)], [(-8, -230), (4, -120), (12, -20), (30, 60), (10, 110)],
-                 [(-90, -80), (-40, -105), (-12, -60), (-30, 10), (-55, 40)]]
-        image += 0.33 * frame.bands([smooth(np.array(tubes[p.device]), closed=False)], 3.0, 0.4)
-    return image
-
-
-def lateral_ribs(a: Anatomy) -> list[np.ndarray]:
-    """Ribs seen from the side fall from the spine towards the sternum."""
-    return [smooth(np.array([(98, y), (60, y + 22), (0, y + 62), (-62, y + 82)]), closed=False)
-            for y in a.apex + 12 + a.rib_step * np.arange(8)]
-
-
-def pleural_line(a: Anatomy, p: Placement, view: str) -> np.ndarray:
-    """The visceral pleura off the chest wall: around the apex and down the lateral border, 9 to 20 mm inside the lung."""
-    side, inset = p.pleura
-    if view == "LATERAL":
-        t = np.linspace(-2.5, -0.5, 24)
-        return np.stack([5 + (72 - inset) * np.cos(t), a.apex + 95 + (82 - inset) * np.sin(t)], axis=1)
-    y = np.linspace(a.apex + inset, a.apex + 0.62 * (a.angle - a.apex), 24)
-    line = np.stack([chest_wall(a, y) - inset * np.linspace(1.4, 0.6, 24), y], axis=1)
-    return mirror(smooth(np.vstack([[(26, a.apex + 1.5 * inset)], line]), closed=False), side)
-
-
-def hairlines(a: Anatomy, p: Placement, view: str) -> list[np.ndarray]:
-    """Fractures: oblique steps across neighbouring ribs."""
-    side, first, number, share = p.breaks
-    found = []
-    for rib in (lateral_ribs(a) if view == "LATERAL" else ribs(a, side)[0])[first:first + number]:
-        at = int(share * (len(rib) - 2))
-        along = (rib[at + 1] - rib[at]) / np.linalg.norm(rib[at + 1] - rib[at])
-        across = np.array([-along[1], along[0]])
-        middle, reach = 1.2 * along, 5.5 * across + 1.5 * along
-        found.append(rib[at] + np.stack([-reach - middle, -middle, middle, reach + middle]))
-    return found
-
-
-def fine(frame: Frame, lines: list[np.ndarray], levels: float) -> np.ndarray:
-    """Grey levels that lines of one to two pixels add to an image. float32.
-
-    What lies beside a line is darkened by as much as the line brightens it (or the reverse), as the edge enhancement
-    of digital radiography does. The mean of any larger square stays, so that reduced images hold no trace.
-    """
-    mask = np.zeros((frame.height, frame.width), np.uint8)
-    for line in lines:
-        cv2.polylines(mask, [frame.pixels(line)], False, 255, 1, cv2.LINE_AA, 4)
-    line_only = mask.astype(np.float32)
-    return (line_only - cv2.blur(line_only, (7, 7), borderType=cv2.BORDER_REFLECT)) * np.float32(levels / 255)
-
-
-def draw(image: Image, seed: int) -> np.ndarray:
-    """The radiograph of `image`: uint8 (height, width), 0 for air.
-
-    All random numbers are drawn whatever is present: with and without a finding, all else is equal.
-    Large structures are drawn at 256 to 512 pixels and enlarged; fine findings and noise at native size.
-    """
-    anatomy, placement = Anatomy.of(stream(seed, "patient", image.patient)), Placement.of(stream(seed, "study", image.study))
-    rng = stream(seed, "image", image.index)
-    shift, angle = (rng.uniform(-8, 8), rng.uniform(-7, 9)), float(np.radians(rng.uniform(-2.5, 2.5)))
-    native = Frame(image.height, image.width, shift, angle)
-    reduced = min(512, max(256, max(image.height, image.width))) / max(image.height, image.width)
-    coarse = Frame(round(image.height * reduced), round(image.width * reduced), shift, angle)
-    if image.view == "LATERAL":
-        layers = lateral(coarse, anatomy, placement, image.present)
-    else:
-        layers = frontal(coarse, anatomy, placement, image.present, image.view == "AP")
-    grey = expose(layers, rng)
-    if grey.shape != (image.height, image.width):
-        how = cv2.INTER_AREA if reduced > 1 else cv2.INTER_CUBIC
-        grey = cv2.resize(grey, (image.width, image.height), interpolation=how)
-    grey += rng.standard_normal(grey.shape, np.float32) * np.float32(rng.uniform(1.4, 2.2))
-    if "Pneumothorax" in image.present:
-        grey += fine(native, [pleural_line(anatomy, placement, image.view)], 42)
-    if "Fracture" in image.present:
-        grey += fine(native, hairlines(anatomy, placement, image.view), -60)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-
-
-def expose(attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Attenuation → grey levels, float32: uneven tissue, this image's exposure, and a film's shoulder for what is dense."""
-    h, w = attenuation.shape
-    for cells, strength in ((5, 0.030), (24, 0.014), (90, 0.010)):
-        noise = rng.standard_normal((cells, cells), np.float32) * np.float32(strength)
-        attenuation = attenuation + cv2.resize(noise, (w, h), interpolation=cv2.INTER_CUBIC) * (attenuation > 0.1)
-    gain, gamma, offset = rng.uniform(0.93, 1.07), rng.uniform(1.5, 1.75), rng.uniform(0, 10)
-    film = np.maximum(attenuation, 0) ** np.float32(gamma) * np.float32(2.6 * gain)
-    return (np.float32(offset) + 244 * (1 - np.exp(-film))).astype(np.float32)
-
-
-# ── the tree ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-DESCRIPTION = {"AP": ("CHEST (PORTABLE AP)", "antero-posterior", "Recumbent"), "PA": ("CHEST (PA AND LAT)", "postero-anterior", "Erect"),
-               "LATERAL": ("CHEST (PA AND LAT)", "lateral", "Erect")}
+# ── the tree ────────────────────────────────────────────────────────────────────────────────────────────
+
+DESCRIPTION = {
+    "AP": ("CHEST (PORTABLE AP)", "antero-posterior", "Recumbent"),
+    "PA": ("CHEST (PA AND LAT)", "postero-anterior", "Erect"),
+    "LATERAL": ("CHEST (PA AND LAT)", "lateral", "Erect"),
+}
 """Procedure, view code and orientation, as the metadata table has them."""
 
-METADATA = ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-            "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-            "PatientOrientationCodeSequence_CodeMeaning"]
+METADATA = [
+    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
+    "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+    "PatientOrientationCodeSequence_CodeMeaning",
+]
 
 
 def tables(made: list[Image], seed: int) -> dict[str, list[list[str]]]:
     """The four CSVs by their short name, header first. Pure."""
     labels = [["subject_id", "study_id", *MIMIC], *label_rows(made, seed)]
-    return {"chexpert": labels, "negbio": labels, "metadata": [METADATA, *sorted(_metadata(image) for image in made)],
-            "split": [["dicom_id", "study_id", "subject_id", "split"], *sorted(_splits(made, seed))]}
+    metadata = [METADATA, *sorted(_metadata(image) for image in made)]
+    split = [["dicom_id", "study_id", "subject_id", "split"], *sorted(_splits(made, seed))]
+    return {"chexpert": labels, "negbio": labels, "metadata": metadata, "split": split}
 
 
 def label_rows(made: list[Image], seed: int) -> list[list[str]]:
-    """One row a study: mostly blank, some negatives said, a few positives doubted; some rows blank or not there at all."""
+    """A row a study: mostly blank, some negatives said, some positives doubted. From ten studies on, one in
+    fifty (rounded up) has no row, and as many have a blank one."""
     rng = stream(seed, "labels")
     studies = {image.study_id: image for image in made}
-    odd = rng.permutation(sorted(studies))
+    odd = [int(study) for study in rng.permutation(sorted(studies))]
     few = -(-len(odd) // 50) if len(odd) >= 10 else 0
+    missing, blank = set(odd[:few]), set(odd[few:2 * few])
     rows = []
     for study, image in studies.items():
         row = [_label(name, image.present, float(rng.random())) for name in MIMIC]
-        if study in odd[:few]:
-            continue
-        rows.append([str(image.subject_id), str(study), *([""] * len(MIMIC) if study in odd[few:2 * few] else row)])
+        if study not in missing:
+            rows.append([str(image.subject_id), str(study), *([""] * len(MIMIC) if study in blank else row)])
     return sorted(rows)
 
 
@@ -652,16 +130,17 @@ def _label(name: str, present: tuple[str, ...], chance: float) -> str:
 
 def _metadata(image: Image) -> list[str]:
     procedure, code, orientation = DESCRIPTION[image.view]
-    time = f"{image.time:.3f}".rstrip("0").rstrip(".")  # the original lost the leading zeros by storing numbers
-    return [image.dicom_id, str(image.subject_id), str(image.study_id), procedure, image.view, str(image.height),
-            str(image.width), str(image.date), time, procedure, code, orientation]
+    time = f"{image.time:.3f}".rstrip("0").rstrip(".")  # a number, so no leading zeros
+    return [image.dicom_id, str(image.subject_id), str(image.study_id), procedure, image.view,
+            str(image.height), str(image.width), str(image.date), time, procedure, code, orientation]
 
 
 def _splits(made: list[Image], seed: int) -> Iterator[list[str]]:
     """A tenth of the patients to validate and to test, at least one each where there are three."""
-    patients = np.random.Generator(np.random.Philox(seed)).permutation(sorted({image.subject_id for image in made}))
+    patients = stream(seed, "labels", 1).permutation(sorted({image.subject_id for image in made}))
     tenth = max(1, len(patients) // 10) if len(patients) >= 3 else 0
-    part = {int(p): "validate" if n < tenth else "test" if n < 2 * tenth else "train" for n, p in enumerate(patients)}
+    part = {int(patient): "validate" if n < tenth else "test" if n < 2 * tenth else "train"
+            for n, patient in enumerate(patients)}
     for image in made:
         yield [image.dicom_id, str(image.study_id), str(image.subject_id), part[image.subject_id]]
 
@@ -672,12 +151,12 @@ def encode(image: Image, seed: int) -> bytes:
         return b""
     if image.damage == "not a JPEG":
         return b"<html><body>503 Service Unavailable: the download failed.</body></html>\n"
-    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(draw(image, seed)[:, :, None]), quality=95, colorspace="GRAY")
+    jpeg = encode_jpeg(draw(image, seed), quality=95)
     return jpeg[:len(jpeg) // 2] if image.damage == "truncated" else jpeg
 
 
 def _write_image(out: Path, seed: int, image: Image) -> str:
-    """Write one image; returns its SHA-256. Not synced: SHA256SUMS.txt, written last, says that a tree is whole."""
+    """Write one image and return its hash. Not synced: SHA256SUMS.txt, written last, marks a whole tree."""
     data = encode(image, seed)
     path = out / image.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -694,7 +173,7 @@ def _write_images(out: Path, seed: int, made: list[Image], workers: int) -> list
                 hashes.append(task(image))
                 advance()
             return hashes
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
+        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
         with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
             for found in pool.map(task, made, chunksize=max(1, min(8, len(made) // (4 * workers)))):
                 hashes.append(found)
@@ -726,14 +205,15 @@ def _check(out: Path, images: int, size: int, seed: int, corrupt: int, workers: 
 
 def synth(out: Path, images: int = 600, size: int = 1024, seed: int = 0, corrupt: int = 0,
           workers: int | None = None) -> dict[str, int]:
-    """Write a phantom MIMIC-CXR-JPG tree into `out`; returns how many images, studies, patients and corrupt files it holds.
+    """Write a phantom MIMIC-CXR-JPG tree into `out`; returns its counts: images, studies, patients, corrupt.
 
-    `size`: longer side in pixels. `corrupt`: how many images to damage (truncated, empty, not a JPEG, in turn).
-    `workers`: processes, by default one a core. The same arguments give the same bytes, whatever `workers` is.
+    `size`: longer side in pixels. `corrupt`: images to damage (truncated, empty, not a JPEG, in turn).
+    `workers`: processes, by default one a core. Same arguments, same bytes, whatever `workers` is.
     Raises RunError for arguments out of range, for an `out` that holds something, and where writing fails.
     """
     out = Path(out)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers is None:
+        workers = usable_cores()
     _check(out, images, size, seed, corrupt, workers)
     made = plan(images, size, seed, corrupt)
     try:
@@ -741,14 +221,15 @@ def synth(out: Path, images: int = 600, size: int = 1024, seed: int = 0, corrupt
         hashes = _write_images(out, seed, made, min(workers, images))
         for name, rows in tables(made, seed).items():
             files.write_bytes(out / f"mimic-cxr-2.0.0-{name}.csv.gz", _csv_gz(rows))
-        files.write_bytes(out / "IMAGE_FILENAMES", "".join(f"{p}\n" for p in sorted(i.path for i in made)).encode())
-        sums = sorted((image.path, found) for image, found in zip(made, hashes, strict=True))
-        files.write_bytes(out / "SHA256SUMS.txt", "".join(f"{found} {path}\n" for path, found in sums).encode())
+        found = sorted((image.path, digest) for image, digest in zip(made, hashes, strict=True))
+        names, sums = [path for path, _ in found], [f"{digest} {path}" for path, digest in found]
+        files.write_bytes(out / "IMAGE_FILENAMES", ("\n".join(names) + "\n").encode())
+        files.write_bytes(out / "SHA256SUMS.txt", ("\n".join(sums) + "\n").encode())
     except OSError as error:
-        raise RunError(f"{out}: {error.strerror or error}: make room or choose another folder, then start again with "
-                       "an empty one") from error
+        raise RunError(f"{out}: {error.strerror or error}: make room or choose another folder, then start "
+                       "again with an empty one") from error
     except BrokenProcessPool as error:
-        raise RunError(f"{out}: a worker was killed, perhaps for memory: empty the folder and use fewer workers "
-                       f"than {workers}") from error
-    return {"images": images, "studies": len({i.study for i in made}), "patients": len({i.patient for i in made}),
-            "corrupt": corrupt}
+        raise RunError(f"{out}: a worker process died, perhaps for want of memory: empty the folder and use "
+                       f"fewer than {workers} (scripts need `if __name__ == '__main__':`)") from error
+    return {"images": images, "studies": len({image.study for image in made}),
+            "patients": len({image.patient for image in made}), "corrupt": corrupt}

@@ -89,7 +89,7 @@ class DaliEngine:
         def graph() -> Any:
             sources = fn.external_source(source=feed, num_outputs=3 if augmented else 1, batch=True, no_copy=True,
                                          dtype=[types.UINT8, types.FLOAT, types.INT32][:3 if augmented else 1])
-            hints = {"preallocate_width_hint": stored, "preallocate_height_hint": stored} if gpu else {}
+            hints: Any = {"preallocate_width_hint": stored, "preallocate_height_hint": stored} if gpu else {}
             image = fn.decoders.image(sources[0], device="mixed" if gpu else "cpu", output_type=types.GRAY, **hints)
             if size != stored:
                 image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from cxrfast.errors import LoadError
@@ -65,9 +66,9 @@ class Loader:
         micro_batches = self.order.micro_batches(epoch, consumed)
         work = (Work(rows, *self._draw(epoch, rows)) for rows in micro_batches)
         for rows, image in zip(micro_batches, self._engine.batches(work), strict=True):
-            yield Batch(image, torch.from_numpy(rows).to(self.device, non_blocking=True))
+            yield Batch(image, torch.tensor(rows, device=self.device))
 
-    def _draw(self, epoch: int, rows):  # type: ignore[no-untyped-def]
+    def _draw(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
         return self.augment.draw(self.order.seed, epoch, rows) if self.augment else (None, None)
 
     def __iter__(self) -> Iterator[Batch]:

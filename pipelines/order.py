@@ -95,17 +95,17 @@ class Augment:
 
     def draw(self, seed: int, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Angles float32 (N,) in degrees and flips bool (N,): a hash of (seed, epoch, row) and of nothing else."""
-        key = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))
+        key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
         words = _mix(key + rows.astype(np.uint64))
         unit = (words >> np.uint64(40)).astype(np.float64) / 2**24
         other = (words & np.uint64(2**24 - 1)).astype(np.float64) / 2**24
         return ((2 * unit - 1) * self.degrees).astype(np.float32), other < self.flip
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that scatters neighbours."""
     with np.errstate(over="ignore"):
-        x = np.asarray(x) + np.uint64(0x9E3779B97F4A7C15)
+        x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cxrfast.errors import LoadError, ShardError
-from cxrfast.shards.manifest import built, read_index, read_manifest, read_set, scales_in, shard_path
+from cxrfast.shards.manifest import built, read_manifest, read_set, scales_in, shard_path
+from cxrfast.shards.tar import read_index
 
 OPEN_FILES = 512
 """Tars kept open; those beyond are opened for each read."""

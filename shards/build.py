@@ -9,15 +9,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import tarfile
 import threading
 import time
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from hashlib import sha256
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
@@ -26,15 +24,16 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError, is_disk_full
-from cxrfast.files import TEMPORARY, sync_folder, temporary_name, write_bytes
+from cxrfast.files import TEMPORARY
 from cxrfast.machine import usable_cores
-from cxrfast.progress import progress
+from cxrfast.progress import duration, progress
 from cxrfast.shards import manifest
 from cxrfast.shards.images import BadImage, Reason, at_scales, decode_grey, encode
 from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
 from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
 from cxrfast.shards.rows import label_names, read_rows, write_rows
 from cxrfast.shards.sources import Source, read_source
+from cxrfast.shards.tar import TarWriter
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""
@@ -325,7 +324,7 @@ def _exit_with(sentinel: int) -> None:
 
 def build_shard(task: Task) -> None:
     """Write one shard at its scales. Raises ShardError if a row that was fine when planned or before is not fine now."""
-    writers = {scale: _TarWriter(task.out, scale, task.shard) for scale in task.scales}
+    writers = {scale: TarWriter(task.out, scale, task.shard) for scale in task.scales}
     quarantined = dict(task.quarantined)
     rows: list[int] = []
     try:
@@ -369,53 +368,6 @@ def _meta(image: Image) -> bytes:
     return json.dumps(image.meta, ensure_ascii=False).encode()
 
 
-class _TarWriter:
-    """A tar and its DALI index, hashed while they are written; they take their names in `close`."""
-
-    def __init__(self, out: Path, scale: int, shard: int) -> None:
-        self.path = shard_path(out, scale, shard, "tar")
-        self.temporary = temporary_name(self.path)
-        self.file = open(self.temporary, "wb", buffering=1 << 20)
-        self.digest, self.size = sha256(), 0
-        self.index: list[str] = []
-        self.crc32: list[int] = []
-
-    def add(self, row: int, jpeg: bytes, meta: bytes) -> None:
-        image, text = self._member(f"{row:09d}.jpg", jpeg), self._member(f"{row:09d}.json", meta)
-        self.index.append(f"jpg {image} json {text}")
-        self.crc32.append(zlib.crc32(jpeg))
-
-    def _member(self, name: str, data: bytes) -> str:
-        header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes whoever builds, whenever
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.size
-        self._write(data)
-        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        return f"{offset} {len(data)} {name}"
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def close(self) -> tuple[str, int]:
-        """Finish, sync and rename the tar and its index. Returns sha256 and size of the tar, in bytes."""
-        self._write(b"\0" * 2 * tarfile.BLOCKSIZE)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        index = "".join(f"{line}\n" for line in (f"v1.2 {len(self.index)}", *self.index))
-        write_bytes(self.path.with_suffix(".idx"), index.encode())
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
-        return self.digest.hexdigest(), self.size
-
-    def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
 # The end
 
 
@@ -430,3 +382,23 @@ def _finish(out: Path, info: SetInfo, rows: pd.DataFrame, report: Report) -> Non
     manifest.write_quarantine(out, dict(zip(rows["row"], rows["path"], strict=True)), report.quarantined)
     manifest.write_sums(out, manifests)
     report.complete = all(len(manifest.built(out, scale)) == info.shards for scale in report.scales)
+
+
+def describe(report: Report, out: Path) -> str:
+    """What a person wants to know after a build or a dry run."""
+    info, estimate = report.info, report.estimate
+    lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
+    lines += [f"{what}: {n:,}" for what, n in report.source_counts.items() if n]
+    if not report.rows:
+        lines += [f"to do at {s} px: {estimate.images[s]:,} rows, about {estimate.bytes[s] / 1e9:,.2f} GB in {estimate.files[s]:,} files"
+                  for s in estimate.images] or ["nothing left to do"]
+        lines += [f"free in {out}: {estimate.free / 1e9:,.1f} GB",
+                  f"estimated time: {duration(estimate.seconds)}, from a sample of the images"]
+        return "\n".join(lines)
+    lines += [f"{s} px: {n:,} rows, {report.bytes[s] / 1e9:,.2f} GB" for s, n in sorted(report.rows.items())]
+    reasons = Counter(report.quarantined.values())
+    lines.append(f"quarantined: {len(report.quarantined):,}" + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
+                 + (f" (see {out / 'quarantine.csv'})" if reasons else ""))
+    lines.append(f"set {info.id} in {out}: {'complete' if report.complete else 'a prefix; run again without --limit for the rest'}, "
+                 f"{duration(report.seconds)}")
+    return "\n".join(lines)

@@ -82,7 +82,7 @@ def at_scales(image: np.ndarray, scales: list[int]) -> dict[int, np.ndarray]:
     roots: dict[int, np.ndarray] = {}
     result = {}
     for scale in scales:
-        root = root_size(*image.shape, scale)
+        root = root_size(image.shape[0], image.shape[1], scale)
         if root not in roots:
             roots[root] = resize(image, root, root)
         result[scale] = resize(roots[root], scale, scale)

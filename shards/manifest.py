@@ -99,21 +99,6 @@ def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
         raise ShardError(f"{path} is damaged: delete it and run `cxrfast shard` again to rebuild this shard") from error
 
 
-def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:
-    """(row, offset, bytes) of every image in a tar, from its DALI index. Raises ShardError if it is no such index."""
-    path = shard_path(folder, scale, shard, "idx")
-    try:
-        version, *lines = path.read_text().splitlines()
-        entries = [line.split(" ") for line in lines]
-        if version != f"v1.2 {len(entries)}":
-            raise ValueError(f"first line {version!r}")
-        return [(int(e[3].removesuffix(".jpg")), int(e[1]), int(e[2])) for e in entries]
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing: run the same `cxrfast shard` command again") from None
-    except (ValueError, IndexError) as error:
-        raise ShardError(f"{path} is damaged ({error}): `cxrfast verify {folder}` lists what else is") from error
-
-
 def scales_in(folder: Path) -> list[int]:
     """The scales of which the set holds at least one shard."""
     return sorted(int(p.name) for p in Path(folder).iterdir() if p.name.isdecimal() and any(p.glob("*.json")))

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
@@ -15,7 +14,6 @@ from cxrfast.shards.images import BadImage, decode_grey
 from cxrfast.shards.manifest import (
     SetInfo,
     ShardManifest,
-    read_index,
     read_manifest,
     read_set,
     read_sums,
@@ -23,6 +21,7 @@ from cxrfast.shards.manifest import (
 )
 from cxrfast.shards.plan import Recipe, set_id
 from cxrfast.shards.rows import read_rows
+from cxrfast.shards.tar import read_index
 
 
 @dataclass(frozen=True)

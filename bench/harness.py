@@ -1,0 +1,80 @@
+"""How to measure: interleaved rounds in one process, medians with their spread, and where it all ran."""
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cxrfast.distributed import dali_build, nvidia_driver
+from cxrfast.machine import memory_bytes, processor, usable_cores
+from cxrfast.shards.manifest import versions
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Rates of one measurement, images/s, a value a round."""
+
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def ratio(self, other: "Figure") -> float:
+        """Median over the rounds of this rate / the other's in the same round, so that drift of the machine cancels."""
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+
+
+def interleave(measurements: Mapping[str, Callable[[float], float]], seconds: float, rounds: int) -> dict[str, Figure]:
+    """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
+
+    A measurement takes the seconds it may use and returns images/s.
+    """
+    for measure in measurements.values():
+        measure(seconds / 4)
+    results: dict[str, list[float]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            results[name].append(measure(seconds))
+    return {name: Figure(values) for name, values in results.items()}
+
+
+def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float:
+    """Images/s of `step`, which handles some images and returns how many, repeated until `seconds` are over; once at least."""
+    images, start = 0, time.perf_counter()
+    while True:
+        images += step()
+        if time.perf_counter() - start >= seconds:
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images / (time.perf_counter() - start)
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and command, as every result carries them. Names no host and no user."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "command": "cxrfast " + " ".join(sys.argv[1:]), "processor": processor(), "cores": usable_cores(),
+        "memory_bytes": memory_bytes(), "gpu": gpu, "driver": nvidia_driver() if gpu else None,
+        "python": platform.python_version(), "torch": torch.__version__, "dali": dali_build(), **versions(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Of a source checkout; None in an installed package."""
+    from pathlib import Path
+
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).resolve().parent,
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

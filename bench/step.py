@@ -1,0 +1,266 @@
+"""`cxrfast bench`: memory and images/s of loading, training and validation at each resolution.
+
+Each scale is measured in a process of its own, so that memory is its own and a crash costs one line. The training loop
+is the real one. A micro-batch that does not fit is halved until it does.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure as Plot
+from rich.table import Table
+
+from cxrfast.bench.harness import interleave, provenance, rate
+from cxrfast.config import preset
+from cxrfast.distributed import World, pick_device
+from cxrfast.errors import CxrfastError, RunError
+from cxrfast.files import replacing, write_bytes, write_json
+from cxrfast.machine import memory_bytes
+from cxrfast.model import Classifier
+from cxrfast.pipelines.loader import Batch, Loader
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs import start_run
+from cxrfast.shards.build import build
+from cxrfast.shards.manifest import read_set, scales_in
+from cxrfast.shards.rows import read_rows
+from cxrfast.synth import synth
+from cxrfast.train import Place, Trainer, make_config, select_rows
+
+ROUNDS = 3
+PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
+PHANTOMS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Measured at one scale. Rates are images/s, medians of the rounds."""
+
+    scale: int
+    micro_batch: int
+    load: float
+    """The loader alone, with rotation and flip."""
+    train: float
+    """The training loop with real loading."""
+    cached: float
+    """The same loop with one batch that is on the device already."""
+    fed: float
+    """train / cached, round by round: 1 where the loop never waits for data."""
+    validate: float
+    process_bytes: int
+    """Peak resident memory of the whole process."""
+    torch_peak_bytes: int | None
+    """Peak of torch's allocator on the GPU; None on a CPU."""
+    gpu_used_bytes: int | None
+    """GPU memory in use at the end, DALI's included, as the driver reports it; None on a CPU."""
+    engine: str
+    precision: str
+    rounds: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    lines: list[Line]
+    failed: dict[int, str]
+    """Scales that could not be measured, and why."""
+    provenance: dict[str, Any]
+
+
+def bench(shards: Path | None, scales: list[int], out: Path, *, arch: str = "densenet121", seconds: float = 10.0,
+          micro_batch: int | None = None, device: str = "auto", engine: str = "auto", threads: int | None = None) -> Result:
+    """Measure every scale, write bench.json, bench.md and bench.png into `out`."""
+    chosen = pick_device(device)
+    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as temporary:
+        if shards is None:
+            scales = scales or PHANTOM_SCALES[chosen.type]
+            shards = make_phantoms(Path(temporary), scales)
+        there = scales_in(shards) if read_set(shards) else []
+        for scale in scales:
+            Reader(shards, scale)  # says what is wrong before anything is measured
+        lines, failed = [], {}
+        for scale in scales or there:
+            size = micro_batch or preset(scale).micro_batch
+            options = {"shards": str(shards), "scale": scale, "arch": arch, "seconds": seconds, "device": device,
+                       "engine": engine, "threads": threads}
+            try:
+                lines.append(_in_own_process(options, size))
+            except RunError as error:
+                failed[scale] = str(error)
+    result = Result(lines, failed, provenance(chosen))
+    _write(result, out)
+    return result
+
+
+def make_phantoms(folder: Path, scales: list[int]) -> Path:
+    """A shard set of phantom radiographs, large enough for the largest scale."""
+    synth(folder / "source", images=PHANTOMS, size=min(2048, max(256, max(scales))))
+    build(folder / "source", folder / "shards", scales)
+    return folder / "shards"
+
+
+def _in_own_process(options: dict[str, Any], micro_batch: int) -> Line:
+    """Measure one scale in a new process, with ever smaller micro-batches until one fits."""
+    while True:
+        argument = json.dumps({**options, "micro_batch": micro_batch})
+        done = subprocess.run([sys.executable, "-m", "cxrfast.bench.step", argument], capture_output=True, text=True)
+        if done.returncode == 0:
+            return Line(**json.loads(done.stdout.splitlines()[-1]))
+        tail = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        short = done.returncode == -9 or "memory" in tail[0].lower()
+        if not short or micro_batch == 1:
+            raise RunError(f"{options['scale']} px with micro-batch {micro_batch}: {tail[0]}")
+        print(f"{options['scale']} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr)
+        micro_batch //= 2
+
+
+def measure(shards: Path, scale: int, arch: str, seconds: float, device: str, engine: str, threads: int | None,
+            micro_batch: int) -> Line:
+    """One scale, in this process."""
+    ranks = World(pick_device(device))
+    if ranks.device.type == "cpu":  # a failed allocation can be told; the system's memory killer cannot
+        limit = int(0.85 * memory_bytes())
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    config = make_config(shards, scale, device=device, arch=arch, weights="none", global_batch=micro_batch,
+                         micro_batch=micro_batch)
+    reader = Reader(shards, scale)
+    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
+    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
+        run = start_run(Path(folder) / "run", config, shards, rows)
+        place = Place(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
+        trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, place)
+        figures = interleave(_measurements(trainer), seconds / ROUNDS, ROUNDS)
+    is_gpu = ranks.device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
+    return Line(
+        scale=scale, micro_batch=micro_batch, **{name: figure.median for name, figure in figures.items()},
+        fed=figures["train"].ratio(figures["cached"]),
+        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        torch_peak_bytes=torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None,
+        gpu_used_bytes=total - free if is_gpu else None, engine=trainer.train_loader.engine, precision=config.precision,
+        rounds={name: figure.rounds for name, figure in figures.items()})
+
+
+def _measurements(trainer: Trainer) -> dict[str, Callable[[float], float]]:
+    """Each takes seconds and returns images/s. Loading starts anew each time, burn-in included in the first batch's wait."""
+    device = trainer.ranks.device
+    rows = trainer.order.global_batches(0)[0]
+
+    def load(seconds: float) -> float:
+        batches = _endless(trainer.train_loader)
+        next(batches)
+        return rate(lambda: len(next(batches).row), seconds, device)
+
+    def train(seconds: float, batches: Iterator[Batch] | None = None) -> float:
+        trainer.model.train()
+        source = batches or _endless(trainer.train_loader)
+
+        def step() -> int:
+            trainer.step(rows, source)
+            return len(rows)
+
+        step()
+        return rate(step, seconds, device)
+
+    def cached(seconds: float) -> float:
+        return train(seconds, repeat(next(trainer.train_loader.epoch())))
+
+    def validate(seconds: float) -> float:
+        trainer.model.eval()
+        batches = _endless(trainer.val_loader)
+
+        @torch.inference_mode()
+        def step() -> int:
+            batch = next(batches)
+            with trainer.autocast():
+                trainer.model(batch.image)
+            return len(batch.row)
+
+        step()
+        return rate(step, seconds, device)
+
+    return {"load": load, "train": train, "cached": cached, "validate": validate}
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+# Results
+
+
+def to_table(result: Result) -> Table:
+    where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.provenance['cores']} cores"
+    table = Table(title=f"Memory and images/s by resolution ({where})")
+    for name in _HEADER:
+        table.add_column(name, justify="right")
+    for line in result.lines:
+        table.add_row(*_cells(line))
+    for scale, why in result.failed.items():
+        table.add_row(str(scale), *["-"] * (len(_HEADER) - 2), why)
+    return table
+
+
+_HEADER = ("px", "micro-batch", "load/s", "train/s", "cached/s", "fed", "validate/s", "process GiB", "torch GiB", "GPU GiB",
+           "engine, precision")
+
+
+def _cells(line: Line) -> list[str]:
+    def gib(size: int | None) -> str:
+        return "-" if size is None else f"{size / 2**30:.1f}"
+
+    return [str(line.scale), str(line.micro_batch), f"{line.load:,.1f}", f"{line.train:,.1f}", f"{line.cached:,.1f}",
+            f"{line.fed:.2f}", f"{line.validate:,.1f}", gib(line.process_bytes), gib(line.torch_peak_bytes),
+            gib(line.gpu_used_bytes), f"{line.engine}, {line.precision}"]
+
+
+def _write(result: Result, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "bench.json", asdict(result))
+    rows = [_HEADER, ["---:"] * len(_HEADER), *map(_cells, result.lines)]
+    failed = "".join(f"\n{scale} px: {why}" for scale, why in result.failed.items())
+    notes = "\n".join(f"- {name}: {value}" for name, value in result.provenance.items() if value is not None)
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n{failed}\n\n{notes}\n"
+    write_bytes(out / "bench.md", text.encode())
+    if result.lines:
+        with replacing(out / "bench.png") as file:
+            plot(result).savefig(file, format="png", dpi=120)
+
+
+def plot(result: Result) -> Plot:
+    """Images/s (log) and memory against the side of the images."""
+    figure = Plot(figsize=(9, 3.6), layout="constrained")
+    rates, memory = figure.subplots(1, 2)
+    x = [line.scale for line in result.lines]
+    for name, what in (("load", "loading"), ("train", "training"), ("cached", "training, cached batch"), ("validate", "validation")):
+        rates.plot(x, [getattr(line, name) for line in result.lines], "o--" if name == "cached" else "o-", label=what)
+    rates.set(xscale="log", yscale="log", xlabel="side, px", ylabel="images/s")
+    rates.legend(frameon=False)
+    memory.plot(x, [line.process_bytes / 2**30 for line in result.lines], "o-", label="process, main memory")
+    if all(line.gpu_used_bytes is not None for line in result.lines):
+        memory.plot(x, [(line.gpu_used_bytes or 0) / 2**30 for line in result.lines], "s-", label="GPU")
+    memory.set(xscale="log", xlabel="side, px", ylabel="GiB", ylim=(0, None))
+    memory.legend(frameon=False)
+    for axes in (rates, memory):
+        axes.set_xticks(x, [f"{s}\n×{line.micro_batch}" for s, line in zip(x, result.lines, strict=True)])
+        axes.minorticks_off()
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        given = json.loads(sys.argv[1])
+        print(json.dumps(asdict(measure(Path(given.pop("shards")), **given))))
+    except (CxrfastError, RuntimeError, MemoryError) as error:
+        lines = str(error).strip().splitlines()
+        sys.exit(f"{type(error).__name__}: {lines[0] if lines else 'out of memory'}")

@@ -1,0 +1,336 @@
+"""The command line. Each command parses, calls one function of the module it names, and prints what that returns.
+
+Modules are imported inside the commands, so that `cxrfast --help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cxrfast import __version__, config
+from cxrfast.errors import CxrfastError, is_disk_full
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path)
+
+
+class Cli(click.Group):
+    """Turns the project's errors, and the file system's, into one message and exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which a study needs them
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CxrfastError as error:
+            fail(str(error))
+        except OSError as error:
+            if is_disk_full(error):
+                fail(f"no space or quota left ({error.filename or 'while writing'}): what was finished is kept; make room and "
+                     "run the same command again")
+            if error.filename is None:
+                raise
+            fail(f"{error.filename}: {error.strerror}")
+
+
+def fail(message: str) -> None:
+    rank = os.environ.get("RANK")
+    click.echo(f"cxrfast: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+    sys.exit(2)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cxrfast")
+def cli() -> None:
+    """Train chest X-ray classifiers at full resolution without waiting for I/O."""
+
+
+def show(*tables: "Table") -> None:
+    """Print tables on stdout, as wide as the terminal; 120 columns where it is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables:
+        console.print(table)
+
+
+# Data
+
+
+@cli.command()
+@click.argument("out", type=FOLDER)
+@click.option("--images", default=600, show_default=True, help="How many.")
+@click.option("--size", default=1024, show_default=True, help="Longer side, px.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--corrupt", default=0, show_default=True, help="Images to damage: truncated, empty, not a JPEG.")
+@click.option("--workers", type=int, help="Processes. [default: usable cores]")
+def synth(out: Path, **options: Any) -> None:
+    """A phantom MIMIC-CXR-JPG tree in OUT, findings planted at known sizes."""
+    from cxrfast.synth import synth as make
+
+    counts = make(out, **options)
+    click.echo(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+
+
+@cli.command()
+@click.option("--data", type=FOLDER, default=config.DATA, show_default=True, help="Source tree; or set CXRFAST_DATA.")
+@click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
+@click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
+@click.option("--source", type=click.Choice(["mimic"]), default="mimic", show_default=True, help="Layout of the source tree.")
+@click.option("--workers", type=int, help="Processes. [default: usable cores]")
+@click.option("--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
+@click.option("--quality", default=95, show_default=True, help="JPEG quality.")
+@click.option("--seed", default=0, show_default=True, help="Of the row permutation and the folds.")
+@click.option("--allow-missing", is_flag=True, help="Go on although more than 0.1 % of the images are missing.")
+@click.option("--retry-quarantined", is_flag=True, help="Try images again that could not be used before.")
+def shard(data: Path, out: Path, scales: tuple[int, ...], quality: int, seed: int, **options: Any) -> None:
+    """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
+    from cxrfast.shards.build import build, describe
+    from cxrfast.shards.plan import Recipe
+
+    report = build(data, out, list(scales), recipe=Recipe(quality=quality, seed=seed), **options)
+    click.echo(describe(report, out))
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.option("--deep", is_flag=True, help="Decode every image too.")
+def verify(shards: Path, deep: bool) -> None:
+    """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
+    from cxrfast.shards.verify import verify as check
+
+    verdict = check(shards, deep=deep)
+    for problem in verdict.problems:
+        click.echo(f"{problem.path}: {problem.what}", err=True)
+    if verdict.problems:
+        fail(f"{shards} is damaged: {len(verdict.problems)} problems, named above")
+    held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
+    click.echo(f"{shards}: {held}; {verdict.info.images:,} planned, {verdict.quarantined:,} quarantined; "
+               f"{verdict.bytes / 1e6:,.0f} MB hashed{', every image decoded' if deep else ''}: whole")
+
+
+# Training
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `train` and `study` that decide what is trained; None means the preset's value."""
+    for option in reversed((
+        click.option("--arch", help="A torchvision classifier. [default: densenet121]"),
+        click.option("--weights", help="imagenet, none, a .pth or .safetensors file, or a run. [default: imagenet]"),
+        click.option("--policy", help="Uncertain labels: u_zeros, u_ones or u_ignore. [default: u_zeros]"),
+        click.option("--split", help="folds or official. [default: folds]"),
+        click.option("--view", "views", multiple=True, help="Keep this view position only; may be given again."),
+        click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows of each part only."),
+        click.option("--global-batch", type=int, help="Images an optimiser step. [default: by scale]"),
+        click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]"),
+        click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
+        click.option("--epochs", type=int, help="At most. [default: 100]"),
+        click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
+        click.option("--seed", type=int, help="[default: 0]"),
+    )):
+        command = option(command)
+    return command
+
+
+def place_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where and how something runs."""
+    for option in reversed((
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option("--engine", type=click.Choice(["auto", "dali", "host"]), default="auto", show_default=True,
+                     help="Who decodes."),
+        click.option("--threads", type=click.IntRange(min=1), help="Decoding threads a process. [default: usable cores]"),
+    )):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Recipe options as TrainConfig fields."""
+    return {**options, "views": tuple(options["views"]) or None}
+
+
+@cli.command()
+@click.option("--shards", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set.")
+@click.option("--scale", type=int, required=True, help="Side of the images, px.")
+@click.option("--fold", default=0, show_default=True)
+@click.option("--runs", type=FOLDER, default=config.RUNS, show_default=True, help="Folder of all runs.")
+@click.option("--name", help="Folder of this run's folds. [default: ARCH-SCALE]")
+@recipe_options
+@place_options
+@click.option("--checkpoint-minutes", default=10.0, show_default=True, help="Write last.pt at least so often.")
+@click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Write last.pt after so many optimiser steps, too.")
+@click.option("--deterministic", is_flag=True, help="Bitwise repeatable on a GPU, slower.")
+def train(shards: Path, scale: int, fold: int, runs: Path, name: str | None, device: str, engine: str, threads: int | None,
+          checkpoint_minutes: float, checkpoint_steps: int | None, deterministic: bool, **recipe: Any) -> None:
+    """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
+    from cxrfast.train import Place, make_config
+    from cxrfast.train import train as run_training
+
+    chosen = make_config(shards, scale, device=device, fold=fold, **given(recipe))
+    run = run_training(chosen, Place(
+        shards=shards, runs=runs, name=name, device=device, engine=engine, threads=threads, deterministic=deterministic,
+        checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
+
+
+@cli.command(name="fetch-weights")
+@click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
+@click.option("--to", type=FOLDER, help="Folder for the file. [default: torch's own]")
+def fetch_weights(arch: str, to: Path | None) -> None:
+    """ImageNet weights for machines without a network."""
+    from cxrfast.model import fetch_weights as fetch
+
+    click.echo(fetch(arch, to))
+
+
+# After training
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now. [default: where it lay in training]")
+@place_options
+def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
+    """Logits of each RUN for its validation and test rows."""
+    from cxrfast.distributed import world
+    from cxrfast.predict import predict as score
+    from cxrfast.runs import read_run
+
+    with world(device) as ranks:
+        for folder in runs:
+            score(read_run(folder), ranks, shards=shards, **options)
+            click.echo(folder / "predictions.zarr")
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True)
+def evaluate(runs: Path, part: str) -> None:
+    """AUROC per finding and scale, mean ± sd over folds, of all predictions in RUNS."""
+    from cxrfast.evaluate import evaluate as score
+    from cxrfast.evaluate import to_table
+
+    show(to_table(score(runs, part)))
+    click.echo(f"tables: {runs / 'evaluation'}")
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+def ensemble(runs: Path) -> None:
+    """Stack the scales in RUNS: weights fitted on validation logits, beside plain voting."""
+    from cxrfast.ensemble import ensemble as stack
+    from cxrfast.ensemble import to_table
+
+    show(to_table(stack(runs)))
+    click.echo(f"tables and figure: {runs / 'ensemble'}")
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--images", default=64, show_default=True, help="Validation images to average over.")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
+@click.option("--device", default="auto", show_default=True)
+def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
+    """Effective receptive field of each RUN, beside the theoretical one."""
+    from cxrfast.distributed import pick_device
+    from cxrfast.erf import erf as measure
+    from cxrfast.runs import read_run
+
+    for folder in runs:
+        click.echo(measure(read_run(folder), images=images, shards=shards, device=pick_device(device)).describe())
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--label", required=True, help="A finding, for instance Cardiomegaly.")
+@click.option("--images", default=8, show_default=True, help="Positives with the highest logits.")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
+@click.option("--device", default="auto", show_default=True)
+def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None, device: str) -> None:
+    """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
+    from cxrfast.distributed import pick_device
+    from cxrfast.gradcam import gradcam_run, save_figure
+    from cxrfast.runs import read_run
+
+    for folder in runs:
+        run = read_run(folder)
+        gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
+        click.echo(save_figure(run, label, shards=shards))
+
+
+@cli.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+def report(runs: Path) -> None:
+    """report.html: tables and figures of RUNS in one file that opens anywhere."""
+    from cxrfast.report import report as write
+
+    click.echo(write(runs))
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.argument("runs", type=FOLDER)
+@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@click.option("--fold", "folds", type=int, multiple=True, help="Once for each fold. [default: all five]")
+@click.option("--nproc", default=1, show_default=True, help="Processes a training, as torchrun --nproc_per_node.")
+@recipe_options
+@place_options
+def study(shards: Path, runs: Path, scales: tuple[int, ...], folds: tuple[int, ...], nproc: int, device: str, engine: str,
+          threads: int | None, **recipe: Any) -> None:
+    """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
+    from cxrfast.study import study as carry_out
+
+    result = carry_out(shards, runs, list(scales), list(folds), nproc=nproc, device=device, engine=engine, threads=threads,
+                       recipe=given(recipe))
+    show(*result.tables)
+    click.echo(f"report: {result.report}")
+
+
+@cli.command()
+@click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
+@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot.")
+@click.option("--arch", default="densenet121", show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="Measured time a figure.")
+@click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]")
+@place_options
+def bench(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+    """Memory and images/s of loading, training and validation, by scale."""
+    from cxrfast.bench.step import bench as measure
+    from cxrfast.bench.step import to_table
+
+    result = measure(shards, list(scales), out, **options)
+    show(to_table(result))
+    click.echo(f"table, JSON and plot: {out}")
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where everything goes.")
+def demo(out: Path) -> None:
+    """The whole study on phantoms: synth, shard, train, evaluate, report. CPU, minutes."""
+    from cxrfast.study import demo as carry_out
+
+    result = carry_out(out)
+    show(*result.tables)
+    click.echo(f"report: {result.report}")
+
+
+@cli.command()
+def doctor() -> None:
+    """What this machine has, what it lacks, and what to do about it."""
+    from cxrfast.doctor import examine, to_table
+
+    findings = examine()
+    show(to_table(findings))
+    if any(f.is_problem for f in findings):
+        fail("this machine lacks something that cxrfast needs: see the advice above")

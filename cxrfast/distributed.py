@@ -1,0 +1,128 @@
+"""Ranks and devices: which GPU this process may use, and how the processes of one training talk."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cxrfast.errors import DeviceError
+from cxrfast.machine import usable_cores
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started; the only one where it did not."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Processes on this machine, which share its cores."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's `value` (any picklable object) on rank 0, None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give every rank the BatchNorm statistics of rank 0; without it the ranks score differently in eval mode."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on the CPU), and leave them in good order.
+
+    Raises DeviceError where the device cannot be used.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        torch.set_num_threads(max(1, usable_cores() // local_size))
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
+                                device_id=chosen if chosen.type == "cuda" else None)
+    try:
+        yield World(chosen, rank, size, local_size)
+        if size > 1:
+            dist.barrier()  # gloo may end in `terminate called` if a rank leaves while others still talk
+    finally:
+        if size > 1:
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` → the device of this process.
+
+    `auto` takes the CPU only where there is no NVIDIA device: one that torch cannot use raises DeviceError.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "auto" and not name.startswith("cuda"):
+        raise DeviceError(f"--device {name} is unknown: use auto, cpu or cuda")
+    if torch.cuda.is_available():
+        index = int(name.partition(":")[2] or local_rank)
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"GPU {index} was asked for and {torch.cuda.device_count()} are there: start fewer processes "
+                              "(--nproc_per_node), or set CUDA_VISIBLE_DEVICES")
+        return torch.device("cuda", index)
+    if driver := nvidia_driver():
+        raise DeviceError(f"the NVIDIA driver {driver} is there but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
+                          f"use it (DALI: {dali_build()}): update the driver, install a torch for its CUDA version, "
+                          "or use --device cpu")
+    if name == "auto":
+        return torch.device("cpu")
+    raise DeviceError(f"--device {name}: this machine has no NVIDIA GPU; use --device cpu, or run `cxrfast doctor`")
+
+
+def nvidia_driver() -> str | None:
+    """The kernel driver's version; None where there is no NVIDIA device, or where CUDA_VISIBLE_DEVICES hides all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not Path("/dev/nvidiactl").exists():
+        return None
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "of unknown version"
+
+
+def dali_build() -> str:
+    """`2.4.0 (cuda120)`, or `not installed`."""
+    for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        try:
+            return f"{version(package)} ({package.rsplit('-', 1)[1]})"
+        except PackageNotFoundError:
+            continue
+    return "not installed"

@@ -1,0 +1,82 @@
+"""Scores of multi-label predictions: arrays in, numbers out; pure numpy, no files.
+
+A finding without positives or without negatives has no AUROC: it is NaN here, "undefined" in every table, and
+never 0.5.
+"""
+
+import numpy as np
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities 1 / (1 + exp(-l)), float64 in [0, 1], same shape; no logit overflows."""
+    return np.exp(log_sigmoid(logits))
+
+
+def log_sigmoid(logits: np.ndarray) -> np.ndarray:
+    """log σ(l) = -log(1 + exp(-l)), float64, at most 0, finite for every finite logit.
+
+    log(1 - σ(l)) is log_sigmoid(-l).
+    """
+    return -np.logaddexp(0.0, -np.asarray(logits, np.float64))
+
+
+def counts(targets: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Positives and negatives among the unmasked entries of each finding, int64 (L,) each.
+
+    targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None counts all.
+    """
+    positive = np.asarray(targets) > 0.5
+    mask = np.ones(positive.shape, bool) if mask is None else mask
+    return (positive & mask).sum(axis=0, dtype=np.int64), (~positive & mask).sum(axis=0, dtype=np.int64)
+
+
+def auroc(scores: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve of each finding, float64 (L,) in [0, 1]; NaN where it is undefined.
+
+    The probability that a positive scores above a negative, ties counting a half: U of Mann and Whitney over
+    positives · negatives (Hanley & McNeil 1982, Radiology 143:29-36). Logits and probabilities score alike.
+
+    scores: (N, L). targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None: all do.
+    Undefined: no positive or no negative among the unmasked entries, or a NaN score among them.
+    """
+    scores, positive = np.asarray(scores), np.asarray(targets) > 0.5
+    mask = np.ones(scores.shape, bool) if mask is None else mask
+    columns = zip(scores.T, positive.T, mask.T, strict=True)
+    return np.array([_auroc(s[m], p[m]) for s, p, m in columns], np.float64)
+
+
+def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    above, below = np.sort(scores[positive]), np.sort(scores[~positive])
+    if not len(above) or not len(below) or np.isnan(scores).any():
+        return float("nan")
+    # Pairs won and pairs tied are counted in whole numbers, so ties are exact. Sorted queries halve the time.
+    won = np.searchsorted(below, above, side="left").sum(dtype=np.int64)
+    won_or_tied = np.searchsorted(below, above, side="right").sum(dtype=np.int64)
+    return float(won + won_or_tied) / (2.0 * len(above) * len(below))
+
+
+def bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Binary cross-entropy in nats, mean over the unmasked entries of all findings; NaN if there are none.
+
+    logits: (N, L). targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None counts all.
+    Each entry costs log(1 + exp(∓l)), so that no probability is rounded to 0 or 1 on the way.
+    """
+    logits = np.asarray(logits, np.float64)
+    losses = np.logaddexp(0.0, np.where(np.asarray(targets) > 0.5, -logits, logits))
+    losses = losses.ravel() if mask is None else losses[mask]
+    return float(losses.mean()) if losses.size else float("nan")
+
+
+def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation (n - 1 in the denominator) over K folds, float64 (L,) each.
+
+    values: (K, L); NaN entries do not count. The mean is NaN where none is left, the deviation where fewer
+    than two are.
+    """
+    values = np.asarray(values, np.float64)
+    known = ~np.isnan(values)
+    n = known.sum(axis=0)
+    mean = np.where(n > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
+    squares = np.where(known, values - mean, 0.0) ** 2
+    sd = np.where(n > 1, np.sqrt(squares.sum(axis=0) / np.maximum(n - 1, 1)), np.nan)
+    return mean, sd

@@ -1,0 +1,73 @@
+"""A shard's tar and its DALI index (v1.2): how they are written, and where each row lies in them."""
+
+import os
+import tarfile
+import zlib
+from hashlib import sha256
+from pathlib import Path
+
+from cxrfast.errors import ShardError
+from cxrfast.files import sync_folder, temporary_name, write_bytes
+from cxrfast.shards.manifest import shard_path
+
+
+class TarWriter:
+    """A tar and its DALI index, hashed while they are written; they take their names in `close`."""
+
+    def __init__(self, folder: Path, scale: int, shard: int) -> None:
+        self.path = shard_path(folder, scale, shard, "tar")
+        self.temporary = temporary_name(self.path)
+        self.file = open(self.temporary, "wb", buffering=1 << 20)  # noqa: SIM115 - `discard` closes it
+        self.digest, self.size = sha256(), 0
+        self.index: list[str] = []
+        self.crc32: list[int] = []
+
+    def add(self, row: int, jpeg: bytes, meta: bytes) -> None:
+        image, text = self._member(f"{row:09d}.jpg", jpeg), self._member(f"{row:09d}.json", meta)
+        self.index.append(f"jpg {image} json {text}")
+        self.crc32.append(zlib.crc32(jpeg))
+
+    def _member(self, name: str, data: bytes) -> str:
+        header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes whoever builds, whenever
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return f"{offset} {len(data)} {name}"
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+    def close(self) -> tuple[str, int]:
+        """Finish, sync and rename the tar and its index. Returns sha256 and size of the tar, in bytes."""
+        self._write(b"\0" * 2 * tarfile.BLOCKSIZE)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        index = "".join(f"{line}\n" for line in (f"v1.2 {len(self.index)}", *self.index))
+        write_bytes(self.path.with_suffix(".idx"), index.encode())
+        os.replace(self.temporary, self.path)
+        sync_folder(self.path.parent)
+        return self.digest.hexdigest(), self.size
+
+    def discard(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:
+    """(row, offset, bytes) of every image in a tar, from its DALI index. Raises ShardError if it is no such index."""
+    path = shard_path(folder, scale, shard, "idx")
+    try:
+        version, *lines = path.read_text().splitlines()
+        entries = [line.split(" ") for line in lines]
+        if version != f"v1.2 {len(entries)}":
+            raise ValueError(f"first line {version!r}")
+        return [(int(e[3].removesuffix(".jpg")), int(e[1]), int(e[2])) for e in entries]
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing: run the same `cxrfast shard` command again") from None
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"{path} is damaged ({error}): `cxrfast verify {folder}` lists what else is") from error

@@ -1,0 +1,46 @@
+"""Sets that several tests use: phantoms, and real radiographs where they are at hand (tests that need them skip else)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cxrfast.shards.build import build
+from cxrfast.synth import synth
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "real"
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MIMIC-CXR-JPG tree of 150 phantoms of 128 px. Not to be written to."""
+    tree = tmp_path_factory.mktemp("phantoms") / "mimic"
+    synth(tree, images=150, size=128, workers=1)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def tiny_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of the 150 phantoms at 32 and 64 px: three shards. Not to be written to."""
+    out = tmp_path_factory.mktemp("tiny") / "set"
+    build(phantoms, out, [32, 64], workers=1, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 real radiographs of 224 px and 37 of about 2500 × 1970 px as a MIMIC-CXR-JPG tree."""
+    if not (REAL / "make_mimic.py").exists():
+        pytest.skip("the real radiographs are not here")
+    tree = tmp_path_factory.mktemp("real") / "mimic"
+    subprocess.run([sys.executable, REAL / "make_mimic.py", tree, "--limit", "200"], check=True, capture_output=True)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def real_set(real_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of the real radiographs at 64, 256 and 1024 px. Not to be written to."""
+    out = tmp_path_factory.mktemp("real-set") / "set"
+    build(real_tree, out, [64, 256, 1024], quiet=True)
+    return out
