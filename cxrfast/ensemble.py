@@ -28,6 +28,7 @@ from cxrfast.evaluate import (
     folds_text,
     markdown_table,
     over_findings,
+    plus_minus,
     read_answers,
     with_predictions,
 )
@@ -116,8 +117,7 @@ def fit_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = No
     return weights
 
 
-def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None,
-                weights: np.ndarray) -> np.ndarray:
+def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
     """Binary cross-entropy of `combine`, nats, mean over unmasked entries, float64 (L,); NaN where none is.
 
     log p = logsumexp_s(log w_s + log σ(l_s)) and log(1 - p) with σ(-l_s): p is never rounded to 0 or 1.
@@ -135,8 +135,7 @@ def _log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return metrics.log_sigmoid(np.where(np.asarray(targets) > 0.5, logits, -np.asarray(logits)))
 
 
-def _ratios(logits: np.ndarray, targets: np.ndarray,
-            mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _ratios(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Likelihoods over the best scale's, (S, N, L) in [0, 1], and the entries' shares of the mean, (N, L).
 
     The shift by the largest term that keeps logsumexp from underflow; free of the weights, it is done once.
@@ -177,6 +176,12 @@ class EnsembleResult:
     @property
     def methods(self) -> tuple[str, ...]:
         return (*self.names, "voting", "stacked")
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """`256 px`, …; the names where one scale comes twice."""
+        unique = len(set(self.scales)) == len(self.scales)
+        return tuple(f"{scale} px" for scale in self.scales) if unique else self.names
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
@@ -239,7 +244,8 @@ def choose(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]
         several = [arch for arch, those in scales.items() if len(those) > 1]
         names = [name for name, c in known.items() if c.arch in several]
         if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
-            raise RunError(f"{have}: several architectures, or one scale twice: name the groups to combine")
+            raise RunError(f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
+                           "move those not meant to another --runs folder, or give `names` in Python")
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
         raise RunError(f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
@@ -328,31 +334,27 @@ def _notes(result: EnsembleResult, shared: int) -> str:
         missing = ", ".join(lines["label"])
         notes.append(f"Fold {fold}: validation rows lack positives or negatives of {missing}; "
                      "no weights can be fitted, so stacked is voting there.")
-    notes += [f"{name}: {folds_text(folds)} left out, which other scales lack."
-              for name, folds in result.left_out.items()]
+    if result.left_out:
+        held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
+        notes.append(f"Left out, since not every scale has them: {held}.")
     return "".join(f"- {note}\n" for note in notes)
 
 
 def to_table(result: EnsembleResult) -> Table:
-    """AUROC of every method for a terminal, the best of each finding in bold, and the gain of stacking."""
-    table = Table(title=f"AUROC of the test rows, mean ± sd over {folds_text(result.folds)}",
-                  caption="gain: stacked over the best single scale. Validation logits served both early "
-                          "stopping and the ensemble's fit.")
-    table.add_column("Finding")
-    for method in (*result.methods, "gain"):
-        table.add_column(Text(method), justify="right")
+    """Mean AUROC of every method for a terminal, the best of each finding bold; deviations are in summary.md."""
+    table = Table(title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
+                  caption="gain: of stacked over the best single scale. "
+                          "Validation logits served both early stopping and the ensemble's fit.")
+    table.add_column("Finding", overflow="fold")
+    for method in (*result.short_names, "voting", "stacked", "gain"):
+        table.add_column(Text(method), justify="right", overflow="fold")
     columns, gain = [result.matrix(method) for method in result.methods], _gains(result, "stacked")
     overall = over_findings([*columns, gain])[0]
-
-    def line(label: str, values: Sequence[np.ndarray], gains: np.ndarray) -> None:
-        means = np.array([metrics.mean_sd(v)[0][0] for v in values])
-        entries = best_bold([cells(v)[0] for v in values], means)
-        table.add_row(Text(label), *entries, cells(gains, "+")[0])
-
-    for j, label in enumerate(result.labels):
-        line(label, [v[:, [j]] for v in columns], gain[:, [j]])
-    table.add_section()
-    line("Mean", overall[:-1], overall[-1])
+    # Findings and then their mean, methods and then the gain.
+    means = np.stack([metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1)
+    for label, line in zip((*result.labels, "Mean"), means, strict=True):
+        entries = best_bold([plus_minus(mean, np.nan) for mean in line[:-1]], line[:-1])
+        table.add_row(Text(label), *entries, plus_minus(line[-1], np.nan, "+"), end_section=label == result.labels[-1])
     return table
 
 
@@ -364,9 +366,7 @@ def weights_figure(result: EnsembleResult) -> Figure:
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.2, 0.9, len(result.names)))
     left, place = np.zeros(len(labels)), np.arange(len(labels))
     undefined = np.isnan(weights).any(axis=1)
-    unique = len(set(result.scales)) == len(result.scales)
-    names = [f"{scale} px" for scale in result.scales] if unique else result.names
-    for s, (name, colour) in enumerate(zip(names, colours, strict=True)):
+    for s, (name, colour) in enumerate(zip(result.short_names, colours, strict=True)):
         width = np.where(undefined, 0.0, weights[:, s])
         bars = axes.barh(place, width, left=left, height=0.78, color=colour, edgecolor="white", label=name)
         ink = "white" if colour[:3] @ (0.299, 0.587, 0.114) < 0.55 else "#222222"

@@ -325,6 +325,12 @@ def read_erf(run: Run) -> Erf:
     return Erf(run=run.name, map=group["erf"][:], **numbers)
 
 
+def has_erf(run: Run) -> bool:
+    """True if the field of this very configuration is stored."""
+    path = run.folder / "maps.zarr"
+    return path.is_dir() and open_arrays(path).attrs.get("erf", {}).get("config_hash") == run.config.hash
+
+
 # Figure
 
 FLOOR = 1e-4

@@ -315,10 +315,11 @@ def to_table(evaluation: Evaluation) -> Table:
     means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
     skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else None
     table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=skipped)
-    table.add_column("Finding")
+    table.add_column("Finding", overflow="fold")
     table.add_column("Positives", justify="right")
     for name in evaluation.names:
-        table.add_column(Text(f"{name}\n{folds_text(evaluation.folds(name))}"), justify="right")
+        head = ("".join(name.rpartition("-")[:2]), name.rpartition("-")[2], folds_text(evaluation.folds(name)).split(" (")[0])
+        table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")
     for j, label in enumerate(evaluation.labels):
         entries = best_bold([text[j] for text in texts], means[:, j])
         table.add_row(Text(label), f"{evaluation.positives[label]:,}", *entries)

@@ -183,9 +183,14 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
     return result
 
 
+def figure_path(run: Run, label: str) -> Path:
+    """Where the run keeps a finding's figure."""
+    return run.folder / f"gradcam-{quote(label, safe=' ')}.png"
+
+
 def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
-    """Write `figure` as a PNG into the run's folder and return its path."""
-    path = run.folder / f"gradcam-{quote(label, safe=' ')}.png"
+    """Write `figure` as a PNG to `figure_path`, which is returned."""
+    path = figure_path(run, label)
     with replacing(path) as file:
         figure(run, label, shards).savefig(file, format="png", dpi=150)
     return path

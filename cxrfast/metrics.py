@@ -62,9 +62,10 @@ def bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None)
     Each entry costs log(1 + exp(∓l)), so that no probability is rounded to 0 or 1 on the way.
     """
     logits = np.asarray(logits, np.float64)
-    losses = np.logaddexp(0.0, np.where(np.asarray(targets) > 0.5, -logits, logits))
-    losses = losses.ravel() if mask is None else losses[mask]
-    return float(losses.mean()) if losses.size else float("nan")
+    against = np.where(np.asarray(targets) > 0.5, -logits, logits)
+    against = against.ravel() if mask is None else against[mask]  # first, so that a masked NaN stays unread
+    with np.errstate(invalid="ignore"):  # an unmasked one gives NaN, which says enough
+        return float(np.logaddexp(0.0, against).mean()) if against.size else float("nan")
 
 
 def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

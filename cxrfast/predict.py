@@ -12,7 +12,7 @@ from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import Advance, progress
-from cxrfast.runs import Run
+from cxrfast.runs import Run, part_rows
 from cxrfast.store import Predictions, write_predictions
 
 PARTS = ("val", "test")
@@ -27,7 +27,7 @@ def predict(run: Run, world: World, *, shards: Path | None = None, engine: str =
     reader = open_reader(run, shards)
     model = load_model(run, world.device)
     table = run.rows()
-    rows = {part: table.loc[table["part"] == part, "row"].to_numpy() for part in PARTS}
+    rows = {part: part_rows(table, part) for part in PARTS}
     parts: dict[str, Predictions] = {}
     total = sum(map(len, rows.values()))
     with progress(f"predict {run.name}", total, quiet=quiet or not world.is_first) as advance:

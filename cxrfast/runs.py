@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -114,6 +115,11 @@ class Run:
             if not path.exists():
                 raise RunError(f"{self.folder} has no best.safetensors yet: train it first") from None
             raise RunError(f"{path} is damaged ({error}): train the run again") from error
+
+
+def part_rows(rows: pd.DataFrame, part: str) -> np.ndarray:
+    """int64, ascending: the rows of a part of a run's table."""
+    return rows.loc[rows["part"] == part, "row"].to_numpy(np.int64, copy=True)
 
 
 def run_folder(runs: Path, config: TrainConfig, name: str | None = None) -> Path:

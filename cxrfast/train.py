@@ -32,7 +32,7 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.predict import complete, score
 from cxrfast.progress import Advance, progress
-from cxrfast.runs import Run, run_folder, start_run
+from cxrfast.runs import Run, part_rows, run_folder, start_run
 from cxrfast.shards.manifest import read_set
 from cxrfast.shards.rows import read_rows
 from cxrfast.splits import check_parts, official_masks, part_masks
@@ -96,6 +96,12 @@ def select_rows(table: pd.DataFrame, config: TrainConfig, held: np.ndarray) -> p
     return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
 
 
+def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World) -> TrainOrder:
+    """The order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
+    return TrainOrder(rows=part_rows(rows, "train"), global_batch=config.global_batch, micro_batch=config.micro_batch,
+                      seed=config.seed, rank=ranks.rank, world=ranks.size)
+
+
 def train(config: TrainConfig, place: Place) -> Run:
     """Train, or go on with, the run of this configuration. Returns it when it is done."""
     with world(place.device) as ranks:
@@ -107,6 +113,7 @@ def train(config: TrainConfig, place: Place) -> Run:
             load_weights(model, config.weights)
         reader = Reader(place.shards, config.scale)
         rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows)
+        train_order(config, rows, ranks)  # refuses sizes that do not fit before anything is written
         folder = run_folder(place.runs, config, place.name)
         run = start_run(folder, config, place.shards, rows) if ranks.is_first else Run(folder, config, place.shards)
         ranks.barrier()
@@ -126,14 +133,14 @@ class Trainer:
         config = run.config
         self.run, self.config, self.ranks, self.place = run, config, ranks, place
         rows = run.rows()
-        self.rows = {part: rows.loc[rows["part"] == part, "row"].to_numpy() for part in ("train", "val")}
+        self.val_rows = part_rows(rows, "val")
         self._put_labels(rows, reader.info.images)
-        shared = {"rank": ranks.rank, "world": ranks.size, "micro_batch": config.micro_batch, "seed": config.seed}
-        self.order = TrainOrder(rows=self.rows["train"], global_batch=config.global_batch, **shared)
+        self.order = train_order(config, rows, ranks)
         loading: dict[str, Any] = {"device": ranks.device, "engine": place.engine, "threads": place.threads,
                                    "local_ranks": ranks.local_size}
         self.train_loader = Loader(reader, self.order, augment=Augment(degrees=config.degrees, flip=config.flip), **loading)
-        self.val_loader = Loader(reader, EvalOrder(rows=self.rows["val"], **shared), **loading)
+        val_order = EvalOrder(rows=self.val_rows, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.size)
+        self.val_loader = Loader(reader, val_order, **loading)
 
         self.model = model.to(ranks.device)
         self.forward: torch.nn.Module = self.model
@@ -229,11 +236,11 @@ class Trainer:
         """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start."""
         losses = self.ranks.gather(float(self.loss))
         trained = time.monotonic()
-        with progress(f"{self.run.name} validation", len(self.rows["val"]), quiet=True) as advance:
+        with progress(f"{self.run.name} validation", len(self.val_rows), quiet=True) as advance:
             scores = score(self.model, self.val_loader, self.ranks, self.config.precision, advance)
         result: dict[str, Any] = {}
         if scores is not None and losses is not None:
-            complete(scores, self.rows["val"], self.run.name)
+            complete(scores, self.val_rows, self.run.name)
             target, mask = self.host_target[scores.row], self.host_mask[scores.row]
             per_label = auroc(scores.logits, target, mask)
             defined = per_label[~np.isnan(per_label)]

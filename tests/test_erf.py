@@ -150,12 +150,12 @@ def test_batches_do_not_mix_images_and_squares_are_averaged_over_images() -> Non
 
 def test_batch_norm_stays_in_evaluation_mode_and_the_model_is_left_as_it_was() -> None:
     model = with_features(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
-    model.net.features[1].eval()
+    model.net.features[0].eval()
     model.net.features[0].bias.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fields.effective_receptive_field(model, [noise(2, 16)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert (model.training, model.net.features[1].training) == (True, False)
+    assert [model.training, *(layer.training for layer in model.net.features)] == [True, False, True]
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
     assert all(p.grad is None for p in model.parameters())
 
@@ -235,7 +235,9 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
     run = make_run(tmp_path, tiny_set)
     with pytest.raises(RunError, match="cxrfast erf"):
         fields.read_erf(run)
+    assert not fields.has_erf(run)
     first = fields.erf(run, images=3, quiet=True)
+    assert fields.has_erf(run)
     stored = fields.read_erf(read_run(run.folder))
     np.testing.assert_array_equal(stored.map, first.map)
     assert replace(stored, map=first.map) == first
@@ -275,8 +277,10 @@ def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_
 def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set)
     fields.erf(run, images=1, quiet=True)
+    other = replace(run, config=replace(run.config, seed=1))
+    assert not fields.has_erf(other)
     with pytest.raises(RunError, match="another run"):
-        fields.read_erf(replace(run, config=replace(run.config, seed=1)))
+        fields.read_erf(other)
 
 
 def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:

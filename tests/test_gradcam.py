@@ -174,7 +174,7 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
 
 def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set, [0, -1, np.nan])
-    with pytest.raises(RunError, match="'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
+    with pytest.raises(RunError, match=r"'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
         cams.gradcam_run(run, "Gout", quiet=True)
     with pytest.raises(RunError, match=f"none of the 3 images of its test part has {LABEL}$"):
         cams.gradcam_run(run, LABEL, quiet=True)
@@ -204,6 +204,7 @@ def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, 
     np.testing.assert_array_equal(overlays[1].images[1].get_array(), made.maps[1])
     path = cams.save_figure(run, LABEL)
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert path == cams.figure_path(run, LABEL)
     assert path.parent == run.folder
 
 

@@ -96,7 +96,7 @@ def test_mean_and_deviation_leave_out_the_undefined():
     values = np.array([[0.5, np.nan, np.nan], [0.7, 0.9, np.nan], [0.9, np.nan, np.nan]])
     mean, sd = metrics.mean_sd(values)
     np.testing.assert_allclose(mean, [0.7, 0.9, np.nan])
-    np.testing.assert_allclose(sd, [np.std([0.5, 0.7, 0.9], ddof=1), np.nan, np.nan])
+    np.testing.assert_allclose(sd, np.array([np.std([0.5, 0.7, 0.9], ddof=1), np.nan, np.nan]))
 
 
 def test_counts_leave_out_the_masked():

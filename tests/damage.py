@@ -1,0 +1,58 @@
+"""Damage done on purpose to copies of shard sets; shared by the tests of those who must find it."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+from cxrfast.files import sha256
+from cxrfast.shards.manifest import built, read_manifest, scales_in, shard_path, write_sums
+from cxrfast.shards.tar import read_index
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_set(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def flip_bit(path: Path, position: int, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(data)
+
+
+def where(folder: Path, scale: int, row: int) -> tuple[int, int, int]:
+    """(shard, offset, size) of the JPEG of `row`."""
+    for shard in built(folder, scale):
+        for held, offset, size in read_index(folder, scale, shard):
+            if held == row:
+                return shard, offset, size
+    raise KeyError(row)
+
+
+def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
+    """Put `data`, padded to the old length, in the place of a row's JPEG, and make every hash and checksum agree:
+    what a set would look like whose build had written a bad image."""
+    shard, offset, size = where(folder, scale, row)
+    assert len(data) <= size
+    tar = shard_path(folder, scale, shard, "tar")
+    whole = bytearray(tar.read_bytes())
+    whole[offset:offset + size] = data.ljust(size, b"\0")
+    tar.write_bytes(whole)
+    path = shard_path(folder, scale, shard, "json")
+    manifest = json.loads(path.read_bytes())
+    manifest["sha256"] = sha256(tar)
+    manifest["crc32"][manifest["rows"].index(row)] = zlib.crc32(whole[offset:offset + size])
+    path.write_text(json.dumps(manifest) + "\n")
+    sign(folder)
+
+
+def sign(folder: Path) -> None:
+    """Write SHA256SUMS anew, so that only contradictions between files remain to be found."""
+    manifests = [m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))]
+    write_sums(folder, manifests)

@@ -1,0 +1,171 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import copy_set, flip_bit, replace_image, sign, where
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.images import encode
+from cxrfast.shards.manifest import shard_path
+from cxrfast.shards.rows import read_rows, write_rows
+from cxrfast.shards.verify import Problem, Verdict, verify
+
+
+def check(folder: Path, deep: bool = False) -> Verdict:
+    return verify(folder, deep=deep, quiet=True)
+
+
+def change(path: Path, **fields) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}) + "\n")
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that can be spoiled."""
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+def test_a_set_as_it_was_built_has_no_problems_and_is_not_written_to(tiny_set):
+    before = {path: path.stat().st_mtime_ns for path in tiny_set.rglob("*")}
+    verdict = check(tiny_set)
+    assert verdict.problems == []
+    assert verdict.rows == {32: 150, 64: 150}
+    assert verdict.quarantined == 0
+    assert verdict.bytes == sum(p.stat().st_size for p in before if p.is_file() and p.name != "SHA256SUMS")
+    assert {path: path.stat().st_mtime_ns for path in tiny_set.rglob("*")} == before
+
+
+def test_every_real_radiograph_decodes(real_set):
+    verdict = check(real_set, deep=True)
+    assert verdict.problems == []
+    assert verdict.rows == {64: 237, 256: 237, 1024: 237}
+
+
+@pytest.mark.parametrize("name", ["32/000001.tar", "32/000001.idx", "64/000002.json", "rows.parquet", "quarantine.csv",
+                                  "set.json"])
+def test_a_single_flipped_bit_anywhere_in_a_file_is_found(folder, name):
+    rng = np.random.default_rng(len(name))
+    data = (folder / name).read_bytes()
+    for position in {0, len(data) - 1, *rng.integers(len(data), size=6).tolist()}:
+        flip_bit(folder / name, position, 1 << int(rng.integers(8)))
+        try:
+            assert Problem(name, "its bytes have changed") in check(folder).problems, f"byte {position}"
+        except ShardError:
+            assert name == "set.json", "only without it there is nothing to compare"
+        (folder / name).write_bytes(data)
+    assert check(folder).problems == []
+
+
+@pytest.mark.parametrize("name", ["64/000000.tar", "64/000000.idx", "64/000002.json", "rows.parquet", "quarantine.csv"])
+def test_a_missing_file_is_found(folder, name):
+    (folder / name).unlink()
+    assert check(folder).problems == [Problem(name, "missing")]
+
+
+@pytest.mark.parametrize("name", ["64/000003.tar", "32/000001.tar.1.tmp", "notes.txt"])
+def test_a_file_that_does_not_belong_to_the_set_is_found(folder, name):
+    (folder / name).touch()
+    assert check(folder).problems == [Problem(name, "not part of the set")]
+
+
+def test_swapped_tars_are_found(folder):
+    one, two = (shard_path(folder, 32, n, "tar") for n in (0, 1))
+    one.rename(folder / "aside")
+    two.rename(one)
+    (folder / "aside").rename(two)
+    changed = "its bytes have changed"
+    assert check(folder).problems == [Problem("32/000000.tar", changed), Problem("32/000001.tar", changed)]
+
+
+# The hashes agree, but the files contradict each other
+
+
+def test_two_shards_swapped_whole_are_found(folder):
+    for suffix in ("tar", "idx", "json"):
+        one, two = (shard_path(folder, 32, n, suffix) for n in (0, 1))
+        one.rename(folder / "aside")
+        two.rename(one)
+        (folder / "aside").rename(two)
+    sign(folder)
+    assert any(p.path.startswith("32/") for p in check(folder).problems)
+
+
+def test_a_shard_of_another_set_is_found(folder):
+    change(shard_path(folder, 64, 1, "json"), set="0" * 32)
+    sign(folder)
+    assert check(folder).problems == [Problem("64/000001.json", "belongs to another set")]
+
+
+def test_a_shard_lost_between_others_is_found(folder):
+    for suffix in ("tar", "idx", "json"):
+        shard_path(folder, 64, 1, suffix).unlink()
+    sign(folder)
+    assert [p.what for p in check(folder).problems] == ["shard 1 is missing at 64 px"]
+
+
+def test_rows_that_are_neither_held_nor_quarantined_are_found(folder):
+    path = shard_path(folder, 64, 1, "json")
+    value = json.loads(path.read_bytes())
+    change(path, rows=value["rows"][:-1], crc32=value["crc32"][:-1])
+    sign(folder)
+    assert {p.what for p in check(folder).problems} == {
+        "does not account for the rows 64 to 127", "holds other rows than at 32 px", "lists other rows than its index"}
+
+
+def test_an_index_of_another_shard_is_found(folder):
+    shutil.copy(shard_path(folder, 64, 0, "idx"), shard_path(folder, 64, 1, "idx"))
+    sign(folder)
+    assert check(folder).problems == [Problem("64/000001.json", "lists other rows than its index")]
+
+
+def test_a_plan_with_a_row_missing_or_an_image_renamed_is_found(folder):
+    rows = read_rows(folder / "rows.parquet")
+    write_rows(folder / "rows.parquet", rows.iloc[:-1])
+    sign(folder)
+    assert check(folder).problems == [Problem("rows.parquet", "does not hold the rows 0 to 149")]
+    rows.loc[3, "image_id"] = "another"
+    write_rows(folder / "rows.parquet", rows)
+    sign(folder)
+    assert check(folder).problems == [Problem("rows.parquet", "does not match the set id in set.json")]
+
+
+@pytest.mark.parametrize(("image", "what"), [
+    (b"no picture", "not an image"), (None, "truncated"), (encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px")])
+def test_deep_finds_an_image_that_was_written_wrong(folder, image, what):
+    shard, offset, size = where(folder, 32, 70)
+    jpeg = shard_path(folder, 32, shard, "tar").read_bytes()[offset:offset + size]
+    replace_image(folder, 32, 70, jpeg[:size // 2] if image is None else image)
+    assert check(folder).problems == []
+    problems = check(folder, deep=True).problems
+    assert [(p.path, p.what.split(": ")[-1].split(" is ")[-1]) for p in problems] == [("32/000001.tar", what)]
+    assert "row 70" in problems[0].what
+
+
+def test_deep_finds_a_checksum_of_another_image(folder):
+    path = shard_path(folder, 64, 0, "json")
+    crc32 = json.loads(path.read_bytes())["crc32"]
+    change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
+    sign(folder)
+    assert check(folder, deep=True).problems == [Problem("64/000000.tar", "row 5 differs from its crc32")]
+
+
+# Nothing can be compared
+
+
+def test_a_set_that_was_never_finished_is_refused(folder):
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(ShardError, match="not finished"):
+        check(folder)
+
+
+def test_a_set_of_another_schema_version_is_refused(folder):
+    change(folder / "set.json", schema=99)
+    with pytest.raises(ShardError, match="schema version 99"):
+        check(folder)
+
+
+def test_a_folder_that_is_no_set_is_refused(tmp_path):
+    with pytest.raises(ShardError, match="not a shard set"):
+        check(tmp_path)
