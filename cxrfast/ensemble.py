@@ -301,16 +301,17 @@ def to_markdown(result: EnsembleResult) -> str:
     gains = [_gains(result, method) for method in ("voting", "stacked")]
     means, shared = over_findings([*columns, *gains])
     texts = [cells(values) for values in columns] + [cells(values, "+") for values in gains]
-    lines = [[label, best[j], *(text[j] for text in texts)] for j, label in enumerate(result.labels)]
+    short = dict(zip(result.names, result.short_names, strict=True))
+    lines = [[label, short.get(best[j], best[j]), *(text[j] for text in texts)] for j, label in enumerate(result.labels)]
     mean = [cells(v, "+" if i >= len(columns) else "")[0] for i, v in enumerate(means)]
-    head = ["Finding", "Best single scale", *result.methods, "Voting − best", "Stacked − best"]
+    head = ["Finding", "Best single", *result.short_names, "voting", "stacked", "Voting − best", "Stacked − best"]
     weight_lines = [[label, *("undefined" if np.isnan(w) else f"{w:.2f}" for w in weights[j])]
                     for j, label in enumerate(result.labels)]
     return ("# Ensemble of scales, AUROC of the test rows\n\n"
             f"Mean ± standard deviation over {folds_text(result.folds)}.\n\n"
             f"{markdown_table(head, [*lines, ['Mean', '', *mean]])}\n{_notes(result, shared)}\n"
             "## Weights\n\nOf the stacked ensemble, mean over folds.\n\n"
-            f"{markdown_table(['Finding', *result.names], weight_lines)}")
+            f"{markdown_table(['Finding', *result.short_names], weight_lines)}")
 
 
 def _notes(result: EnsembleResult, shared: int) -> str:

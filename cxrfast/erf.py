@@ -23,9 +23,9 @@ from cxrfast.errors import RunError
 from cxrfast.model import Classifier
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
-from cxrfast.pipelines.reader import Reader
+from cxrfast.predict import load_model, open_reader
 from cxrfast.progress import progress
-from cxrfast.runs import Run
+from cxrfast.runs import Run, part_rows
 from cxrfast.store import open_arrays, update_arrays
 
 THRESHOLD = 1 - 0.9545
@@ -247,26 +247,6 @@ class Erf:
                 f"95 % within {self.radius_95:.0f} px; {self.images} images")
 
 
-def open_images(run: Run, shards: Path | None = None) -> Reader:
-    """The images that `run` was trained with, at its scale, from `shards` or from where they lay then.
-
-    Raises RunError if what is there is another shard set.
-    """
-    folder = shards or run.shards
-    reader = Reader(folder, run.config.scale)
-    if reader.info.id != run.config.set_id:
-        raise RunError(f"{run.name} was trained on shard set {run.config.set_id}, {folder} is "
-                       f"{reader.info.id}: give the right one with --shards")
-    return reader
-
-
-def load_model(run: Run, device: torch.device | str) -> Classifier:
-    """The run's best weights, on `device`."""
-    model = Classifier(run.config.arch, len(run.config.labels))
-    model.load_state_dict(run.load_best())
-    return model.eval().to(device)
-
-
 def small_batches(rows: np.ndarray, scale: int) -> EvalOrder:
     """`rows` in their order, in batches that a backward pass can afford."""
     return EvalOrder(rows=rows, micro_batch=max(1, BATCH_PIXELS // scale**2))
@@ -279,12 +259,12 @@ def erf(run: Run, images: int = 64, shards: Path | None = None, device: torch.de
     Raises RunError for a run without weights or validation rows, and for another shard set.
     """
     frame = run.rows()
-    rows = frame.loc[frame["part"] == "val", "row"].to_numpy(np.int64, copy=True)[:max(images, 0)]
+    rows = part_rows(frame, "val")[:max(images, 0)]
     if not len(rows):
         raise RunError(f"{run.name}: a receptive field needs at least one validation image; {images} of its "
                        f"{(frame['part'] == 'val').sum():,} were asked for")
     model, scale = load_model(run, device), run.config.scale
-    with open_images(run, shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
+    with open_reader(run, shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
 
         def batches() -> Iterator[torch.Tensor]:
             for batch in Loader(reader, small_batches(rows, scale), device=device):

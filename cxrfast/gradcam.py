@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.erf import frozen, load_model, open_images, small_batches
+from cxrfast.erf import frozen, small_batches
 from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
 from cxrfast.model import Classifier
 from cxrfast.pipelines.loader import Loader
+from cxrfast.predict import load_model, open_reader
 from cxrfast.progress import progress
 from cxrfast.runs import Run
 from cxrfast.store import has_predictions, open_arrays, read_predictions, update_arrays
@@ -96,7 +97,7 @@ def gradcam_run(run: Run, label: str, images: int = 8, part: str = "test", shard
     model = load_model(run, device)
     maps: list[np.ndarray] = []
     logits: list[np.ndarray] = []
-    with (open_images(run, shards) as reader,
+    with (open_reader(run, shards) as reader,
           progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance):
         for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
             batch_maps, batch_logits = gradcam(model, batch.image, index)
@@ -209,6 +210,6 @@ def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
 
 def _read_images(run: Run, rows: np.ndarray, shards: Path | None) -> np.ndarray:
     """uint8 (n, H, W)"""
-    with open_images(run, shards) as reader:
+    with open_reader(run, shards) as reader:
         loader = Loader(reader, small_batches(rows, run.config.scale))
         return np.concatenate([batch.image[:, 0].numpy() for batch in loader])

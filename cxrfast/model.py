@@ -13,6 +13,9 @@ from cxrfast.errors import RunError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, as torchvision's weights expect."""
 
+SMALL = 64
+"""Side in px from which on no torchvision classifier runs out of pixels; smaller images are tried."""
+
 
 class Normalise(nn.Module):
     """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scaled to [0, 1], copied to three channels, normalised."""
@@ -44,6 +47,18 @@ class Classifier(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.net(self.normalise(image))
+
+    def check_size(self, side: int) -> None:
+        """Raises RunError if images of `side` px are too small for the network's poolings."""
+        if side < SMALL:
+            training, device = self.training, self.normalise.mean.device
+            try:
+                with torch.inference_mode():
+                    self.eval()(torch.zeros((1, 1, side, side), dtype=torch.uint8, device=device))
+            except RuntimeError as error:
+                raise RunError(f"images of {side} px are too small for {self.arch}: use a scale of 32 px or more") from error
+            finally:
+                self.train(training)
 
     @property
     def feature_layers(self) -> nn.Module:

@@ -51,7 +51,7 @@ def open_reader(run: Run, shards: Path | None = None) -> Reader:
     return reader
 
 
-def load_model(run: Run, device: torch.device) -> Classifier:
+def load_model(run: Run, device: torch.device | str) -> Classifier:
     """The run's classifier with its best weights, in eval mode on the device."""
     model = Classifier(run.config.arch, len(run.config.labels))
     try:

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from cxrfast import __version__, ensemble, erf, evaluate
 from cxrfast.errors import RunError
@@ -23,6 +24,9 @@ from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd
 from cxrfast.runs import Run, find_runs
 from cxrfast.store import has_predictions
+
+FIGURES = "figures"
+"""Folder of the report's figures, in the folder of the runs."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ def report(runs: Path) -> Path:
         sections += [_auroc(runs), _ensemble(runs, found)]
     else:
         sections.append(Section("AUROC", _markdown(f"Nothing predicted yet: `cxrfast predict {found[0].folder}`")))
-    sections += [_learning(found), _erf(found), _gradcam(found), _resources(found), _configuration(found)]
+    sections += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
     environment = Environment(loader=PackageLoader("cxrfast", "."), autoescape=select_autoescape(default=True))
     html = environment.get_template("report.html.j2").render(sections=sections, version=__version__)
     write_bytes(runs / "report.html", html.encode())
@@ -54,9 +58,12 @@ def _markdown(text: str) -> Markup:
     return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
 
 
-def _png(figure: Figure, dpi: int = 110) -> str:
+def _png(figure: Figure, path: Path) -> str:
+    """Save the figure, for slides and papers, and return it as a data URL."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(exist_ok=True)
+    write_bytes(path, buffer.getvalue())
     return _data_url(buffer.getvalue())
 
 
@@ -86,7 +93,7 @@ def _auroc(runs: Path) -> Section:
     text = evaluate.to_markdown(evaluation).split("\n", 1)[1]  # without its heading
     section = Section("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
-        section.figures.append(("AUROC by resolution, mean ± sd over folds", _png(auroc_figure(evaluation))))
+        section.figures.append(("AUROC by resolution, mean ± sd over folds", _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
     return section
 
 
@@ -120,16 +127,16 @@ def _ensemble(runs: Path, found: list[Run]) -> Section:
         result = ensemble.ensemble(runs)
     except RunError as error:
         return Section("Ensemble of scales", _markdown(str(error)))
-    text = ensemble.to_markdown(result).split("\n", 1)[1]
+    text = ensemble.to_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
     return Section("Ensemble of scales", _markdown(text),
-                   [("Weights of the scales, mean over folds", _png(ensemble.weights_figure(result)))])
+                   [("Weights of the scales, mean over folds", _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png"))])
 
 
-def _learning(runs: list[Run]) -> Section:
+def _learning(folder: Path, runs: list[Run]) -> Section:
     trained = [run for run in runs if run.metrics()]
     if not trained:
         return Section("Learning curves", _markdown("No epoch has ended yet."))
-    return Section("Learning curves", figures=[("A line a run; folds of a scale share their colour", _png(learning_figure(trained)))])
+    return Section("Learning curves", figures=[("A line a run; folds of a scale share their colour", _png(learning_figure(trained), folder / FIGURES / "learning.png"))])
 
 
 def learning_figure(runs: list[Run]) -> Figure:
@@ -148,19 +155,23 @@ def learning_figure(runs: list[Run]) -> Figure:
                       label=name if first and key == "train_loss" else None)
     for axes, title in zip(panels, ("training loss", "validation loss", "validation AUROC"), strict=True):
         axes.set_title(title, fontsize="medium")
+        if "loss" in title:
+            axes.set_yscale("log")  # an early validation loss may be ten times the later ones
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize="small")
     return figure
 
 
-def _erf(runs: list[Run]) -> Section:
+def _erf(folder: Path, runs: list[Run]) -> Section:
     measured = [run for run in runs if erf.has_erf(run)]
     if not measured:
         return Section("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
     text = "\n".join(f"- {erf.read_erf(run).describe()}" for run in measured)
     return Section("Effective receptive fields", _markdown(text),
-                   [("Squared gradient of the centre of the last feature map; the square has the field's area", _png(erf.figure(measured)))])
+                   [("Squared gradient of the centre of the last feature map; the square has the field's area", _png(erf.figure(measured), folder / FIGURES / "erf.png"))])
 
 
 def _gradcam(runs: list[Run]) -> Section:

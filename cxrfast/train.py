@@ -109,6 +109,7 @@ def train(config: TrainConfig, place: Place) -> Run:
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
         model = Classifier(config.arch, len(config.labels))
+        model.check_size(config.scale)
         if ranks.is_first:  # the other ranks get rank 0's weights from DistributedDataParallel
             load_weights(model, config.weights)
         reader = Reader(place.shards, config.scale)

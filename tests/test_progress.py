@@ -1,0 +1,76 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cxrfast.progress import duration, progress
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"),
+                                               (3725, "1h02m"), (360_000, "100h00m")])
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+@given(st.floats(0, 1e6))
+def test_a_duration_is_right_to_the_smaller_of_its_two_units(seconds):
+    text = duration(seconds)
+    total, number = 0, ""
+    for letter in text:
+        if letter.isdigit():
+            number += letter
+        else:
+            total, number = total + int(number) * {"h": 3600, "m": 60, "s": 1}[letter], ""
+    assert abs(total - seconds) <= (60 if "h" in text else 0.5)
+
+
+def test_where_stderr_is_no_terminal_a_step_ends_in_one_plain_line(capsys):
+    with progress("sharding", 1500, unit="images") as advance:
+        for _ in range(15):
+            advance(100)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sharding: 1,500/1,500 images, ")
+    assert err.count("\n") == 1
+
+
+def test_a_long_step_says_now_and_then_how_long_it_will_take(capsys):
+    with progress("hashing", 3, unit="MB", every=0) as advance:
+        advance()
+        advance(note="loss 0.3")
+        advance()
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("hashing: 1/3 MB, ")
+    assert first.endswith(" left")
+    assert second.endswith(" left  loss 0.3")
+    assert last.startswith("hashing: 3/3 MB")
+    assert " left" not in last
+
+
+def test_a_step_with_nothing_to_do_is_no_error(capsys):
+    with progress("sharding", 0):
+        pass
+    assert capsys.readouterr().err.startswith("sharding: 0/0 images")
+
+
+def test_quiet_shows_nothing(capsys):
+    with progress("sharding", 10, quiet=True) as advance:
+        advance(3, note="x")
+        advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_with_a_rate_and_stdout_stays_clean():
+    script = ("from cxrfast.progress import progress\n"
+              "with progress('sharding', 3) as advance:\n    [advance(note='shard 7') for _ in range(3)]")
+    master, slave = os.openpty()
+    done = subprocess.run([sys.executable, "-c", script], stderr=slave, stdout=subprocess.PIPE, check=True,
+                          env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    os.close(slave)
+    text = os.read(master, 100_000).decode()
+    os.close(master)
+    assert done.stdout == b""
+    assert all(part in text for part in ("sharding", "3/3", "images/s", "shard 7"))
