@@ -74,7 +74,7 @@ def _torchrun(config: TrainConfig, shards: Path, runs: Path, nproc: int, device:
     fixed = {"set_id", "labels", "views", "factor", "patience", "stop_after", "degrees", "flip"}
     options: dict[str, Any] = {"shards": shards, "runs": runs, "device": device, "engine": engine, "threads": threads,
                                **{name: value for name, value in asdict(config).items() if name not in fixed}}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "-m", "cxrfast.train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "cxrfast.train"]
     for name, value in options.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     command += [argument for view in config.views for argument in ("--view", view)]

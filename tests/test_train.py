@@ -23,13 +23,13 @@ TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_pea
 
 def command(shards: Path, runs: Path, nproc: int = 1) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port=0"] if nproc > 1 else []
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
     return [sys.executable, *start, "-m", "cxrfast.train", f"--shards={shards}", f"--runs={runs}", "--scale=32",
             "--checkpoint-steps=2", "--device=cpu", *options]
 
 
 def run_to_the_end(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
 
 
@@ -111,8 +111,8 @@ with world("cpu") as ranks:
 def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", script,
-                           tiny_set, tmp_path / "runs"], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script,
+                           tiny_set, tmp_path / "runs"], capture_output=True, text=True, timeout=150,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
     assert done.returncode == 0, done.stderr
     _, before, _, after = done.stdout.split()
