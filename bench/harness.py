@@ -61,9 +61,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Machine, versions and command, as every result carries them. Names no host and no user."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "command": "cxrfast " + " ".join(sys.argv[1:]), "processor": processor(), "cores": usable_cores(),
-        "memory_bytes": memory_bytes(), "gpu": gpu, "driver": nvidia_driver() if gpu else None,
-        "python": platform.python_version(), "torch": torch.__version__, "dali": dali_build(), **versions(),
+        "command": "cxrfast " + " ".join(sys.argv[1:]),
+        "processor": processor(),
+        "cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
+        "gpu": gpu,
+        "driver": nvidia_driver() if gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dali": dali_build(),
+        **versions(),
         "commit": _commit(),
     }
 
@@ -73,8 +80,13 @@ def _commit() -> str | None:
     from pathlib import Path
 
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).resolve().parent,
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -74,8 +74,18 @@ class Result:
     provenance: dict[str, Any]
 
 
-def bench(shards: Path | None, scales: list[int], out: Path, *, arch: str = "densenet121", seconds: float = 10.0,
-          micro_batch: int | None = None, device: str = "auto", engine: str = "auto", threads: int | None = None) -> Result:
+def bench(
+    shards: Path | None,
+    scales: list[int],
+    out: Path,
+    *,
+    arch: str = "densenet121",
+    seconds: float = 10.0,
+    micro_batch: int | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
+) -> Result:
     """Measure every scale, write bench.json, bench.md and bench.png into `out`."""
     chosen = pick_device(device)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as temporary:
@@ -88,8 +98,15 @@ def bench(shards: Path | None, scales: list[int], out: Path, *, arch: str = "den
         lines, failed = [], {}
         for scale in scales or there:
             size = micro_batch or preset(scale).micro_batch
-            options = {"shards": str(shards), "scale": scale, "arch": arch, "seconds": seconds, "device": device,
-                       "engine": engine, "threads": threads}
+            options = {
+                "shards": str(shards),
+                "scale": scale,
+                "arch": arch,
+                "seconds": seconds,
+                "device": device,
+                "engine": engine,
+                "threads": threads,
+            }
             try:
                 lines.append(_in_own_process(options, size))
             except RunError as error:
@@ -117,19 +134,23 @@ def _in_own_process(options: dict[str, Any], micro_batch: int) -> Line:
         short = done.returncode == -9 or "memory" in tail[0].lower()
         if not short or micro_batch == 1:
             raise RunError(f"{options['scale']} px with micro-batch {micro_batch}: {tail[0]}")
-        print(f"{options['scale']} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr)
+        print(
+            f"{options['scale']} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr
+        )
         micro_batch //= 2
 
 
-def measure(shards: Path, scale: int, arch: str, seconds: float, device: str, engine: str, threads: int | None,
-            micro_batch: int) -> Line:
+def measure(
+    shards: Path, scale: int, arch: str, seconds: float, device: str, engine: str, threads: int | None, micro_batch: int
+) -> Line:
     """One scale, in this process."""
     ranks = World(pick_device(device))
     if ranks.device.type == "cpu":  # a failed allocation can be told; the system's memory killer cannot
         limit = int(0.85 * memory_bytes())
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    config = make_config(shards, scale, device=device, arch=arch, weights="none", global_batch=micro_batch,
-                         micro_batch=micro_batch)
+    config = make_config(
+        shards, scale, device=device, arch=arch, weights="none", global_batch=micro_batch, micro_batch=micro_batch
+    )
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
@@ -140,12 +161,17 @@ def measure(shards: Path, scale: int, arch: str, seconds: float, device: str, en
     is_gpu = ranks.device.type == "cuda"
     free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
     return Line(
-        scale=scale, micro_batch=micro_batch, **{name: figure.median for name, figure in figures.items()},
+        scale=scale,
+        micro_batch=micro_batch,
+        **{name: figure.median for name, figure in figures.items()},
         fed=figures["train"].ratio(figures["cached"]),
         process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         torch_peak_bytes=torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None,
-        gpu_used_bytes=total - free if is_gpu else None, engine=trainer.train_loader.engine, precision=config.precision,
-        rounds={name: figure.rounds for name, figure in figures.items()})
+        gpu_used_bytes=total - free if is_gpu else None,
+        engine=trainer.train_loader.engine,
+        precision=config.precision,
+        rounds={name: figure.rounds for name, figure in figures.items()},
+    )
 
 
 def _measurements(trainer: Trainer) -> dict[str, Callable[[float], float]]:
@@ -211,17 +237,38 @@ def to_table(result: Result) -> Table:
     return table
 
 
-_HEADER = ("px", "micro-batch", "load/s", "train/s", "cached/s", "fed", "validate/s", "process GiB", "torch GiB", "GPU GiB",
-           "engine, precision")
+_HEADER = (
+    "px",
+    "micro-batch",
+    "load/s",
+    "train/s",
+    "cached/s",
+    "fed",
+    "validate/s",
+    "process GiB",
+    "torch GiB",
+    "GPU GiB",
+    "engine, precision",
+)
 
 
 def _cells(line: Line) -> list[str]:
     def gib(size: int | None) -> str:
         return "-" if size is None else f"{size / 2**30:.1f}"
 
-    return [str(line.scale), str(line.micro_batch), f"{line.load:,.1f}", f"{line.train:,.1f}", f"{line.cached:,.1f}",
-            f"{line.fed:.2f}", f"{line.validate:,.1f}", gib(line.process_bytes), gib(line.torch_peak_bytes),
-            gib(line.gpu_used_bytes), f"{line.engine}, {line.precision}"]
+    return [
+        str(line.scale),
+        str(line.micro_batch),
+        f"{line.load:,.1f}",
+        f"{line.train:,.1f}",
+        f"{line.cached:,.1f}",
+        f"{line.fed:.2f}",
+        f"{line.validate:,.1f}",
+        gib(line.process_bytes),
+        gib(line.torch_peak_bytes),
+        gib(line.gpu_used_bytes),
+        f"{line.engine}, {line.precision}",
+    ]
 
 
 def _write(result: Result, out: Path) -> None:
@@ -242,7 +289,12 @@ def plot(result: Result) -> Plot:
     figure = Plot(figsize=(9, 3.6), layout="constrained")
     rates, memory = figure.subplots(1, 2)
     x = [line.scale for line in result.lines]
-    for name, what in (("load", "loading"), ("train", "training"), ("cached", "training, cached batch"), ("validate", "validation")):
+    for name, what in (
+        ("load", "loading"),
+        ("train", "training"),
+        ("cached", "training, cached batch"),
+        ("validate", "validation"),
+    ):
         rates.plot(x, [getattr(line, name) for line in result.lines], "o--" if name == "cached" else "o-", label=what)
     rates.set(xscale="log", yscale="log", xlabel="side, px", ylabel="images/s")
     rates.legend(frameon=False)

@@ -34,8 +34,10 @@ class Cli(click.Group):
             fail(str(error))
         except OSError as error:
             if is_disk_full(error):
-                fail(f"no space or quota left ({error.filename or 'while writing'}): what was finished is kept; make room and "
-                     "run the same command again")
+                fail(
+                    f"no space or quota left ({error.filename or 'while writing'}): what was finished is kept; make room and "
+                    "run the same command again"
+                )
             if error.filename is None:
                 raise
             fail(f"{error.filename}: {error.strerror}")
@@ -84,9 +86,13 @@ def synth(out: Path, **options: Any) -> None:
 @click.option("--data", type=FOLDER, default=config.DATA, show_default=True, help="Source tree; or set CXRFAST_DATA.")
 @click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
 @click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
-@click.option("--source", type=click.Choice(["mimic"]), default="mimic", show_default=True, help="Layout of the source tree.")
+@click.option(
+    "--source", type=click.Choice(["mimic"]), default="mimic", show_default=True, help="Layout of the source tree."
+)
 @click.option("--workers", type=int, help="Processes. [default: usable cores]")
-@click.option("--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
+)
 @click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
 @click.option("--quality", default=95, show_default=True, help="JPEG quality.")
 @click.option("--seed", default=0, show_default=True, help="Of the row permutation and the folds.")
@@ -114,8 +120,10 @@ def verify(shards: Path, deep: bool) -> None:
     if verdict.problems:
         fail(f"{shards} is damaged: {len(verdict.problems)} problems, named above")
     held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
-    click.echo(f"{shards}: {held}; {verdict.info.images:,} planned, {verdict.quarantined:,} quarantined; "
-               f"{verdict.bytes / 1e6:,.0f} MB hashed{', every image decoded' if deep else ''}: whole")
+    click.echo(
+        f"{shards}: {held}; {verdict.info.images:,} planned, {verdict.quarantined:,} quarantined; "
+        f"{verdict.bytes / 1e6:,.0f} MB hashed{', every image decoded' if deep else ''}: whole"
+    )
 
 
 # Training
@@ -123,32 +131,45 @@ def verify(shards: Path, deep: bool) -> None:
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of `train` and `study` that decide what is trained; None means the preset's value."""
-    for option in reversed((
-        click.option("--arch", help="A torchvision classifier. [default: densenet121]"),
-        click.option("--weights", help="imagenet, none, a .pth or .safetensors file, or a run. [default: imagenet]"),
-        click.option("--policy", help="Uncertain labels: u_zeros, u_ones or u_ignore. [default: u_zeros]"),
-        click.option("--split", help="folds or official. [default: folds]"),
-        click.option("--view", "views", multiple=True, help="Keep this view position only; may be given again."),
-        click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows of each part only."),
-        click.option("--global-batch", type=int, help="Images an optimiser step. [default: by scale]"),
-        click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]"),
-        click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
-        click.option("--epochs", type=int, help="At most. [default: 100]"),
-        click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
-        click.option("--seed", type=int, help="[default: 0]"),
-    )):
+    for option in reversed(
+        (
+            click.option("--arch", help="A torchvision classifier. [default: densenet121]"),
+            click.option(
+                "--weights", help="imagenet, none, a .pth or .safetensors file, or a run. [default: imagenet]"
+            ),
+            click.option("--policy", help="Uncertain labels: u_zeros, u_ones or u_ignore. [default: u_zeros]"),
+            click.option("--split", help="folds or official. [default: folds]"),
+            click.option("--view", "views", multiple=True, help="Keep this view position only; may be given again."),
+            click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows of each part only."),
+            click.option("--global-batch", type=int, help="Images an optimiser step. [default: by scale]"),
+            click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]"),
+            click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
+            click.option("--epochs", type=int, help="At most. [default: 100]"),
+            click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
+            click.option("--seed", type=int, help="[default: 0]"),
+        )
+    ):
         command = option(command)
     return command
 
 
 def place_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where and how something runs."""
-    for option in reversed((
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
-        click.option("--engine", type=click.Choice(["auto", "dali", "host"]), default="auto", show_default=True,
-                     help="Who decodes."),
-        click.option("--threads", type=click.IntRange(min=1), help="Decoding threads a process. [default: usable cores]"),
-    )):
+    for option in reversed(
+        (
+            click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+            click.option(
+                "--engine",
+                type=click.Choice(["auto", "dali", "host"]),
+                default="auto",
+                show_default=True,
+                help="Who decodes.",
+            ),
+            click.option(
+                "--threads", type=click.IntRange(min=1), help="Decoding threads a process. [default: usable cores]"
+            ),
+        )
+    ):
         command = option(command)
     return command
 
@@ -167,18 +188,43 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 @recipe_options
 @place_options
 @click.option("--checkpoint-minutes", default=10.0, show_default=True, help="Write last.pt at least so often.")
-@click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Write last.pt after so many optimiser steps, too.")
+@click.option(
+    "--checkpoint-steps", type=click.IntRange(min=1), help="Write last.pt after so many optimiser steps, too."
+)
 @click.option("--deterministic", is_flag=True, help="Bitwise repeatable on a GPU, slower.")
-def train(shards: Path, scale: int, fold: int, runs: Path, name: str | None, device: str, engine: str, threads: int | None,
-          checkpoint_minutes: float, checkpoint_steps: int | None, deterministic: bool, **recipe: Any) -> None:
+def train(
+    shards: Path,
+    scale: int,
+    fold: int,
+    runs: Path,
+    name: str | None,
+    device: str,
+    engine: str,
+    threads: int | None,
+    checkpoint_minutes: float,
+    checkpoint_steps: int | None,
+    deterministic: bool,
+    **recipe: Any,
+) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
     from cxrfast.train import Place, make_config
     from cxrfast.train import train as run_training
 
     chosen = make_config(shards, scale, device=device, fold=fold, **given(recipe))
-    run = run_training(chosen, Place(
-        shards=shards, runs=runs, name=name, device=device, engine=engine, threads=threads, deterministic=deterministic,
-        checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps))
+    run = run_training(
+        chosen,
+        Place(
+            shards=shards,
+            runs=runs,
+            name=name,
+            device=device,
+            engine=engine,
+            threads=threads,
+            deterministic=deterministic,
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+        ),
+    )
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
 
@@ -285,13 +331,31 @@ def report(runs: Path) -> None:
 @click.option("--nproc", default=1, show_default=True, help="Processes a training, as torchrun --nproc_per_node.")
 @recipe_options
 @place_options
-def study(shards: Path, runs: Path, scales: tuple[int, ...], folds: tuple[int, ...], nproc: int, device: str, engine: str,
-          threads: int | None, **recipe: Any) -> None:
+def study(
+    shards: Path,
+    runs: Path,
+    scales: tuple[int, ...],
+    folds: tuple[int, ...],
+    nproc: int,
+    device: str,
+    engine: str,
+    threads: int | None,
+    **recipe: Any,
+) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
     from cxrfast.study import study as carry_out
 
-    result = carry_out(shards, runs, list(scales), list(folds), nproc=nproc, device=device, engine=engine, threads=threads,
-                       recipe=given(recipe))
+    result = carry_out(
+        shards,
+        runs,
+        list(scales),
+        list(folds),
+        nproc=nproc,
+        device=device,
+        engine=engine,
+        threads=threads,
+        recipe=given(recipe),
+    )
     show(*result.tables)
     click.echo(f"report: {result.report}")
 
@@ -299,7 +363,9 @@ def study(shards: Path, runs: Path, scales: tuple[int, ...], folds: tuple[int, .
 @cli.command()
 @click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
-@click.option("--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot.")
+@click.option(
+    "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
+)
 @click.option("--arch", default="densenet121", show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Measured time a figure.")
 @click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]")

@@ -103,8 +103,11 @@ class TrainConfig:
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """`name: mine, not theirs` for every field that differs."""
-        return [f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
-                for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        return [
+            f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainConfig":

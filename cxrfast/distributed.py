@@ -72,8 +72,9 @@ def world(device: str = "auto") -> Iterator[World]:
     else:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
-                                device_id=chosen if chosen.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", device_id=chosen if chosen.type == "cuda" else None
+        )
     try:
         yield World(chosen, rank, size, local_size)
         if size > 1:
@@ -96,13 +97,17 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if torch.cuda.is_available():
         index = int(name.partition(":")[2] or local_rank)
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"GPU {index} was asked for and {torch.cuda.device_count()} are there: start fewer processes "
-                              "(--nproc_per_node), or set CUDA_VISIBLE_DEVICES")
+            raise DeviceError(
+                f"GPU {index} was asked for and {torch.cuda.device_count()} are there: start fewer processes "
+                "(--nproc_per_node), or set CUDA_VISIBLE_DEVICES"
+            )
         return torch.device("cuda", index)
     if driver := nvidia_driver():
-        raise DeviceError(f"the NVIDIA driver {driver} is there but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
-                          f"use it (DALI: {dali_build()}): update the driver, install a torch for its CUDA version, "
-                          "or use --device cpu")
+        raise DeviceError(
+            f"the NVIDIA driver {driver} is there but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
+            f"use it (DALI: {dali_build()}): update the driver, install a torch for its CUDA version, "
+            "or use --device cpu"
+        )
     if name == "auto":
         return torch.device("cpu")
     raise DeviceError(f"--device {name}: this machine has no NVIDIA GPU; use --device cpu, or run `cxrfast doctor`")

@@ -44,16 +44,25 @@ def _software() -> Iterator[Finding]:
 
 def _machine() -> Iterator[Finding]:
     cores, memory = usable_cores(), memory_bytes()
-    yield Finding("processor", f"{processor()}, {cores} usable cores",
-                  "decoding at 256 px wants several cores a GPU" if cores < 4 else "")
+    yield Finding(
+        "processor",
+        f"{processor()}, {cores} usable cores",
+        "decoding at 256 px wants several cores a GPU" if cores < 4 else "",
+    )
     yield Finding("memory", f"{memory / 2**30:,.0f} GiB")
     shared = Path("/dev/shm")
     if shared.exists():
-        yield Finding("/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders")
+        yield Finding(
+            "/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders"
+        )
 
 
 def _device() -> Iterator[Finding]:
-    yield Finding("DALI", dali_build(), "" if dali.available() else "pip install nvidia-dali-cuda120; the host engine serves meanwhile")
+    yield Finding(
+        "DALI",
+        dali_build(),
+        "" if dali.available() else "pip install nvidia-dali-cuda120; the host engine serves meanwhile",
+    )
     try:
         device = pick_device("auto")
     except CxrfastError as error:
@@ -63,21 +72,33 @@ def _device() -> Iterator[Finding]:
         yield Finding("GPU", "none", "training runs on the CPU: for small scales and trials only")
     for i in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         properties = torch.cuda.get_device_properties(i)
-        yield Finding(f"GPU {i}", f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
-                                  f"CUDA {torch.version.cuda}")
+        yield Finding(
+            f"GPU {i}",
+            f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
+            f"CUDA {torch.version.cuda}",
+        )
     yield Finding("precision", resolve_precision("auto", device))
 
 
 def _data() -> Iterator[Finding]:
     _, weights = imagenet_file("densenet121")
-    yield Finding("ImageNet weights", str(weights) if weights.exists() else "not on this machine",
-                  "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR")
+    yield Finding(
+        "ImageNet weights",
+        str(weights) if weights.exists() else "not on this machine",
+        "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
+    )
     tables = any(config.DATA.glob("mimic-cxr-2.*.csv*"))
-    yield Finding("source tree", str(config.DATA) if tables else f"none in {config.DATA}",
-                  "" if tables else "set CXRFAST_DATA, or give --data")
+    yield Finding(
+        "source tree",
+        str(config.DATA) if tables else f"none in {config.DATA}",
+        "" if tables else "set CXRFAST_DATA, or give --data",
+    )
     try:
         info = read_set(config.SHARDS)
-        yield Finding("shard set", f"{config.SHARDS}: {info.images:,} images at {', '.join(map(str, scales_in(config.SHARDS)))} px")
+        yield Finding(
+            "shard set",
+            f"{config.SHARDS}: {info.images:,} images at {', '.join(map(str, scales_in(config.SHARDS)))} px",
+        )
     except CxrfastError:
         yield Finding("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
     here = Path(os.getcwd())

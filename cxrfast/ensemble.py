@@ -66,8 +66,14 @@ def uniform(logits: np.ndarray) -> np.ndarray:
     return np.full((logits.shape[2], logits.shape[0]), 1.0 / logits.shape[0])
 
 
-def fit(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None, epochs: int = EPOCHS,
-        lr: float = LEARNING_RATE, decay: float = DECAY) -> np.ndarray:
+def fit(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    mask: np.ndarray | None = None,
+    epochs: int = EPOCHS,
+    lr: float = LEARNING_RATE,
+    decay: float = DECAY,
+) -> np.ndarray:
     """The study's stacking (Haque et al. 2023): weights float64 (L, S), rows summing to one.
 
     w = softmax(v) over the scales of each finding; v starts at 0, which is voting, and minimises the binary
@@ -226,8 +232,9 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     weights, auroc, bce = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     configs = [group[folds[0]].config for group in groups.values()]
     left_out = {name: sorted(rest) for name, group in groups.items() if (rest := set(group) - set(folds))}
-    result = EnsembleResult(tuple(groups), tuple(c.scale for c in configs), configs[0].labels, tuple(folds),
-                            left_out, weights, auroc, bce)
+    result = EnsembleResult(
+        tuple(groups), tuple(c.scale for c in configs), configs[0].labels, tuple(folds), left_out, weights, auroc, bce
+    )
     write(runs / FOLDER, result)
     return result
 
@@ -244,12 +251,16 @@ def choose(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]
         several = [arch for arch, those in scales.items() if len(those) > 1]
         names = [name for name, c in known.items() if c.arch in several]
         if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
-            raise RunError(f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
-                           "move those not meant to another --runs folder, or give `names` in Python")
+            raise RunError(
+                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
+                "move those not meant to another --runs folder, or give `names` in Python"
+            )
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
-        raise RunError(f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
-                       f"has only those of {have}{waiting}: train and predict another scale")
+        raise RunError(
+            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
+            f"has only those of {have}{waiting}: train and predict another scale"
+        )
     return by_name(run for run in predicted if run.folder.parent.name in names)
 
 
@@ -259,19 +270,40 @@ def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     logits, targets, mask = _join(runs, "val")
     fitted, optimum, fixed = fit(logits, targets, mask), fit_em(logits, targets, mask), uniform(logits)
     undefined = ~_defined(targets, mask)
-    bce = pd.DataFrame({"fold": fold, "label": labels} | {
-        name: np.where(undefined, np.nan, mixture_bce(logits, targets, mask, weights))
-        for name, weights in (("voting", fixed), ("stacked", fitted), ("optimum", optimum))})
+    bce = pd.DataFrame(
+        {"fold": fold, "label": labels}
+        | {
+            name: np.where(undefined, np.nan, mixture_bce(logits, targets, mask, weights))
+            for name, weights in (("voting", fixed), ("stacked", fitted), ("optimum", optimum))
+        }
+    )
     shown = [np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum)]
-    weights = pd.concat([pd.DataFrame({
-        "label": labels, "name": run.folder.parent.name, "scale": run.config.scale, "fold": fold,
-        "weight": shown[0][:, s], "em_weight": shown[1][:, s]}) for s, run in enumerate(runs)])
+    weights = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "label": labels,
+                    "name": run.folder.parent.name,
+                    "scale": run.config.scale,
+                    "fold": fold,
+                    "weight": shown[0][:, s],
+                    "em_weight": shown[1][:, s],
+                }
+            )
+            for s, run in enumerate(runs)
+        ]
+    )
     logits, targets, mask = _join(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
-    auroc = pd.concat([pd.DataFrame({
-        "fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)})
-        for method, score in scores.items()])
+    auroc = pd.concat(
+        [
+            pd.DataFrame(
+                {"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)}
+            )
+            for method, score in scores.items()
+        ]
+    )
     return weights, auroc, bce
 
 
@@ -302,16 +334,22 @@ def to_markdown(result: EnsembleResult) -> str:
     means, shared = over_findings([*columns, *gains])
     texts = [cells(values) for values in columns] + [cells(values, "+") for values in gains]
     short = dict(zip(result.names, result.short_names, strict=True))
-    lines = [[label, short.get(best[j], best[j]), *(text[j] for text in texts)] for j, label in enumerate(result.labels)]
+    lines = [
+        [label, short.get(best[j], best[j]), *(text[j] for text in texts)] for j, label in enumerate(result.labels)
+    ]
     mean = [cells(v, "+" if i >= len(columns) else "")[0] for i, v in enumerate(means)]
     head = ["Finding", "Best single", *result.short_names, "voting", "stacked", "Voting − best", "Stacked − best"]
-    weight_lines = [[label, *("undefined" if np.isnan(w) else f"{w:.2f}" for w in weights[j])]
-                    for j, label in enumerate(result.labels)]
-    return ("# Ensemble of scales, AUROC of the test rows\n\n"
-            f"Mean ± standard deviation over {folds_text(result.folds)}.\n\n"
-            f"{markdown_table(head, [*lines, ['Mean', '', *mean]])}\n{_notes(result, shared)}\n"
-            "## Weights\n\nOf the stacked ensemble, mean over folds.\n\n"
-            f"{markdown_table(['Finding', *result.short_names], weight_lines)}")
+    weight_lines = [
+        [label, *("undefined" if np.isnan(w) else f"{w:.2f}" for w in weights[j])]
+        for j, label in enumerate(result.labels)
+    ]
+    return (
+        "# Ensemble of scales, AUROC of the test rows\n\n"
+        f"Mean ± standard deviation over {folds_text(result.folds)}.\n\n"
+        f"{markdown_table(head, [*lines, ['Mean', '', *mean]])}\n{_notes(result, shared)}\n"
+        "## Weights\n\nOf the stacked ensemble, mean over folds.\n\n"
+        f"{markdown_table(['Finding', *result.short_names], weight_lines)}"
+    )
 
 
 def _notes(result: EnsembleResult, shared: int) -> str:
@@ -320,21 +358,27 @@ def _notes(result: EnsembleResult, shared: int) -> str:
     weights, best = result.mean_weights(), result.best_single()
     both = [j for j, name in enumerate(best) if name in result.names and not np.isnan(weights[j]).any()]
     top = sum(result.names[weights[j].argmax()] == best[j] for j in both)
-    notes = ["Validation logits served both early stopping and the ensemble's fit; test rows served neither.",
-             "The best single scale is the one with the highest mean test AUROC, a choice that favours it; "
-             "gains over it are taken fold by fold.",
-             f"Mean: over the {shared} of {len(result.labels)} findings that are defined in every fold.",
-             f"The largest weight is that of the best single scale for {top} of {len(both)} findings."]
+    notes = [
+        "Validation logits served both early stopping and the ensemble's fit; test rows served neither.",
+        "The best single scale is the one with the highest mean test AUROC, a choice that favours it; "
+        "gains over it are taken fold by fold.",
+        f"Mean: over the {shared} of {len(result.labels)} findings that are defined in every fold.",
+        f"The largest weight is that of the best single scale for {top} of {len(both)} findings.",
+    ]
     if len(fitted):
         gap = fitted["stacked"] - fitted["optimum"]
-        notes.append(f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate "
-                     f"{LEARNING_RATE:g}, × {DECAY:g} an epoch) ends {gap.mean():.4f} nats above the optimum "
-                     f"that EM finds, at most {gap.max():.4f}; "
-                     f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it.")
+        notes.append(
+            f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate "
+            f"{LEARNING_RATE:g}, × {DECAY:g} an epoch) ends {gap.mean():.4f} nats above the optimum "
+            f"that EM finds, at most {gap.max():.4f}; "
+            f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it."
+        )
     for fold, lines in result.bce[result.bce["stacked"].isna()].groupby("fold"):
         missing = ", ".join(lines["label"])
-        notes.append(f"Fold {fold}: validation rows lack positives or negatives of {missing}; "
-                     "no weights can be fitted, so stacked is voting there.")
+        notes.append(
+            f"Fold {fold}: validation rows lack positives or negatives of {missing}; "
+            "no weights can be fitted, so stacked is voting there."
+        )
     if result.left_out:
         held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
         notes.append(f"Left out, since not every scale has them: {held}.")
@@ -343,16 +387,20 @@ def _notes(result: EnsembleResult, shared: int) -> str:
 
 def to_table(result: EnsembleResult) -> Table:
     """Mean AUROC of every method for a terminal, the best of each finding bold; deviations are in summary.md."""
-    table = Table(title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
-                  caption="gain: of stacked over the best single scale. "
-                          "Validation logits served both early stopping and the ensemble's fit.")
+    table = Table(
+        title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
+        caption="gain: of stacked over the best single scale. "
+        "Validation logits served both early stopping and the ensemble's fit.",
+    )
     table.add_column("Finding", overflow="fold")
     for method in (*result.short_names, "voting", "stacked", "gain"):
         table.add_column(Text(method), justify="right", overflow="fold")
     columns, gain = [result.matrix(method) for method in result.methods], _gains(result, "stacked")
     overall = over_findings([*columns, gain])[0]
     # Findings and then their mean, methods and then the gain.
-    means = np.stack([metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1)
+    means = np.stack(
+        [metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1
+    )
     for label, line in zip((*result.labels, "Mean"), means, strict=True):
         entries = best_bold([plus_minus(mean, np.nan) for mean in line[:-1]], line[:-1])
         table.add_row(Text(label), *entries, plus_minus(line[-1], np.nan, "+"), end_section=label == result.labels[-1])
@@ -375,8 +423,16 @@ def weights_figure(result: EnsembleResult) -> Figure:
         axes.bar_label(bars, numbers, label_type="center", color=ink, fontsize=8)
         left += width
     if undefined.any():
-        axes.barh(place[undefined], 1.0, height=0.78, color="none", edgecolor="#999999", hatch="///",
-                  linewidth=0.5, label="undefined")
+        axes.barh(
+            place[undefined],
+            1.0,
+            height=0.78,
+            color="none",
+            edgecolor="#999999",
+            hatch="///",
+            linewidth=0.5,
+            label="undefined",
+        )
     axes.set_yticks(place, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

@@ -40,8 +40,20 @@ BATCH_PIXELS = 2**18
 _POINTWISE = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.cat}
 _POINTWISE_NAMES = {"relu", "relu_", "sigmoid", "stochastic_depth", "layer_norm", "permute", "contiguous"}
 _POINTWISE_MODULES = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Dropout, nn.Identity, nn.Linear,
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish)
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.Dropout,
+    nn.Identity,
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 Field = tuple[int, int]
@@ -143,8 +155,9 @@ def shifted(images: torch.Tensor, shifts: np.ndarray) -> torch.Tensor:
     out = torch.zeros_like(images)
     height, width = images.shape[-2:]
     for source, target, (down, right) in zip(images, out, shifts.tolist(), strict=True):
-        target[:, max(down, 0):height + min(down, 0), max(right, 0):width + min(right, 0)] = \
-            source[:, max(-down, 0):height + min(-down, 0), max(-right, 0):width + min(-right, 0)]
+        target[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = source[
+            :, max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+        ]
     return out
 
 
@@ -161,7 +174,7 @@ def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
         features = model.feature_layers(pixels)
         centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
         # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
-        gradient, = torch.autograd.grad(centre.sum(), pixels)
+        (gradient,) = torch.autograd.grad(centre.sum(), pixels)
     return gradient.sum(1).double().square()
 
 
@@ -242,9 +255,11 @@ class Erf:
     def describe(self) -> str:
         """One line for people."""
         known = f"theoretical {self.theoretical} px" if self.theoretical else "theoretical unknown"
-        return (f"{self.run}: ERF {self.size:.0f} px, {100 * self.fraction:.0f} % of the side ({known}); "
-                f"half of its energy within {self.radius_50:.0f} px of its centre, "
-                f"95 % within {self.radius_95:.0f} px; {self.images} images")
+        return (
+            f"{self.run}: ERF {self.size:.0f} px, {100 * self.fraction:.0f} % of the side ({known}); "
+            f"half of its energy within {self.radius_50:.0f} px of its centre, "
+            f"95 % within {self.radius_95:.0f} px; {self.images} images"
+        )
 
 
 def small_batches(rows: np.ndarray, scale: int) -> EvalOrder:
@@ -252,17 +267,25 @@ def small_batches(rows: np.ndarray, scale: int) -> EvalOrder:
     return EvalOrder(rows=rows, micro_batch=max(1, BATCH_PIXELS // scale**2))
 
 
-def erf(run: Run, images: int = 64, shards: Path | None = None, device: torch.device | str = "cpu",
-        seed: int = 0, quiet: bool = False) -> Erf:
+def erf(
+    run: Run,
+    images: int = 64,
+    shards: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    quiet: bool = False,
+) -> Erf:
     """Measure the field on the run's first `images` validation images, in fp32, and keep it in maps.zarr.
 
     Raises RunError for a run without weights or validation rows, and for another shard set.
     """
     frame = run.rows()
-    rows = part_rows(frame, "val")[:max(images, 0)]
+    rows = part_rows(frame, "val")[: max(images, 0)]
     if not len(rows):
-        raise RunError(f"{run.name}: a receptive field needs at least one validation image; {images} of its "
-                       f"{(frame['part'] == 'val').sum():,} were asked for")
+        raise RunError(
+            f"{run.name}: a receptive field needs at least one validation image; {images} of its "
+            f"{(frame['part'] == 'val').sum():,} were asked for"
+        )
     model, scale = load_model(run, device), run.config.scale
     with open_reader(run, shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
 
@@ -272,8 +295,14 @@ def erf(run: Run, images: int = 64, shards: Path | None = None, device: torch.de
                 advance(len(batch.row))
 
         found = effective_receptive_field(model, batches()).astype(np.float32)
-    result = _summarise(found, run=run.name, images=len(rows), seed=seed, config_hash=run.config.hash,
-                        theoretical=_theoretical_or_none(run.config.arch))
+    result = _summarise(
+        found,
+        run=run.name,
+        images=len(rows),
+        seed=seed,
+        config_hash=run.config.hash,
+        theoretical=_theoretical_or_none(run.config.arch),
+    )
     numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
     update_arrays(run.folder / "maps.zarr", {"erf": found}, {"erf": numbers})
     return result
@@ -282,8 +311,14 @@ def erf(run: Run, images: int = 64, shards: Path | None = None, device: torch.de
 def _summarise(erf_map: np.ndarray, **known: Any) -> Erf:
     """A map with the numbers that sum it up; `known` are the fields that it does not tell."""
     size = erf_size(erf_map)
-    return Erf(map=erf_map, size=size, fraction=size / erf_map.shape[0],
-               radius_50=energy_radius(erf_map, 0.5), radius_95=energy_radius(erf_map, 0.95), **known)
+    return Erf(
+        map=erf_map,
+        size=size,
+        fraction=size / erf_map.shape[0],
+        radius_50=energy_radius(erf_map, 0.5),
+        radius_95=energy_radius(erf_map, 0.95),
+        **known,
+    )
 
 
 def _theoretical_or_none(arch: str) -> int | None:
@@ -332,7 +367,7 @@ def figure(runs: Sequence[Run]) -> Figure:
     lines = -(-len(groups) // columns)
     result = Figure(figsize=(3.0 * columns + 1.2, 3.2 * lines + 0.4), layout="constrained")
     panels = result.subplots(lines, columns, squeeze=False).ravel()
-    for axes in panels[len(groups):]:
+    for axes in panels[len(groups) :]:
         axes.set_axis_off()
     for axes, ((_, name), found) in zip(panels, groups.items(), strict=False):
         shown = _draw(axes, found)
@@ -353,8 +388,10 @@ def _draw(axes: Axes, found: Sequence[Erf]) -> Any:
     axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
     known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
     many = f"{len(found)} folds × " if len(found) > 1 else ""
-    axes.set_title(f"{side} px: ERF {size:.0f} px, {100 * size / side:.0f} % of the side\n"
-                   f"{known}{many}{found[0].images} images", fontsize="small")
+    axes.set_title(
+        f"{side} px: ERF {size:.0f} px, {100 * size / side:.0f} % of the side\n{known}{many}{found[0].images} images",
+        fontsize="small",
+    )
     axes.set_xticks([0, side // 2, side])
     axes.set_yticks([0, side // 2, side])
     return shown

@@ -64,13 +64,25 @@ class Evaluation:
         for name in self.names:
             auroc, auprc = self.matrix(name), self.matrix(name, "auprc")
             scale = self.table.loc[self.table["name"] == name, "scale"].iloc[0]
-            columns = {f"{metric}_{statistic}": value
-                       for metric, values in (("auroc", auroc), ("auprc", auprc))
-                       for statistic, value in zip(("mean", "sd"), metrics.mean_sd(values), strict=True)}
-            frames.append(pd.DataFrame({
-                "name": name, "scale": scale, "label": self.labels, "part": self.part, "folds": len(auroc),
-                "folds_defined": (~np.isnan(auroc)).sum(axis=0), **columns,
-                "positives": [self.positives[label] for label in self.labels]}))
+            columns = {
+                f"{metric}_{statistic}": value
+                for metric, values in (("auroc", auroc), ("auprc", auprc))
+                for statistic, value in zip(("mean", "sd"), metrics.mean_sd(values), strict=True)
+            }
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "name": name,
+                        "scale": scale,
+                        "label": self.labels,
+                        "part": self.part,
+                        "folds": len(auroc),
+                        "folds_defined": (~np.isnan(auroc)).sum(axis=0),
+                        **columns,
+                        "positives": [self.positives[label] for label in self.labels],
+                    }
+                )
+            )
         return pd.concat(frames, ignore_index=True)
 
 
@@ -129,8 +141,7 @@ def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
     found = find_runs(runs)
     predicted = [run for run in found if has_predictions(run)]
     if not predicted:
-        raise RunError(f"none of the {len(found)} runs in {runs} has predictions: "
-                       f"`cxrfast predict {runs}/*/fold-*`")
+        raise RunError(f"none of the {len(found)} runs in {runs} has predictions: `cxrfast predict {runs}/*/fold-*`")
     return predicted, [run.name for run in found if not has_predictions(run)]
 
 
@@ -164,8 +175,10 @@ def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
 
 
 def _refuse(first: Run, second: Run, why: str) -> NoReturn:
-    raise RunError(f"{first.name} and {second.name} cannot be joined: {why}; "
-                   "move one of them to another --runs folder, or train it again like the other")
+    raise RunError(
+        f"{first.name} and {second.name} cannot be joined: {why}; "
+        "move one of them to another --runs folder, or train it again like the other"
+    )
 
 
 def read_answers(run: Run, part: str) -> Answers:
@@ -179,13 +192,17 @@ def read_answers(run: Run, part: str) -> Answers:
         rows = run.rows()
         rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run.folder / 'rows.parquet'} is missing or damaged ({error}): "
-                       "restore it, or train the run again in a new folder") from error
+        raise RunError(
+            f"{run.folder / 'rows.parquet'} is missing or damaged ({error}): "
+            "restore it, or train the run again in a new folder"
+        ) from error
     row = rows["row"].to_numpy(np.int64)
     if not np.array_equal(row, predictions.row):
         missing, extra = len(np.setdiff1d(row, predictions.row)), len(np.setdiff1d(predictions.row, row))
-        raise RunError(f"{run.name}: of the {len(row):,} {part} rows {missing:,} have no prediction, "
-                       f"and {extra:,} other rows have one: {again}")
+        raise RunError(
+            f"{run.name}: of the {len(row):,} {part} rows {missing:,} have no prediction, "
+            f"and {extra:,} other rows have one: {again}"
+        )
     shape = len(row), len(labels)
     if predictions.logits.shape != shape:
         raise RunError(f"{run.name}: logits of {part} are {predictions.logits.shape}, not {shape}: {again}")
@@ -198,15 +215,17 @@ def check_same_rows(first: Answers, second: Answers) -> None:
     """Raises RunError if two runs of one fold do not hold the same rows with the same raw labels."""
     apart = np.setxor1d(first.row, second.row)
     if len(apart):
-        _refuse(first.run, second.run,
-                f"{len(apart):,} {first.part} rows are in one of them only, such as row {apart[0]}")
+        _refuse(
+            first.run, second.run, f"{len(apart):,} {first.part} rows are in one of them only, such as row {apart[0]}"
+        )
     differ = ~((first.raw == second.raw) | (np.isnan(first.raw) & np.isnan(second.raw)))
     if differ.any():
         at, j = np.argwhere(differ)[0]
         example = f"{first.run.config.labels[j]} of row {first.row[at]}"
         values = f"{first.raw[at, j]:g} is not {second.raw[at, j]:g}"
-        _refuse(first.run, second.run,
-                f"{differ.sum():,} labels of {first.part} rows differ, such as {example}: {values}")
+        _refuse(
+            first.run, second.run, f"{differ.sum():,} labels of {first.part} rows differ, such as {example}: {values}"
+        )
 
 
 # Scores
@@ -219,12 +238,23 @@ def score(answers: Answers) -> pd.DataFrame:
     """
     config, (target, mask) = answers.run.config, answers.targets()
     positives, negatives = metrics.counts(target, mask)
-    auprc = [average_precision_score(t[m], s[m]) if p and n else np.nan
-             for t, s, m, p, n in zip(target.T, answers.logits.T, mask.T, positives, negatives, strict=True)]
-    return pd.DataFrame({
-        "name": answers.run.folder.parent.name, "scale": config.scale, "fold": config.fold,
-        "label": config.labels, "part": answers.part, "auroc": metrics.auroc(answers.logits, target, mask),
-        "auprc": auprc, "positives": positives, "negatives": negatives})
+    auprc = [
+        average_precision_score(t[m], s[m]) if p and n else np.nan
+        for t, s, m, p, n in zip(target.T, answers.logits.T, mask.T, positives, negatives, strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "name": answers.run.folder.parent.name,
+            "scale": config.scale,
+            "fold": config.fold,
+            "label": config.labels,
+            "part": answers.part,
+            "auroc": metrics.auroc(answers.logits, target, mask),
+            "auprc": auprc,
+            "positives": positives,
+            "negatives": negatives,
+        }
+    )
 
 
 def distinct_positives(answers: Iterable[Answers]) -> list[int]:
@@ -251,8 +281,10 @@ def plus_minus(mean: float, sd: float, sign: str = "") -> str:
 def cells(values: np.ndarray, sign: str = "") -> list[str]:
     """The cell of each finding from float64 (K, L), with the folds it is defined in if those are not all."""
     defined = (~np.isnan(values)).sum(axis=0)
-    return [plus_minus(mean, sd, sign) + (f" ({n} of {len(values)} folds)" if 0 < n < len(values) else "")
-            for mean, sd, n in zip(*metrics.mean_sd(values), defined, strict=True)]
+    return [
+        plus_minus(mean, sd, sign) + (f" ({n} of {len(values)} folds)" if 0 < n < len(values) else "")
+        for mean, sd, n in zip(*metrics.mean_sd(values), defined, strict=True)
+    ]
 
 
 def over_findings(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
@@ -268,6 +300,7 @@ def over_findings(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """The first column is set left, the others right."""
+
     def line(entries: Iterable[str]) -> str:
         return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |\n"
 
@@ -288,14 +321,18 @@ def to_markdown(evaluation: Evaluation) -> str:
     one = next(iter(folds.values())) if len(set(folds.values())) == 1 else None
     over = one or "; ".join(f"{name}: {text}" for name, text in folds.items())
     texts = [cells(values) for values in columns]
-    lines = [[label, f"{evaluation.positives[label]:,}", *(text[j] for text in texts)]
-             for j, label in enumerate(evaluation.labels)]
+    lines = [
+        [label, f"{evaluation.positives[label]:,}", *(text[j] for text in texts)]
+        for j, label in enumerate(evaluation.labels)
+    ]
     lines.append(["Mean", "", *(cells(values)[0] for values in means)])
-    text = (f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-            + markdown_table(["Finding", "Positives", *evaluation.names], lines)
-            + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
-              "fold of every column. Positives: rows that hold the finding, over all folds. "
-              "Undefined: no positives or no negatives.\n")
+    text = (
+        f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
+        + markdown_table(["Finding", "Positives", *evaluation.names], lines)
+        + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
+        "fold of every column. Positives: rows that hold the finding, over all folds. "
+        "Undefined: no positives or no negatives.\n"
+    )
     if evaluation.skipped:
         text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
     return text
@@ -318,7 +355,11 @@ def to_table(evaluation: Evaluation) -> Table:
     table.add_column("Finding", overflow="fold")
     table.add_column("Positives", justify="right")
     for name in evaluation.names:
-        head = ("".join(name.rpartition("-")[:2]), name.rpartition("-")[2], folds_text(evaluation.folds(name)).split(" (")[0])
+        head = (
+            "".join(name.rpartition("-")[:2]),
+            name.rpartition("-")[2],
+            folds_text(evaluation.folds(name)).split(" (")[0],
+        )
         table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")
     for j, label in enumerate(evaluation.labels):
         entries = best_bold([text[j] for text in texts], means[:, j])

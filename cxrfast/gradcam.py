@@ -39,7 +39,7 @@ def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.T
     with torch.enable_grad():
         features, logits = _features_and_logits(model, image)
         # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
-        gradient, = torch.autograd.grad(logits[:, label].sum(), features)
+        (gradient,) = torch.autograd.grad(logits[:, label].sum(), features)
     weights = gradient.mean((2, 3), keepdim=True)
     positive = functional.relu((weights * features.detach()).sum(1, keepdim=True))
     maps = functional.interpolate(positive, size=image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
@@ -83,8 +83,15 @@ class Maps:
     """Where the rows are from: train, val or test."""
 
 
-def gradcam_run(run: Run, label: str, images: int = 8, part: str = "test", shards: Path | None = None,
-                device: torch.device | str = "cpu", quiet: bool = False) -> Maps:
+def gradcam_run(
+    run: Run,
+    label: str,
+    images: int = 8,
+    part: str = "test",
+    shards: Path | None = None,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> Maps:
     """Maps of the `images` positives of `part` with the highest logits, stored in the run's maps.zarr.
 
     The first positives where nothing has been predicted yet. Raises RunError for an unknown finding, without
@@ -97,8 +104,7 @@ def gradcam_run(run: Run, label: str, images: int = 8, part: str = "test", shard
     model = load_model(run, device)
     maps: list[np.ndarray] = []
     logits: list[np.ndarray] = []
-    with (open_reader(run, shards) as reader,
-          progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance):
+    with open_reader(run, shards) as reader, progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance:
         for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
             batch_maps, batch_logits = gradcam(model, batch.image, index)
             maps.append(batch_maps.cpu().numpy())

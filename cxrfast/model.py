@@ -56,7 +56,9 @@ class Classifier(nn.Module):
                 with torch.inference_mode():
                     self.eval()(torch.zeros((1, 1, side, side), dtype=torch.uint8, device=device))
             except RuntimeError as error:
-                raise RunError(f"images of {side} px are too small for {self.arch}: use a scale of 32 px or more") from error
+                raise RunError(
+                    f"images of {side} px are too small for {self.arch}: use a scale of 32 px or more"
+                ) from error
             finally:
                 self.train(training)
 
@@ -67,7 +69,7 @@ class Classifier(nn.Module):
             return self.net.features
         if hasattr(self.net, "layer4"):
             layers = list(self.net.children())
-            return nn.Sequential(*layers[:layers.index(self.net.layer4) + 1])
+            return nn.Sequential(*layers[: layers.index(self.net.layer4) + 1])
         raise RunError(f"no last feature map is known for {self.arch}")
 
 
@@ -94,9 +96,11 @@ def fetch_weights(arch: str, to: Path | None = None) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash is wrong
-        raise RunError(f"ImageNet weights for {arch} could not be downloaded from {url} ({error}). On a machine with a network "
-                       f"run `cxrfast fetch-weights --arch {arch} --to DIR`, copy DIR here and give --weights DIR/{target.name}; "
-                       "or train from scratch with --weights none") from error
+        raise RunError(
+            f"ImageNet weights for {arch} could not be downloaded from {url} ({error}). On a machine with a network "
+            f"run `cxrfast fetch-weights --arch {arch} --to DIR`, copy DIR here and give --weights DIR/{target.name}; "
+            "or train from scratch with --weights none"
+        ) from error
     return target
 
 
@@ -112,9 +116,15 @@ def load_weights(model: Classifier, weights: str) -> None:
     if path.is_dir():
         path = path / "best.safetensors"
     if not path.exists():
-        raise RunError(f"--weights {weights}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run")
+        raise RunError(
+            f"--weights {weights}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
+        )
     try:
-        given = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        given = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         given = {_modern(name): tensor for name, tensor in given.items()}
     except Exception as error:  # torch and safetensors raise half a dozen unrelated classes for files that are none
         raise RunError(f"--weights {weights}: {path} is no checkpoint ({type(error).__name__})") from error
@@ -123,8 +133,10 @@ def load_weights(model: Classifier, weights: str) -> None:
     missing = [name for name in own if name not in usable and not name.startswith("normalise.")]
     last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
     if set(missing) - last:
-        raise RunError(f"--weights {weights}: {path} does not fit {model.arch}: "
-                       f"{len(missing)} of {len(own)} tensors are absent or of another shape, first {missing[0]}")
+        raise RunError(
+            f"--weights {weights}: {path} does not fit {model.arch}: "
+            f"{len(missing)} of {len(own)} tensors are absent or of another shape, first {missing[0]}"
+        )
     model.load_state_dict(usable, strict=False)
 
 
@@ -151,4 +163,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which a forward pass of that precision runs."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else torch.bfloat16, enabled=precision != "fp32")
+    return torch.autocast(
+        device.type, dtype=dtype if precision != "fp32" else torch.bfloat16, enabled=precision != "fp32"
+    )

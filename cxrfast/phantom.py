@@ -16,6 +16,7 @@ import numpy as np
 FIELD = 430.0
 """mm over the longer side of an image."""
 
+
 @dataclass(frozen=True)
 class Finding:
     """A planted finding. `low` to `high` is its size in `unit`; `prevalence`, how many studies have it."""
@@ -33,9 +34,11 @@ class Finding:
 
 FINDINGS = {
     "Cardiomegaly": Finding(
-        "large", 0.57, 0.64, "of the thorax's width", 0.33, "wide heart (0.41 to 0.48 without)", 0.03),
+        "large", 0.57, 0.64, "of the thorax's width", 0.33, "wide heart (0.41 to 0.48 without)", 0.03
+    ),
     "Pleural Effusion": Finding(
-        "large", 40, 100, "mm", 0.33, "fluid over the diaphragm, with a meniscus, one or both sides", 0.03),
+        "large", 40, 100, "mm", 0.33, "fluid over the diaphragm, with a meniscus, one or both sides", 0.03
+    ),
     "Lung Opacity": Finding("large", 60, 110, "mm", 0.30, "soft bright patch in a lung", 0.05),
     "Lung Lesion": Finding("middle", 10, 25, "mm", 0.28, "nodule in a lung", 0.05),
     "Support Devices": Finding("middle", 3, 3, "mm", 0.30, "catheter, tubes, or a pacemaker with its lead"),
@@ -81,6 +84,7 @@ def stream(seed: int, domain: str, index: int = 0) -> np.random.Generator:
 
 # ── the patient ─────────────────────────────────────────────────────────────────────────────────────────
 
+
 @dataclass(frozen=True)
 class Anatomy:
     """What stays the same over a patient's studies, in mm unless said otherwise."""
@@ -113,12 +117,19 @@ class Anatomy:
         dome = rng.uniform(68, 82)
         large = FINDINGS["Cardiomegaly"]
         return cls(
-            half=rng.uniform(132, 145), apex=rng.uniform(-132, -120), dome=(dome, dome + rng.uniform(4, 12)),
+            half=rng.uniform(132, 145),
+            apex=rng.uniform(-132, -120),
+            dome=(dome, dome + rng.uniform(4, 12)),
             angle=dome + rng.uniform(36, 44),
             heart=(rng.uniform(0.41, 0.48), rng.uniform(large.low, large.high)),
-            rib_step=rng.uniform(21.5, 24.5), rib_drop=rng.uniform(0.85, 1.2), clavicle=rng.uniform(-8, 8),
-            fat=rng.uniform(0, 1), breasts=bool(rng.random() < 0.45), bubble=rng.uniform(8, 20),
-            vessels=int(rng.integers(1 << 32)))
+            rib_step=rng.uniform(21.5, 24.5),
+            rib_drop=rng.uniform(0.85, 1.2),
+            clavicle=rng.uniform(-8, 8),
+            fat=rng.uniform(0, 1),
+            breasts=bool(rng.random() < 0.45),
+            bubble=rng.uniform(8, 20),
+            vessels=int(rng.integers(1 << 32)),
+        )
 
 
 @dataclass(frozen=True)
@@ -158,12 +169,15 @@ class Placement:
             fluid=(0.0 if where == 1 else left, 0.0 if where == 0 else right),
             patch=(side(), rng.uniform(0.4, 0.7), rng.uniform(0.28, 0.5), size("Lung Opacity")),
             nodule=(side(), rng.uniform(0.45, 0.85), rng.uniform(0.2, 0.5), size("Lung Lesion")),
-            device=int(rng.integers(0, 3)), pleura=(side(), rng.uniform(9, 20)),
+            device=int(rng.integers(0, 3)),
+            pleura=(side(), rng.uniform(9, 20)),
             breaks=(side(), int(rng.integers(2, 5)), int(rng.integers(2, 5)), rng.uniform(0.45, 0.8)),
-            wobble=tuple(float(r) for r in rng.uniform(0.85, 1.1, 9)))
+            wobble=tuple(float(r) for r in rng.uniform(0.85, 1.1, 9)),
+        )
 
 
 # ── drawing: mm in, masks in 0..1 out ───────────────────────────────────────────────────────────────────
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -206,7 +220,7 @@ class Frame:
     def bands(self, lines: Sequence[Points], width: float, blur: float, core: float = 1.0) -> np.ndarray:
         """Lines of `width` mm; inside their walls the value is `core`, as in a bone with its cortex."""
         mask = np.zeros((self.height, self.width), np.uint8)
-        for share, value in ((1.0, 255), (0.62, round(255 * core)))[:1 if core == 1.0 else 2]:
+        for share, value in ((1.0, 255), (0.62, round(255 * core)))[: 1 if core == 1.0 else 2]:
             for line in lines:
                 thick = max(1, round(width * share * self.scale))
                 cv2.polylines(mask, [self.pixels(line)], False, value, thick, cv2.LINE_AA, 4)
@@ -231,8 +245,7 @@ def mirror(points: Points, side: float) -> np.ndarray:
 
 # ── the anatomy as curves ───────────────────────────────────────────────────────────────────────────────
 
-LUNG = np.array(
-    [(0.0, 0.34), (0.05, 0.52), (0.15, 0.70), (0.32, 0.86), (0.52, 0.955), (0.74, 1.0), (1.0, 1.0)])
+LUNG = np.array([(0.0, 0.34), (0.05, 0.52), (0.15, 0.70), (0.32, 0.86), (0.52, 0.955), (0.74, 1.0), (1.0, 1.0)])
 """Lateral border of a lung: share of the way from apex to costophrenic angle, share of the half thorax."""
 
 
@@ -248,8 +261,14 @@ def dome(a: Anatomy, side: int) -> float:
 def lung(a: Anatomy, side: int) -> np.ndarray:
     y, d = a.apex + LUNG[:, 0] * (a.angle - a.apex), dome(a, side)
     lateral = np.stack([a.half * LUNG[:, 1], y], axis=1)
-    base = [(a.half - 6, a.angle - 2), (0.87 * a.half, d + 16), (0.68 * a.half, d + 2),
-            (0.46 * a.half, d - 2), (0.26 * a.half, d + 8), (21, d + 14)]
+    base = [
+        (a.half - 6, a.angle - 2),
+        (0.87 * a.half, d + 16),
+        (0.68 * a.half, d + 2),
+        (0.46 * a.half, d - 2),
+        (0.26 * a.half, d + 8),
+        (21, d + 14),
+    ]
     medial = [(20, 30), (19, -40), (21, a.apex + 38), (28, a.apex + 12)]
     return mirror(smooth(np.vstack([lateral, base, medial])), side)
 
@@ -258,11 +277,37 @@ def heart(a: Anatomy, ratio: float) -> list[np.ndarray]:
     """Outlines of the heart, `ratio` of the thorax wide, and of the great vessels above it."""
     width = 2 * a.half * ratio
     r, left, y, tall = -0.34 * width, 0.66 * width, (a.dome[0] + a.dome[1]) / 2, 0.55 * width + 24
-    body = [(0.55 * r, y - tall), (0.92 * r, y - 0.72 * tall), (r, y - 0.42 * tall), (0.93 * r, y - 5),
-            (0.6 * r, y + 14), (0, y + 20), (0.5 * left, y + 20), (0.83 * left, y + 7), (left, y - 16),
-            (0.95 * left, y - 0.42 * tall), (0.68 * left, y - 0.75 * tall), (0.42 * left, y - 1.02 * tall)]
-    vessels = [(-22, -160), (-27, -90), (-30, -55), (-32, -20), (-25, 60), (25, 60), (36, -5), (38, -22),
-               (33, -36), (37, -48), (38, -58), (32, -68), (25, -80), (25, -110), (22, -160)]
+    body = [
+        (0.55 * r, y - tall),
+        (0.92 * r, y - 0.72 * tall),
+        (r, y - 0.42 * tall),
+        (0.93 * r, y - 5),
+        (0.6 * r, y + 14),
+        (0, y + 20),
+        (0.5 * left, y + 20),
+        (0.83 * left, y + 7),
+        (left, y - 16),
+        (0.95 * left, y - 0.42 * tall),
+        (0.68 * left, y - 0.75 * tall),
+        (0.42 * left, y - 1.02 * tall),
+    ]
+    vessels = [
+        (-22, -160),
+        (-27, -90),
+        (-30, -55),
+        (-32, -20),
+        (-25, 60),
+        (25, 60),
+        (36, -5),
+        (38, -22),
+        (33, -36),
+        (37, -48),
+        (38, -58),
+        (32, -68),
+        (25, -80),
+        (25, -110),
+        (22, -160),
+    ]
     return [smooth(body), smooth(vessels)]
 
 
@@ -273,8 +318,7 @@ def ribs(a: Anatomy, side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         y = a.apex + 2 + n * a.rib_step
         drop = a.rib_drop * (16 + 4.5 * n)
         x = float(chest_wall(a, y + drop)) + 2
-        posterior = [(14, y), (0.32 * x, y - 7), (0.66 * x, y + 0.12 * drop), (0.9 * x, y + 0.55 * drop),
-                     (x, y + drop)]
+        posterior = [(14, y), (0.32 * x, y - 7), (0.66 * x, y + 0.12 * drop), (0.9 * x, y + 0.55 * drop), (x, y + drop)]
         back.append(mirror(smooth(posterior, closed=False), side))
         if n < 7:
             end = y + drop + 34 + 4 * n
@@ -314,13 +358,21 @@ def vascular_tree(a: Anatomy, hila: list[tuple[float, float, int]]) -> tuple[np.
 
 # ── the views ───────────────────────────────────────────────────────────────────────────────────────────
 
+
 def draw_vessels(frame: Frame, tree: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     mask = np.zeros((frame.height, frame.width), np.uint8)
     ends = frame.pixels(tree[0].reshape(-1, 2)).reshape(-1, 2, 1, 2)
     thick = np.ceil(tree[1] * 1.5).astype(int)  # classes of 2/3 mm, drawn wide over thin
     for k in np.unique(thick):
-        cv2.polylines(mask, list(ends[thick == k]), False, min(255, 60 + 25 * int(k)),
-                      max(1, round(k / 1.5 * frame.scale)), cv2.LINE_AA, 4)
+        cv2.polylines(
+            mask,
+            list(ends[thick == k]),
+            False,
+            min(255, 60 + 25 * int(k)),
+            max(1, round(k / 1.5 * frame.scale)),
+            cv2.LINE_AA,
+            4,
+        )
     return frame.blur(mask, 0.7)
 
 
@@ -369,8 +421,11 @@ def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap
     air = lungs * (1 - 0.93 * centre)
     fluid = np.zeros_like(air)
     if "Pleural Effusion" in present:
-        wet = [mirror(fluid_outline((18, a.half + 2), dome(a, side) - height, a.angle + 12), side)
-               for side, height in zip((-1, 1), p.fluid, strict=True) if height]
+        wet = [
+            mirror(fluid_outline((18, a.half + 2), dome(a, side) - height, a.angle + 12), side)
+            for side, height in zip((-1, 1), p.fluid, strict=True)
+            if height
+        ]
         fluid = frame.areas(wet, 2.2)
         air *= 1 - fluid
     image -= air * (0.415 - 0.125 * tree - 0.09 * hila)
@@ -380,8 +435,11 @@ def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap
     if "Lung Lesion" in present:
         image += 0.20 * frame.areas([nodule_outline(a, p, "AP")], 0.8)
     image += bones(frame, a, ap)
-    image -= 0.10 * frame.bands([[(0, -230), (1, -120), (3, -58)], [(3, -58), (-26, -32)],
-                                 [(3, -58), (32, -38)]], 15, 2.0) * tissue
+    image -= (
+        0.10
+        * frame.bands([[(0, -230), (1, -120), (3, -58)], [(3, -58), (-26, -32)], [(3, -58), (32, -38)]], 15, 2.0)
+        * tissue
+    )
     image -= 0.30 * frame.areas([disc(60, a.dome[1] + a.bubble + 12, 1.7 * a.bubble, a.bubble)], 2)
     if "Support Devices" in present:
         image += devices(frame, p.device, a)
@@ -391,8 +449,19 @@ def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap
 def trunk(a: Anatomy) -> list[np.ndarray]:
     """Outlines of neck with torso, and of the arms."""
     wall = a.half + 19 + 20 * a.fat
-    half = [(56, -260), (58, -190), (78, -166), (120, -153), (170, -140), (205, -118), (wall + 44, -95),
-            (wall + 12, -62), (wall, -10), (wall - 3, 90), (wall + 4, 260)]
+    half = [
+        (56, -260),
+        (58, -190),
+        (78, -166),
+        (120, -153),
+        (170, -140),
+        (205, -118),
+        (wall + 44, -95),
+        (wall + 12, -62),
+        (wall, -10),
+        (wall - 3, 90),
+        (wall + 4, 260),
+    ]
     arm = [(190, -130), (222, -95), (245, 0), (255, 240), (212, 240), (200, 0), (182, -70)]
     return [np.vstack([mirror(half, 1), mirror(half, -1)[::-1]]), mirror(arm, 1), mirror(arm, -1)]
 
@@ -444,25 +513,53 @@ def devices(frame: Frame, kind: int, a: Anatomy) -> np.ndarray:
 def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) -> np.ndarray:
     """Attenuation of a lateral view, the patient facing left, but for fine findings. (H, W) float32."""
     top, base = a.apex + 4, a.dome[0]
-    chest = smooth([
-        (8, top), (40, top + 8), (78, top + 50), (95, top + 110), (96, base - 10), (88, a.angle + 4),
-        (80, a.angle), (50, base + 12), (0, base - 4), (-50, base), (-92, base + 16), (-96, base - 30),
-        (-84, top + 80), (-50, top + 30)])
+    chest = smooth(
+        [
+            (8, top),
+            (40, top + 8),
+            (78, top + 50),
+            (95, top + 110),
+            (96, base - 10),
+            (88, a.angle + 4),
+            (80, a.angle),
+            (50, base + 12),
+            (0, base - 4),
+            (-50, base),
+            (-92, base + 16),
+            (-96, base - 30),
+            (-84, top + 80),
+            (-50, top + 30),
+        ]
+    )
     lungs = frame.areas([chest], 1.5)
     ratio = a.heart[1 if "Cardiomegaly" in present else 0]
     rx = 0.31 * 2 * a.half * ratio
     vessels = smooth([(-20, -60), (5, -75), (22, -60), (24, 10), (5, 20), (-30, 0)])
     centre = frame.areas([disc(-88 + rx, base - 0.95 * rx + 6, rx, 1.12 * rx), vessels], 3)
-    body = [(-40, -240), (-42, -185), (-75, -150), (-112, -90), (-122 - 8 * a.fat, 0),
-            (-118 - 16 * a.fat, 240), (132 + 8 * a.fat, 240), (126, 90), (132, -40), (112, -130), (70, -175),
-            (56, -240)]
+    body = [
+        (-40, -240),
+        (-42, -185),
+        (-75, -150),
+        (-112, -90),
+        (-122 - 8 * a.fat, 0),
+        (-118 - 16 * a.fat, 240),
+        (132 + 8 * a.fat, 240),
+        (126, 90),
+        (132, -40),
+        (112, -130),
+        (70, -175),
+        (56, -240),
+    ]
     tissue = frame.areas([smooth(body)], 2.5)
     image = tissue * (0.36 + 0.28 * frame.blur((tissue * 255).astype(np.uint8), 22))
     air = lungs * (1 - 0.75 * centre)
     fluid = np.zeros_like(air)
     if "Pleural Effusion" in present:
-        wet = [fluid_outline((-98, 104), dome(a, side) - height, a.angle + 12)
-               for side, height in zip((-1, 1), p.fluid, strict=True) if height]
+        wet = [
+            fluid_outline((-98, 104), dome(a, side) - height, a.angle + 12)
+            for side, height in zip((-1, 1), p.fluid, strict=True)
+            if height
+        ]
         fluid = frame.areas(wet, 2.2)
         air *= 1 - fluid
     image -= air * (0.37 - 0.11 * draw_vessels(frame, vascular_tree(a, [(2, -22, 0)])))
@@ -472,8 +569,9 @@ def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) ->
         image += 0.24 * frame.areas([patch_outline(a, p, "LATERAL")], 6) * air
     if "Lung Lesion" in present:
         image += 0.20 * frame.areas([nodule_outline(a, p, "LATERAL")], 0.8)
-    spine = [[(x - 7, y), (x + 7, y + 1)] for y in np.arange(-210, 240, a.rib_step)
-             for x in [84 - 0.0013 * (y - 20) ** 2]]
+    spine = [
+        [(x - 7, y), (x + 7, y + 1)] for y in np.arange(-210, 240, a.rib_step) for x in [84 - 0.0013 * (y - 20) ** 2]
+    ]
     image += 0.09 * frame.bands(spine, 0.78 * a.rib_step, 1.0, core=0.7)
     image += 0.07 * frame.bands(lateral_ribs(a), 8.5, 0.9, core=0.6)
     image += 0.08 * frame.bands([[(-62, -112), (-88, -60), (-102, 20)]], 9, 1, core=0.6)
@@ -481,9 +579,11 @@ def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) ->
     image += 0.16 * frame.areas([shoulder], 7)
     image -= 0.10 * frame.bands([[(-14, -225), (2, -120), (10, -40)]], 14, 2) * tissue
     if "Support Devices" in present:
-        tubes = [[(-30, -170), (-22, -80), (-18, 10)],
-                 [(-8, -230), (4, -120), (12, -20), (30, 60), (10, 110)],
-                 [(-90, -80), (-40, -105), (-12, -60), (-30, 10), (-55, 40)]]
+        tubes = [
+            [(-30, -170), (-22, -80), (-18, 10)],
+            [(-8, -230), (4, -120), (12, -20), (30, 60), (10, 110)],
+            [(-90, -80), (-40, -105), (-12, -60), (-30, 10), (-55, 40)],
+        ]
         tube = smooth(tubes[p.device], closed=False)
         image += 0.33 * frame.bands([tube], FINDINGS["Support Devices"].low, 0.4)
     return image
@@ -491,8 +591,10 @@ def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) ->
 
 def lateral_ribs(a: Anatomy) -> list[np.ndarray]:
     """Ribs seen from the side fall from the spine towards the sternum."""
-    return [smooth([(98, y), (60, y + 22), (0, y + 62), (-62, y + 82)], closed=False)
-            for y in a.apex + 12 + a.rib_step * np.arange(8)]
+    return [
+        smooth([(98, y), (60, y + 22), (0, y + 62), (-62, y + 82)], closed=False)
+        for y in a.apex + 12 + a.rib_step * np.arange(8)
+    ]
 
 
 def pleural_line(a: Anatomy, p: Placement, view: str) -> np.ndarray:
@@ -511,7 +613,7 @@ def hairlines(a: Anatomy, p: Placement, view: str) -> list[np.ndarray]:
     """Fractures: oblique steps across neighbouring ribs."""
     side, first, number, share = p.breaks
     found = []
-    for rib in (lateral_ribs(a) if view == "LATERAL" else ribs(a, side)[0])[first:first + number]:
+    for rib in (lateral_ribs(a) if view == "LATERAL" else ribs(a, side)[0])[first : first + number]:
         at = int(share * (len(rib) - 2))
         along = (rib[at + 1] - rib[at]) / np.linalg.norm(rib[at + 1] - rib[at])
         across = np.array([-along[1], along[0]])

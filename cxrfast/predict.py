@@ -18,8 +18,15 @@ from cxrfast.store import Predictions, write_predictions
 PARTS = ("val", "test")
 
 
-def predict(run: Run, world: World, *, shards: Path | None = None, engine: str = "auto", threads: int | None = None,
-            quiet: bool = False) -> None:
+def predict(
+    run: Run,
+    world: World,
+    *,
+    shards: Path | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
+    quiet: bool = False,
+) -> None:
     """Score the run's validation and test rows with its best weights.
 
     `shards`: where the set lies now, if not where it lay in training. Raises RunError if it is another set.
@@ -33,7 +40,9 @@ def predict(run: Run, world: World, *, shards: Path | None = None, engine: str =
     with progress(f"predict {run.name}", total, quiet=quiet or not world.is_first) as advance:
         for part in PARTS:
             order = EvalOrder(rows=rows[part], micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
-            loader = Loader(reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size)
+            loader = Loader(
+                reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size
+            )
             scores = score(model, loader, world, run.config.precision, advance)
             if scores is not None:
                 parts[part] = complete(scores, rows[part], run.name)
@@ -46,8 +55,10 @@ def open_reader(run: Run, shards: Path | None = None) -> Reader:
     """The run's shard set at its scale, wherever it lies now. Raises RunError if it is another set."""
     reader = Reader(shards or run.shards, run.config.scale)
     if reader.info.id != run.config.set_id:
-        raise RunError(f"{run.name} was trained on set {run.config.set_id}, {reader.folder} is set {reader.info.id}: "
-                       "give the right folder with --shards")
+        raise RunError(
+            f"{run.name} was trained on set {run.config.set_id}, {reader.folder} is set {reader.info.id}: "
+            "give the right folder with --shards"
+        )
     return reader
 
 
@@ -87,6 +98,8 @@ def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, 
 def complete(scores: Predictions, rows: np.ndarray, name: str) -> Predictions:
     """`scores`, once it is sure that they are of exactly `rows`. Raises RunError if not."""
     if not np.array_equal(scores.row, np.sort(rows)):
-        raise RunError(f"{name}: {len(scores.row):,} rows were scored, {len(rows):,} were asked for; this is a bug, "
-                       "no predictions are written")
+        raise RunError(
+            f"{name}: {len(scores.row):,} rows were scored, {len(rows):,} were asked for; this is a bug, "
+            "no predictions are written"
+        )
     return scores

@@ -21,8 +21,19 @@ def duration(seconds: float) -> str:
     return f"{m}m{s:02d}s" if m else f"{s}s"
 
 
+def size(n: float) -> str:
+    """Bytes for people, in powers of 1000: `922 MB`, `1.46 TB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
 @contextmanager
-def progress(label: str, total: int, unit: str = "images", every: float = 10.0, quiet: bool = False) -> Iterator[Advance]:
+def progress(
+    label: str, total: int, unit: str = "images", every: float = 10.0, quiet: bool = False
+) -> Iterator[Advance]:
     """Show `label` moving from 0 to `total`, on stderr.
 
     `every`: seconds between plain lines where stderr is no terminal; a step shorter than that prints one line at its end.
@@ -53,8 +64,14 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed or 0:,.1f} {unit}/s")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total, note="")
 
@@ -74,8 +91,11 @@ def _lines(label: str, total: int, unit: str, every: float) -> Iterator[Advance]
         elapsed = max(time.monotonic() - start, 1e-9)
         left = f", {duration((total - done) * elapsed / done)} left" if 0 < done < total else ""
         note = f"  {text}" if text else ""
-        print(f"{label}: {done:,}/{total:,} {unit}, {done / elapsed:,.1f}/s, {duration(elapsed)}{left}{note}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{label}: {done:,}/{total:,} {unit}, {done / elapsed:,.1f}/s, {duration(elapsed)}{left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal done, text, last

@@ -80,11 +80,21 @@ def _summary(runs: list[Run]) -> Section:
         parts = run.rows()["part"].value_counts()
         epochs = run.metrics()
         best = min(epochs, key=lambda m: m["val_loss"], default=None)
-        lines.append([run.name, run.state().get("state", "not started"), *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
-                      str(len(epochs)), f"{best['epoch'] + 1}" if best else "-",
-                      f"{best['val_auroc']:.4f}" if best and best["val_auroc"] is not None else "undefined"])
+        lines.append(
+            [
+                run.name,
+                run.state().get("state", "not started"),
+                *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
+                str(len(epochs)),
+                f"{best['epoch'] + 1}" if best else "-",
+                f"{best['val_auroc']:.4f}" if best and best["val_auroc"] is not None else "undefined",
+            ]
+        )
     head = ["Run", "State", "Train", "Validation", "Test", "Epochs", "Best epoch", "Validation AUROC"]
-    text = markdown_table(head, lines) + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used."
+    text = (
+        markdown_table(head, lines)
+        + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used."
+    )
     return Section("Runs", _markdown(text))
 
 
@@ -93,7 +103,9 @@ def _auroc(runs: Path) -> Section:
     text = evaluate.to_markdown(evaluation).split("\n", 1)[1]  # without its heading
     section = Section("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
-        section.figures.append(("AUROC by resolution, mean ± sd over folds", _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
+        section.figures.append(
+            ("AUROC by resolution, mean ± sd over folds", _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png"))
+        )
     return section
 
 
@@ -111,8 +123,16 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     x = np.arange(len(names))
     for i, j in enumerate(shown):
         offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars beside, not upon, each other
-        axes.errorbar(x + offset, mean[:, j], np.nan_to_num(sd[:, j]), marker="o", capsize=2, linewidth=1.5,
-                      color=colours((2 * i) % 20 + (2 * i) // 20), label=evaluation.labels[j])
+        axes.errorbar(
+            x + offset,
+            mean[:, j],
+            np.nan_to_num(sd[:, j]),
+            marker="o",
+            capsize=2,
+            linewidth=1.5,
+            color=colours((2 * i) % 20 + (2 * i) // 20),
+            label=evaluation.labels[j],
+        )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xticks(x, [f"{scales[name]} px" for name in names] if scales.is_unique else names)
     axes.set_ylabel("AUROC")
@@ -128,15 +148,31 @@ def _ensemble(runs: Path, found: list[Run]) -> Section:
     except RunError as error:
         return Section("Ensemble of scales", _markdown(str(error)))
     text = ensemble.to_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
-    return Section("Ensemble of scales", _markdown(text),
-                   [("Weights of the scales, mean over folds", _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png"))])
+    return Section(
+        "Ensemble of scales",
+        _markdown(text),
+        [
+            (
+                "Weights of the scales, mean over folds",
+                _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png"),
+            )
+        ],
+    )
 
 
 def _learning(folder: Path, runs: list[Run]) -> Section:
     trained = [run for run in runs if run.metrics()]
     if not trained:
         return Section("Learning curves", _markdown("No epoch has ended yet."))
-    return Section("Learning curves", figures=[("A line a run; folds of a scale share their colour", _png(learning_figure(trained), folder / FIGURES / "learning.png"))])
+    return Section(
+        "Learning curves",
+        figures=[
+            (
+                "A line a run; folds of a scale share their colour",
+                _png(learning_figure(trained), folder / FIGURES / "learning.png"),
+            )
+        ],
+    )
 
 
 def learning_figure(runs: list[Run]) -> Figure:
@@ -151,8 +187,15 @@ def learning_figure(runs: list[Run]) -> Figure:
         first = run == next(r for r in runs if r.folder.parent.name == name)
         for axes, key in zip(panels, ("train_loss", "val_loss", "val_auroc"), strict=True):
             values = [np.nan if m[key] is None else m[key] for m in metrics]
-            axes.plot(epochs, values, "o-", markersize=3, linewidth=1.2, color=colour,
-                      label=name if first and key == "train_loss" else None)
+            axes.plot(
+                epochs,
+                values,
+                "o-",
+                markersize=3,
+                linewidth=1.2,
+                color=colour,
+                label=name if first and key == "train_loss" else None,
+            )
     for axes, title in zip(panels, ("training loss", "validation loss", "validation AUROC"), strict=True):
         axes.set_title(title, fontsize="medium")
         if "loss" in title:
@@ -170,14 +213,25 @@ def _erf(folder: Path, runs: list[Run]) -> Section:
     if not measured:
         return Section("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
     text = "\n".join(f"- {erf.read_erf(run).describe()}" for run in measured)
-    return Section("Effective receptive fields", _markdown(text),
-                   [("Squared gradient of the centre of the last feature map; the square has the field's area", _png(erf.figure(measured), folder / FIGURES / "erf.png"))])
+    return Section(
+        "Effective receptive fields",
+        _markdown(text),
+        [
+            (
+                "Squared gradient of the centre of the last feature map; the square has the field's area",
+                _png(erf.figure(measured), folder / FIGURES / "erf.png"),
+            )
+        ],
+    )
 
 
 def _gradcam(runs: list[Run]) -> Section:
     """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
-    figures = [(f"{path.stem.removeprefix('gradcam-')}, {run.name}", _data_url(path.read_bytes()))
-               for run in runs for path in sorted(run.folder.glob("gradcam-*.png"))]
+    figures = [
+        (f"{path.stem.removeprefix('gradcam-')}, {run.name}", _data_url(path.read_bytes()))
+        for run in runs
+        for path in sorted(run.folder.glob("gradcam-*.png"))
+    ]
     missing = "" if figures else f"Not made yet: `cxrfast gradcam {runs[0].folder} --label …`"
     return Section("Grad-CAM", _markdown(missing), figures)
 
@@ -187,15 +241,35 @@ def _resources(runs: list[Run]) -> Section:
     for run in runs:
         metrics = run.metrics()
         if metrics:
+
             def median(key: str, metrics: list[dict[str, Any]] = metrics) -> float:
                 return float(np.median([m[key] for m in metrics]))
 
             gpu = metrics[-1]["gpu_peak_bytes"]
-            lines.append([run.name, str(run.config.global_batch), str(run.config.micro_batch), run.config.precision,
-                          f"{median('images_per_s'):,.1f}", f"{100 * median('waiting_share'):.1f} %", f"{median('seconds'):,.1f}",
-                          f"{metrics[-1]['resident_bytes'] / 2**30:.1f}", "-" if gpu is None else f"{gpu / 2**30:.1f}"])
-    head = ["Run", "Global batch", "Micro-batch", "Precision", "Training images/s", "Waiting for data", "Seconds an epoch",
-            "Process GiB", "torch peak GiB"]
+            lines.append(
+                [
+                    run.name,
+                    str(run.config.global_batch),
+                    str(run.config.micro_batch),
+                    run.config.precision,
+                    f"{median('images_per_s'):,.1f}",
+                    f"{100 * median('waiting_share'):.1f} %",
+                    f"{median('seconds'):,.1f}",
+                    f"{metrics[-1]['resident_bytes'] / 2**30:.1f}",
+                    "-" if gpu is None else f"{gpu / 2**30:.1f}",
+                ]
+            )
+    head = [
+        "Run",
+        "Global batch",
+        "Micro-batch",
+        "Precision",
+        "Training images/s",
+        "Waiting for data",
+        "Seconds an epoch",
+        "Process GiB",
+        "torch peak GiB",
+    ]
     return Section("Time and memory", _markdown(markdown_table(head, lines) + "\nMedians over epochs."))
 
 
@@ -206,6 +280,8 @@ def _configuration(runs: list[Run]) -> Section:
     differing = [name for name in configs[0] if name not in dict(shared)]
     text = markdown_table(["Shared by all runs", ""], shared)
     if differing:
-        text += "\n" + markdown_table(["Run", *differing], [[run.name, *(str(c[n]) for n in differing)]
-                                                            for run, c in zip(runs, configs, strict=True)])
+        text += "\n" + markdown_table(
+            ["Run", *differing],
+            [[run.name, *(str(c[n]) for n in differing)] for run, c in zip(runs, configs, strict=True)],
+        )
     return Section("Configuration", _markdown(text))

@@ -1,12 +1,12 @@
 """A run's folder: RUNS/<arch>-<scale>/fold-<k>/. Every file in it is whole or absent; only this module knows their names.
 
-    config.json      the configuration, its hash, where the shards lay, versions
-    state.json       running | done | failed, epoch, heartbeat
-    metrics.jsonl    a line an epoch
-    rows.parquet     its own copy of rows, parts and raw labels
-    last.pt          the checkpoint to resume from
-    best.safetensors weights of the epoch with the lowest validation loss
-    predictions.zarr, maps.zarr   see `store`
+config.json      the configuration, its hash, where the shards lay, versions
+state.json       running | done | failed, epoch, heartbeat
+metrics.jsonl    a line an epoch
+rows.parquet     its own copy of rows, parts and raw labels
+last.pt          the checkpoint to resume from
+best.safetensors weights of the epoch with the lowest validation loss
+predictions.zarr, maps.zarr   see `store`
 """
 
 import json
@@ -97,9 +97,13 @@ class Run:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             owner = checkpoint["config_hash"]
         except Exception as error:  # torch raises half a dozen unrelated classes here
-            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it to start the run anew, or restore it") from error
+            raise RunError(
+                f"{path} is damaged ({type(error).__name__}): delete it to start the run anew, or restore it"
+            ) from error
         if owner != self.config.hash:
-            raise RunError(f"{path} belongs to another configuration: delete it to start the run anew, or choose another --runs")
+            raise RunError(
+                f"{path} belongs to another configuration: delete it to start the run anew, or choose another --runs"
+            )
         return checkpoint
 
     def save_best(self, weights: dict[str, torch.Tensor]) -> None:
@@ -134,15 +138,23 @@ def start_run(folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFram
     if (folder / "config.json").exists():
         run = read_run(folder)
         if differences := config.differences(run.config):
-            raise RunError(f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
-                           "choose another --runs or --name, or give the same options to resume it")
+            raise RunError(
+                f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
+                "choose another --runs or --name, or give the same options to resume it"
+            )
         return Run(folder, config, shards)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "rows.parquet") as file:
         rows.to_parquet(file, index=False)
-    write_json(folder / "config.json", {
-        "config": asdict(config), "hash": config.hash, "shards": str(shards.absolute()),
-        "versions": {"cxrfast": __version__, "torch": torch.__version__}})
+    write_json(
+        folder / "config.json",
+        {
+            "config": asdict(config),
+            "hash": config.hash,
+            "shards": str(shards.absolute()),
+            "versions": {"cxrfast": __version__, "torch": torch.__version__},
+        },
+    )
     return Run(folder, config, shards)
 
 
@@ -162,5 +174,7 @@ def find_runs(runs: Path) -> list[Run]:
     """Every run below `runs`, by name, scale and fold. Raises RunError if there is none."""
     found = [read_run(path.parent) for path in runs.glob("*/fold-*/config.json")]
     if not found:
-        raise RunError(f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them")
+        raise RunError(
+            f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
+        )
     return sorted(found, key=lambda run: (run.config.arch, run.config.scale, run.folder.parent.name, run.config.fold))

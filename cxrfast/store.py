@@ -32,9 +32,15 @@ def write_predictions(run: Run, parts: Mapping[str, Predictions]) -> None:
         if len(np.unique(p.row)) != len(p.row):
             raise RunError(f"{run.name}: rows of {part} were predicted twice")
         order = np.argsort(p.row)
-        arrays[f"{part}/row"], arrays[f"{part}/logits"] = p.row[order].astype(np.int64), p.logits[order].astype(np.float32)
-    write_arrays(run.folder / "predictions.zarr", arrays,
-                 {"set_id": run.config.set_id, "config_hash": run.config.hash, "labels": list(run.config.labels)})
+        arrays[f"{part}/row"], arrays[f"{part}/logits"] = (
+            p.row[order].astype(np.int64),
+            p.logits[order].astype(np.float32),
+        )
+    write_arrays(
+        run.folder / "predictions.zarr",
+        arrays,
+        {"set_id": run.config.set_id, "config_hash": run.config.hash, "labels": list(run.config.labels)},
+    )
 
 
 def read_predictions(run: Run, part: str) -> Predictions:

@@ -37,9 +37,18 @@ class Study:
     report: Path
 
 
-def study(shards: Path, runs: Path, scales: list[int] | None = None, folds: list[int] | None = None, *, nproc: int = 1,
-          device: str = "auto", engine: str = "auto", threads: int | None = None,
-          recipe: dict[str, Any] | None = None) -> Study:
+def study(
+    shards: Path,
+    runs: Path,
+    scales: list[int] | None = None,
+    folds: list[int] | None = None,
+    *,
+    nproc: int = 1,
+    device: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
     `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. Raises RunError or ShardError
@@ -47,7 +56,9 @@ def study(shards: Path, runs: Path, scales: list[int] | None = None, folds: list
     """
     read_set(shards)
     scales, folds = scales or scales_in(shards), folds or list(range(FOLDS))
-    configs = [make_config(shards, scale, device=device, fold=fold, **(recipe or {})) for scale in scales for fold in folds]
+    configs = [
+        make_config(shards, scale, device=device, fold=fold, **(recipe or {})) for scale in scales for fold in folds
+    ]
     done = [_run(config, shards, runs, nproc, device, engine, threads) for config in configs]
     evaluation = evaluate.evaluate(runs)
     tables = [evaluate.to_table(evaluation)]
@@ -57,7 +68,9 @@ def study(shards: Path, runs: Path, scales: list[int] | None = None, folds: list
     return Study(tables, report(runs))
 
 
-def _run(config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None) -> Run:
+def _run(
+    config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None
+) -> Run:
     """Train one run, in this process or by torchrun, and predict with it."""
     if nproc > 1:
         _torchrun(config, shards, runs, nproc, device, engine, threads)
@@ -70,17 +83,35 @@ def _run(config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str,
     return run
 
 
-def _torchrun(config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None) -> None:
+def _torchrun(
+    config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None
+) -> None:
     fixed = {"set_id", "labels", "views", "factor", "patience", "stop_after", "degrees", "flip"}
-    options: dict[str, Any] = {"shards": shards, "runs": runs, "device": device, "engine": engine, "threads": threads,
-                               **{name: value for name, value in asdict(config).items() if name not in fixed}}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "cxrfast.train"]
+    options: dict[str, Any] = {
+        "shards": shards,
+        "runs": runs,
+        "device": device,
+        "engine": engine,
+        "threads": threads,
+        **{name: value for name, value in asdict(config).items() if name not in fixed},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={nproc}",
+        "-m",
+        "cxrfast.train",
+    ]
     for name, value in options.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     command += [argument for view in config.views for argument in ("--view", view)]
     if subprocess.run(command).returncode:
-        raise RunError(f"{run_folder(runs, config)} failed, its message stands above; mend it and run the study again: "
-                       "what is done is not done twice")
+        raise RunError(
+            f"{run_folder(runs, config)} failed, its message stands above; mend it and run the study again: "
+            "what is done is not done twice"
+        )
 
 
 def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device: str) -> None:
@@ -90,9 +121,12 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         if not has_erf(run):
             print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
     largest = max(runs, key=lambda run: run.config.scale)
-    known = evaluation.table[(evaluation.table["name"] == largest.folder.parent.name)
-                             & (evaluation.table["fold"] == largest.config.fold)
-                             & evaluation.table["auroc"].notna() & (evaluation.table["label"] != "No Finding")]
+    known = evaluation.table[
+        (evaluation.table["name"] == largest.folder.parent.name)
+        & (evaluation.table["fold"] == largest.config.fold)
+        & evaluation.table["auroc"].notna()
+        & (evaluation.table["label"] != "No Finding")
+    ]
     for label in known.sort_values("auroc", ascending=False)["label"].head(CAM_FINDINGS):
         if not figure_path(largest, label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
@@ -100,7 +134,13 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
 
 
 DEMO_SCALES, DEMO_FOLDS = [32, 64, 128], [0, 1]
-DEMO_RECIPE: dict[str, Any] = {"weights": "none", "epochs": 4, "global_batch": 16, "micro_batch": 16, "learning_rate": 1e-3}
+DEMO_RECIPE: dict[str, Any] = {
+    "weights": "none",
+    "epochs": 4,
+    "global_batch": 16,
+    "micro_batch": 16,
+    "learning_rate": 1e-3,
+}
 """From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
 
 

@@ -32,8 +32,14 @@ SIZES = (64, 4096)
 DAMAGE = ("truncated", "empty", "not a JPEG")
 """What is done, in turn, to the images that `corrupt` asks for."""
 
-VIEWS = {("AP",): 0.40, ("PA",): 0.25, ("AP", "AP"): 0.13, ("PA", "AP"): 0.07, ("PA", "LATERAL"): 0.12,
-         ("AP", "PA", "LATERAL"): 0.03}
+VIEWS = {
+    ("AP",): 0.40,
+    ("PA",): 0.25,
+    ("AP", "AP"): 0.13,
+    ("PA", "AP"): 0.07,
+    ("PA", "LATERAL"): 0.12,
+    ("AP", "PA", "LATERAL"): 0.03,
+}
 """Views of a study and how often they occur; one image in ten is a lateral."""
 
 
@@ -59,10 +65,23 @@ def plan(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list[Image]
                 height, width = _shape(rng, size, view)
                 digest = hashlib.sha256(f"{seed}/{len(made)}".encode()).hexdigest()
                 hour, past = divmod(minute + number, 60)
-                made.append(Image(
-                    len(made), patient, study, subjects[patient], studies[study],
-                    "-".join(digest[i:i + 8] for i in range(0, 40, 8)), view, height, width, present, date,
-                    hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8, damaged.get(len(made), "")))
+                made.append(
+                    Image(
+                        len(made),
+                        patient,
+                        study,
+                        subjects[patient],
+                        studies[study],
+                        "-".join(digest[i : i + 8] for i in range(0, 40, 8)),
+                        view,
+                        height,
+                        width,
+                        present,
+                        date,
+                        hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8,
+                        damaged.get(len(made), ""),
+                    )
+                )
     return made
 
 
@@ -90,8 +109,17 @@ DESCRIPTION = {
 """Procedure, view code and orientation, as the metadata table has them."""
 
 METADATA = [
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
-    "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+    "dicom_id",
+    "subject_id",
+    "study_id",
+    "PerformedProcedureStepDescription",
+    "ViewPosition",
+    "Rows",
+    "Columns",
+    "StudyDate",
+    "StudyTime",
+    "ProcedureCodeSequence_CodeMeaning",
+    "ViewCodeSequence_CodeMeaning",
     "PatientOrientationCodeSequence_CodeMeaning",
 ]
 
@@ -111,7 +139,7 @@ def label_rows(made: list[Image], seed: int) -> list[list[str]]:
     studies = {image.study_id: image for image in made}
     odd = [int(study) for study in rng.permutation(sorted(studies))]
     few = -(-len(odd) // 50) if len(odd) >= 10 else 0
-    missing, blank = set(odd[:few]), set(odd[few:2 * few])
+    missing, blank = set(odd[:few]), set(odd[few : 2 * few])
     rows = []
     for study, image in studies.items():
         row = [_label(name, image.present, float(rng.random())) for name in MIMIC]
@@ -131,16 +159,30 @@ def _label(name: str, present: tuple[str, ...], chance: float) -> str:
 def _metadata(image: Image) -> list[str]:
     procedure, code, orientation = DESCRIPTION[image.view]
     time = f"{image.time:.3f}".rstrip("0").rstrip(".")  # a number, so no leading zeros
-    return [image.dicom_id, str(image.subject_id), str(image.study_id), procedure, image.view,
-            str(image.height), str(image.width), str(image.date), time, procedure, code, orientation]
+    return [
+        image.dicom_id,
+        str(image.subject_id),
+        str(image.study_id),
+        procedure,
+        image.view,
+        str(image.height),
+        str(image.width),
+        str(image.date),
+        time,
+        procedure,
+        code,
+        orientation,
+    ]
 
 
 def _splits(made: list[Image], seed: int) -> Iterator[list[str]]:
     """A tenth of the patients to validate and to test, at least one each where there are three."""
     patients = stream(seed, "labels", 1).permutation(sorted({image.subject_id for image in made}))
     tenth = max(1, len(patients) // 10) if len(patients) >= 3 else 0
-    part = {int(patient): "validate" if n < tenth else "test" if n < 2 * tenth else "train"
-            for n, patient in enumerate(patients)}
+    part = {
+        int(patient): "validate" if n < tenth else "test" if n < 2 * tenth else "train"
+        for n, patient in enumerate(patients)
+    }
     for image in made:
         yield [image.dicom_id, str(image.study_id), str(image.subject_id), part[image.subject_id]]
 
@@ -152,7 +194,7 @@ def encode(image: Image, seed: int) -> bytes:
     if image.damage == "not a JPEG":
         return b"<html><body>503 Service Unavailable: the download failed.</body></html>\n"
     jpeg = encode_jpeg(draw(image, seed), quality=95)
-    return jpeg[:len(jpeg) // 2] if image.damage == "truncated" else jpeg
+    return jpeg[: len(jpeg) // 2] if image.damage == "truncated" else jpeg
 
 
 def _write_image(out: Path, seed: int, image: Image) -> str:
@@ -203,8 +245,9 @@ def _check(out: Path, images: int, size: int, seed: int, corrupt: int, workers: 
         raise RunError(f"workers is {workers}: ask for at least 1")
 
 
-def synth(out: Path, images: int = 600, size: int = 1024, seed: int = 0, corrupt: int = 0,
-          workers: int | None = None) -> dict[str, int]:
+def synth(
+    out: Path, images: int = 600, size: int = 1024, seed: int = 0, corrupt: int = 0, workers: int | None = None
+) -> dict[str, int]:
     """Write a phantom MIMIC-CXR-JPG tree into `out`; returns its counts: images, studies, patients, corrupt.
 
     `size`: longer side in pixels. `corrupt`: images to damage (truncated, empty, not a JPEG, in turn).
@@ -226,10 +269,17 @@ def synth(out: Path, images: int = 600, size: int = 1024, seed: int = 0, corrupt
         files.write_bytes(out / "IMAGE_FILENAMES", ("\n".join(names) + "\n").encode())
         files.write_bytes(out / "SHA256SUMS.txt", ("\n".join(sums) + "\n").encode())
     except OSError as error:
-        raise RunError(f"{out}: {error.strerror or error}: make room or choose another folder, then start "
-                       "again with an empty one") from error
+        raise RunError(
+            f"{out}: {error.strerror or error}: make room or choose another folder, then start again with an empty one"
+        ) from error
     except BrokenProcessPool as error:
-        raise RunError(f"{out}: a worker process died, perhaps for want of memory: empty the folder and use "
-                       f"fewer than {workers} (scripts need `if __name__ == '__main__':`)") from error
-    return {"images": images, "studies": len({image.study for image in made}),
-            "patients": len({image.patient for image in made}), "corrupt": corrupt}
+        raise RunError(
+            f"{out}: a worker process died, perhaps for want of memory: empty the folder and use "
+            f"fewer than {workers} (scripts need `if __name__ == '__main__':`)"
+        ) from error
+    return {
+        "images": images,
+        "studies": len({image.study for image in made}),
+        "patients": len({image.patient for image in made}),
+        "corrupt": corrupt,
+    }

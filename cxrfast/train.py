@@ -40,8 +40,11 @@ from cxrfast.splits import check_parts, official_masks, part_masks
 CLOCK_STEPS = 20
 """Optimiser steps between two looks at the clock, where several ranks have to agree on the time."""
 
-SYNC_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-                else "broadcast_buffers")  # its name before torch 2.14
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)  # its name before torch 2.14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,11 @@ def select_rows(table: pd.DataFrame, config: TrainConfig, held: np.ndarray) -> p
     Left out: rows that the set does not hold (`held`, int64, lists those it does), rows without any label, other views.
     Raises RunError if a part is empty.
     """
-    parts = (official_masks(table["split"].to_numpy()) if config.split == "official"
-             else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold))
+    parts = (
+        official_masks(table["split"].to_numpy())
+        if config.split == "official"
+        else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold)
+    )
     usable = table["row"].isin(held).to_numpy() & table[list(config.labels)].notna().any(axis=1).to_numpy()
     if config.views:
         usable &= table["view"].isin(config.views).to_numpy()
@@ -98,8 +104,14 @@ def select_rows(table: pd.DataFrame, config: TrainConfig, held: np.ndarray) -> p
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World) -> TrainOrder:
     """The order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
-    return TrainOrder(rows=part_rows(rows, "train"), global_batch=config.global_batch, micro_batch=config.micro_batch,
-                      seed=config.seed, rank=ranks.rank, world=ranks.size)
+    return TrainOrder(
+        rows=part_rows(rows, "train"),
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.size,
+    )
 
 
 def train(config: TrainConfig, place: Place) -> Run:
@@ -137,9 +149,15 @@ class Trainer:
         self.val_rows = part_rows(rows, "val")
         self._put_labels(rows, reader.info.images)
         self.order = train_order(config, rows, ranks)
-        loading: dict[str, Any] = {"device": ranks.device, "engine": place.engine, "threads": place.threads,
-                                   "local_ranks": ranks.local_size}
-        self.train_loader = Loader(reader, self.order, augment=Augment(degrees=config.degrees, flip=config.flip), **loading)
+        loading: dict[str, Any] = {
+            "device": ranks.device,
+            "engine": place.engine,
+            "threads": place.threads,
+            "local_ranks": ranks.local_size,
+        }
+        self.train_loader = Loader(
+            reader, self.order, augment=Augment(degrees=config.degrees, flip=config.flip), **loading
+        )
         val_order = EvalOrder(rows=self.val_rows, micro_batch=config.micro_batch, rank=ranks.rank, world=ranks.size)
         self.val_loader = Loader(reader, val_order, **loading)
 
@@ -149,10 +167,13 @@ class Trainer:
             # Statistics are broadcast before they are used (see `score`), not before every forward pass.
             unsynced = {SYNC_BUFFERS: False}
             self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **unsynced)  # type: ignore[arg-type]
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=ranks.device.type == "cuda")
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=config.learning_rate, fused=ranks.device.type == "cuda"
+        )
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=config.factor, patience=config.patience)
+            self.optimizer, factor=config.factor, patience=config.patience
+        )
         self.epoch, self.consumed, self.stale, self.best = 0, 0, 0, float("inf")
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         """Sum of this rank's share of the epoch's losses."""
@@ -189,7 +210,9 @@ class Trainer:
         steps = self.order.global_batches(self.epoch, self.consumed)
         batches = _Timed(self.train_loader.epoch(self.epoch, self.consumed))
         saved, label = time.monotonic(), f"{self.run.name} epoch {self.epoch + 1}"
-        with progress(label, len(steps) * self.config.global_batch, quiet=self.place.quiet or not self.ranks.is_first) as advance:
+        with progress(
+            label, len(steps) * self.config.global_batch, quiet=self.place.quiet or not self.ranks.is_first
+        ) as advance:
             for done, rows in enumerate(steps, 1):
                 self.step(rows, batches)
                 self.consumed += self.config.global_batch
@@ -245,18 +268,30 @@ class Trainer:
             target, mask = self.host_target[scores.row], self.host_mask[scores.row]
             per_label = auroc(scores.logits, target, mask)
             defined = per_label[~np.isnan(per_label)]
-            result = {"train_loss": sum(losses) / self.order.steps, "val_loss": bce(scores.logits, target, mask),
-                      "val_auroc": float(defined.mean()) if len(defined) else None,
-                      "val_auroc_by_label": {name: None if np.isnan(v) else float(v)
-                                             for name, v in zip(self.config.labels, per_label, strict=True)}}
+            result = {
+                "train_loss": sum(losses) / self.order.steps,
+                "val_loss": bce(scores.logits, target, mask),
+                "val_auroc": float(defined.mean()) if len(defined) else None,
+                "val_auroc_by_label": {
+                    name: None if np.isnan(v) else float(v)
+                    for name, v in zip(self.config.labels, per_label, strict=True)
+                },
+            }
         result = self.ranks.broadcast(result)
         if not np.isfinite([result["train_loss"], result["val_loss"]]).all():
-            raise RunError(f"{self.run.name}: the loss is not finite in epoch {self.epoch + 1}; {self.run.folder / 'last.pt'} "
-                           "holds the last good state: lower --learning-rate, or use --precision fp32")
+            raise RunError(
+                f"{self.run.name}: the loss is not finite in epoch {self.epoch + 1}; {self.run.folder / 'last.pt'} "
+                "holds the last good state: lower --learning-rate, or use --precision fp32"
+            )
         seconds = trained - started
-        measured = {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started,
-                    "images_per_s": self.order.steps * self.config.global_batch / seconds,
-                    "waiting_share": waited / seconds, "resident_bytes": resident_bytes(), "gpu_peak_bytes": self._gpu_peak()}
+        measured = {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.monotonic() - started,
+            "images_per_s": self.order.steps * self.config.global_batch / seconds,
+            "waiting_share": waited / seconds,
+            "resident_bytes": resident_bytes(),
+            "gpu_peak_bytes": self._gpu_peak(),
+        }
         self.schedule.step(result["val_loss"])
         better = result["val_loss"] < self.best
         self.best, self.stale = (result["val_loss"], 0) if better else (self.best, self.stale + 1)
@@ -273,16 +308,21 @@ class Trainer:
     def _report(self, result: dict[str, Any], measured: dict[str, Any], better: bool) -> None:
         if not self.place.quiet:
             shown = "undefined" if result["val_auroc"] is None else f"{result['val_auroc']:.4f}"
-            print(f"{self.run.name} epoch {self.epoch + 1}: train loss {result['train_loss']:.4f}, validation loss "
-                  f"{result['val_loss']:.4f}{' (best)' if better else ''}, AUROC {shown}, {measured['images_per_s']:.0f} images/s",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.run.name} epoch {self.epoch + 1}: train loss {result['train_loss']:.4f}, validation loss "
+                f"{result['val_loss']:.4f}{' (best)' if better else ''}, AUROC {shown}, {measured['images_per_s']:.0f} images/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _gpu_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
 
     def _set_state(self, state: str, **more: Any) -> None:
         if self.ranks.is_first:
-            self.run.set_state(state, epoch=self.epoch, best_val_loss=None if self.best == float("inf") else self.best, **more)
+            self.run.set_state(
+                state, epoch=self.epoch, best_val_loss=None if self.best == float("inf") else self.best, **more
+            )
 
     # Checkpoints
 
@@ -290,10 +330,20 @@ class Trainer:
         """Write last.pt: all that the rest of the run depends on."""
         losses = self.ranks.gather(self.loss.item())
         if self.ranks.is_first:
-            self.run.save_last({
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "schedule": self.schedule.state_dict(), "epoch": self.epoch, "consumed": self.consumed, "stale": self.stale,
-                "best": self.best, "losses": losses, "rng": torch.get_rng_state()})
+            self.run.save_last(
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "epoch": self.epoch,
+                    "consumed": self.consumed,
+                    "stale": self.stale,
+                    "best": self.best,
+                    "losses": losses,
+                    "rng": torch.get_rng_state(),
+                }
+            )
         self.ranks.barrier()
 
     def restore(self) -> None:
@@ -314,7 +364,10 @@ class Trainer:
         if self.ranks.is_first:
             self.run.cut_metrics(self.epoch)
             if not self.place.quiet:
-                print(f"{self.run.name}: going on in epoch {self.epoch + 1}, after {self.consumed:,} images", file=sys.stderr)
+                print(
+                    f"{self.run.name}: going on in epoch {self.epoch + 1}, after {self.consumed:,} images",
+                    file=sys.stderr,
+                )
 
 
 def masked_bce_sum(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

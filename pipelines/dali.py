@@ -43,8 +43,11 @@ class DaliEngine:
                     done += 1
                     yield batch
                 return
-            except RuntimeError:  # DALI's pipeline is dead after an error: decode this batch elsewhere, build a new one
-                yield from self._host.batches(items[done:done + 1])
+            except (
+                RuntimeError,
+                LoadError,
+            ):  # DALI's pipeline is dead now: decode this batch elsewhere, build a new one
+                yield from self._host.batches(items[done : done + 1])
                 done += 1
 
     def _run(self, items: list[Work]) -> Iterator[torch.Tensor]:
@@ -57,10 +60,16 @@ class DaliEngine:
                 else:
                     outputs = pipe.run()
                 # the default executor leaves tensors alone that were handed out: no copy
-                yield torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2)
+                batch = torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2)
+                if batch.shape[2:] != (self.size, self.size):
+                    raise LoadError(
+                        f"{self.reader.folder} holds images of {tuple(batch.shape[2:])} px"
+                    )  # host names the row
+                yield batch
 
     def _feed(self, pool: ThreadPoolExecutor, items: list[Work]) -> Iterator[tuple[list[np.ndarray], ...]]:
         """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
+
         def read(row: int) -> np.ndarray:
             return np.frombuffer(self.reader.read(row), np.uint8)
 
@@ -84,18 +93,29 @@ class DaliEngine:
         gpu = self.device.type == "cuda"
         stored, size = self.reader.scale, self.size
 
-        @pipeline_def(batch_size=batch, num_threads=self.threads, prefetch_queue_depth=DEPTH,
-                      device_id=(self.device.index or 0) if gpu else None)
+        @pipeline_def(
+            batch_size=batch,
+            num_threads=self.threads,
+            prefetch_queue_depth=DEPTH,
+            device_id=(self.device.index or 0) if gpu else None,
+        )
         def graph() -> Any:
-            sources = fn.external_source(source=feed, num_outputs=3 if augmented else 1, batch=True, no_copy=True,
-                                         dtype=[types.UINT8, types.FLOAT, types.INT32][:3 if augmented else 1])
+            sources = fn.external_source(
+                source=feed,
+                num_outputs=3 if augmented else 1,
+                batch=True,
+                no_copy=True,
+                dtype=[types.UINT8, types.FLOAT, types.INT32][: 3 if augmented else 1],
+            )
             hints: Any = {"preallocate_width_hint": stored, "preallocate_height_hint": stored} if gpu else {}
             image = fn.decoders.image(sources[0], device="mixed" if gpu else "cpu", output_type=types.GRAY, **hints)
             if size != stored:
                 image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
             if augmented:
                 image = fn.flip(image, horizontal=sources[2])
-                image = fn.rotate(image, angle=sources[1], keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
+                image = fn.rotate(
+                    image, angle=sources[1], keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR
+                )
             return image
 
         pipe = graph()

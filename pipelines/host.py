@@ -110,12 +110,20 @@ class HostEngine:
         except ValueError as error:
             raise LoadError(f"row {row} of {self.reader.folder} at {stored} px does not decode: {error}") from error
         if image.shape != (stored, stored):
-            raise LoadError(f"row {row} of {self.reader.folder} has {image.shape[1]} × {image.shape[0]} px instead of {stored}")
+            raise LoadError(
+                f"row {row} of {self.reader.folder} has {image.shape[1]} × {image.shape[0]} px instead of {stored}"
+            )
         if straight:
             return
         image = resize(image, self.size, self.size)
         if angle == 0.0 and not flip:
             out[...] = image
         else:
-            cv2.warpAffine(image, warp_matrix(self.size, angle, flip), (self.size, self.size), dst=out,
-                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderValue=0)
+            cv2.warpAffine(
+                image,
+                warp_matrix(self.size, angle, flip),
+                (self.size, self.size),
+                dst=out,
+                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                borderValue=0,
+            )

@@ -1,12 +1,12 @@
 """The Loader: an order and a reader in, uint8 grey batches on the device out, whichever engine decodes them.
 
-    reader = Reader("data/shards", scale=1024)
-    order = TrainOrder(rows=reader.rows, global_batch=96, micro_batch=8, seed=0)
-    loader = Loader(reader, order, scale=1024, augment=Augment(), device="cuda")
-    for epoch in range(10):
-        for batch in loader.epoch(epoch):
-            logits = model(batch.image)            # uint8 (N, 1, 1024, 1024)
-            target = labels[batch.row]             # row: int64 (N,)
+reader = Reader("data/shards", scale=1024)
+order = TrainOrder(rows=reader.rows, global_batch=96, micro_batch=8, seed=0)
+loader = Loader(reader, order, scale=1024, augment=Augment(), device="cuda")
+for epoch in range(10):
+    for batch in loader.epoch(epoch):
+        logits = model(batch.image)            # uint8 (N, 1, 1024, 1024)
+        target = labels[batch.row]             # row: int64 (N,)
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,18 @@ class Loader:
     Raises LoadError for an unknown engine and, while iterating, for rows that cannot be read or decoded.
     """
 
-    def __init__(self, reader: Reader, order: Order, *, scale: int | None = None, augment: Augment | None = None,
-                 device: torch.device | str = "cpu", engine: str = "auto", threads: int | None = None,
-                 local_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        order: Order,
+        *,
+        scale: int | None = None,
+        augment: Augment | None = None,
+        device: torch.device | str = "cpu",
+        engine: str = "auto",
+        threads: int | None = None,
+        local_ranks: int = 1,
+    ) -> None:
         self.reader, self.order, self.augment = reader, order, augment
         self.device = torch.device(device)
         if engine not in ENGINES:

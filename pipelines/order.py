@@ -31,15 +31,23 @@ class TrainOrder:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.global_batch % self.micro_batch:
-            raise LoadError(f"global batch {self.global_batch} is no multiple of micro-batch {self.micro_batch}: "
-                            f"micro-batches that fit are {_divisors(self.global_batch)}")
+            raise LoadError(
+                f"global batch {self.global_batch} is no multiple of micro-batch {self.micro_batch}: "
+                f"micro-batches that fit are {_divisors(self.global_batch)}"
+            )
+        if not 0 <= self.rank < self.world:
+            raise LoadError(f"rank {self.rank} is not among {self.world} ranks")
         if self.accumulation % self.world:
-            raise LoadError(f"{self.world} ranks cannot share the {self.accumulation} micro-batches of a global batch "
-                            f"({self.global_batch} / {self.micro_batch}): start {_divisors(self.accumulation)} ranks, "
-                            "or change --micro-batch")
+            raise LoadError(
+                f"{self.world} ranks cannot share the {self.accumulation} micro-batches of a global batch "
+                f"({self.global_batch} / {self.micro_batch}): start {_divisors(self.accumulation)} ranks, "
+                "or change --micro-batch"
+            )
         if len(self.rows) < self.global_batch:
-            raise LoadError(f"{len(self.rows):,} training rows do not fill one global batch of {self.global_batch}: "
-                            "use a smaller --global-batch or more images")
+            raise LoadError(
+                f"{len(self.rows):,} training rows do not fill one global batch of {self.global_batch}: "
+                "use a smaller --global-batch or more images"
+            )
 
     @property
     def accumulation(self) -> int:
@@ -56,13 +64,15 @@ class TrainOrder:
         if consumed % self.global_batch:
             raise LoadError(f"position {consumed} is not at the start of a global batch of {self.global_batch}")
         rows = self.rows[permutation(len(self.rows), self.seed, epoch)]
-        return rows[:self.steps * self.global_batch].reshape(self.steps, self.global_batch)[consumed // self.global_batch:]
+        return rows[: self.steps * self.global_batch].reshape(self.steps, self.global_batch)[
+            consumed // self.global_batch :
+        ]
 
     def micro_batches(self, epoch: int, consumed: int = 0) -> list[np.ndarray]:
         """This rank's micro-batches, int64 (micro_batch,) each, `accumulation / world` for each global batch."""
         steps = self.global_batches(epoch, consumed)
         cut = steps.reshape(len(steps), self.micro_batch, self.accumulation).transpose(0, 2, 1)
-        return list(cut[:, self.rank::self.world].reshape(-1, self.micro_batch))
+        return list(cut[:, self.rank :: self.world].reshape(-1, self.micro_batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,7 @@ class EvalOrder:
     def micro_batches(self, epoch: int = 0, consumed: int = 0) -> list[np.ndarray]:
         """This rank's batches, int64, of `micro_batch` rows; the very last one may be shorter."""
         starts = range(consumed, len(self.rows), self.micro_batch)
-        return [self.rows[s:s + self.micro_batch] for s in starts][self.rank::self.world]
+        return [self.rows[s : s + self.micro_batch] for s in starts][self.rank :: self.world]
 
 
 Order = TrainOrder | EvalOrder

@@ -31,8 +31,10 @@ class Reader:
         shards = built(self.folder, scale)
         if not shards:
             there = ", ".join(map(str, scales_in(self.folder))) or "none"
-            raise LoadError(f"{self.folder} holds no shards at {scale} px (scales there: {there}): "
-                            f"build them with `cxrfast shard --scale {scale}`")
+            raise LoadError(
+                f"{self.folder} holds no shards at {scale} px (scales there: {there}): "
+                f"build them with `cxrfast shard --scale {scale}`"
+            )
         self._tar = np.full(self.info.images, -1, np.int32)
         self._offset, self._size = np.zeros((2, self.info.images), np.int64)
         self._crc32 = np.zeros(self.info.images, np.uint32)
@@ -41,10 +43,10 @@ class Reader:
         self._files: dict[int, int] = {}
 
     def _open_index(self, shard: int) -> None:
-        manifest = read_manifest(self.folder, self.scale, shard)
-        assert manifest is not None  # `built` lists manifests
         tar = shard_path(self.folder, self.scale, shard, "tar")
         try:
+            manifest = read_manifest(self.folder, self.scale, shard)
+            assert manifest is not None  # `built` lists manifests
             size = os.stat(tar).st_size
             index = np.array(read_index(self.folder, self.scale, shard), np.int64).reshape(-1, 3)
         except FileNotFoundError:
@@ -80,6 +82,8 @@ class Reader:
 
         Raises LoadError naming row and tar if they are not the bytes that were written when the set was built.
         """
+        if not 0 <= row < len(self._tar):
+            raise LoadError(f"row {row} does not exist: {self.folder} has rows 0 to {len(self._tar) - 1:,}")
         shard, size = int(self._tar[row]), int(self._size[row])
         if shard < 0:
             raise LoadError(f"row {row} is not in {self.folder} at {self.scale} px: quarantined, or not built yet")

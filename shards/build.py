@@ -12,9 +12,10 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
@@ -26,7 +27,7 @@ import pandas as pd
 from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.files import TEMPORARY
 from cxrfast.machine import usable_cores
-from cxrfast.progress import duration, progress
+from cxrfast.progress import duration, progress, size
 from cxrfast.shards import manifest
 from cxrfast.shards.images import BadImage, Reason, at_scales, decode_grey, encode
 from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
@@ -68,9 +69,20 @@ class Report:
     """False after a dry run and where `limit` left shards for later."""
 
 
-def build(data: Path, out: Path, scales: list[int], *, source: str = "mimic", recipe: Recipe | None = None,
-          workers: int | None = None, limit: int | None = None, allow_missing: bool = False,
-          retry_quarantined: bool = False, dry_run: bool = False, quiet: bool = False) -> Report:
+def build(
+    data: Path,
+    out: Path,
+    scales: list[int],
+    *,
+    source: str = "mimic",
+    recipe: Recipe | None = None,
+    workers: int | None = None,
+    limit: int | None = None,
+    allow_missing: bool = False,
+    retry_quarantined: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Report:
     """Cut the images of the tree `data` into the shard set `out` at `scales` (px).
 
     An existing set is continued: scales and shards that it lacks are added, the others keep their bytes. `limit` builds
@@ -80,9 +92,11 @@ def build(data: Path, out: Path, scales: list[int], *, source: str = "mimic", re
     recipe, scales = recipe or Recipe(), check_scales(scales)
     data, out = Path(data), Path(out)
     info, rows, counts = _plan(data, out, source, recipe, allow_missing, quiet)
-    if retry_quarantined and out.is_dir() and not dry_run:
-        scales = sorted({*scales, *manifest.scales_in(out)})
-        _forget_quarantined(data, out, info, rows)
+    if out.is_dir() and not dry_run:
+        _clear_stale(out)
+        if retry_quarantined:
+            scales = sorted({*scales, *manifest.scales_in(out)})
+            _forget_quarantined(data, out, rows)
     numbers = range(info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard)))
     tasks = _tasks(data, out, info, rows, scales, numbers)
     workers = max(1, workers or usable_cores())
@@ -91,10 +105,13 @@ def build(data: Path, out: Path, scales: list[int], *, source: str = "mimic", re
     if dry_run:
         return report
     if sum(estimate.bytes.values()) > estimate.free:
-        raise ShardError(f"{out} needs about {sum(estimate.bytes.values()) / 1e9:,.1f} GB more and {estimate.free / 1e9:,.1f} GB "
-                         "are free: make room, choose another --out or fewer scales")
+        raise ShardError(
+            f"{out} needs about {size(sum(estimate.bytes.values()))} more and {size(estimate.free)} are free: "
+            "make room, choose another --out or fewer scales"
+        )
     _prepare(out, info, rows, scales)
-    _run(tasks, workers, sum(len(t.rows) for t in tasks), quiet)
+    if tasks:
+        _run(tasks, workers, quiet)
     _finish(out, info, rows, report)
     report.seconds = time.monotonic() - start
     return report
@@ -103,8 +120,9 @@ def build(data: Path, out: Path, scales: list[int], *, source: str = "mimic", re
 # The plan
 
 
-def _plan(data: Path, out: Path, source: str, recipe: Recipe, allow_missing: bool,
-          quiet: bool) -> tuple[SetInfo, pd.DataFrame, dict[str, int]]:
+def _plan(
+    data: Path, out: Path, source: str, recipe: Recipe, allow_missing: bool, quiet: bool
+) -> tuple[SetInfo, pd.DataFrame, dict[str, int]]:
     """The set's description and rows table: the one in `out` if it was planned from the same images, else a new one."""
     listed: Source = read_source(source, data)
     rows = plan_rows(listed.images, listed.labels, recipe.seed)
@@ -112,27 +130,49 @@ def _plan(data: Path, out: Path, source: str, recipe: Recipe, allow_missing: boo
     if (out / "set.json").exists():
         info = read_set(out)
         if info.id != identity:
-            differing = [f"{name} {getattr(info, name)} there, {getattr(recipe, name)} asked for"
-                         for name in ("seed", "codec", "quality", "resize", "grey")
-                         if getattr(info, name) != getattr(recipe, name)]
-            raise ShardError(f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
-                             "choose another --out, or give the same --data and options")
+            differing = [
+                f"{name} {getattr(info, name)} there, {getattr(recipe, name)} asked for"
+                for name in ("seed", "codec", "quality", "resize", "grey")
+                if getattr(info, name) != getattr(recipe, name)
+            ]
+            raise ShardError(
+                f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
+                "choose another --out, or give the same --data and options"
+            )
         return info, read_rows(out / "rows.parquet"), listed.counts
-    if out.is_dir() and any(out.iterdir()) and not (out / "rows.parquet").exists():
+    if out.is_dir() and any(_is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
     rows["bytes"] = source_bytes(data, rows["path"].tolist(), quiet)
     _check_missing(data, rows, allow_missing)
     info = SetInfo(
-        id=identity, source=source, labels=list(listed.labels), seed=recipe.seed, images=len(rows),
-        studies=rows["study_id"].nunique(), patients=rows["patient_id"].nunique(),
-        rows_per_shard=rows_per_shard(len(rows)), codec=recipe.codec, quality=recipe.quality, resize=recipe.resize,
-        grey=recipe.grey, versions=manifest.versions())
+        id=identity,
+        source=source,
+        labels=list(listed.labels),
+        seed=recipe.seed,
+        images=len(rows),
+        studies=rows["study_id"].nunique(),
+        patients=rows["patient_id"].nunique(),
+        rows_per_shard=rows_per_shard(len(rows)),
+        codec=recipe.codec,
+        quality=recipe.quality,
+        resize=recipe.resize,
+        grey=recipe.grey,
+        versions=manifest.versions(),
+    )
     return info, rows, listed.counts
+
+
+def _is_foreign(path: Path) -> bool:
+    """Is this no file that a build killed before its plan was whole may have left?"""
+    return not (
+        path.name.endswith(TEMPORARY) or path.name == "rows.parquet" or (path.is_dir() and path.name.isdecimal())
+    )
 
 
 def source_bytes(data: Path, paths: list[str], quiet: bool = True) -> np.ndarray:
     """Size of every source file, int64; -1 where there is none. Threads, since a network file system answers slowly."""
-    def size(path: str) -> int:
+
+    def stat(path: str) -> int:
         try:
             return os.stat(data / path).st_size
         except (FileNotFoundError, NotADirectoryError):
@@ -140,7 +180,7 @@ def source_bytes(data: Path, paths: list[str], quiet: bool = True) -> np.ndarray
 
     with ThreadPoolExecutor(16) as pool, progress("looking for images", len(paths), quiet=quiet) as advance:
         sizes = np.empty(len(paths), np.int64)
-        for i, value in enumerate(pool.map(size, paths, chunksize=256)):
+        for i, value in enumerate(pool.map(stat, paths, chunksize=256)):
             sizes[i] = value
             advance()
     return sizes
@@ -150,24 +190,34 @@ def _check_missing(data: Path, rows: pd.DataFrame, allow_missing: bool) -> None:
     """Raises ShardError where so many images are missing that the tree must be half a download."""
     missing = int(rows["bytes"].lt(0).sum())
     if missing == len(rows):
-        raise ShardError(f"none of the {len(rows):,} images that the tables list is in {data} (first: {rows['path'].iloc[0]}): "
-                         "give --data the folder that holds files/")
+        raise ShardError(
+            f"none of the {len(rows):,} images that the tables list is in {data} (first: {rows['path'].iloc[0]}): "
+            "give --data the folder that holds files/"
+        )
     if missing > MISSING_ALLOWED * len(rows) and not allow_missing:
         folders = missing_by_folder(rows).query("missing > 0")
         lines = "\n".join(f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples())
-        raise ShardError(f"{missing:,} of {len(rows):,} images are missing in {data}:\n{lines}\n"
-                         "finish the download, or leave them out with --allow-missing")
+        raise ShardError(
+            f"{missing:,} of {len(rows):,} images are missing in {data}:\n{lines}\n"
+            "finish the download, or leave them out with --allow-missing"
+        )
 
 
 def _prepare(out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int]) -> None:
-    """Write the plan if it is new, and clear away what a killed build left half-written."""
-    for scale in scales:
-        (out / str(scale)).mkdir(parents=True, exist_ok=True)
-        for stale in (out / str(scale)).glob(f"*{TEMPORARY}"):
-            stale.unlink(missing_ok=True)
+    """Write the plan if it is new."""
+    out.mkdir(parents=True, exist_ok=True)
     if not (out / "set.json").exists():
         write_rows(out / "rows.parquet", rows)
         info.write(out)  # after the rows: set.json says that the plan is whole
+    for scale in scales:
+        (out / str(scale)).mkdir(exist_ok=True)
+
+
+def _clear_stale(out: Path) -> None:
+    """Remove what a killed build left half-written."""
+    for pattern in (f"*{TEMPORARY}", f"*/*{TEMPORARY}"):
+        for stale in out.glob(pattern):
+            stale.unlink(missing_ok=True)
 
 
 # Tasks
@@ -210,38 +260,60 @@ def _tasks(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame, scales: lis
         wanted = [scale for scale in scales if scale not in there]
         earlier = next(iter(there.values()), None)
         if wanted:
-            part = rows.iloc[shard * info.rows_per_shard:(shard + 1) * info.rows_per_shard]
-            tasks.append(Task(
-                data=data, out=out, set=info.id, shard=shard, scales=wanted, quality=info.quality, rows=_images(part),
-                quarantined=earlier.quarantined if earlier else {}, held=frozenset(earlier.rows) if earlier else None))
+            part = rows.iloc[shard * info.rows_per_shard : (shard + 1) * info.rows_per_shard]
+            tasks.append(
+                Task(
+                    data=data,
+                    out=out,
+                    set=info.id,
+                    shard=shard,
+                    scales=wanted,
+                    quality=info.quality,
+                    rows=_images(part),
+                    quarantined=earlier.quarantined if earlier else {},
+                    held=frozenset(earlier.rows) if earlier else None,
+                )
+            )
     return tasks
 
 
 def _images(part: pd.DataFrame) -> list[Image]:
     labels = label_names(part)
-    return [Image(row=r["row"], path=r["path"], bytes=r["bytes"], meta={
-        **{name: r[name] for name in ("row", "image_id", "study_id", "patient_id")},
-        "labels": {name: None if np.isnan(r[name]) else r[name] for name in labels}})
-        for r in part.to_dict("records")]
+    return [
+        Image(
+            row=r["row"],
+            path=r["path"],
+            bytes=r["bytes"],
+            meta={
+                **{name: r[name] for name in ("row", "image_id", "study_id", "patient_id")},
+                "labels": {name: None if np.isnan(r[name]) else r[name] for name in labels},
+            },
+        )
+        for r in part.to_dict("records")
+    ]
 
 
-def _forget_quarantined(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame) -> None:
+def _forget_quarantined(data: Path, out: Path, rows: pd.DataFrame) -> None:
     """Drop, at every scale, the manifests of shards with quarantined rows, whose files are looked at anew."""
-    for scale in manifest.scales_in(out):
-        for shard in manifest.built(out, scale):
-            m = read_manifest(out, scale, shard)
-            if m and m.quarantined:
-                again = rows["row"].isin([int(row) for row in m.quarantined])
-                rows.loc[again, "bytes"] = source_bytes(data, rows.loc[again, "path"].tolist())
-                (out / "SHA256SUMS").unlink(missing_ok=True)
-                shard_path(out, scale, shard, "json").unlink()
-    write_rows(out / "rows.parquet", rows)
+    held = [
+        m
+        for scale in manifest.scales_in(out)
+        for shard in manifest.built(out, scale)
+        if (m := read_manifest(out, scale, shard)) and m.quarantined
+    ]
+    again = rows["row"].isin({int(row) for m in held for row in m.quarantined})
+    if again.any():
+        (out / "SHA256SUMS").unlink(missing_ok=True)
+        rows.loc[again, "bytes"] = source_bytes(data, rows.loc[again, "path"].tolist())
+        write_rows(out / "rows.parquet", rows)  # before the manifests go: a kill in between costs nothing
+        for m in held:
+            shard_path(out, m.scale, m.shard, "json").unlink()
 
 
 def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12) -> Estimate:
     """Decode, resize and encode a few images of the remaining shards, in memory, and multiply."""
     present = [(task, image) for task in tasks for image in task.rows if image.bytes > 0]
-    chosen = present[::max(1, len(present) // sample)][:sample]
+    chosen = present[:: max(1, len(present) // sample)][:sample]
     sizes: dict[int, list[int]] = {}
     seconds = []
     for task, image in chosen:
@@ -261,30 +333,45 @@ def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12)
         bytes={scale: int(np.mean(sizes.get(scale, [0])) * images[scale]) for scale in scales},
         files={scale: 3 * sum(scale in task.scales for task in tasks) for scale in scales},
         seconds=float(np.mean(seconds or [0.0])) * sum(len(task.rows) for task in tasks) / workers,
-        free=shutil.disk_usage(folder).free)
+        free=shutil.disk_usage(folder).free,
+    )
 
 
 # Workers
 
 
-def _run(tasks: list[Task], workers: int, total: int, quiet: bool) -> None:
+def _run(tasks: list[Task], workers: int, quiet: bool) -> None:
     """Build all tasks in a pool of processes; a shard that fails is named at the end, and the others are still built."""
     failed: list[str] = []
-    if not tasks:
-        return
-    with progress("sharding", total, quiet=quiet) as advance:
-        for task, future in _completed(tasks, min(workers, len(tasks))):
-            try:
-                future.result()
-            except ShardError as error:
-                failed.append(str(error))
-            advance(len(task.rows))
+    total = sum(len(task.rows) for task in tasks)
+    try:
+        with (
+            closing(_completed(tasks, min(workers, len(tasks)))) as completed,
+            progress("sharding", total, quiet=quiet) as advance,
+        ):
+            for task, future in completed:
+                try:
+                    future.result()
+                except ShardError as error:
+                    failed.append(str(error))
+                advance(len(task.rows))
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a worker process died (killed, or out of memory): finished shards are kept, run the same command "
+            "again, with fewer --workers if memory is short"
+        ) from error
+    except OSError as error:
+        what = f"no space or quota left in {tasks[0].out}" if is_disk_full(error) else str(error)
+        raise ShardError(f"{what}: finished shards are kept; mend it and run the same command again") from error
     if failed:
-        raise ShardError(f"{len(failed)} shards could not be built, all others are kept:\n  " + "\n  ".join(failed[:10])
-                         + "\nmend the source and run the same command again")
+        raise ShardError(
+            f"{len(failed)} shards could not be built, all others are kept:\n  "
+            + "\n  ".join(failed[:10])
+            + "\nmend the source and run the same command again"
+        )
 
 
-def _completed(tasks: list[Task], workers: int) -> Iterator[tuple[Task, Future[None]]]:
+def _completed(tasks: list[Task], workers: int) -> Generator[tuple[Task, Future[None]]]:
     """Run the tasks, a few more submitted than run, and yield each when it is done."""
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: dict[Future[None], Task] = {}
@@ -297,14 +384,6 @@ def _completed(tasks: list[Task], workers: int) -> Iterator[tuple[Task, Future[N
                 return
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future
-    except BrokenProcessPool as error:
-        raise ShardError("a worker process died (killed, or out of memory): finished shards are kept, run the same command "
-                         "again, with fewer --workers if memory is short") from error
-    except OSError as error:
-        if is_disk_full(error):
-            raise ShardError(f"no space or quota left in {tasks[0].out}: finished shards are kept; make room and run the "
-                             "same command again") from error
-        raise ShardError(f"{error}: finished shards are kept, run the same command again") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -324,10 +403,12 @@ def _exit_with(sentinel: int) -> None:
 
 def build_shard(task: Task) -> None:
     """Write one shard at its scales. Raises ShardError if a row that was fine when planned or before is not fine now."""
-    writers = {scale: TarWriter(task.out, scale, task.shard) for scale in task.scales}
+    writers: dict[int, TarWriter] = {}
     quarantined = dict(task.quarantined)
     rows: list[int] = []
     try:
+        for scale in task.scales:
+            writers[scale] = TarWriter(task.out, scale, task.shard)
         for image in task.rows:
             if str(image.row) in quarantined:
                 continue
@@ -335,7 +416,9 @@ def build_shard(task: Task) -> None:
                 pixels = at_scales(decode_grey(_read(task, image)), task.scales)
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
-                    raise ShardError(f"shard {task.shard}: {image.path} was fine at other scales and is {error.reason} now") from error
+                    raise ShardError(
+                        f"shard {task.shard}: {image.path} was fine at other scales and is {error.reason} now"
+                    ) from error
                 quarantined[str(image.row)] = error.reason.value
                 continue
             rows.append(image.row)
@@ -343,9 +426,17 @@ def build_shard(task: Task) -> None:
             for scale, picture in pixels.items():
                 writers[scale].add(image.row, encode(picture, task.quality), meta)
         for scale, writer in writers.items():
-            digest, size = writer.close()
-            ShardManifest(set=task.set, scale=scale, shard=task.shard, sha256=digest, bytes=size, rows=rows,
-                          crc32=writer.crc32, quarantined=quarantined).write(task.out)
+            digest, length = writer.close()
+            ShardManifest(
+                set=task.set,
+                scale=scale,
+                shard=task.shard,
+                sha256=digest,
+                bytes=length,
+                rows=rows,
+                crc32=writer.crc32,
+                quarantined=quarantined,
+            ).write(task.out)
     finally:
         for writer in writers.values():
             writer.discard()
@@ -358,9 +449,12 @@ def _read(task: Task, image: Image) -> bytes:
         data = (task.data / image.path).read_bytes()
     except FileNotFoundError:
         raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
+    except OSError as error:
+        raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror})") from error
     if len(data) != image.bytes:
-        raise ShardError(f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the "
-                         "set was planned")
+        raise ShardError(
+            f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the set was planned"
+        )
     return data
 
 
@@ -373,8 +467,12 @@ def _meta(image: Image) -> bytes:
 
 def _finish(out: Path, info: SetInfo, rows: pd.DataFrame, report: Report) -> None:
     """quarantine.csv and SHA256SUMS from the manifests, and the report's counts."""
-    manifests = [m for scale in manifest.scales_in(out) for shard in manifest.built(out, scale)
-                 if (m := read_manifest(out, scale, shard))]
+    manifests = [
+        m
+        for scale in manifest.scales_in(out)
+        for shard in manifest.built(out, scale)
+        if (m := read_manifest(out, scale, shard))
+    ]
     for m in manifests:
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
@@ -390,15 +488,24 @@ def describe(report: Report, out: Path) -> str:
     lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
     lines += [f"{what}: {n:,}" for what, n in report.source_counts.items() if n]
     if not report.rows:
-        lines += [f"to do at {s} px: {estimate.images[s]:,} rows, about {estimate.bytes[s] / 1e9:,.2f} GB in {estimate.files[s]:,} files"
-                  for s in estimate.images] or ["nothing left to do"]
-        lines += [f"free in {out}: {estimate.free / 1e9:,.1f} GB",
-                  f"estimated time: {duration(estimate.seconds)}, from a sample of the images"]
+        lines += [
+            f"to do at {s} px: {estimate.images[s]:,} rows, about {size(estimate.bytes[s])} in {estimate.files[s]:,} files"
+            for s in estimate.images
+        ] or ["nothing left to do"]
+        lines += [
+            f"free in {out}: {size(estimate.free)}",
+            f"estimated time: {duration(estimate.seconds)}, from a sample of the images",
+        ]
         return "\n".join(lines)
-    lines += [f"{s} px: {n:,} rows, {report.bytes[s] / 1e9:,.2f} GB" for s, n in sorted(report.rows.items())]
+    lines += [f"{s} px: {n:,} rows, {size(report.bytes[s])}" for s, n in sorted(report.rows.items())]
     reasons = Counter(report.quarantined.values())
-    lines.append(f"quarantined: {len(report.quarantined):,}" + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
-                 + (f" (see {out / 'quarantine.csv'})" if reasons else ""))
-    lines.append(f"set {info.id} in {out}: {'complete' if report.complete else 'a prefix; run again without --limit for the rest'}, "
-                 f"{duration(report.seconds)}")
+    lines.append(
+        f"quarantined: {len(report.quarantined):,}"
+        + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
+        + (f" (see {out / 'quarantine.csv'})" if reasons else "")
+    )
+    lines.append(
+        f"set {info.id} in {out}: {'complete' if report.complete else 'a prefix; run again without --limit for the rest'}, "
+        f"{duration(report.seconds)}"
+    )
     return "\n".join(lines)

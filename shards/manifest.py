@@ -56,8 +56,10 @@ def read_set(folder: Path) -> SetInfo:
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged: `cxrfast verify {folder}` lists what else is") from error
     if schema != SCHEMA:
-        raise ShardError(f"{folder} has schema version {schema}, this cxrfast reads {SCHEMA}: "
-                         "use the cxrfast that built it, or shard again into a new folder")
+        raise ShardError(
+            f"{folder} has schema version {schema}, this cxrfast reads {SCHEMA}: "
+            "use the cxrfast that built it, or shard again into a new folder"
+        )
     try:
         return SetInfo(**value)
     except TypeError as error:
@@ -136,8 +138,13 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = folder / "SHA256SUMS"
     if not path.is_file():
         raise ShardError(f"{folder} is not finished (no SHA256SUMS): run the same `cxrfast shard` command again")
-    lines = path.read_text().splitlines()
-    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    try:
+        *lines, end = path.read_text().split("\n")
+        if end:
+            raise ValueError("no newline at its end")
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except ValueError as error:  # bytes that are no text included
+        raise ShardError(f"{path} is damaged: run the same `cxrfast shard` command again to write it anew") from error
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise ShardError(f"--quality {self.quality} is not between 1 and 100")
+        for name, known in (("codec", "jpeg"), ("resize", "squash"), ("grey", "none")):
+            if getattr(self, name) != known:
+                raise ShardError(f"{name} {getattr(self, name)!r} is unknown: {known} is the only one so far")
         if not 0 <= self.seed < 2**63:
             raise ShardError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
 
@@ -40,10 +43,16 @@ def check_scales(scales: list[int]) -> list[int]:
     """The scales, sorted, each once. Raises ShardError for one that is no sensible size."""
     for scale in scales:
         if not SMALLEST <= scale <= LARGEST:
-            raise ShardError(f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: {', '.join(map(str, SCALES))})")
+            raise ShardError(
+                f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: {', '.join(map(str, SCALES))})"
+            )
     if not scales:
         raise ShardError("no scale given: add --scale 256 (or 512, 1024, 2048), once for each scale wanted")
     return sorted(set(scales))
+
+
+PLANNING = 2**63
+"""Second part of the key of the set's own permutation, so that no epoch's is like it."""
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
@@ -61,9 +70,11 @@ def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.Da
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """
     rows = images.sort_values("image_id", ignore_index=True)
-    rows = rows.iloc[permutation(len(rows), seed)].reset_index(drop=True)
+    rows = rows.iloc[permutation(len(rows), seed, PLANNING)].reset_index(drop=True)
     rows["row"] = np.arange(len(rows))
     rows["bytes"] = 0
+    for side in ("height", "width"):
+        rows[side] = rows[side].fillna(0).astype(np.int32)
     rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed)
     return rows[[*COLUMNS, *labels]]
 

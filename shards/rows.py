@@ -40,11 +40,13 @@ def write_rows(path: Path, rows: pd.DataFrame) -> None:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """The table as a data frame sorted by row. Raises ShardError if it is missing, damaged or lacks a column."""
+    """The table as a data frame, in the order of the rows. Raises ShardError if it is missing, damaged or lacks a column."""
     try:
         rows = pq.read_table(path).to_pandas()
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again") from None
+        raise ShardError(
+            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     absent = [c for c in COLUMNS if c not in rows.columns]

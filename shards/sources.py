@@ -3,10 +3,12 @@
 Tables are read, images are not. A new source is one more function in `SOURCES`.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
@@ -40,11 +42,19 @@ def mimic(data: Path) -> Source:
     images = images.merge(labels, how="left", on="study_id")
     subject, study = images["subject_id"].astype(str), images["study_id"].astype(str)
     path = "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + images["dicom_id"] + ".jpg"
-    frame = pd.DataFrame({
-        "image_id": images["dicom_id"], "study_id": study, "patient_id": subject, "path": path,
-        "view": images["ViewPosition"], "height": images["Rows"], "width": images["Columns"], "split": images["split"],
-        **{name: images[name] for name in MIMIC},
-    })
+    frame = pd.DataFrame(
+        {
+            "image_id": images["dicom_id"],
+            "study_id": study,
+            "patient_id": subject,
+            "path": path,
+            "view": images["ViewPosition"],
+            "height": images["Rows"],
+            "width": images["Columns"],
+            "split": images["split"],
+            **{name: images[name] for name in MIMIC},
+        }
+    )
     counts = {
         "studies without a label row": int(metadata.loc[unlabelled, "study_id"].nunique()),
         "label rows that are all blank": int(labels[list(MIMIC)].isna().all(axis=1).sum()),
@@ -59,12 +69,22 @@ def read_source(name: str, data: Path) -> Source:
     """The images that source `name` lists in the folder `data`. Raises ShardError for whatever is wrong with its tables."""
     if not data.is_dir():
         raise ShardError(f"the source folder {data} does not exist: give --data DIR or set CXRFAST_DATA")
+    if name not in SOURCES:
+        raise ShardError(f"source {name!r} is unknown: use {', '.join(SOURCES)}")
     source = SOURCES[name](data)
     ids = source.images["image_id"]
     if not len(ids):
         raise ShardError(f"the tables in {data} list no images")
     if ids.duplicated().any():
         raise ShardError(f"the tables in {data} list image {ids[ids.duplicated()].iloc[0]} twice: download them again")
+    for label in source.labels:
+        values = source.images[label]
+        known = values.isna() | values.isin((1.0, 0.0, -1.0))
+        if not known.all():
+            raise ShardError(
+                f"the tables in {data} hold {values[~known].iloc[0]!r} for {label}: only 1, 0, -1 and blank are known"
+            )
+        source.images[label] = values.astype(np.float32)
     return source
 
 
@@ -73,13 +93,17 @@ def _table(data: Path, kind: str, columns: list[str]) -> pd.DataFrame:
     found = sorted(data.glob(f"mimic-cxr-2.*-{kind}.csv")) or sorted(data.glob(f"mimic-cxr-2.*-{kind}.csv.gz"))
     if not found:
         others = sorted(p.name for p in data.glob("*.csv*"))
-        raise ShardError(f"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in {data} (its tables: {', '.join(others) or 'none'}): "
-                         "download it, or give it back its published name")
+        raise ShardError(
+            f"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in {data} (its tables: {', '.join(others) or 'none'}): "
+            "download it, or give it back its published name"
+        )
     text = {name: str for name in ("dicom_id", "ViewPosition", "split")}
     try:
         header = pd.read_csv(found[-1], nrows=0).columns
         if absent := [c for c in columns if c not in header]:
-            raise ShardError(f"{found[-1]} lacks the columns {', '.join(absent)}: is it the {kind} table of MIMIC-CXR-JPG?")
+            raise ShardError(
+                f"{found[-1]} lacks the columns {', '.join(absent)}: is it the {kind} table of MIMIC-CXR-JPG?"
+            )
         return pd.read_csv(found[-1], usecols=columns, dtype=text)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ShardError(f"{found[-1]} cannot be read as a CSV table ({error}): download it again") from error

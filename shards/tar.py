@@ -54,8 +54,13 @@ class TarWriter:
         return self.digest.hexdigest(), self.size
 
     def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        """Leave nothing behind; harmless after `close`."""
+        try:
+            self.file.close()
+        except OSError:
+            pass  # a full disk refuses the last bytes once more
+        finally:
+            self.temporary.unlink(missing_ok=True)
 
 
 def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:

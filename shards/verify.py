@@ -61,18 +61,23 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
             manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
             held[scale] = sum(len(m.rows) for m in manifests)
             quarantined[scale] = sum(len(m.quarantined) for m in manifests)
+            problems += _misplaced(folder, scale, manifests, sums)
             problems += _shard_problems(folder, info, manifests)
             if deep:
                 problems += _image_problems(folder, manifests, quiet)
     size = sum((folder / name).stat().st_size for name in there)
-    return Verdict(info=info, rows=held, quarantined=max(quarantined.values(), default=0), bytes=size, problems=problems)
+    return Verdict(
+        info=info, rows=held, quarantined=max(quarantined.values(), default=0), bytes=size, problems=problems
+    )
 
 
 def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Problem]:
     """Files whose bytes are not those in SHA256SUMS. Threads: hashing releases the GIL."""
     total = sum((folder / name).stat().st_size for name in sums)
-    with ThreadPoolExecutor(usable_cores()) as pool, \
-            progress("hashing", round(total / 1e6), unit="MB", quiet=quiet) as advance:
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        progress("hashing", round(total / 1e6), unit="MB", quiet=quiet) as advance,
+    ):
         for name, digest in zip(sums, pool.map(lambda name: sha256(folder / name), sums), strict=True):
             advance(round((folder / name).stat().st_size / 1e6))
             if digest != sums[name]:
@@ -86,6 +91,17 @@ def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
         yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
     elif set_id(rows, recipe) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
+
+
+def _misplaced(folder: Path, scale: int, manifests: list[ShardManifest], sums: dict[str, str]) -> Iterator[Problem]:
+    """Manifests of another scale or shard than their name says, or of another tar."""
+    for m, shard in zip(manifests, manifest.built(folder, scale), strict=True):
+        tar = shard_path(folder, scale, shard, "tar")
+        name = str(tar.with_suffix(".json").relative_to(folder))
+        if (m.scale, m.shard) != (scale, shard):
+            yield Problem(name, f"is the manifest of shard {m.shard} at {m.scale} px")
+        elif m.sha256 != sums.get(str(tar.relative_to(folder))) or m.bytes != tar.stat().st_size:
+            yield Problem(name, "is the manifest of another tar")
 
 
 def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest]) -> Iterator[Problem]:
@@ -111,8 +127,10 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
 def _image_problems(folder: Path, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
     """Images that do not decode to scale × scale pixels or differ from their crc32, a shard a thread."""
     scale = manifests[0].scale if manifests else 0
-    with ThreadPoolExecutor(usable_cores()) as pool, \
-            progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests), quiet=quiet) as advance:
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests), quiet=quiet) as advance,
+    ):
         for m, problems in zip(manifests, pool.map(lambda m: _decode_shard(folder, m), manifests), strict=True):
             yield from problems
             advance(len(m.rows))

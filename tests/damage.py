@@ -42,17 +42,19 @@ def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
     assert len(data) <= size
     tar = shard_path(folder, scale, shard, "tar")
     whole = bytearray(tar.read_bytes())
-    whole[offset:offset + size] = data.ljust(size, b"\0")
+    whole[offset : offset + size] = data.ljust(size, b"\0")
     tar.write_bytes(whole)
     path = shard_path(folder, scale, shard, "json")
     manifest = json.loads(path.read_bytes())
     manifest["sha256"] = sha256(tar)
-    manifest["crc32"][manifest["rows"].index(row)] = zlib.crc32(whole[offset:offset + size])
+    manifest["crc32"][manifest["rows"].index(row)] = zlib.crc32(whole[offset : offset + size])
     path.write_text(json.dumps(manifest) + "\n")
     sign(folder)
 
 
 def sign(folder: Path) -> None:
     """Write SHA256SUMS anew, so that only contradictions between files remain to be found."""
-    manifests = [m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))]
+    manifests = [
+        m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
+    ]
     write_sums(folder, manifests)

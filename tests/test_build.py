@@ -157,8 +157,11 @@ def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, tiny_set, t
 def many(tree: Path, n: int, images: list[Path]) -> Path:
     """A tree of `n` images that are links to a few, each of a patient of its own: many shards for little work."""
     (tree / "files").mkdir(parents=True)
-    lines = {"chexpert": [",".join(["subject_id", "study_id", *MIMIC])],
-             "metadata": ["dicom_id,subject_id,study_id,ViewPosition,Rows,Columns"], "split": ["dicom_id,split"]}
+    lines = {
+        "chexpert": [",".join(["subject_id", "study_id", *MIMIC])],
+        "metadata": ["dicom_id,subject_id,study_id,ViewPosition,Rows,Columns"],
+        "split": ["dicom_id,split"],
+    }
     for i in range(n):
         subject, study = 10_000_000 + i, 50_000_000 + i
         path = tree / f"files/p10/p{subject}/s{study}/image-{i}.jpg"
@@ -183,7 +186,9 @@ def environment(mark: str) -> dict[str, str]:
 
 def kill_when(command: list[str], ready: Callable[[], bool], mark: str) -> bool:
     """Start the command and SIGKILL its process, and only that, as soon as `ready`. False if it ended before."""
-    with subprocess.Popen(command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as child:
         while child.poll() is None and not ready():
             time.sleep(0.001)
         child.kill()
@@ -233,7 +238,9 @@ def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path):
         killed += kill_when(shard_command(tree, out, scales), ready, mark)
         assert not (out / "SHA256SUMS").exists()
     assert killed == 4
-    done = subprocess.run(shard_command(tree, out, scales), env=environment(mark), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        shard_command(tree, out, scales), env=environment(mark), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert all_end(mark)
@@ -269,7 +276,9 @@ def test_images_that_cannot_be_used_are_left_out_and_listed_with_their_reasons(c
     assert verdict.quarantined == 6
 
 
-def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_try_again(corrupt, sound, corrupt_set, tmp_path):
+def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_try_again(
+    corrupt, sound, corrupt_set, tmp_path
+):
     out = copy(corrupt_set[0], tmp_path / "set")
     tree = copy(corrupt, tmp_path / "mimic")
     for row in corrupt_set[1].quarantined:
@@ -318,7 +327,9 @@ def test_trying_again_in_vain_changes_nothing(corrupt, corrupt_set, tmp_path):
 # Half a download
 
 
-def test_half_a_download_stops_before_anything_is_written_and_says_where_images_are_missing(tree, phantoms, tiny_set, tmp_path):
+def test_half_a_download_stops_before_anything_is_written_and_says_where_images_are_missing(
+    tree, phantoms, tiny_set, tmp_path
+):
     out, gone = tmp_path / "set", paths(tiny_set)[10:14]
     for path in gone:
         (tree / path).unlink()
@@ -383,7 +394,7 @@ def test_an_image_that_changes_after_planning_stops_its_shard_and_no_other(tree,
 def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_shard(tree, tiny_set, tmp_path):
     out, path = copy(tiny_set, tmp_path / "set"), paths(tiny_set)[70]
     size = (tree / path).stat().st_size
-    (tree / path).write_bytes((tree / path).read_bytes()[:size // 2].ljust(size, b"\0"))
+    (tree / path).write_bytes((tree / path).read_bytes()[: size // 2].ljust(size, b"\0"))
     with pytest.raises(ShardError, match=rf"shard 1: {path} was fine at other scales and is truncated now"):
         build(tree, out, [16])
     assert read_manifest(out, 16, 1) is None
@@ -393,9 +404,13 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
 # Refused
 
 
-@pytest.mark.parametrize(("recipe", "difference"), [
-    (Recipe(seed=1), "seed 0 there, 1 asked for"), (Recipe(quality=90), "quality 95 there, 90 asked for")])
-def test_another_recipe_for_the_same_set_is_refused_and_the_difference_named(phantoms, tiny_set, tmp_path, recipe, difference):
+@pytest.mark.parametrize(
+    ("recipe", "difference"),
+    [(Recipe(seed=1), "seed 0 there, 1 asked for"), (Recipe(quality=90), "quality 95 there, 90 asked for")],
+)
+def test_another_recipe_for_the_same_set_is_refused_and_the_difference_named(
+    phantoms, tiny_set, tmp_path, recipe, difference
+):
     out = copy(tiny_set, tmp_path / "set")
     with pytest.raises(ShardError, match=difference):
         build(phantoms, out, [128], recipe=recipe)

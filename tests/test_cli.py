@@ -74,16 +74,24 @@ def test_an_absent_column(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [0, 5, 100000])
 def test_a_scale_that_is_no_size(tree: Path, tmp_path: Path, scale: int) -> None:
-    assert f"--scale {scale} is not between" in refused("shard", "--data", tree, "--out", tmp_path / "set", "--scale", scale)
+    assert f"--scale {scale} is not between" in refused(
+        "shard", "--data", tree, "--out", tmp_path / "set", "--scale", scale
+    )
 
 
 def test_a_scale_that_the_set_does_not_hold(tiny_set: Path, tmp_path: Path) -> None:
-    message = refused("train", "--shards", tiny_set, "--scale", 48, "--weights", "none", "--device", "cpu", "--runs", tmp_path)
+    message = refused(
+        "train", "--shards", tiny_set, "--scale", 48, "--weights", "none", "--device", "cpu", "--runs", tmp_path
+    )
     assert "no shards at 48 px (scales there: 32, 64)" in message
 
 
 def test_an_empty_set(tmp_path: Path) -> None:
-    for command in (["verify", tmp_path], ["train", "--shards", tmp_path, "--scale", 32], ["study", tmp_path, tmp_path / "runs"]):
+    for command in (
+        ["verify", tmp_path],
+        ["train", "--shards", tmp_path, "--scale", 32],
+        ["study", tmp_path, tmp_path / "runs"],
+    ):
         assert "is not a shard set (no set.json)" in refused(*command)
 
 
@@ -148,8 +156,23 @@ def test_a_full_disk_keeps_what_was_finished(phantoms: Path, tiny_set: Path, tmp
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     try:
-        arguments = ("train", "--shards", tiny_set, "--scale", 32, "--device", "cpu", "--weights", "none", "--epochs", 1,
-                     "--global-batch", 8, "--runs", small)
+        arguments = (
+            "train",
+            "--shards",
+            tiny_set,
+            "--scale",
+            32,
+            "--device",
+            "cpu",
+            "--weights",
+            "none",
+            "--epochs",
+            1,
+            "--global-batch",
+            8,
+            "--runs",
+            small,
+        )
         message = refused(*arguments)
         assert "no space or quota left" in message
         assert not list(small.rglob("*.tmp")), "nothing half-written stays behind"

@@ -16,9 +16,20 @@ def surface() -> str:
     for name, command in sorted(cli.commands.items()):
         lines.append(name)
         for parameter in sorted(command.params, key=lambda p: (p.param_type_name, p.name or "")):
-            kind = parameter.type.name if not isinstance(parameter.type, click.Choice) else "|".join(map(str, parameter.type.choices))
-            flags = [f for f, on in (("required", parameter.required), ("multiple", getattr(parameter, "multiple", False)),
-                                     ("flag", getattr(parameter, "is_flag", False))) if on]
+            kind = (
+                parameter.type.name
+                if not isinstance(parameter.type, click.Choice)
+                else "|".join(map(str, parameter.type.choices))
+            )
+            flags = [
+                f
+                for f, on in (
+                    ("required", parameter.required),
+                    ("multiple", getattr(parameter, "multiple", False)),
+                    ("flag", getattr(parameter, "is_flag", False)),
+                )
+                if on
+            ]
             names = "/".join(parameter.opts) if isinstance(parameter, click.Option) else parameter.name
             lines.append(" ".join(["   ", names or "", kind, *flags]))
     return "\n".join(lines) + "\n"
@@ -33,7 +44,10 @@ def test_every_command_and_option_has_help() -> None:
         assert command.help, name
         for parameter in command.params:
             if isinstance(parameter, click.Option):
-                assert parameter.help or parameter.name in ("seed", "device", "fold", "arch", "part"), (name, parameter.name)
+                assert parameter.help or parameter.name in ("seed", "device", "fold", "arch", "part"), (
+                    name,
+                    parameter.name,
+                )
 
 
 if __name__ == "__main__":

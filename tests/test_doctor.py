@@ -8,7 +8,16 @@ from cxrfast.doctor import examine
 
 def test_the_doctor_names_what_matters_and_finds_this_machine_fit() -> None:
     found = {f.what: f for f in examine()}
-    assert {"Python", "torch", "DALI", "processor", "memory", "precision", "ImageNet weights", "shard set"} <= found.keys()
+    assert {
+        "Python",
+        "torch",
+        "DALI",
+        "processor",
+        "memory",
+        "precision",
+        "ImageNet weights",
+        "shard set",
+    } <= found.keys()
     assert not any(f.is_problem for f in found.values())
     assert found["torch"].found == torch.__version__.partition("+")[0]
 

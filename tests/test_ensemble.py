@@ -23,7 +23,9 @@ from cxrfast.store import Predictions, write_predictions
 # Arrays
 
 
-def planted(quality: tuple[float, ...], n: int = 600, findings: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def planted(
+    quality: tuple[float, ...], n: int = 600, findings: int = 3, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits (S, N, L) that know the targets (N, L) by `quality`, calibrated: l = q (2t - 1) + noise of sd √(2q)."""
     rng = np.random.default_rng(seed)
     targets = (rng.random((n, findings)) < 0.3).astype(np.float32)
@@ -55,7 +57,8 @@ def test_weights_are_probabilities_and_em_is_never_worse_than_the_schedule(case)
 def test_the_schedule_comes_within_two_hundredths_of_the_optimum():
     logits, targets = planted((0.3, 0.8, 1.5, 2.0), n=2000)
     gap = mixture_bce(logits, targets, None, fit(logits, targets)) - mixture_bce(
-        logits, targets, None, fit_em(logits, targets))
+        logits, targets, None, fit_em(logits, targets)
+    )
     assert (gap >= -1e-6).all()
     assert (gap < 0.02).all()
 
@@ -105,7 +108,9 @@ def test_masked_rows_change_nothing():
     other = np.where(mask, targets, 1 - targets)
     for solve in (fit, fit_em):
         np.testing.assert_array_equal(solve(logits, targets, mask), solve(logits, other, mask))
-        np.testing.assert_allclose(solve(logits, targets, mask), solve(logits[:, mask[:, 0]], targets[mask[:, 0]]), atol=1e-8)
+        np.testing.assert_allclose(
+            solve(logits, targets, mask), solve(logits[:, mask[:, 0]], targets[mask[:, 0]]), atol=1e-8
+        )
 
 
 def test_findings_without_both_classes_keep_equal_weights():
@@ -136,8 +141,11 @@ def test_the_loss_is_that_of_the_combined_probabilities():
     logits, targets = planted((0.4, 1.5))
     weights = np.array([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
     p = combine(logits, weights)
-    np.testing.assert_allclose(mixture_bce(logits, targets, None, weights),
-                               -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(
+        mixture_bce(logits, targets, None, weights),
+        -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(axis=0),
+        rtol=1e-10,
+    )
     assert np.isnan(mixture_bce(logits, targets, np.zeros(targets.shape, bool), weights)).all()
 
 
@@ -154,23 +162,46 @@ def rows_of(fold: int) -> pd.DataFrame:
     deal = (np.arange(N) + fold) % 5
     raw[raw[:, 1] == 1, 1] = 0
     raw[(deal == 1) & (raw[:, 2] == 1), 2] = 0
-    return pd.DataFrame({
-        "row": np.arange(N, dtype=np.int64), "image_id": [f"i{i}" for i in range(N)],
-        "patient_id": [f"p{i // 2}" for i in range(N)],
-        "part": np.where(deal == 0, "test", np.where(deal == 1, "val", "train")), **dict(zip(LABELS, raw.T, strict=True))})
+    return pd.DataFrame(
+        {
+            "row": np.arange(N, dtype=np.int64),
+            "image_id": [f"i{i}" for i in range(N)],
+            "patient_id": [f"p{i // 2}" for i in range(N)],
+            "part": np.where(deal == 0, "test", np.where(deal == 1, "val", "train")),
+            **dict(zip(LABELS, raw.T, strict=True)),
+        }
+    )
 
 
-def make_run(runs: Path, scale: int, fold: int, quality: float = 1.0, rows: pd.DataFrame | None = None,
-             arch: str = "densenet121", name: str | None = None, set_id: str = "a1") -> Run:
-    config = TrainConfig(set_id=set_id, scale=scale, labels=LABELS, fold=fold, arch=arch, global_batch=8, micro_batch=8,
-                         learning_rate=1e-4)
+def make_run(
+    runs: Path,
+    scale: int,
+    fold: int,
+    quality: float = 1.0,
+    rows: pd.DataFrame | None = None,
+    arch: str = "densenet121",
+    name: str | None = None,
+    set_id: str = "a1",
+) -> Run:
+    config = TrainConfig(
+        set_id=set_id,
+        scale=scale,
+        labels=LABELS,
+        fold=fold,
+        arch=arch,
+        global_batch=8,
+        micro_batch=8,
+        learning_rate=1e-4,
+    )
     folder = runs / (name or f"{arch}-{scale}") / f"fold-{fold}"
     run = start_run(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
     rng, parts = np.random.default_rng(scale + fold), {}
     for part in ("val", "test"):
         mine = run.rows().query(f"part == '{part}'").sample(frac=1, random_state=scale)  # any order may be written
         positive = (mine[list(LABELS)] == 1).to_numpy()
-        parts[part] = Predictions(mine["row"].to_numpy(), quality * (2 * positive - 1) + rng.normal(size=positive.shape))
+        parts[part] = Predictions(
+            mine["row"].to_numpy(), quality * (2 * positive - 1) + rng.normal(size=positive.shape)
+        )
     write_predictions(run, parts)
     return run
 

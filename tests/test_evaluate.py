@@ -31,16 +31,38 @@ def rows_of(fold: int, n: int = N) -> pd.DataFrame:
     raw = rng.choice([1.0, 0.0, -1.0, np.nan], size=(n, len(LABELS)), p=[0.3, 0.2, 0.1, 0.4]).astype(np.float32)
     raw[raw[:, 1] == 1, 1] = 0
     deal = (np.arange(n) + fold) % 5
-    return pd.DataFrame({
-        "row": np.arange(n, dtype=np.int64), "image_id": [f"i{i}" for i in range(n)],
-        "patient_id": [f"p{i // 2}" for i in range(n)],
-        "part": np.where(deal == 0, "test", np.where(deal == 1, "val", "train")), **dict(zip(LABELS, raw.T, strict=True))})
+    return pd.DataFrame(
+        {
+            "row": np.arange(n, dtype=np.int64),
+            "image_id": [f"i{i}" for i in range(n)],
+            "patient_id": [f"p{i // 2}" for i in range(n)],
+            "part": np.where(deal == 0, "test", np.where(deal == 1, "val", "train")),
+            **dict(zip(LABELS, raw.T, strict=True)),
+        }
+    )
 
 
-def make_run(runs: Path, scale: int, fold: int, rows: pd.DataFrame | None = None, predict: bool = True,
-             name: str | None = None, **changes: object) -> Run:
-    config = TrainConfig(**{"set_id": "a1", "scale": scale, "labels": LABELS, "fold": fold, "global_batch": 8,  # type: ignore[arg-type]
-                            "micro_batch": 8, "learning_rate": 1e-4, **changes})
+def make_run(
+    runs: Path,
+    scale: int,
+    fold: int,
+    rows: pd.DataFrame | None = None,
+    predict: bool = True,
+    name: str | None = None,
+    **changes: object,
+) -> Run:
+    config = TrainConfig(
+        **{
+            "set_id": "a1",
+            "scale": scale,
+            "labels": LABELS,
+            "fold": fold,
+            "global_batch": 8,  # type: ignore[arg-type]
+            "micro_batch": 8,
+            "learning_rate": 1e-4,
+            **changes,
+        }
+    )
     rows = rows_of(fold) if rows is None else rows
     run = start_run(runs / (name or f"densenet121-{scale}") / f"fold-{fold}", config, Path("shards"), rows)
     if predict:
@@ -134,7 +156,8 @@ def test_positives_count_each_row_once(study):
     labelled = ~labels[list(LABELS)].isna().all(axis=1)
     assert evaluate(other).positives["Edema"] == ((labels["Edema"] == 1) & labelled).sum()
     assert evaluate(study).positives["Edema"] == sum(
-        (r[r["part"] == "test"]["Edema"] == 1).sum() for r in (rows_of(0), rows_of(1)))
+        (r[r["part"] == "test"]["Edema"] == 1).sum() for r in (rows_of(0), rows_of(1))
+    )
 
 
 def test_the_best_scale_is_bold(study):
@@ -174,9 +197,14 @@ def test_runs_without_predictions_name_the_command(tmp_path):
         evaluate(tmp_path)
 
 
-@pytest.mark.parametrize(("changes", "what"), [
-    ({"set_id": "b2"}, "set id a1 is not b2"), ({"policy": "u_ones"}, "label policy u_zeros is not u_ones"),
-    ({"labels": ("Edema", "Pneumonia", "Fracture")}, "labels .* is not .*")])
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"set_id": "b2"}, "set id a1 is not b2"),
+        ({"policy": "u_ones"}, "label policy u_zeros is not u_ones"),
+        ({"labels": ("Edema", "Pneumonia", "Fracture")}, "labels .* is not .*"),
+    ],
+)
 def test_runs_of_different_studies_are_not_joined(study, changes, what):
     make_run(study, 2048, 3, **changes)
     with pytest.raises(RunError, match=rf"densenet121-256/fold-0 and densenet121-2048/fold-3 .*{what}"):
@@ -248,8 +276,9 @@ def test_labels_with_markup_survive_both_tables(tmp_path):
 def test_one_fold_has_no_deviation(tmp_path):
     make_run(tmp_path, 256, 0)
     result = evaluate(tmp_path)
-    assert "±" not in "".join(line for line in (tmp_path / "evaluation" / "auroc.md").read_text().splitlines()
-                              if line.startswith("|"))
+    assert "±" not in "".join(
+        line for line in (tmp_path / "evaluation" / "auroc.md").read_text().splitlines() if line.startswith("|")
+    )
     assert result.summary()["auroc_sd"].isna().all()
 
 

@@ -40,9 +40,11 @@ def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path, erro
 def test_a_writer_killed_half_way_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     write_bytes(path, b"old")
-    script = ("import os, signal, sys; from pathlib import Path; from cxrfast.files import replacing\n"
-              "with replacing(Path(sys.argv[1])) as file:\n"
-              "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    script = (
+        "import os, signal, sys; from pathlib import Path; from cxrfast.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     done = subprocess.run([sys.executable, "-c", script, path], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
@@ -61,9 +63,13 @@ def test_files_honour_the_umask_of_a_shared_folder(tmp_path):
 
 
 def test_temporary_names_lie_in_the_same_folder_and_differ_by_process(tmp_path):
-    script = ("import sys; from pathlib import Path; from cxrfast.files import temporary_name\n"
-              "print(temporary_name(Path(sys.argv[1])))")
-    other = subprocess.run([sys.executable, "-c", script, tmp_path / "a.tar"], check=True, capture_output=True, text=True)
+    script = (
+        "import sys; from pathlib import Path; from cxrfast.files import temporary_name\n"
+        "print(temporary_name(Path(sys.argv[1])))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.tar"], check=True, capture_output=True, text=True
+    )
     mine = temporary_name(tmp_path / "a.tar")
     assert Path(other.stdout.strip()) != mine
     assert Path(other.stdout.strip()).parent == mine.parent == tmp_path

@@ -30,8 +30,9 @@ def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 1, side, side), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("arch", "layer"), [("densenet121", "features"), ("resnet50", "layer4"),
-                                             ("mobilenet_v2", "features")])
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("densenet121", "features"), ("resnet50", "layer4"), ("mobilenet_v2", "features")]
+)
 def test_maps_are_captums(arch: str, layer: str) -> None:
     torch.manual_seed(0)
     model = Classifier(arch, 3).double().eval()
@@ -57,8 +58,11 @@ def brightness(pool: int = 1, weight: float = 1.0) -> Classifier:
     head = nn.Linear(1, 2, bias=False)
     head.weight.data = torch.tensor([[weight], [-weight]])
     model = Classifier("squeezenet1_1", 2)
-    model.net = nn.Sequential(OrderedDict(features=nn.Sequential(conv, nn.AvgPool2d(pool)),
-                                          pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=head))
+    model.net = nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(conv, nn.AvgPool2d(pool)), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=head
+        )
+    )
     return model
 
 
@@ -114,13 +118,18 @@ def test_the_model_is_left_as_it_was() -> None:
 def make_run(folder: Path, shards: Path, raw: list[float]) -> Run:
     """A run of random weights whose test part is the first images of the set, with these raw values of LABEL."""
     set_id = json.loads((shards / "set.json").read_bytes())["id"]
-    config = TrainConfig(set_id=set_id, scale=64, labels=MIMIC, arch=SMALL, global_batch=4, micro_batch=4,
-                         learning_rate=1e-4)
+    config = TrainConfig(
+        set_id=set_id, scale=64, labels=MIMIC, arch=SMALL, global_batch=4, micro_batch=4, learning_rate=1e-4
+    )
     n = len(raw)
-    rows = pd.read_parquet(shards / "rows.parquet").iloc[:n + 4]
+    rows = pd.read_parquet(shards / "rows.parquet").iloc[: n + 4]
     rows = rows.assign(part=["test"] * n + ["train"] * 2 + ["val"] * 2, **{LABEL: [*raw, 0, 0, 0, 0]})
-    run = start_run(folder / f"{SMALL}-64" / "fold-0", config, shards,
-                    rows[["row", "image_id", "patient_id", "part", *MIMIC]].astype({LABEL: np.float32}))
+    run = start_run(
+        folder / f"{SMALL}-64" / "fold-0",
+        config,
+        shards,
+        rows[["row", "image_id", "patient_id", "part", *MIMIC]].astype({LABEL: np.float32}),
+    )
     torch.manual_seed(0)
     run.save_best(Classifier(SMALL, len(MIMIC)).state_dict())
     return run

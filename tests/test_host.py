@@ -44,7 +44,7 @@ def run(reader: Reader, work: list[Work], size: int | None = None, threads: int 
 
 
 def cut(rows: np.ndarray, n: int) -> list[np.ndarray]:
-    return [rows[i:i + n] for i in range(0, len(rows), n)]
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 @pytest.fixture
@@ -164,7 +164,10 @@ def test_changed_bytes_name_row_and_tar(tiny_set, tmp_path):
     folder = copy_set(tiny_set, tmp_path / "set")
     shard, offset, size = where(folder, 64, 70)
     flip_bit(shard_path(folder, 64, shard, "tar"), offset + size // 2)
-    with Reader(folder, 64) as reader, pytest.raises(LoadError, match=r"000001.tar, row 70: the image's bytes have changed"):
+    with (
+        Reader(folder, 64) as reader,
+        pytest.raises(LoadError, match=r"000001.tar, row 70: the image's bytes have changed"),
+    ):
         run(reader, [Work(np.arange(60, 80))])
 
 

@@ -83,7 +83,9 @@ def test_rounding_does_not_add_up_over_the_scales():
 
 @settings(max_examples=60, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES)
-def test_resizing_averages_areas_where_an_axis_shrinks_and_interpolates_where_it_grows(height, width, to_height, to_width):
+def test_resizing_averages_areas_where_an_axis_shrinks_and_interpolates_where_it_grows(
+    height, width, to_height, to_width
+):
     image = noise(height, width)
     inner = min(height, to_height), min(width, to_width)
     expected = area_weights(height, inner[0]) @ image @ area_weights(width, inner[1]).T
@@ -176,7 +178,7 @@ def test_a_file_cut_short_anywhere_is_truncated():
 def test_a_header_that_promises_too_many_pixels_is_refused_before_they_are_allocated():
     data = bytearray(encode(noise(16, 16), 95))
     size = data.index(b"\xff\xc0") + 5
-    data[size:size + 4] = (MAX_PIXELS // 32_768 + 1).to_bytes(2) + (32_768).to_bytes(2)
+    data[size : size + 4] = (MAX_PIXELS // 32_768 + 1).to_bytes(2) + (32_768).to_bytes(2)
     assert reason(bytes(data)) is Reason.TOO_LARGE
 
 
@@ -188,11 +190,11 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
             for position in rng.integers(len(data), size=rng.integers(1, 20)):
                 image[position] ^= int(rng.integers(1, 256))
         case 1:
-            image[at:at + length] = bytes(len(image[at:at + length]))
+            image[at : at + length] = bytes(len(image[at : at + length]))
         case 2:
-            del image[at:at + length]
+            del image[at : at + length]
         case 3:
-            image[at:at] = image[at:at + length]
+            image[at:at] = image[at : at + length]
         case 4:
             del image[at:]
         case _:

@@ -10,8 +10,9 @@ from cxrfast.errors import RunError
 from cxrfast.labels import POLICIES, targets
 
 NAN = float("nan")
-RAW = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
-                 elements=st.sampled_from([1.0, 0.0, -1.0, NAN]))
+RAW = hnp.arrays(
+    np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.sampled_from([1.0, 0.0, -1.0, NAN])
+)
 UNCERTAIN = {"u_zeros": (0.0, True), "u_ones": (1.0, True), "u_ignore": (None, False)}
 
 

@@ -10,10 +10,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cxrfast"
-MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-           for pattern in ("*.py", "*/*.py") for path in sorted(PACKAGE.glob(pattern))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for pattern in ("*.py", "*/*.py")
+    for path in sorted(PACKAGE.glob(pattern))
+}
 
-BASE = {"cxrfast", *(f"cxrfast.{name}" for name in ("errors", "config", "labels", "splits", "files", "machine", "progress"))}
+BASE = {
+    "cxrfast",
+    *(f"cxrfast.{name}" for name in ("errors", "config", "labels", "splits", "files", "machine", "progress")),
+}
 TOP = {"cxrfast.report": 4, "cxrfast.study": 5, "cxrfast.cli": 7, "cxrfast.__main__": 8}
 HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "cv2", "pyarrow", "zarr", "sklearn", "nvidia")
 CLI = "cxrfast.cli"
@@ -59,12 +65,19 @@ def roots(module: str) -> set[str]:
 def loaded_by(module: str) -> set[str]:
     """The top-level packages that a fresh interpreter has loaded after importing `module`."""
     script = f"import sys, {module}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=PACKAGE.parent
+    )
     return set(done.stdout.split())
 
 
 def test_every_folder_was_read():
-    assert {"cxrfast.shards.build", "cxrfast.pipelines.order", "cxrfast.bench.harness", "cxrfast.train"} <= MODULES.keys()
+    assert {
+        "cxrfast.shards.build",
+        "cxrfast.pipelines.order",
+        "cxrfast.bench.harness",
+        "cxrfast.train",
+    } <= MODULES.keys()
     assert {level(module) for module in MODULES} >= {0, 1, 2, 3, 6, 7}
 
 

@@ -13,7 +13,10 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 
 CPU = torch.device("cpu")
-REAL_ENGINES = [pytest.param("dali", marks=pytest.mark.skipif(not dali.available(), reason="DALI is not installed")), "host"]
+REAL_ENGINES = [
+    pytest.param("dali", marks=pytest.mark.skipif(not dali.available(), reason="DALI is not installed")),
+    "host",
+]
 
 
 @pytest.fixture
@@ -62,7 +65,9 @@ def test_images_are_drawn_by_seed_epoch_and_row_alone(reader, engine):
     def images(epoch: int, **sizes) -> dict[int, torch.Tensor]:
         order = TrainOrder(rows=reader.rows, seed=9, **sizes)
         loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
-        return {int(row): image for batch in loader.epoch(epoch) for row, image in zip(batch.row, batch.image, strict=True)}
+        return {
+            int(row): image for batch in loader.epoch(epoch) for row, image in zip(batch.row, batch.image, strict=True)
+        }
 
     one, other = images(2, global_batch=50, micro_batch=10), images(2, global_batch=30, micro_batch=30)
     assert one.keys() == other.keys() == set(range(150))

@@ -12,8 +12,10 @@ def test_cores_are_those_that_the_scheduler_lends():
     assert 1 <= usable_cores() <= os.cpu_count()
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no affinity here")
-    script = ("import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
-              "from cxrfast.machine import usable_cores; print(usable_cores())")
+    script = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
+        "from cxrfast.machine import usable_cores; print(usable_cores())"
+    )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout == "1\n"
 

@@ -23,8 +23,19 @@ from cxrfast.shards.manifest import (
 
 
 def manifest(**fields) -> ShardManifest:
-    return ShardManifest(**{"set": "abc", "scale": 32, "shard": 3, "sha256": "0" * 64, "bytes": 5, "rows": [1, 2],
-                            "crc32": [3, 2**32 - 1], "quarantined": {"0": "missing"}, **fields})
+    return ShardManifest(
+        **{
+            "set": "abc",
+            "scale": 32,
+            "shard": 3,
+            "sha256": "0" * 64,
+            "bytes": 5,
+            "rows": [1, 2],
+            "crc32": [3, 2**32 - 1],
+            "quarantined": {"0": "missing"},
+            **fields,
+        }
+    )
 
 
 def change(path, **fields) -> None:
@@ -64,7 +75,9 @@ def test_another_schema_version_is_refused_and_both_versions_are_named(tiny_set,
         read_set(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "id": "x", "colour": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "id": "x", "colour": 3}', "\xff"]
+)
 def test_a_damaged_set_json_is_an_error(tmp_path, text):
     (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ShardError, match=r"set.json is damaged"):
@@ -101,8 +114,10 @@ def test_scales_are_those_with_a_whole_shard(tmp_path):
 def test_the_quarantine_is_a_csv_sorted_by_row(tmp_path):
     write_quarantine(tmp_path, {2: 'files/a,"b.jpg', 10: "files/c.jpg"}, {10: "truncated", 2: "missing"})
     with open(tmp_path / "quarantine.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [{"row": "2", "path": 'files/a,"b.jpg', "reason": "missing"},
-                                              {"row": "10", "path": "files/c.jpg", "reason": "truncated"}]
+        assert list(csv.DictReader(file)) == [
+            {"row": "2", "path": 'files/a,"b.jpg', "reason": "missing"},
+            {"row": "10", "path": "files/c.jpg", "reason": "truncated"},
+        ]
 
 
 def test_sha256sum_agrees_with_the_sums_of_a_built_set(tiny_set):

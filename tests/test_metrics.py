@@ -20,8 +20,11 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     levels = draw(st.integers(1, 8))
     scores = draw(hnp.arrays(np.int64, shape, elements=st.integers(-levels, levels)))
     dtype = draw(st.sampled_from((np.float32, np.float64)))
-    return (scores.astype(dtype) / 3, draw(hnp.arrays(np.float32, shape, elements=st.sampled_from((0.0, 1.0)))),
-            draw(hnp.arrays(bool, shape)))
+    return (
+        scores.astype(dtype) / 3,
+        draw(hnp.arrays(np.float32, shape, elements=st.sampled_from((0.0, 1.0)))),
+        draw(hnp.arrays(bool, shape)),
+    )
 
 
 @given(scored())
@@ -72,7 +75,8 @@ def test_bce_is_torchs_on_the_unmasked_entries():
     logits, targets, mask = rng.normal(0, 5, (50, 4)), rng.integers(0, 2, (50, 4)), rng.random((50, 4)) < 0.7
     ours = metrics.bce(logits, targets, mask)
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(
-        torch.from_numpy(logits[mask]), torch.from_numpy(targets[mask]).double())
+        torch.from_numpy(logits[mask]), torch.from_numpy(targets[mask]).double()
+    )
     assert ours == pytest.approx(float(theirs), rel=1e-12)
     assert metrics.bce(logits, targets) == metrics.bce(logits, targets, np.ones_like(mask))
 

@@ -19,7 +19,8 @@ def images(n: int = 2, size: int = 64) -> torch.Tensor:
 def test_normalise_equals_torchvisions_transform_of_the_copied_grey_channel() -> None:
     batch = images()
     oracle = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(
-        batch.expand(-1, 3, -1, -1).float() / 255)
+        batch.expand(-1, 3, -1, -1).float() / 255
+    )
     ours = Normalise()(batch)
     torch.testing.assert_close(ours, oracle)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -47,8 +48,13 @@ def test_a_torchvision_file_loads_but_for_its_last_layer(tmp_path, suffix: str) 
     torch.manual_seed(1)
     file = torchvision.models.densenet121(num_classes=1000).state_dict()
     # as torchvision's published file spells them: denselayer1.norm.1.weight
-    old = {k.replace(".norm1.", ".norm.1.").replace(".conv1.", ".conv.1.").replace(".norm2.", ".norm.2.")
-           .replace(".conv2.", ".conv.2."): v for k, v in file.items()}
+    old = {
+        k.replace(".norm1.", ".norm.1.")
+        .replace(".conv1.", ".conv.1.")
+        .replace(".norm2.", ".norm.2.")
+        .replace(".conv2.", ".conv.2."): v
+        for k, v in file.items()
+    }
     assert old.keys() != file.keys()
     path = tmp_path / f"weights{suffix}"
     save_file(old, path) if suffix == ".safetensors" else torch.save(old, path)
@@ -83,8 +89,12 @@ def test_a_path_that_does_not_exist_is_refused() -> None:
 
 def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path) -> None:  # type: ignore[no-untyped-def]
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    done = subprocess.run([sys.executable, "-m", "cxrfast", "fetch-weights"], capture_output=True, text=True,
-                          env={**os.environ, **nowhere, "TORCH_HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-m", "cxrfast", "fetch-weights"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **nowhere, "TORCH_HOME": str(tmp_path)},
+    )
     assert done.returncode == 2
     assert "cxrfast fetch-weights --arch densenet121 --to DIR" in done.stderr
     assert "Traceback" not in done.stderr

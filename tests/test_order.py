@@ -13,10 +13,17 @@ EPOCHS = st.integers(0, 10_000)
 @st.composite
 def train_orders(draw) -> dict:
     """Arguments of a TrainOrder on one rank; rows are any distinct numbers."""
-    micro, accumulation, steps = draw(st.integers(1, 8)), draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])), draw(st.integers(1, 5))
+    micro, accumulation, steps = (
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
+        draw(st.integers(1, 5)),
+    )
     n = micro * accumulation * steps + draw(st.integers(0, micro * accumulation - 1))
-    rows = np.array(draw(st.lists(st.integers(0, 400_000), min_size=n, max_size=n, unique=True)), np.int64) if n < 60 \
+    rows = (
+        np.array(draw(st.lists(st.integers(0, 400_000), min_size=n, max_size=n, unique=True)), np.int64)
+        if n < 60
         else np.arange(n, dtype=np.int64) * 3 + draw(st.integers(0, 9))
+    )
     return {"rows": rows, "global_batch": micro * accumulation, "micro_batch": micro, "seed": draw(SEEDS)}
 
 
@@ -54,7 +61,7 @@ def test_a_micro_batch_is_every_mth_row_of_its_global_batch(arguments, epoch):
     batches = order.micro_batches(epoch)
     for step, rows in enumerate(order.global_batches(epoch)):
         for j in range(order.accumulation):
-            np.testing.assert_array_equal(batches[step * order.accumulation + j], rows[j::order.accumulation])
+            np.testing.assert_array_equal(batches[step * order.accumulation + j], rows[j :: order.accumulation])
 
 
 @settings(max_examples=80, deadline=None)
@@ -67,7 +74,7 @@ def test_a_run_that_stopped_goes_on_with_exactly_the_batches_left_on_any_number_
     resumed = TrainOrder(**arguments, rank=rank, world=world).micro_batches(epoch, consumed=done * order.global_batch)
     whole = TrainOrder(**arguments, rank=rank, world=world).micro_batches(epoch)
     assert len(resumed) == (order.steps - done) * order.accumulation // world
-    for got, expected in zip(resumed, whole[len(whole) - len(resumed):], strict=True):
+    for got, expected in zip(resumed, whole[len(whole) - len(resumed) :], strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -94,7 +101,9 @@ def test_over_many_epochs_every_row_is_dropped_about_equally_often():
     assert abs(used / 1000 - 0.8).max() < 0.06
 
 
-@pytest.mark.parametrize(("world", "divide"), [(5, "1, 2, 3, 4, 6, 12"), (8, "1, 2, 3, 4, 6, 12"), (24, "1, 2, 3, 4, 6, 12")])
+@pytest.mark.parametrize(
+    ("world", "divide"), [(5, "1, 2, 3, 4, 6, 12"), (8, "1, 2, 3, 4, 6, 12"), (24, "1, 2, 3, 4, 6, 12")]
+)
 def test_ranks_that_cannot_share_a_global_batch_are_refused_and_told_which_numbers_can(world, divide):
     with pytest.raises(LoadError, match=rf"{world} ranks cannot share the 12 micro-batches.*start {divide} ranks"):
         TrainOrder(rows=np.arange(100), global_batch=96, micro_batch=8, world=world)
@@ -122,7 +131,8 @@ def test_evaluation_gives_every_row_once_to_one_rank(rows, micro_batch, world):
     assert sum(len(batch) < micro_batch for batch in batches) <= 1
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
     np.testing.assert_array_equal(
-        np.concatenate([*EvalOrder(rows=rows, micro_batch=micro_batch).micro_batches(), np.empty(0, np.int64)]), rows)
+        np.concatenate([*EvalOrder(rows=rows, micro_batch=micro_batch).micro_batches(), np.empty(0, np.int64)]), rows
+    )
 
 
 # Draws
@@ -135,7 +145,7 @@ def test_a_row_is_drawn_the_same_whatever_batch_it_is_in(seed, epoch, rows, data
     angles, flips = augment.draw(seed, epoch, np.array(rows))
     assert (angles.dtype, flips.dtype) == (np.float32, bool)
     i = data.draw(st.integers(0, len(rows) - 1))
-    angle, flip = augment.draw(seed, epoch, np.array(rows[i:i + 1]))
+    angle, flip = augment.draw(seed, epoch, np.array(rows[i : i + 1]))
     assert (angle[0], flip[0]) == (angles[i], flips[i])
 
 

@@ -14,10 +14,20 @@ KEYS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=2)
 
 def images(n: int = 40) -> pd.DataFrame:
     numbers = np.arange(n)
-    return pd.DataFrame({
-        "image_id": [f"{(7 * i) % n:04d}" for i in numbers], "study_id": [f"s{i // 2}" for i in numbers],
-        "patient_id": [f"p{i // 4}" for i in numbers], "path": [f"files/p{i // 20}/{i}.jpg" for i in numbers],
-        "view": "AP", "height": 10, "width": 9, "split": "train", "Edema": 1.0, "Fracture": np.nan})
+    return pd.DataFrame(
+        {
+            "image_id": [f"{(7 * i) % n:04d}" for i in numbers],
+            "study_id": [f"s{i // 2}" for i in numbers],
+            "patient_id": [f"p{i // 4}" for i in numbers],
+            "path": [f"files/p{i // 20}/{i}.jpg" for i in numbers],
+            "view": "AP",
+            "height": 10,
+            "width": 9,
+            "split": "train",
+            "Edema": 1.0,
+            "Fracture": np.nan,
+        }
+    )
 
 
 def identity(table: pd.DataFrame, **recipe) -> str:
@@ -72,13 +82,22 @@ def test_rows_are_permuted_and_differently_by_seed():
     assert one != two
 
 
-@pytest.mark.parametrize("changed", [
-    images().iloc[1:], images(41), images().replace({"image_id": {"0003": "9999"}}), images().replace({"patient_id": {"p3": "p4"}})])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        images().iloc[1:],
+        images(41),
+        images().replace({"image_id": {"0003": "9999"}}),
+        images().replace({"patient_id": {"p3": "p4"}}),
+    ],
+)
 def test_the_set_id_changes_with_an_image_or_a_patient(changed):
     assert identity(changed) != identity(images())
 
 
-@pytest.mark.parametrize("recipe", [{"seed": 1}, {"quality": 94}, {"codec": "raw"}, {"resize": "pad"}, {"grey": "window"}])
+@pytest.mark.parametrize(
+    "recipe", [{"seed": 1}, {"quality": 94}, {"codec": "raw"}, {"resize": "pad"}, {"grey": "window"}]
+)
 def test_the_set_id_changes_with_every_part_of_the_recipe(recipe):
     assert identity(images(), **recipe) != identity(images())
 

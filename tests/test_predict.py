@@ -35,7 +35,9 @@ def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(
         assert predictions.logits.std(axis=0).max() > 1e-4, "logits that do not differ would pass whatever the order"
 
 
-def test_a_set_that_was_moved_is_found_and_another_set_refused(run: Run, phantoms: Path, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_set_that_was_moved_is_found_and_another_set_refused(
+    run: Run, phantoms: Path, tiny_set: Path, tmp_path: Path
+) -> None:
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_set)
     predict(run, World(torch.device("cpu")), shards=moved, quiet=True)
@@ -53,6 +55,6 @@ def test_a_run_without_weights_is_refused(run: Run, tmp_path: Path) -> None:
 def test_damaged_weights_are_refused(run: Run, tmp_path: Path) -> None:
     damaged = start_run(tmp_path / "run", run.config, run.shards, run.rows())
     weights = (run.folder / "best.safetensors").read_bytes()
-    (damaged.folder / "best.safetensors").write_bytes(weights[:len(weights) // 2])
+    (damaged.folder / "best.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(RunError, match="is damaged"):
         predict(damaged, World(torch.device("cpu")), quiet=True)

@@ -9,8 +9,18 @@ from hypothesis import strategies as st
 from cxrfast.progress import duration, progress
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"),
-                                               (3725, "1h02m"), (360_000, "100h00m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (75, "1m15s"),
+        (3599.7, "1h00m"),
+        (3725, "1h02m"),
+        (360_000, "100h00m"),
+    ],
+)
 def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
 
@@ -64,11 +74,18 @@ def test_quiet_shows_nothing(capsys):
 
 
 def test_a_terminal_gets_a_bar_with_a_rate_and_stdout_stays_clean():
-    script = ("from cxrfast.progress import progress\n"
-              "with progress('sharding', 3) as advance:\n    [advance(note='shard 7') for _ in range(3)]")
+    script = (
+        "from cxrfast.progress import progress\n"
+        "with progress('sharding', 3) as advance:\n    [advance(note='shard 7') for _ in range(3)]"
+    )
     master, slave = os.openpty()
-    done = subprocess.run([sys.executable, "-c", script], stderr=slave, stdout=subprocess.PIPE, check=True,
-                          env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stderr=slave,
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
     os.close(slave)
     text = os.read(master, 100_000).decode()
     os.close(master)

@@ -55,7 +55,7 @@ def test_a_buffer_is_used_where_it_is_large_enough(tiny_set):
         large, small = bytearray(reader.largest), bytearray(4)
         view = reader.read(3, large)
         assert view.obj is large
-        assert bytes(view) == bytes(reader.read(3)) == bytes(reader.read(3, small)) == bytes(large[:len(view)])
+        assert bytes(view) == bytes(reader.read(3)) == bytes(reader.read(3, small)) == bytes(large[: len(view)])
 
 
 def test_many_threads_read_the_right_rows(tiny_set, monkeypatch):

@@ -9,11 +9,24 @@ from cxrfast.shards.rows import COLUMNS, label_names, read_rows, write_rows
 
 def table(n: int = 5) -> pd.DataFrame:
     numbers = np.arange(n)
-    return pd.DataFrame({
-        "row": numbers, "image_id": [f"i{i}" for i in numbers], "study_id": "s", "patient_id": "0010", "path": "files/ä.jpg",
-        "bytes": np.where(numbers == 2, -1, 10**10), "view": ["AP", None, "PA", None, "AP"][:n], "height": 3056, "width": 2500,
-        "split": ["train", None, "test", "validate", None][:n], "fold": numbers % 5, "block": numbers % 10,
-        "Zebra": [1.0, 0.0, -1.0, np.nan, np.nan][:n], "Apple": np.nan})
+    return pd.DataFrame(
+        {
+            "row": numbers,
+            "image_id": [f"i{i}" for i in numbers],
+            "study_id": "s",
+            "patient_id": "0010",
+            "path": "files/ä.jpg",
+            "bytes": np.where(numbers == 2, -1, 10**10),
+            "view": ["AP", None, "PA", None, "AP"][:n],
+            "height": 3056,
+            "width": 2500,
+            "split": ["train", None, "test", "validate", None][:n],
+            "fold": numbers % 5,
+            "block": numbers % 10,
+            "Zebra": [1.0, 0.0, -1.0, np.nan, np.nan][:n],
+            "Apple": np.nan,
+        }
+    )
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path):
@@ -55,7 +68,7 @@ def test_a_table_cut_short_is_an_error(tmp_path, keep):
     path = tmp_path / "rows.parquet"
     write_rows(path, table())
     data = path.read_bytes()
-    path.write_bytes(data[:keep if isinstance(keep, int) else int(keep * len(data))])
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
     with pytest.raises(ShardError, match="cannot be read"):
         read_rows(path)
 

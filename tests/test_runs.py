@@ -12,9 +12,19 @@ from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs import Run, find_runs, read_run, start_run
 from cxrfast.store import Predictions, has_predictions, read_predictions, write_predictions
 
-CONFIG = TrainConfig(set_id="abc", scale=64, labels=("A", "B"), views=("AP",), global_batch=8, micro_batch=4, learning_rate=1e-4)
-ROWS = pd.DataFrame({"row": [3, 5], "image_id": ["x", "y"], "patient_id": ["p", "q"], "part": ["val", "test"],
-                     "A": [1.0, np.nan], "B": [0.0, -1.0]})
+CONFIG = TrainConfig(
+    set_id="abc", scale=64, labels=("A", "B"), views=("AP",), global_batch=8, micro_batch=4, learning_rate=1e-4
+)
+ROWS = pd.DataFrame(
+    {
+        "row": [3, 5],
+        "image_id": ["x", "y"],
+        "patient_id": ["p", "q"],
+        "part": ["val", "test"],
+        "A": [1.0, np.nan],
+        "B": [0.0, -1.0],
+    }
+)
 
 
 @pytest.fixture
@@ -67,7 +77,9 @@ def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run:
         read_predictions(run, "val")
     logits = np.arange(6, dtype=np.float32).reshape(3, 2)
     write_predictions(run, {"val": Predictions(np.array([9, 2, 4]), logits)})
-    write_predictions(run, {"val": Predictions(np.array([9, 2, 4]), logits), "test": Predictions(np.array([1]), logits[:1])})
+    write_predictions(
+        run, {"val": Predictions(np.array([9, 2, 4]), logits), "test": Predictions(np.array([1]), logits[:1])}
+    )
     found = read_predictions(run, "val")
     np.testing.assert_array_equal(found.row, [2, 4, 9])
     np.testing.assert_array_equal(found.logits, logits[[1, 2, 0]])
@@ -80,8 +92,18 @@ def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run:
         read_predictions(changed, "val")
 
 
-@pytest.mark.parametrize("field", [{"fold": 5}, {"policy": "maybe"}, {"precision": "int4"}, {"split": "none"}, {"epochs": 0},
-                                   {"learning_rate": 0.0}, {"global_batch": -1}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"fold": 5},
+        {"policy": "maybe"},
+        {"precision": "int4"},
+        {"split": "none"},
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"global_batch": -1},
+    ],
+)
 def test_values_that_make_no_sense_are_refused(field: dict[str, object]) -> None:
     with pytest.raises(RunError):
         replace(CONFIG, **field)  # type: ignore[arg-type]
@@ -93,5 +115,7 @@ def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> Non
         assert preset(scale - 1) == sizes
         assert learning_rate(sizes.global_batch) == pytest.approx(1e-4 * sizes.global_batch / 32)
         for world in (1, 2, 3, 4, 6, 12) if scale >= 256 else (1, 2):
-            TrainOrder(rows=np.arange(1000), global_batch=sizes.global_batch, micro_batch=sizes.micro_batch, world=world)
+            TrainOrder(
+                rows=np.arange(1000), global_batch=sizes.global_batch, micro_batch=sizes.micro_batch, world=world
+            )
     assert preset(4096) == PRESETS[2048]

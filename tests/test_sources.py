@@ -65,7 +65,9 @@ def test_studies_without_labels_and_blank_ones_are_counted(phantoms):
 def test_unpacked_tables_and_those_of_a_later_release_read_the_same(tree):
     before = read_source("mimic", tree)
     for path in list(tree.glob("*.csv.gz")):
-        path.with_name(path.name.removesuffix(".gz").replace("2.0.0", "2.1.0")).write_bytes(gzip.decompress(path.read_bytes()))
+        path.with_name(path.name.removesuffix(".gz").replace("2.0.0", "2.1.0")).write_bytes(
+            gzip.decompress(path.read_bytes())
+        )
         path.unlink()
     after = read_source("mimic", tree)
     pd.testing.assert_frame_equal(before.images, after.images)
@@ -86,7 +88,9 @@ def test_a_tree_without_images_is_refused(tree):
 @pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
 def test_a_table_that_is_missing_or_renamed_is_named_beside_those_that_are_there(tree, kind):
     (tree / name(kind)).rename(tree / f"{kind}.csv.gz")
-    with pytest.raises(ShardError, match=rf"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in .*its tables: .*\b{kind}.csv.gz"):
+    with pytest.raises(
+        ShardError, match=rf"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in .*its tables: .*\b{kind}.csv.gz"
+    ):
         read_source("mimic", tree)
 
 
@@ -108,7 +112,7 @@ def test_an_entry_that_is_listed_twice_is_refused(tree, kind):
 @pytest.mark.parametrize("keep", [0, 5, 0.5])
 def test_a_packed_table_cut_short_is_named(tree, kind, keep):
     data = (tree / name(kind)).read_bytes()
-    (tree / name(kind)).write_bytes(data[:keep if isinstance(keep, int) else int(keep * len(data))])
+    (tree / name(kind)).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
     with pytest.raises(ShardError, match=rf"{name(kind)} cannot be read as a CSV table"):
         read_source("mimic", tree)
 

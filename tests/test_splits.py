@@ -120,5 +120,7 @@ def test_an_empty_part_is_an_error_that_names_it(part):
 def test_the_official_split_is_taken_as_it_is_and_rows_without_one_are_in_no_part():
     masks = official_masks(np.array(["train", "validate", "test", None, "train"], object))
     assert {part: mask.tolist() for part, mask in masks.items()} == {
-        "train": [True, False, False, False, True], "val": [False, True, False, False, False],
-        "test": [False, False, True, False, False]}
+        "train": [True, False, False, False, True],
+        "val": [False, True, False, False, False],
+        "test": [False, False, True, False, False],
+    }

@@ -24,7 +24,9 @@ def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_
 
 
 def test_a_study_trains_with_several_processes(tiny_set: Path, tmp_path: Path) -> None:
-    study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe={**RECIPE, "micro_batch": 4, "views": ("AP", "PA")})
+    study(
+        tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe={**RECIPE, "micro_batch": 4, "views": ("AP", "PA")}
+    )
     (run,) = find_runs(tmp_path)
     assert run.is_done
     assert run.config.views == ("AP", "PA")

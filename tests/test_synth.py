@@ -45,8 +45,10 @@ def pair(finding: str, view: str, patient: int, size: int = 512) -> tuple[np.nda
 
 def difference(finding: str, view: str, patient: int, at: int, size: int = 512) -> np.ndarray:
     """Absolute difference in grey levels, averaged over cells of an `at`×`at` image."""
-    without, present = (cv2.resize(pixels.astype(np.float32), (at, at), interpolation=cv2.INTER_AREA)
-                        for pixels in pair(finding, view, patient, size))
+    without, present = (
+        cv2.resize(pixels.astype(np.float32), (at, at), interpolation=cv2.INTER_AREA)
+        for pixels in pair(finding, view, patient, size)
+    )
     return np.abs(present - without)
 
 
@@ -72,8 +74,10 @@ def test_another_seed_gives_other_images(tree, tmp_path):
 
 def test_the_layout_is_that_of_mimic(tree):
     metadata, split = table(tree, "metadata"), table(tree, "split")
-    paths = {f"files/p{str(row.subject_id)[:2]}/p{row.subject_id}/s{row.study_id}/{row.dicom_id}.jpg"
-             for row in metadata.itertuples()}
+    paths = {
+        f"files/p{str(row.subject_id)[:2]}/p{row.subject_id}/s{row.study_id}/{row.dicom_id}.jpg"
+        for row in metadata.itertuples()
+    }
     assert paths == {str(path.relative_to(tree)) for path in tree.rglob("*.jpg")}
     assert sorted(paths) == (tree / "IMAGE_FILENAMES").read_text().splitlines()
     assert list(split.columns) == ["dicom_id", "study_id", "subject_id", "split"]
@@ -244,17 +248,27 @@ def test_cardiothoracic_ratios_leave_a_gap():
 
 def test_a_patient_keeps_the_anatomy_and_differs_from_others():
     image = Image(0, 0, 0, 0, 0, "", "PA", 128, 105, (), 0, 0.0)
-    small = [cv2.resize(draw(i, 0), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
-             for i in (image, replace(image, index=1, study=1), replace(image, patient=1))]
+    small = [
+        cv2.resize(draw(i, 0), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
+        for i in (image, replace(image, index=1, study=1), replace(image, patient=1))
+    ]
     assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.9
     assert np.abs(small[0] - small[2]).mean() > 1
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"images": 0}, "images is 0"), ({"images": -3}, "images is -3"), ({"size": 63}, "size is 63"),
-    ({"size": 4097}, "size is 4097"), ({"corrupt": -1}, "corrupt is -1"), ({"corrupt": 6}, "corrupt is 6"),
-    ({"seed": -1}, "seed is -1"), ({"workers": 0}, "workers is 0"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": 0}, "images is 0"),
+        ({"images": -3}, "images is -3"),
+        ({"size": 63}, "size is 63"),
+        ({"size": 4097}, "size is 4097"),
+        ({"corrupt": -1}, "corrupt is -1"),
+        ({"corrupt": 6}, "corrupt is 6"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(RunError, match=message):
         synth(tmp_path / "out", **{"images": 5, "size": 64, **wrong})

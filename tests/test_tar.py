@@ -44,7 +44,8 @@ def test_tarfile_finds_every_row_in_order_with_its_ids_and_labels_beside_it(tiny
     for record, (_, data) in zip(rows.to_dict("records"), members[1::2], strict=True):
         meta = json.loads(data)
         assert {key: meta[key] for key in ("row", "image_id", "study_id", "patient_id")} == {
-            key: record[key] for key in ("row", "image_id", "study_id", "patient_id")}
+            key: record[key] for key in ("row", "image_id", "study_id", "patient_id")
+        }
         assert list(meta["labels"]) == list(MIMIC)
         for label, value in meta["labels"].items():
             assert value == record[label] or (value is None and np.isnan(record[label]))
@@ -56,7 +57,9 @@ def test_nothing_in_a_tar_tells_who_built_it_and_when(tiny_set):
             assert all((m.mtime, m.uid, m.gid, m.uname, m.gname) == (0, 0, 0, "", "") for m in tar)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves closing its tars to the collector
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # webdataset leaves closing its tars to the collector
 @pytest.mark.parametrize("scale", [32, 64])
 def test_webdataset_reads_every_sample_in_order(tiny_set, scale):
     expected = dict(by_tarfile(tiny_set, scale))
@@ -76,9 +79,13 @@ def test_dali_s_own_tar_reader_reads_every_sample_in_order_with_our_indexes(tiny
 
     @pipeline_def(batch_size=50, num_threads=1, device_id=None)
     def graph():
-        return tuple(fn.readers.webdataset(
-            paths=[str(path) for path in tars(tiny_set, 32)],
-            index_paths=[str(path.with_suffix(".idx")) for path in tars(tiny_set, 32)], ext=["jpg", "json"]))
+        return tuple(
+            fn.readers.webdataset(
+                paths=[str(path) for path in tars(tiny_set, 32)],
+                index_paths=[str(path.with_suffix(".idx")) for path in tars(tiny_set, 32)],
+                ext=["jpg", "json"],
+            )
+        )
 
     pipe = graph()
     pipe.build()
@@ -105,8 +112,9 @@ def test_what_is_written_is_where_the_index_says(tmp_path_factory, members):
     assert (digest, size) == (hashlib.sha256(data).hexdigest(), len(data))
     assert writer.crc32 == [zlib.crc32(jpeg) for jpeg, _ in members]
     index = read_index(folder, 32, 7)
-    assert [(row, data[offset:offset + length]) for row, offset, length in index] == [
-        (100 + row, jpeg) for row, (jpeg, _) in enumerate(members)]
+    assert [(row, data[offset : offset + length]) for row, offset, length in index] == [
+        (100 + row, jpeg) for row, (jpeg, _) in enumerate(members)
+    ]
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert [tar.extractfile(m).read() for m in tar] == [part for member in members for part in member]
     assert sorted(contents(folder)) == ["32/000007.idx", "32/000007.tar"]
@@ -130,7 +138,7 @@ def test_a_damaged_index_is_an_error_that_names_it(tiny_set, tmp_path, damage):
     folder = copy_set(tiny_set, tmp_path / "set")
     path = shard_path(folder, 32, 1, "idx")
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text(damage + "\n" + "".join(lines[len(damage.splitlines()):]) if damage else "")
+    path.write_text(damage + "\n" + "".join(lines[len(damage.splitlines()) :]) if damage else "")
     with pytest.raises(ShardError, match=r"000001.idx is damaged"):
         read_index(folder, 32, 1)
 

@@ -24,8 +24,18 @@ TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_pea
 def command(shards: Path, runs: Path, nproc: int = 1) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
-    return [sys.executable, *start, "-m", "cxrfast.train", f"--shards={shards}", f"--runs={runs}", "--scale=32",
-            "--checkpoint-steps=2", "--device=cpu", *options]
+    return [
+        sys.executable,
+        *start,
+        "-m",
+        "cxrfast.train",
+        f"--shards={shards}",
+        f"--runs={runs}",
+        "--scale=32",
+        "--checkpoint-steps=2",
+        "--device=cpu",
+        *options,
+    ]
 
 
 def run_to_the_end(arguments: list[str]) -> None:
@@ -54,7 +64,8 @@ def metrics_without_timing(run: Run) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_killed_training_ends_with_bitwise_the_weights_of_an_undisturbed_one(
-        tiny_set: Path, tmp_path: Path, nproc: int) -> None:
+    tiny_set: Path, tmp_path: Path, nproc: int
+) -> None:
     whole, killed = (read := lambda name: tmp_path / name / "densenet121-32" / "fold-0")("whole"), read("killed")
     run_to_the_end(command(tiny_set, tmp_path / "whole", nproc))
     consumed = kill_in_the_middle_of_the_second_epoch(command(tiny_set, tmp_path / "killed", nproc), killed / "last.pt")
@@ -111,9 +122,22 @@ with world("cpu") as ranks:
 def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script,
-                           tiny_set, tmp_path / "runs"], capture_output=True, text=True, timeout=150,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            script,
+            tiny_set,
+            tmp_path / "runs",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert done.returncode == 0, done.stderr
     _, before, _, after = done.stdout.split()
     assert float(before) > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
@@ -124,7 +148,13 @@ def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Pa
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "precision": "auto"})
     run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     assert sorted(p.name for p in run.folder.iterdir()) == [
-        "best.safetensors", "config.json", "last.pt", "metrics.jsonl", "rows.parquet", "state.json"]
+        "best.safetensors",
+        "config.json",
+        "last.pt",
+        "metrics.jsonl",
+        "rows.parquet",
+        "state.json",
+    ]
     lines = run.metrics()
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
@@ -140,8 +170,19 @@ def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Pa
 
 
 def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", weights="none", epochs=30, global_batch=8, learning_rate=0.05,
-                         stop_after=2, patience=1, limit=40, precision="fp32")
+    config = make_config(
+        tiny_set,
+        32,
+        device="cpu",
+        weights="none",
+        epochs=30,
+        global_batch=8,
+        learning_rate=0.05,
+        stop_after=2,
+        patience=1,
+        limit=40,
+        precision="fp32",
+    )
     run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     losses = [line["val_loss"] for line in run.metrics()]
     best = int(np.argmin(losses))

@@ -43,8 +43,9 @@ def test_every_real_radiograph_decodes(real_set):
     assert verdict.rows == {64: 237, 256: 237, 1024: 237}
 
 
-@pytest.mark.parametrize("name", ["32/000001.tar", "32/000001.idx", "64/000002.json", "rows.parquet", "quarantine.csv",
-                                  "set.json"])
+@pytest.mark.parametrize(
+    "name", ["32/000001.tar", "32/000001.idx", "64/000002.json", "rows.parquet", "quarantine.csv", "set.json"]
+)
 def test_a_single_flipped_bit_anywhere_in_a_file_is_found(folder, name):
     rng = np.random.default_rng(len(name))
     data = (folder / name).read_bytes()
@@ -111,7 +112,10 @@ def test_rows_that_are_neither_held_nor_quarantined_are_found(folder):
     change(path, rows=value["rows"][:-1], crc32=value["crc32"][:-1])
     sign(folder)
     assert {p.what for p in check(folder).problems} == {
-        "does not account for the rows 64 to 127", "holds other rows than at 32 px", "lists other rows than its index"}
+        "does not account for the rows 64 to 127",
+        "holds other rows than at 32 px",
+        "lists other rows than its index",
+    }
 
 
 def test_an_index_of_another_shard_is_found(folder):
@@ -131,12 +135,14 @@ def test_a_plan_with_a_row_missing_or_an_image_renamed_is_found(folder):
     assert check(folder).problems == [Problem("rows.parquet", "does not match the set id in set.json")]
 
 
-@pytest.mark.parametrize(("image", "what"), [
-    (b"no picture", "not an image"), (None, "truncated"), (encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px")])
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [(b"no picture", "not an image"), (None, "truncated"), (encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px")],
+)
 def test_deep_finds_an_image_that_was_written_wrong(folder, image, what):
     shard, offset, size = where(folder, 32, 70)
-    jpeg = shard_path(folder, 32, shard, "tar").read_bytes()[offset:offset + size]
-    replace_image(folder, 32, 70, jpeg[:size // 2] if image is None else image)
+    jpeg = shard_path(folder, 32, shard, "tar").read_bytes()[offset : offset + size]
+    replace_image(folder, 32, 70, jpeg[: size // 2] if image is None else image)
     assert check(folder).problems == []
     problems = check(folder, deep=True).problems
     assert [(p.path, p.what.split(": ")[-1].split(" is ")[-1]) for p in problems] == [("32/000001.tar", what)]

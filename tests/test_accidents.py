@@ -1,0 +1,259 @@
+"""Accidents to shard sets and their sources: kills, full disks, damaged and misplaced files, values that mean nothing."""
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from damage import contents, copy_set, flip_bit, replace_image, sign, where
+
+from cxrfast.errors import LoadError, ShardError
+from cxrfast.pipelines.dali import DaliEngine
+from cxrfast.pipelines.host import Work
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build as build_set
+from cxrfast.shards.images import encode
+from cxrfast.shards.manifest import read_manifest, shard_path
+from cxrfast.shards.plan import Recipe, plan_rows
+from cxrfast.shards.rows import read_rows
+from cxrfast.shards.sources import read_source
+from cxrfast.shards.verify import verify
+from cxrfast.synth import synth
+
+
+def build(data, out, scales, **options):
+    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
+
+
+@pytest.fixture
+def tree(phantoms: Path, tmp_path: Path) -> Path:
+    shutil.copytree(phantoms, tmp_path / "mimic")
+    return tmp_path / "mimic"
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.mark.parametrize("left", [[], ["rows.parquet.1.tmp"]])
+def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
+    out = tmp_path / "set"
+    for scale in ("32", "64"):
+        (out / scale).mkdir(parents=True)
+    for name in left:
+        (out / name).write_bytes(b"PAR1")
+    build(phantoms, out, [32, 64])
+    assert contents(out) == contents(tiny_set)
+
+
+@pytest.mark.parametrize("left", ["SHA256SUMS.1.tmp", "quarantine.csv.1.tmp", "set.json.1.tmp", "rows.parquet.1.tmp"])
+def test_what_a_killed_build_left_beside_the_plan_is_cleared_away(phantoms, tiny_set, folder, left):
+    (folder / left).write_bytes(b"half")
+    shard_path(folder, 64, 1, "json").unlink()
+    build(phantoms, folder, [32, 64])
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_what_was_left_at_another_scale_is_cleared_away(phantoms, tiny_set, folder):
+    (folder / "64" / "000001.tar.1.tmp").write_bytes(b"half")
+    build(phantoms, folder, [32])
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_a_worker_that_dies_is_an_error_with_advice(phantoms, tmp_path):
+    out = tmp_path / "set"
+
+    def kill() -> None:
+        while not list(out.glob("512/*.tmp")):
+            time.sleep(0.002)
+        for child in psutil.Process().children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(ShardError, match="a worker process died"):
+        build(phantoms, out, [512])
+    thread.join()
+
+
+def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tree, tmp_path):
+    """The estimate is misled on purpose: the images that it samples are flat, the others noise."""
+    source = read_source("mimic", tree)
+    rng = np.random.default_rng(0)
+    for row, path in enumerate(plan_rows(source.images, source.labels, 0)["path"]):
+        flat = np.full((128, 128), 90, np.uint8)
+        (tree / path).write_bytes(encode(flat if row % 12 == 0 else rng.integers(0, 256, (128, 128), np.uint8), 95))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs to mount a small disk")
+    try:
+        with pytest.raises(ShardError, match="no space or quota left"):
+            build(tree, disk / "set", [128])
+        assert not list(disk.rglob("*.tmp")), "half a tar must not fill the disk"
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        build(tree, disk / "set", [128])
+        build(tree, tmp_path / "undisturbed", [128])
+        assert contents(disk / "set") == contents(tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+RETRY = """
+import os, signal, sys
+from pathlib import Path
+from cxrfast.shards import build
+if __name__ == "__main__":
+    step, data, out = sys.argv[1:]
+    real = getattr(build, step)
+    def killed(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(build, step, killed)
+    build.build(Path(data), Path(out), [32], workers=1, quiet=True, retry_quarantined=True)
+"""
+
+
+@pytest.mark.parametrize("step", ["write_rows", "_tasks", "_run", "_finish"])
+def test_a_retry_that_was_killed_is_finished_by_the_same_command(tmp_path, step):
+    for name, corrupt in (("corrupt", 6), ("sound", 0)):
+        synth(tmp_path / name, images=70, size=64, corrupt=corrupt, workers=1)
+    out = tmp_path / "set"
+    build(tmp_path / "corrupt", out, [32])
+    (tmp_path / "script.py").write_text(RETRY)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", step, tmp_path / "sound", out],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == -9
+    build(tmp_path / "sound", out, [32], retry_quarantined=True)
+    build(tmp_path / "sound", tmp_path / "undisturbed", [32])
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_path, tiny_set):
+    path = tree / read_rows(tiny_set / "rows.parquet")["path"][70]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ShardError, match="shard 1"):
+        build(tree, tmp_path / "set", [32])
+    assert [n for n in range(3) if read_manifest(tmp_path / "set", 32, n)] == [0, 2]
+
+
+@pytest.mark.parametrize("recipe", [{"codec": "raw"}, {"resize": "pad"}, {"grey": "window"}])
+def test_a_recipe_that_is_not_carried_out_is_refused(recipe):
+    with pytest.raises(ShardError):
+        Recipe(**recipe)
+
+
+def test_a_packed_table_with_flipped_bytes_is_named(tree, tmp_path):
+    path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
+    for position in range(20, path.stat().st_size - 9, 37):
+        data = bytearray(path.read_bytes())
+        data[position] ^= 0xFF
+        (tree / "mimic-cxr-2.0.0-metadata.csv.gz").write_bytes(data)
+        with pytest.raises(ShardError):
+            read_source("mimic", tree)
+        data[position] ^= 0xFF
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("value", ["yes", "2.0"])
+def test_a_label_that_means_nothing_is_refused(tree, tmp_path, value):
+    path = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"1.0", value.encode(), 1)))
+    with pytest.raises(ShardError):
+        build(tree, tmp_path / "set", [32], dry_run=True)
+
+
+def test_a_size_that_the_tables_do_not_give_is_0(tree, tmp_path):
+    path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
+    metadata = pd.read_csv(path)
+    metadata["Rows"] = metadata["Rows"].astype(float)
+    metadata.loc[3, "Rows"] = np.nan
+    metadata.to_csv(path, index=False)
+    build(tree, tmp_path / "set", [8])
+    heights = read_rows(tmp_path / "set" / "rows.parquet")["height"]
+    assert heights.dtype == np.int32
+    assert heights.eq(0).sum() == 1
+
+
+@pytest.mark.parametrize(("position", "mask"), [(64, 1), (65, 0x10), (3, 0x80), (0, 1), (66, 1), (10, 0x3B)])
+def test_a_flipped_bit_in_the_sums_is_found(folder, position, mask):
+    flip_bit(folder / "SHA256SUMS", position, mask)
+    with contextlib.suppress(ShardError):
+        assert verify(folder, quiet=True).problems
+
+
+def test_every_bit_of_the_sums_counts(folder):
+    data = (folder / "SHA256SUMS").read_bytes()
+    for position in range(0, len(data), 3):
+        flip_bit(folder / "SHA256SUMS", position, 1 << position % 8)
+        with contextlib.suppress(ShardError):
+            assert verify(folder, quiet=True).problems, position
+        (folder / "SHA256SUMS").write_bytes(data)
+
+
+def test_a_shard_of_another_scale_is_found(folder):
+    for suffix in ("tar", "idx", "json"):
+        shutil.copy(shard_path(folder, 64, 1, suffix), shard_path(folder, 32, 1, suffix))
+    sign(folder)
+    assert verify(folder, quiet=True).problems
+
+
+def test_a_tar_that_is_not_the_one_of_its_manifest_is_found(folder):
+    flip_bit(shard_path(folder, 32, 1, "tar"), 700)
+    path = shard_path(folder, 32, 1, "json")
+    lines = (folder / "SHA256SUMS").read_text()
+    from cxrfast.files import sha256
+
+    old = json.loads(path.read_bytes())["sha256"]
+    (folder / "SHA256SUMS").write_text(lines.replace(old, sha256(shard_path(folder, 32, 1, "tar"))))
+    assert verify(folder, quiet=True).problems
+
+
+@pytest.mark.parametrize("row", [-1, 150, 10**6])
+def test_a_row_that_does_not_exist_is_refused(tiny_set, row):
+    with Reader(tiny_set, 32) as reader, pytest.raises(LoadError, match=str(row)):
+        reader.read(row)
+
+
+def test_a_manifest_that_is_damaged_is_a_load_error(folder):
+    shard_path(folder, 32, 1, "json").write_text("{")
+    with pytest.raises(LoadError):
+        Reader(folder, 32)
+
+
+def test_changed_bytes_do_not_cost_the_batches_before_them(folder):
+    shard, offset, size = where(folder, 64, 70)
+    flip_bit(shard_path(folder, 64, shard, "tar"), offset + size // 2)
+    got = 0
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
+        for _ in DaliEngine(reader, 64, torch.device("cpu"), 2).batches(
+            [Work(np.arange(i, i + 10)) for i in range(0, 150, 10)]
+        ):
+            got += 1
+    assert got == 7
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_image_of_another_size_names_its_row(folder, rows):
+    replace_image(folder, 64, 70, encode(np.zeros((16, 16), np.uint8), 50))
+    work = [Work(np.arange(i, i + rows)) for i in range(60, 80, rows)]
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
+        list(DaliEngine(reader, 64, torch.device("cpu"), 2).batches(work))
