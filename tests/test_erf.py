@@ -283,7 +283,7 @@ def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, mo
 def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
-    with pytest.raises(RunError, match=f"trained on shard set {'0' * 32}.*--shards"):
+    with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
         fields.erf(other, shards=tiny_set, quiet=True)
     assert not (run.folder / "maps.zarr").exists()
 

@@ -95,9 +95,7 @@ def test_the_set_id_changes_with_an_image_or_a_patient(changed):
     assert identity(changed) != identity(images())
 
 
-@pytest.mark.parametrize(
-    "recipe", [{"seed": 1}, {"quality": 94}, {"codec": "raw"}, {"resize": "pad"}, {"grey": "window"}]
-)
+@pytest.mark.parametrize("recipe", [{"seed": 1}, {"quality": 94}])
 def test_the_set_id_changes_with_every_part_of_the_recipe(recipe):
     assert identity(images(), **recipe) != identity(images())
 
