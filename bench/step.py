@@ -228,53 +228,47 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 def to_table(result: Result) -> Table:
     where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.provenance['cores']} cores"
     table = Table(title=f"Memory and images/s by resolution ({where})")
-    for name in _HEADER:
+    columns = _columns(result)
+    for name in columns:
         table.add_column(name, justify="right")
-    for line in result.lines:
-        table.add_row(*_cells(line))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     for scale, why in result.failed.items():
-        table.add_row(str(scale), *["-"] * (len(_HEADER) - 2), why)
+        table.caption = f"{table.caption or ''}{scale} px: {why}\n"
     return table
 
 
-_HEADER = (
-    "px",
-    "micro-batch",
-    "load/s",
-    "train/s",
-    "cached/s",
-    "fed",
-    "validate/s",
-    "process GiB",
-    "torch GiB",
-    "GPU GiB",
-    "engine, precision",
-)
+def _columns(result: Result) -> dict[str, list[str]]:
+    """Header → a cell for each line; the GPU's columns where there is one."""
 
-
-def _cells(line: Line) -> list[str]:
     def gib(size: int | None) -> str:
         return "-" if size is None else f"{size / 2**30:.1f}"
 
-    return [
-        str(line.scale),
-        str(line.micro_batch),
-        f"{line.load:,.1f}",
-        f"{line.train:,.1f}",
-        f"{line.cached:,.1f}",
-        f"{line.fed:.2f}",
-        f"{line.validate:,.1f}",
-        gib(line.process_bytes),
-        gib(line.torch_peak_bytes),
-        gib(line.gpu_used_bytes),
-        f"{line.engine}, {line.precision}",
-    ]
+    lines = result.lines
+    columns = {
+        "px": [str(line.scale) for line in lines],
+        "micro-batch": [str(line.micro_batch) for line in lines],
+        "load/s": [f"{line.load:,.1f}" for line in lines],
+        "train/s": [f"{line.train:,.1f}" for line in lines],
+        "cached/s": [f"{line.cached:,.1f}" for line in lines],
+        "fed": [f"{line.fed:.2f}" for line in lines],
+        "validate/s": [f"{line.validate:,.1f}" for line in lines],
+        "process GiB": [gib(line.process_bytes) for line in lines],
+        "torch GiB": [gib(line.torch_peak_bytes) for line in lines],
+        "GPU GiB": [gib(line.gpu_used_bytes) for line in lines],
+        "engine": [line.engine for line in lines],
+        "precision": [line.precision for line in lines],
+    }
+    return (
+        columns if result.provenance["gpu"] else {k: v for k, v in columns.items() if k not in ("torch GiB", "GPU GiB")}
+    )
 
 
 def _write(result: Result, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", asdict(result))
-    rows = [_HEADER, ["---:"] * len(_HEADER), *map(_cells, result.lines)]
+    columns = _columns(result)
+    rows = [list(columns), ["---:"] * len(columns), *zip(*columns.values(), strict=True)]
     failed = "".join(f"\n{scale} px: {why}" for scale, why in result.failed.items())
     notes = "\n".join(f"- {name}: {value}" for name, value in result.provenance.items() if value is not None)
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n{failed}\n\n{notes}\n"
