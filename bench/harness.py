@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +59,10 @@ def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and command, as every result carries them. Names no host and no user."""
+    """Machine, versions and command, as every result carries them. Names no host, no user and no folder."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "command": "cxrfast " + " ".join(sys.argv[1:]),
+        "command": " ".join(["cxrfast", *(Path(word).name for word in sys.argv[1:])]),
         "processor": processor(),
         "cores": usable_cores(),
         "memory_bytes": memory_bytes(),
@@ -77,12 +78,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Of a source checkout; None in an installed package."""
-    from pathlib import Path
-
+    top = Path(__file__).resolve().parent.parent
+    if not (top / "pyproject.toml").exists():
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).resolve().parent,
+            cwd=top,
             capture_output=True,
             text=True,
             check=True,

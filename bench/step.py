@@ -25,7 +25,7 @@ from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes
-from cxrfast.model import Classifier
+from cxrfast.model import Classifier, check_arch
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs import start_run
@@ -88,6 +88,7 @@ def bench(
 ) -> Result:
     """Measure every scale, write bench.json, bench.md and bench.png into `out`."""
     chosen = pick_device(device)
+    check_arch(arch)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as temporary:
         if shards is None:
             scales = scales or PHANTOM_SCALES[chosen.type]
@@ -95,6 +96,7 @@ def bench(
         there = scales_in(shards) if read_set(shards) else []
         for scale in scales:
             Reader(shards, scale)  # says what is wrong before anything is measured
+        out.mkdir(parents=True, exist_ok=True)
         lines, failed = [], {}
         for scale in scales or there:
             size = micro_batch or preset(scale).micro_batch
@@ -265,7 +267,6 @@ def _columns(result: Result) -> dict[str, list[str]]:
 
 
 def _write(result: Result, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "bench.json", asdict(result))
     columns = _columns(result)
     rows = [list(columns), ["---:"] * len(columns), *zip(*columns.values(), strict=True)]

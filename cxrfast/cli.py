@@ -73,7 +73,7 @@ def show(*tables: "Table") -> None:
 @click.option("--size", default=1024, show_default=True, help="Longer side, px.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--corrupt", default=0, show_default=True, help="Images to damage: truncated, empty, not a JPEG.")
-@click.option("--workers", type=int, help="Processes. [default: usable cores]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
 def synth(out: Path, **options: Any) -> None:
     """A phantom MIMIC-CXR-JPG tree in OUT, findings planted at known sizes."""
     from cxrfast.synth import synth as make
@@ -89,7 +89,7 @@ def synth(out: Path, **options: Any) -> None:
 @click.option(
     "--source", type=click.Choice(["mimic"]), default="mimic", show_default=True, help="Layout of the source tree."
 )
-@click.option("--workers", type=int, help="Processes. [default: usable cores]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
 )
@@ -141,8 +141,12 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--split", help="folds or official. [default: folds]"),
             click.option("--view", "views", multiple=True, help="Keep this view position only; may be given again."),
             click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows of each part only."),
-            click.option("--global-batch", type=int, help="Images an optimiser step. [default: by scale]"),
-            click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]"),
+            click.option(
+                "--global-batch", type=click.IntRange(min=1), help="Images an optimiser step. [default: by scale]"
+            ),
+            click.option(
+                "--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]"
+            ),
             click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
             click.option("--epochs", type=int, help="At most. [default: 100]"),
             click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
@@ -328,7 +332,13 @@ def report(runs: Path) -> None:
 @click.argument("runs", type=FOLDER)
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
 @click.option("--fold", "folds", type=int, multiple=True, help="Once for each fold. [default: all five]")
-@click.option("--nproc", default=1, show_default=True, help="Processes a training, as torchrun --nproc_per_node.")
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes a training, as torchrun --nproc_per_node.",
+)
 @recipe_options
 @place_options
 def study(
@@ -367,8 +377,14 @@ def study(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
 )
 @click.option("--arch", default="densenet121", show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="Measured time a figure.")
-@click.option("--micro-batch", type=int, help="Images a forward pass. [default: by scale]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=10.0,
+    show_default=True,
+    help="Measured time a figure.",
+)
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
 def bench(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
@@ -377,6 +393,8 @@ def bench(shards: Path | None, scales: tuple[int, ...], out: Path, **options: An
 
     result = measure(shards, list(scales), out, **options)
     show(to_table(result))
+    if not result.lines:
+        fail("no scale could be measured, for the reasons above")
     click.echo(f"table, JSON and plot: {out}")
 
 

@@ -90,6 +90,10 @@ class TrainConfig:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         if not 0 <= self.fold < FOLDS:
             raise RunError(f"--fold {self.fold} does not exist: folds are 0 to {FOLDS - 1}")
+        if self.split == "official" and self.fold:
+            raise RunError(f"--fold {self.fold} with --split official: the official split is one, give --fold 0")
+        if not 0 <= self.seed < 2**63:
+            raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
         for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
             if getattr(self, name) <= 0:
                 raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cxrfast.errors import DeviceError
+from cxrfast.errors import CxrfastError, DeviceError
 from cxrfast.machine import usable_cores
 
 
@@ -50,6 +50,24 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """`action()` on rank 0; its value, or the end, on every rank, so that none waits for one that gave up.
+
+        Raises the CxrfastError of `action` on rank 0, and SystemExit(2), without words, on the others.
+        """
+        value, error = None, None
+        if self.is_first:
+            try:
+                value = action()
+            except CxrfastError as caught:
+                error = caught
+        value, failed = self.broadcast((value, error is not None))
+        if error:
+            raise error
+        if failed:
+            raise SystemExit(2)
+        return value
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank the BatchNorm statistics of rank 0; without it the ranks score differently in eval mode."""
@@ -94,8 +112,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if name != "auto" and not name.startswith("cuda"):
         raise DeviceError(f"--device {name} is unknown: use auto, cpu or cuda")
+    number = name.partition(":")[2] or str(local_rank)
+    if not number.isdecimal():
+        raise DeviceError(f"--device {name} is unknown: use auto, cpu, cuda or cuda:0")
     if torch.cuda.is_available():
-        index = int(name.partition(":")[2] or local_rank)
+        index = int(number)
         if index >= torch.cuda.device_count():
             raise DeviceError(
                 f"GPU {index} was asked for and {torch.cuda.device_count()} are there: start fewer processes "

@@ -26,7 +26,7 @@ from cxrfast.pipelines.order import EvalOrder
 from cxrfast.predict import load_model, open_reader
 from cxrfast.progress import progress
 from cxrfast.runs import Run, part_rows
-from cxrfast.store import open_arrays, update_arrays
+from cxrfast.store import open_arrays, read_array, update_arrays
 
 THRESHOLD = 1 - 0.9545
 """Of the maximum: pixels above it belong to the effective receptive field (Luo et al. 2016, section 4)."""
@@ -337,7 +337,7 @@ def read_erf(run: Run) -> Erf:
     numbers = group.attrs["erf"]
     if numbers["config_hash"] != run.config.hash:
         raise RunError(f"the receptive field in {path} belongs to another run: measure again with {advice}")
-    return Erf(run=run.name, map=group["erf"][:], **numbers)
+    return Erf(run=run.name, map=read_array(group, "erf", advice), **numbers)
 
 
 def has_erf(run: Run) -> bool:

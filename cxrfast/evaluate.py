@@ -6,7 +6,7 @@ as that, never as a number.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -157,6 +157,8 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
+            if differences := run.config.differences(replace(other.config, fold=run.config.fold)):
+                _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
         group[run.config.fold] = run
     return groups
 
@@ -188,14 +190,8 @@ def read_answers(run: Run, part: str) -> Answers:
     """
     again = f"predict again with `cxrfast predict {run.folder}`"
     labels, predictions = list(run.config.labels), read_predictions(run, part)
-    try:
-        rows = run.rows()
-        rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"{run.folder / 'rows.parquet'} is missing or damaged ({error}): "
-            "restore it, or train the run again in a new folder"
-        ) from error
+    rows = run.rows()
+    rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
     row = rows["row"].to_numpy(np.int64)
     if not np.array_equal(row, predictions.row):
         missing, extra = len(np.setdiff1d(row, predictions.row)), len(np.setdiff1d(predictions.row, row))

@@ -20,12 +20,13 @@ from cxrfast.erf import frozen, small_batches
 from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
+from cxrfast.metrics import sigmoid
 from cxrfast.model import Classifier
 from cxrfast.pipelines.loader import Loader
 from cxrfast.predict import load_model, open_reader
 from cxrfast.progress import progress
 from cxrfast.runs import Run
-from cxrfast.store import has_predictions, open_arrays, read_predictions, update_arrays
+from cxrfast.store import has_predictions, open_arrays, read_array, read_predictions, update_arrays
 
 
 def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +149,7 @@ def read_gradcam(run: Run, label: str) -> Maps:
     attributes = group.attrs[name]
     if attributes["config_hash"] != run.config.hash:
         raise RunError(f"the Grad-CAM of {label} in {path} belongs to another run: make it with {advice}")
-    return Maps(**{array: group[f"{name}/{array}"][:] for array in ARRAYS}, part=attributes["part"])
+    return Maps(**{array: read_array(group, f"{name}/{array}", advice) for array in ARRAYS}, part=attributes["part"])
 
 
 def _index(run: Run, label: str) -> int:
@@ -173,7 +174,7 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
     found = read_gradcam(run, label)
     images = _read_images(run, found.rows, shards)
     ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
-    probabilities = 1 / (1 + np.exp(-found.logits.astype(np.float64)))
+    probabilities = sigmoid(found.logits)
     result, pairs = _pairs(len(ids))
     for i, (alone, under) in enumerate(pairs):
         for axes in (alone, under):

@@ -1,5 +1,6 @@
 """The classifier: a uint8 grey batch in, logits out. Normalisation is its first layer and part of every checkpoint."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, as torchvision's weights expect."""
 
 SMALL = 64
-"""Side in px from which on no torchvision classifier runs out of pixels; smaller images are tried."""
+"""Side in px from which on no convolutional classifier runs out of pixels; smaller images are tried at their size."""
 
 
 class Normalise(nn.Module):
@@ -33,13 +34,17 @@ class Normalise(nn.Module):
         return ((grey - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
+def check_arch(arch: str) -> None:
+    if arch not in torchvision.models.list_models(module=torchvision.models):
+        raise RunError(f"architecture {arch!r} is unknown: use a torchvision classifier (densenet121, resnet50, …)")
+
+
 class Classifier(nn.Module):
     """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L)."""
 
     def __init__(self, arch: str, outputs: int) -> None:
         super().__init__()
-        if arch not in torchvision.models.list_models(module=torchvision.models):
-            raise RunError(f"architecture {arch!r} is unknown: use a torchvision classifier (densenet121, resnet50, …)")
+        check_arch(arch)
         self.arch = arch
         self.normalise = Normalise()
         self.net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
@@ -49,23 +54,23 @@ class Classifier(nn.Module):
         return self.net(self.normalise(image))
 
     def check_size(self, side: int) -> None:
-        """Raises RunError if images of `side` px are too small for the network's poolings."""
-        if side < SMALL:
-            training, device = self.training, self.normalise.mean.device
-            try:
-                with torch.inference_mode():
-                    self.eval()(torch.zeros((1, 1, side, side), dtype=torch.uint8, device=device))
-            except RuntimeError as error:
-                raise RunError(
-                    f"images of {side} px are too small for {self.arch}: use a scale of 32 px or more"
-                ) from error
-            finally:
-                self.train(training)
+        """Raises RunError if images of `side` px are too small for the network, or if it takes no size but its own."""
+        trial = copy.deepcopy(self).train()  # a copy, since a forward pass moves BatchNorm's statistics
+        try:
+            with torch.no_grad():
+                logits = trial(torch.zeros((2, 1, min(side, SMALL), min(side, SMALL)), dtype=torch.uint8))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise RunError(
+                f"{self.arch} cannot be trained on images of {side} px: use a convolutional classifier such as "
+                "densenet121 or resnet50, and a scale of 32 px or more"
+            ) from error
+        if not isinstance(logits, torch.Tensor):
+            raise RunError(f"{self.arch} has more outputs than its logits: use another classifier")
 
     @property
     def feature_layers(self) -> nn.Module:
         """The layers whose output is the last convolutional feature map, (N, C, h, w)."""
-        if hasattr(self.net, "features"):
+        if hasattr(self.net, "features") and not self.arch.startswith("swin"):  # those put channels last
             return self.net.features
         if hasattr(self.net, "layer4"):
             layers = list(self.net.children())
@@ -78,6 +83,7 @@ class Classifier(nn.Module):
 
 def imagenet_file(arch: str) -> tuple[str, Path]:
     """Address of torchvision's ImageNet weights and where torch keeps them on this machine."""
+    check_arch(arch)
     url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)
     return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
@@ -130,7 +136,13 @@ def load_weights(model: Classifier, weights: str) -> None:
         raise RunError(f"--weights {weights}: {path} is no checkpoint ({type(error).__name__})") from error
     own = model.state_dict()
     usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    missing = [name for name in own if name not in usable and not name.startswith("normalise.")]
+    # older files have no num_batches_tracked, which nothing reads
+    optional = ("normalise.", "num_batches_tracked")
+    missing = [
+        name
+        for name in own
+        if name not in usable and not name.startswith(optional[0]) and not name.endswith(optional[1])
+    ]
     last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
     if set(missing) - last:
         raise RunError(

@@ -11,6 +11,7 @@ predictions.zarr, maps.zarr   see `store`
 
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,14 +47,23 @@ class Run:
 
     def rows(self) -> pd.DataFrame:
         """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits."""
-        return pd.read_parquet(self.folder / "rows.parquet")
+        path = self.folder / "rows.parquet"
+        try:
+            return pd.read_parquet(path, columns=["row", "image_id", "patient_id", "part", *self.config.labels])
+        except (OSError, ValueError) as error:  # pyarrow's errors are either
+            raise RunError(
+                f"{path} is missing or damaged: restore it, or train the run again in a new folder"
+            ) from error
 
     # state
 
     def state(self) -> dict[str, Any]:
         """{} if the run never started."""
         path = self.folder / "state.json"
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        try:
+            return json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
     def set_state(self, state: str, **more: Any) -> None:
         write_json(self.folder / "state.json", {"state": state, "time": round(time.time()), "pid": os.getpid(), **more})
@@ -68,7 +78,10 @@ class Run:
         """One dict an epoch, oldest first. A line that a killed process left unfinished is not one."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: restore it, or train the run again in a new folder") from error
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append an epoch's line; those of this epoch and later ones, left by a killed process, go."""
@@ -107,6 +120,10 @@ class Run:
         return checkpoint
 
     def save_best(self, weights: dict[str, torch.Tensor]) -> None:
+        for derived in ("predictions.zarr", "maps.zarr"):  # of the weights that go now
+            shutil.rmtree(self.folder / derived, ignore_errors=True)
+        for picture in self.folder.glob("gradcam-*.png"):
+            picture.unlink()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write_bytes(self.folder / "best.safetensors", save(tensors, metadata={"config_hash": self.config.hash}))
 

@@ -53,7 +53,8 @@ def read_predictions(run: Run, part: str) -> Predictions:
         raise RunError(f"{path} belongs to another run: predict again with `cxrfast predict {run.folder}`")
     if part not in group:
         raise RunError(f"{path} has no part {part!r}: predict again with `cxrfast predict {run.folder}`")
-    return Predictions(group[f"{part}/row"][:], group[f"{part}/logits"][:])
+    again = f"predict again with `cxrfast predict {run.folder}`"
+    return Predictions(read_array(group, f"{part}/row", again), read_array(group, f"{part}/logits", again))
 
 
 def has_predictions(run: Run) -> bool:
@@ -67,7 +68,9 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mappi
         shutil.rmtree(leftover, ignore_errors=True)
     group = zarr.open_group(temporary, mode="w", zarr_format=3)
     for name, array in arrays.items():
-        group.create_array(name, data=np.ascontiguousarray(array))
+        lost = np.nan if array.dtype.kind == "f" else 0  # what a chunk that is lost later reads as; 0 is zarr's own
+        made = group.create_array(name, shape=array.shape, dtype=array.dtype, fill_value=lost)
+        made[...] = array
     group.attrs.update(dict(attributes))
     if path.exists():
         os.replace(path, old)
@@ -92,6 +95,17 @@ def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapp
         except Exception as error:  # zarr's own classes differ by version
             raise RunError(f"{existing} is damaged ({error}): delete it and try again") from error
     write_arrays(path, {**kept_arrays, **arrays}, {**kept_attributes, **attributes})
+
+
+def read_array(group: Any, name: str, advice: str) -> np.ndarray:
+    """An array of an open store. Raises RunError with `advice` if it is absent, damaged or has lost a chunk."""
+    try:
+        array = np.asarray(group[name][:])
+    except Exception as error:  # of zarr, of its codecs, of the file system
+        raise RunError(f"{name} in {group.store_path} cannot be read ({type(error).__name__}): {advice}") from error
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise RunError(f"{name} in {group.store_path} has lost values, or holds some that are not finite: {advice}")
+    return array
 
 
 def open_arrays(path: Path) -> Any:

@@ -3,6 +3,7 @@
 Each step is skipped where its result is there already, so a study that was stopped goes on where it stopped.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -17,9 +18,10 @@ from cxrfast.distributed import pick_device, world
 from cxrfast.erf import erf, has_erf
 from cxrfast.errors import RunError
 from cxrfast.gradcam import figure_path, gradcam_run, save_figure
+from cxrfast.pipelines.reader import Reader
 from cxrfast.predict import predict
 from cxrfast.report import report
-from cxrfast.runs import Run, run_folder
+from cxrfast.runs import Run, find_runs, run_folder
 from cxrfast.shards.build import build
 from cxrfast.shards.manifest import read_set, scales_in
 from cxrfast.splits import FOLDS
@@ -54,11 +56,18 @@ def study(
     `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. Raises RunError or ShardError
     before the first training if the set, a scale or an option is wrong.
     """
-    read_set(shards)
-    scales, folds = scales or scales_in(shards), folds or list(range(FOLDS))
-    configs = [
-        make_config(shards, scale, device=device, fold=fold, **(recipe or {})) for scale in scales for fold in folds
-    ]
+    info, recipe = read_set(shards), recipe or {}
+    official = recipe.get("split") == "official"
+    scales = sorted(set(scales or scales_in(shards)))
+    folds = sorted(set(folds or ([0] if official else range(FOLDS))))
+    for scale in scales:
+        Reader(shards, scale).close()  # says what is wrong before anything is trained
+    for run in find_runs(runs) if any(runs.glob("*/fold-*/config.json")) else []:
+        if run.config.set_id != info.id:
+            raise RunError(
+                f"{run.folder} was trained on set {run.config.set_id}, {shards} is {info.id}: choose another RUNS"
+            )
+    configs = [make_config(shards, scale, device=device, fold=fold, **recipe) for scale in scales for fold in folds]
     done = [_run(config, shards, runs, nproc, device, engine, threads) for config in configs]
     evaluation = evaluate.evaluate(runs)
     tables = [evaluate.to_table(evaluation)]
@@ -118,8 +127,12 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     """Receptive field of each run, and Grad-CAM of the findings that the largest scale knows best."""
     chosen = pick_device(device)
     for run in runs:
-        if not has_erf(run):
-            print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+        try:
+            if not has_erf(run):
+                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+        except RunError as error:  # an architecture without a known feature map has tables all the same
+            print(error, file=sys.stderr)
+            return
     largest = max(runs, key=lambda run: run.config.scale)
     known = evaluation.table[
         (evaluation.table["name"] == largest.folder.parent.name)
@@ -147,7 +160,10 @@ DEMO_RECIPE: dict[str, Any] = {
 def demo(out: Path) -> Study:
     """Phantoms of 512 px, shards at four small scales, two folds, every table and figure; minutes on two cores."""
     source, shards = out / "mimic-cxr-jpg", out / "shards"
-    if not (source / "SHA256SUMS.txt").exists():
-        synth(source, images=600, size=512)
+    if not source.exists():
+        drawing = out / "drawing"
+        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
+        synth(drawing, images=600, size=512)
+        drawing.rename(source)
     build(source, shards, DEMO_SCALES)
     return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", recipe=DEMO_RECIPE)

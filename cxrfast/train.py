@@ -32,7 +32,7 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.predict import complete, score
 from cxrfast.progress import Advance, progress
-from cxrfast.runs import Run, part_rows, run_folder, start_run
+from cxrfast.runs import Run, part_rows, read_run, run_folder, start_run
 from cxrfast.shards.manifest import read_set
 from cxrfast.shards.rows import read_rows
 from cxrfast.splits import check_parts, official_masks, part_masks
@@ -122,14 +122,18 @@ def train(config: TrainConfig, place: Place) -> Run:
         torch.manual_seed(config.seed)
         model = Classifier(config.arch, len(config.labels))
         model.check_size(config.scale)
-        if ranks.is_first:  # the other ranks get rank 0's weights from DistributedDataParallel
-            load_weights(model, config.weights)
         reader = Reader(place.shards, config.scale)
         rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows)
         train_order(config, rows, ranks)  # refuses sizes that do not fit before anything is written
         folder = run_folder(place.runs, config, place.name)
-        run = start_run(folder, config, place.shards, rows) if ranks.is_first else Run(folder, config, place.shards)
-        ranks.barrier()
+
+        def start() -> Run:
+            if not (folder / "last.pt").exists():  # else the checkpoint brings its own weights
+                refuse_other_fold(config)
+                load_weights(model, config.weights)  # the other ranks get them from DistributedDataParallel
+            return start_run(folder, config, place.shards, rows)
+
+        run = ranks.on_first(start)
         trainer = Trainer(run, ranks, model, reader, place)
         if not run.is_done:
             trainer.fit()
@@ -137,6 +141,18 @@ def train(config: TrainConfig, place: Place) -> Run:
             print(f"{run.name} is done already; its weights are in {run.folder}", file=sys.stderr)
         ranks.barrier()
         return run
+
+
+def refuse_other_fold(config: TrainConfig) -> None:
+    """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
+    if not (Path(config.weights) / "config.json").exists():
+        return
+    parent = read_run(Path(config.weights)).config
+    if parent.set_id == config.set_id and (parent.fold, parent.split) != (config.fold, config.split):
+        raise RunError(
+            f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
+            f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
+        )
 
 
 class Trainer:
@@ -196,15 +212,15 @@ class Trainer:
         try:
             while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
                 started = time.monotonic()
-                waited = self.train_epoch()
-                self.end_epoch(started, waited)
+                steps, waited = self.train_epoch()
+                self.end_epoch(started, steps, waited)
         except BaseException as error:
             self._set_state("failed", error=f"{type(error).__name__}: {error}"[:500])
             raise
         self._set_state("done")
 
-    def train_epoch(self) -> float:
-        """The optimiser steps left in this epoch. Returns the seconds spent waiting for data."""
+    def train_epoch(self) -> tuple[int, float]:
+        """The optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""
         self.model.train()
         self.forward.train()
         steps = self.order.global_batches(self.epoch, self.consumed)
@@ -221,7 +237,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         batches.close()
-        return batches.waited
+        return len(steps), batches.waited
 
     def _is_due(self, done: int, seconds: float) -> bool:
         """Is a checkpoint due? Rank 0's clock decides, asked for now and then only, since asking synchronises the ranks."""
@@ -253,10 +269,12 @@ class Trainer:
         return autocast(self.ranks.device, self.config.precision)
 
     def _show(self, advance: Advance, done: int) -> None:
-        note = f"loss {float(self.loss) * self.ranks.size / done:.4f}" if done % 50 == 0 and self.ranks.is_first else ""
+        note = ""
+        if done % 50 == 0 and self.ranks.is_first:  # rank 0's share, of all steps since the epoch began
+            note = f"loss {float(self.loss) * self.ranks.size * self.config.global_batch / self.consumed:.4f}"
         advance(self.config.global_batch, note)
 
-    def end_epoch(self, started: float, waited: float) -> None:
+    def end_epoch(self, started: float, steps: int, waited: float) -> None:
         """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start."""
         losses = self.ranks.gather(float(self.loss))
         trained = time.monotonic()
@@ -287,7 +305,7 @@ class Trainer:
         measured = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": time.monotonic() - started,
-            "images_per_s": self.order.steps * self.config.global_batch / seconds,
+            "images_per_s": steps * self.config.global_batch / seconds,
             "waiting_share": waited / seconds,
             "resident_bytes": resident_bytes(),
             "gpu_peak_bytes": self._gpu_peak(),

@@ -36,19 +36,20 @@ class DaliEngine:
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
         items = list(work)
-        done = 0
+        done, refused = 0, 0
         while done < len(items):
             try:
                 for batch in self._run(items[done:]):
-                    done += 1
+                    done, refused = done + 1, 0
                     yield batch
                 return
-            except (
-                RuntimeError,
-                LoadError,
-            ):  # DALI's pipeline is dead now: decode this batch elsewhere, build a new one
+            except (RuntimeError, LoadError) as error:  # DALI's pipeline is dead now: host decodes, a new one is built
                 yield from self._host.batches(items[done : done + 1])
-                done += 1
+                done, refused = done + 1, refused + isinstance(error, RuntimeError)
+                if refused == 2:  # host found nothing wrong with the images, twice in a row
+                    raise LoadError(
+                        f"DALI fails on images that are whole: use --engine host. It says: {error}"
+                    ) from error
 
     def _run(self, items: list[Work]) -> Iterator[torch.Tensor]:
         with ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool:

@@ -8,6 +8,7 @@ the source.
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,11 @@ from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, plan_ro
 from cxrfast.shards.rows import label_names, read_rows, write_rows
 from cxrfast.shards.sources import Source, read_source
 from cxrfast.shards.tar import TarWriter
+
+OURS = re.compile(
+    r"(rows\.parquet|set\.json|quarantine\.csv|SHA256SUMS|\d{6}\.(tar|idx|json))\.\d+" + re.escape(TEMPORARY)
+)
+"""Names of the files that a build writes, while it writes them."""
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""
@@ -164,9 +170,7 @@ def _plan(
 
 def _is_foreign(path: Path) -> bool:
     """Is this no file that a build killed before its plan was whole may have left?"""
-    return not (
-        path.name.endswith(TEMPORARY) or path.name == "rows.parquet" or (path.is_dir() and path.name.isdecimal())
-    )
+    return not (OURS.fullmatch(path.name) or path.name == "rows.parquet" or (path.is_dir() and path.name.isdecimal()))
 
 
 def source_bytes(data: Path, paths: list[str], quiet: bool = True) -> np.ndarray:
@@ -215,9 +219,10 @@ def _prepare(out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int]) ->
 
 def _clear_stale(out: Path) -> None:
     """Remove what a killed build left half-written."""
-    for pattern in (f"*{TEMPORARY}", f"*/*{TEMPORARY}"):
+    for pattern in (f"*{TEMPORARY}", f"[0-9]*/*{TEMPORARY}"):
         for stale in out.glob(pattern):
-            stale.unlink(missing_ok=True)
+            if OURS.fullmatch(stale.name):
+                stale.unlink(missing_ok=True)
 
 
 # Tasks
@@ -303,8 +308,17 @@ def _forget_quarantined(data: Path, out: Path, rows: pd.DataFrame) -> None:
     ]
     again = rows["row"].isin({int(row) for m in held for row in m.quarantined})
     if again.any():
+        redo = rows["row"].isin({row for m in held for row in m.rows}) | again
+        found = pd.Series(source_bytes(data, rows.loc[redo, "path"].tolist()), index=rows.index[redo])
+        whole = rows.loc[redo & ~again]
+        changed = whole[whole["bytes"] != found[whole.index]]
+        if len(changed):
+            raise ShardError(
+                f"{len(changed):,} images of the shards to build again are not what they were (first: "
+                f"{changed['path'].iloc[0]}): give --data the tree that the set was made of; nothing was changed"
+            )
         (out / "SHA256SUMS").unlink(missing_ok=True)
-        rows.loc[again, "bytes"] = source_bytes(data, rows.loc[again, "path"].tolist())
+        rows.loc[again, "bytes"] = found[rows.index[again]]
         write_rows(out / "rows.parquet", rows)  # before the manifests go: a kill in between costs nothing
         for m in held:
             shard_path(out, m.scale, m.shard, "json").unlink()

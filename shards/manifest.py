@@ -54,7 +54,7 @@ def read_set(folder: Path) -> SetInfo:
         value = json.loads(path.read_bytes())
         schema = value["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: `cxrfast verify {folder}` lists what else is") from error
+        raise ShardError(f"{path} is damaged: restore it from a copy, or shard again into a new folder") from error
     if schema != SCHEMA:
         raise ShardError(
             f"{folder} has schema version {schema}, this cxrfast reads {SCHEMA}: "
@@ -63,7 +63,9 @@ def read_set(folder: Path) -> SetInfo:
     try:
         return SetInfo(**value)
     except TypeError as error:
-        raise ShardError(f"{path} is damaged ({error}): `cxrfast verify {folder}` lists what else is") from error
+        raise ShardError(
+            f"{path} is damaged ({error}): restore it from a copy, or shard again into a new folder"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

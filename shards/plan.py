@@ -11,9 +11,8 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.rows import COLUMNS
 from cxrfast.splits import deal
 
-SCALES = (64, 128, 256, 512, 1024, 2048)
-"""Scales people use, px; any whole number from 8 to 4096 is accepted."""
 SMALLEST, LARGEST = 8, 4096
+"""Scales that are accepted, px."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def check_scales(scales: list[int]) -> list[int]:
     for scale in scales:
         if not SMALLEST <= scale <= LARGEST:
             raise ShardError(
-                f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: {', '.join(map(str, SCALES))})"
+                f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: 256, 512, 1024, 2048)"
             )
     if not scales:
         raise ShardError("no scale given: add --scale 256 (or 512, 1024, 2048), once for each scale wanted")

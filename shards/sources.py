@@ -19,7 +19,6 @@ from cxrfast.labels import MIMIC
 class Source:
     """What a source tree lists."""
 
-    name: str
     images: pd.DataFrame
     """image_id, study_id, patient_id, path, view, height, width, split, then one float column a label."""
     labels: tuple[str, ...]
@@ -37,6 +36,8 @@ def mimic(data: Path) -> Source:
     for table, key, what in ((labels, "study_id", "chexpert"), (split, "dicom_id", "split")):
         if repeated := int(table[key].duplicated().sum()):
             raise ShardError(f"the {what} table in {data} lists {repeated:,} entries twice: download it again")
+    if (blank := metadata[["dicom_id", "subject_id", "study_id"]].isna().any(axis=1)).any():
+        raise ShardError(f"the metadata table in {data} lacks ids in {int(blank.sum()):,} lines: download it again")
     unlabelled = ~metadata["study_id"].isin(labels["study_id"])
     images = metadata.merge(split, how="left", on="dicom_id")
     images = images.merge(labels, how="left", on="study_id")
@@ -59,7 +60,7 @@ def mimic(data: Path) -> Source:
         "studies without a label row": int(metadata.loc[unlabelled, "study_id"].nunique()),
         "label rows that are all blank": int(labels[list(MIMIC)].isna().all(axis=1).sum()),
     }
-    return Source(name="mimic", images=frame, labels=MIMIC, counts=counts)
+    return Source(images=frame, labels=MIMIC, counts=counts)
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {"mimic": mimic}

@@ -257,3 +257,23 @@ def test_an_image_of_another_size_names_its_row(folder, rows):
     work = [Work(np.arange(i, i + rows)) for i in range(60, 80, rows)]
     with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
         list(DaliEngine(reader, 64, torch.device("cpu"), 2).batches(work))
+
+
+def test_retrying_with_another_tree_changes_nothing(tmp_path):
+    tree, out = tmp_path / "mimic", tmp_path / "set"
+    synth(tree, images=70, size=64, corrupt=2, workers=1)
+    build(tree, out, [32])
+    before = contents(out)
+    shutil.copytree(tree, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
+    (tmp_path / "empty" / "files").mkdir(exist_ok=True)
+    with pytest.raises(ShardError, match="give --data the tree that the set was made of"):
+        build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
+    assert contents(out) == before
+
+
+def test_files_of_other_people_are_neither_removed_nor_taken_for_ours(phantoms, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "notes.tmp").write_text("mine")
+    with pytest.raises(ShardError, match="not empty"):
+        build(phantoms, tmp_path / "set", [32])
+    assert (tmp_path / "set" / "notes.tmp").read_text() == "mine"

@@ -119,3 +119,27 @@ def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> Non
                 rows=np.arange(1000), global_batch=sizes.global_batch, micro_batch=sizes.micro_batch, world=world
             )
     assert preset(4096) == PRESETS[2048]
+
+
+def test_new_best_weights_take_what_was_made_of_the_old_ones_with_them(run: Run) -> None:
+    write_predictions(run, {"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
+    (run.folder / "gradcam-A.png").write_bytes(b"")
+    run.save_best({"w": torch.zeros(1)})
+    assert not has_predictions(run)
+    assert not (run.folder / "gradcam-A.png").exists()
+
+
+def test_a_lost_chunk_of_predictions_is_not_read_as_zeros(run: Run) -> None:
+    write_predictions(run, {"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
+    (run.folder / "predictions.zarr" / "val" / "logits" / "c" / "0" / "0").unlink()
+    with pytest.raises(RunError, match="has lost values"):
+        read_predictions(run, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("rows.parquet", Run.rows), ("state.json", Run.state), ("metrics.jsonl", Run.metrics)]
+)
+def test_a_damaged_file_of_a_run_is_named(run: Run, name: str, read) -> None:  # type: ignore[no-untyped-def]
+    (run.folder / name).write_bytes(b"junk\n")
+    with pytest.raises(RunError, match=rf"{name} is .*damaged"):
+        read(run)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cxrfast.errors import LoadError, RunError, ShardError
+from cxrfast.model import Classifier
 from cxrfast.runs import Run, read_run
 from cxrfast.shards.rows import read_rows
 from cxrfast.train import Place, make_config, select_rows, train
@@ -221,7 +222,7 @@ def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
 
 def test_images_that_are_too_small_for_the_network_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 16, device="cpu", **OPTIONS)
-    with pytest.raises(RunError, match="images of 16 px are too small for densenet121"):
+    with pytest.raises(RunError, match="densenet121 cannot be trained on images of 16 px"):
         train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
 
 
@@ -250,3 +251,43 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
         assert rows.groupby("patient_id")["part"].nunique().max() == 1
     with pytest.raises(RunError, match="the train part has no rows"):
         select_rows(table, make_config(tiny_set, 32, device="cpu", views=("NONE",)), held)
+
+
+def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patients(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), place)
+    options = {**OPTIONS, "epochs": 1, "limit": 16, "weights": str(parent.folder)}
+    with pytest.raises(RunError, match="start from a run of the same fold"):
+        train(make_config(tiny_set, 64, device="cpu", fold=1, **options), place)
+    child = train(make_config(tiny_set, 64, device="cpu", **options), place)
+    assert child.is_done
+
+
+def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
+    with pytest.raises(RunError, match="give --fold 0"):
+        make_config(tiny_set, 32, device="cpu", split="official", fold=1)
+
+
+def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "first.safetensors"
+    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16, "weights": str(weights)})
+    run = train(config, place)
+    weights.unlink()
+    (run.folder / "state.json").unlink()
+    assert train(config, place).is_done
+
+
+def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
+    arguments = [a.replace("--weights=none", "--weights=/nowhere.pth") for a in command(tiny_set, tmp_path, 2)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
+    assert done.returncode != 0
+    assert done.stderr.count("/nowhere.pth does not exist") == 1
+    assert (
+        'Traceback (most recent call last):\n  File "' + str(Path(__file__).parent.parent / "cxrfast")
+        not in done.stderr
+    )
+    assert not (tmp_path / "densenet121-32").exists()
