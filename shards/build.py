@@ -5,12 +5,10 @@ killed at any instant is finished by the same call: no row lost, none doubled, t
 the source.
 """
 
-import json
 import multiprocessing
 import os
 import re
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -18,10 +16,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -30,12 +26,12 @@ from cxrfast.files import TEMPORARY
 from cxrfast.machine import usable_cores
 from cxrfast.progress import duration, progress, size
 from cxrfast.shards import manifest
-from cxrfast.shards.images import BadImage, Reason, at_scales, decode_grey, encode
-from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
+from cxrfast.shards.images import BadImage, at_scales, decode_grey, encode
+from cxrfast.shards.manifest import SetInfo, read_manifest, read_set, shard_path
 from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
 from cxrfast.shards.rows import label_names, read_rows, write_rows
 from cxrfast.shards.sources import Source, read_source
-from cxrfast.shards.tar import TarWriter
+from cxrfast.shards.task import Image, Task, build_shard, meta_json, start_worker
 
 OURS = re.compile(
     r"(rows\.parquet|set\.json|quarantine\.csv|SHA256SUMS|\d{6}\.(tar|idx|json))\.\d+" + re.escape(TEMPORARY)
@@ -228,34 +224,6 @@ def _clear_stale(out: Path) -> None:
 # Tasks
 
 
-@dataclass(frozen=True, kw_only=True)
-class Image:
-    """What a worker needs to know of one row."""
-
-    row: int
-    path: str
-    bytes: int
-    meta: dict
-    """Goes beside the image into the tar: ids and raw labels, null where blank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One shard at every scale that lacks it."""
-
-    data: Path
-    out: Path
-    set: str
-    shard: int
-    scales: list[int]
-    quality: int
-    rows: list[Image]
-    quarantined: dict[str, str]
-    """Rows that an earlier scale had to leave out."""
-    held: frozenset[int] | None
-    """Rows that an earlier scale holds; None if there is no earlier scale."""
-
-
 def _tasks(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int], numbers: range) -> list[Task]:
     """What is left to build. An earlier scale of the same shard says which rows to leave out."""
     present = manifest.scales_in(out) if out.is_dir() else []
@@ -337,7 +305,7 @@ def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12)
         except (BadImage, OSError):
             continue  # the build itself reports it
         for scale, picture in pixels.items():
-            sizes.setdefault(scale, []).append(len(encode(picture, task.quality)) + len(_meta(image)) + 2048)
+            sizes.setdefault(scale, []).append(len(encode(picture, task.quality)) + len(meta_json(image)) + 2048)
         seconds.append(time.perf_counter() - start)
     scales = sorted({scale for task in tasks for scale in task.scales})
     images = {scale: sum(len(task.rows) for task in tasks if scale in task.scales) for scale in scales}
@@ -349,9 +317,6 @@ def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12)
         seconds=float(np.mean(seconds or [0.0])) * sum(len(task.rows) for task in tasks) / workers,
         free=shutil.disk_usage(folder).free,
     )
-
-
-# Workers
 
 
 def _run(tasks: list[Task], workers: int, quiet: bool) -> None:
@@ -387,7 +352,7 @@ def _run(tasks: list[Task], workers: int, quiet: bool) -> None:
 
 def _completed(tasks: list[Task], workers: int) -> Generator[tuple[Task, Future[None]]]:
     """Run the tasks, a few more submitted than run, and yield each when it is done."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
     waiting: dict[Future[None], Task] = {}
     queue = iter(tasks)
     try:
@@ -400,80 +365,6 @@ def _completed(tasks: list[Task], workers: int) -> Generator[tuple[Task, Future[
                 yield waiting.pop(future), future
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_with(sentinel: int) -> None:
-    """End this worker when its parent dies, or it would go on writing beside the build that takes over."""
-    wait_for_exit([sentinel])
-    os._exit(1)
-
-
-def build_shard(task: Task) -> None:
-    """Write one shard at its scales. Raises ShardError if a row that was fine when planned or before is not fine now."""
-    writers: dict[int, TarWriter] = {}
-    quarantined = dict(task.quarantined)
-    rows: list[int] = []
-    try:
-        for scale in task.scales:
-            writers[scale] = TarWriter(task.out, scale, task.shard)
-        for image in task.rows:
-            if str(image.row) in quarantined:
-                continue
-            try:
-                pixels = at_scales(decode_grey(_read(task, image)), task.scales)
-            except BadImage as error:
-                if task.held is not None and image.row in task.held:
-                    raise ShardError(
-                        f"shard {task.shard}: {image.path} was fine at other scales and is {error.reason} now"
-                    ) from error
-                quarantined[str(image.row)] = error.reason.value
-                continue
-            rows.append(image.row)
-            meta = _meta(image)
-            for scale, picture in pixels.items():
-                writers[scale].add(image.row, encode(picture, task.quality), meta)
-        for scale, writer in writers.items():
-            digest, length = writer.close()
-            ShardManifest(
-                set=task.set,
-                scale=scale,
-                shard=task.shard,
-                sha256=digest,
-                bytes=length,
-                rows=rows,
-                crc32=writer.crc32,
-                quarantined=quarantined,
-            ).write(task.out)
-    finally:
-        for writer in writers.values():
-            writer.discard()
-
-
-def _read(task: Task, image: Image) -> bytes:
-    if image.bytes < 0:
-        raise BadImage(Reason.MISSING)
-    try:
-        data = (task.data / image.path).read_bytes()
-    except FileNotFoundError:
-        raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
-    except OSError as error:
-        raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror})") from error
-    if len(data) != image.bytes:
-        raise ShardError(
-            f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the set was planned"
-        )
-    return data
-
-
-def _meta(image: Image) -> bytes:
-    return json.dumps(image.meta, ensure_ascii=False).encode()
 
 
 # The end

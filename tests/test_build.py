@@ -295,28 +295,6 @@ def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_tr
     assert contents(out) == contents(tmp_path / "sound")
 
 
-STOP_AT = """
-import os, signal, sys
-from pathlib import Path
-from cxrfast.shards import build
-if __name__ == "__main__":
-    step, data, out = sys.argv[1:]
-    setattr(build, step, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-    build.build(Path(data), Path(out), [32], workers=1, quiet=True, retry_quarantined=True)
-"""
-
-
-@pytest.mark.parametrize("step", ["_tasks", "_finish"])
-def test_a_retry_that_was_killed_is_finished_by_the_same_command(sound, sound_set, corrupt_set, tmp_path, step):
-    out, script = copy(corrupt_set[0], tmp_path / "set"), tmp_path / "script.py"
-    script.write_text(STOP_AT)
-    done = subprocess.run([sys.executable, script, step, sound, out], env=environment(""), check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (out / "SHA256SUMS").exists(), "the set is known to be unfinished"
-    build(sound, out, [32], retry_quarantined=True)
-    assert contents(out) == contents(sound_set)
-
-
 def test_trying_again_in_vain_changes_nothing(corrupt, corrupt_set, tmp_path):
     out = copy(corrupt_set[0], tmp_path / "set")
     report = build(corrupt, out, [32], retry_quarantined=True)
