@@ -512,45 +512,13 @@ def devices(frame: Frame, kind: int, a: Anatomy) -> np.ndarray:
 
 def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) -> np.ndarray:
     """Attenuation of a lateral view, the patient facing left, but for fine findings. (H, W) float32."""
-    top, base = a.apex + 4, a.dome[0]
-    chest = smooth(
-        [
-            (8, top),
-            (40, top + 8),
-            (78, top + 50),
-            (95, top + 110),
-            (96, base - 10),
-            (88, a.angle + 4),
-            (80, a.angle),
-            (50, base + 12),
-            (0, base - 4),
-            (-50, base),
-            (-92, base + 16),
-            (-96, base - 30),
-            (-84, top + 80),
-            (-50, top + 30),
-        ]
-    )
-    lungs = frame.areas([chest], 1.5)
+    base = a.dome[0]
+    lungs = frame.areas([lateral_lungs(a)], 1.5)
     ratio = a.heart[1 if "Cardiomegaly" in present else 0]
     rx = 0.31 * 2 * a.half * ratio
     vessels = smooth([(-20, -60), (5, -75), (22, -60), (24, 10), (5, 20), (-30, 0)])
     centre = frame.areas([disc(-88 + rx, base - 0.95 * rx + 6, rx, 1.12 * rx), vessels], 3)
-    body = [
-        (-40, -240),
-        (-42, -185),
-        (-75, -150),
-        (-112, -90),
-        (-122 - 8 * a.fat, 0),
-        (-118 - 16 * a.fat, 240),
-        (132 + 8 * a.fat, 240),
-        (126, 90),
-        (132, -40),
-        (112, -130),
-        (70, -175),
-        (56, -240),
-    ]
-    tissue = frame.areas([smooth(body)], 2.5)
+    tissue = frame.areas([lateral_body(a)], 2.5)
     image = tissue * (0.36 + 0.28 * frame.blur((tissue * 255).astype(np.uint8), 22))
     air = lungs * (1 - 0.75 * centre)
     fluid = np.zeros_like(air)
@@ -587,6 +555,19 @@ def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) ->
         tube = smooth(tubes[p.device], closed=False)
         image += 0.33 * frame.bands([tube], FINDINGS["Support Devices"].low, 0.4)
     return image
+
+
+def lateral_lungs(a: Anatomy) -> np.ndarray:
+    top, base = a.apex + 4, a.dome[0]
+    front = [(0, base - 4), (-50, base), (-92, base + 16), (-96, base - 30), (-84, top + 80), (-50, top + 30)]
+    back = [(8, top), (40, top + 8), (78, top + 50), (95, top + 110), (96, base - 10), (88, a.angle + 4)]
+    return smooth([*back, (80, a.angle), (50, base + 12), *front])
+
+
+def lateral_body(a: Anatomy) -> np.ndarray:
+    front = [(-40, -240), (-42, -185), (-75, -150), (-112, -90), (-122 - 8 * a.fat, 0), (-118 - 16 * a.fat, 240)]
+    back = [(132 + 8 * a.fat, 240), (126, 90), (132, -40), (112, -130), (70, -175), (56, -240)]
+    return smooth([*front, *back])
 
 
 def lateral_ribs(a: Anatomy) -> list[np.ndarray]:

@@ -89,7 +89,8 @@ def test_a_module_imports_from_its_own_layer_or_from_below(module):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    TopologicalSorter({module: ours(module) - {module, "cxrfast"} for module in MODULES}).prepare()
+    graph = {module: ours(module) - {module, "cxrfast"} for module in MODULES}
+    assert set(TopologicalSorter(graph).static_order()) == MODULES.keys()  # CycleError where there is no such order
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("cxrfast.pipelines")])
