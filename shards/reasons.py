@@ -1,0 +1,41 @@
+"""Why an image is refused, and how large one may be. Shared by the decoders; reads nothing."""
+
+from enum import StrEnum
+
+from cxrfast.errors import ShardError
+
+MAX_PIXELS = 2**26
+"""Larger than any radiograph (a 14 × 17 inch film read at 50 µm has 61 million); a header that promises more is a bomb."""
+MAX_SIDE = 2**16 - 1
+"""px; what JPEG and DICOM can say at most."""
+
+
+class Reason(StrEnum):
+    """Why an image is quarantined."""
+
+    MISSING = "missing"
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not an image"
+    UNSUPPORTED = "unsupported format"
+    NOT_A_RADIOGRAPH = "not a radiograph"
+    MULTI_FRAME = "more than one frame"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_LARGE = "too large"
+    CRASHED = "crashes the decoder"
+
+
+class BadImage(ShardError):
+    """An image that cannot be used, with its `reason`; the text may say more."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
+
+
+def check_size(height: int, width: int) -> None:
+    """Called with what a header promises, before anything is allocated. Raises BadImage."""
+    if height < 1 or width < 1:
+        raise BadImage(Reason.CORRUPT, f"{height} × {width} px")
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise BadImage(Reason.TOO_LARGE, f"{height:,} × {width:,} px")
