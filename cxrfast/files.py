@@ -3,18 +3,21 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from cxrfast.errors import is_disk_full
 
 TEMPORARY = ".tmp"
 """Suffix of files being written; what a killed process leaves under it is overwritten or removed by the next one."""
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what becomes `path`; the process id keeps two writers apart."""
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    """Where this process writes what becomes `path`; machine and process id keep two writers apart."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
 
 
 @contextmanager
@@ -38,8 +41,10 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse fsync on a folder
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        # some network file systems refuse fsync on a folder
     finally:
         os.close(descriptor)
 
@@ -49,9 +54,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def json_bytes(value: Any) -> bytes:
     """Readable JSON with a fixed layout, so that equal values are equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json_bytes(value))
 
 
 def sha256(path: Path) -> str:

@@ -5,53 +5,38 @@ killed at any instant is finished by the same call: no row lost, none doubled, t
 the source.
 """
 
-import multiprocessing
-import os
-import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Generator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError, is_disk_full
-from cxrfast.files import TEMPORARY
+from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import duration, progress, size
 from cxrfast.shards import manifest
-from cxrfast.shards.images import BadImage, at_scales, decode_grey, encode
+from cxrfast.shards.estimate import Estimate, check_room, estimate
+from cxrfast.shards.lease import Lease, Part
 from cxrfast.shards.manifest import SetInfo, read_manifest, read_set, shard_path
-from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
-from cxrfast.shards.rows import label_names, read_rows, write_rows
-from cxrfast.shards.sources import Source, read_source
-from cxrfast.shards.task import Image, Task, build_shard, meta_json, start_worker
-
-OURS = re.compile(
-    r"(rows\.parquet|set\.json|quarantine\.csv|SHA256SUMS|\d{6}\.(tar|idx|json))\.\d+" + re.escape(TEMPORARY)
-)
-"""Names of the files that a build writes, while it writes them."""
+from cxrfast.shards.plan import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.recipe import Recipe
+from cxrfast.shards.rows import read_rows, write_rows
+from cxrfast.shards.sources import read_source
+from cxrfast.shards.todo import Plan, Todo, find_todo, make_task
+from cxrfast.shards.tree import Tree
+from cxrfast.shards.workers import run_here, run_on_dask
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a build will take, from a sample of the images, for shards that are not there yet."""
-
-    images: dict[int, int]
-    bytes: dict[int, int]
-    files: dict[int, int]
-    seconds: float
-    free: int
-    """Bytes free where the set goes."""
+SAMPLE = 12
+"""Images that the estimate looks at."""
 
 
 @dataclass(kw_only=True)
@@ -67,18 +52,25 @@ class Report:
     bytes: dict[int, int] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
-    complete: bool = False
-    """False after a dry run and where `limit` left shards for later."""
+    missing_shards: int = 0
+    """What `limit`, other parts or a dry run left for later, over the asked scales."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing_shards
 
 
 def build(
-    data: Path,
-    out: Path,
+    data: Tree | Path | str,
+    out: Path | str,
     scales: list[int],
     *,
     source: str = "mimic",
+    source_options: dict[str, Any] | None = None,
     recipe: Recipe | None = None,
     workers: int | None = None,
+    part: Part | None = None,
+    dask: str | None = None,
     limit: int | None = None,
     allow_missing: bool = False,
     retry_quarantined: bool = False,
@@ -87,46 +79,75 @@ def build(
 ) -> Report:
     """Cut the images of the tree `data` into the shard set `out` at `scales` (px).
 
-    An existing set is continued: scales and shards that it lacks are added, the others keep their bytes. `limit` builds
-    the shards that hold the first `limit` rows of the full plan. Raises ShardError, with finished shards kept.
+    An existing set is continued: scales and shards that it lacks are added, the others keep their bytes. `part` (i, n)
+    builds every n-th shard; `dask` is a scheduler's address whose workers build instead of `workers` processes here;
+    `limit` builds the shards that hold the first `limit` rows of the full plan. Raises ShardError, with finished shards
+    kept.
     """
     start = time.monotonic()
     recipe, scales = recipe or Recipe(), check_scales(scales)
-    data, out = Path(data), Path(out)
-    info, rows, counts = _plan(data, out, source, recipe, allow_missing, quiet)
-    if out.is_dir() and not dry_run:
-        _clear_stale(out)
-        if retry_quarantined:
-            scales = sorted({*scales, *manifest.scales_in(out)})
-            _forget_quarantined(data, out, rows)
-    numbers = range(info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard)))
-    tasks = _tasks(data, out, info, rows, scales, numbers)
-    workers = max(1, workers or usable_cores())
-    estimate = estimate_build(tasks, out, workers)
-    report = Report(info=info, scales=scales, source_counts=counts, estimate=estimate)
-    if dry_run:
-        return report
-    if sum(estimate.bytes.values()) > estimate.free:
-        raise ShardError(
-            f"{out} needs about {size(sum(estimate.bytes.values()))} more and {size(estimate.free)} are free: "
-            "make room, choose another --out or fewer scales"
-        )
-    _prepare(out, info, rows, scales)
-    if tasks:
-        _run(tasks, workers, quiet)
-    _finish(out, info, rows, report)
+    tree, out = data if isinstance(data, Tree) else Tree(data), Path(out).absolute()
+    if dask and tree.is_local:
+        tree = Tree(tree.location if "://" in tree.location else Path(tree.location).absolute())
+    if part and (dask or retry_quarantined):
+        raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
+    with nullcontext() if dry_run else _writing(out, part) as lease:
+        plan, counts = _plan(tree, out, source, source_options or {}, recipe, allow_missing, quiet)
+        info = plan.info
+        last = info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard))
+        numbers = range(last)[part[0] - 1 :: part[1]] if part else range(last)
+        if lease:
+            _clear_stale(out, numbers, lease.alone())
+            if retry_quarantined:
+                scales = sorted({*scales, *manifest.scales_in(out)})
+                _forget_quarantined(plan, tree)
+        todo = find_todo(plan, scales, numbers)
+        workers = max(1, workers or usable_cores())
+        needed = _estimate(plan, todo, scales, workers)
+        report = Report(info=info, scales=scales, source_counts=counts, estimate=needed, missing_shards=len(todo))
+        if not lease:
+            return report
+        check_room(needed, out)
+        _prepare(plan, scales, bool(todo))
+        if todo:
+            try:
+                _run(plan, todo, lease, workers, dask, quiet)
+            finally:
+                _clear_stale(out, numbers, lease.alone())  # of workers that died
+        _finish(plan, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
+
+
+@contextmanager
+def _writing(out: Path, part: Part | None) -> Iterator[Lease]:
+    """The folder of the set, made if need be and held by a lease; gone again if nothing came of it."""
+    if out.is_dir() and not (out / "set.json").exists() and any(manifest.is_foreign(path) for path in out.iterdir()):
+        raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lease(out, part) as lease:
+            yield lease
+    finally:
+        if new and not any(out.iterdir()):
+            out.rmdir()
 
 
 # The plan
 
 
 def _plan(
-    data: Path, out: Path, source: str, recipe: Recipe, allow_missing: bool, quiet: bool
-) -> tuple[SetInfo, pd.DataFrame, dict[str, int]]:
+    tree: Tree,
+    out: Path,
+    source: str,
+    options: dict[str, Any],
+    recipe: Recipe,
+    allow_missing: bool,
+    quiet: bool,
+) -> tuple[Plan, dict[str, int]]:
     """The set's description and rows table: the one in `out` if it was planned from the same images, else a new one."""
-    listed: Source = read_source(source, data)
+    listed = read_source(source, tree, options)
     rows = plan_rows(listed.images, listed.labels, recipe.seed)
     identity = set_id(rows, recipe)
     if (out / "set.json").exists():
@@ -141,14 +162,13 @@ def _plan(
                 f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
                 "choose another --out, or give the same --data and options"
             )
-        return info, read_rows(out / "rows.parquet"), listed.counts
-    if out.is_dir() and any(_is_foreign(path) for path in out.iterdir()):
-        raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
-    rows["bytes"] = source_bytes(data, rows["path"].tolist(), quiet)
-    _check_missing(data, rows, allow_missing)
+        return Plan(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
+    rows["bytes"] = tree.sizes(rows["path"].tolist(), quiet)
+    _check_missing(tree, rows, allow_missing)
     info = SetInfo(
         id=identity,
         source=source,
+        source_options=options,
         labels=list(listed.labels),
         seed=recipe.seed,
         images=len(rows),
@@ -161,113 +181,66 @@ def _plan(
         grey=recipe.grey,
         versions=manifest.versions(),
     )
-    return info, rows, listed.counts
+    return Plan(tree=tree, out=out, info=info, rows=rows), listed.counts
 
 
-def _is_foreign(path: Path) -> bool:
-    """Is this no file that a build killed before its plan was whole may have left?"""
-    return not (OURS.fullmatch(path.name) or path.name == "rows.parquet" or (path.is_dir() and path.name.isdecimal()))
-
-
-def source_bytes(data: Path, paths: list[str], quiet: bool = True) -> np.ndarray:
-    """Size of every source file, int64; -1 where there is none. Threads, since a network file system answers slowly."""
-
-    def stat(path: str) -> int:
-        try:
-            return os.stat(data / path).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return -1
-
-    with ThreadPoolExecutor(16) as pool, progress("looking for images", len(paths), quiet=quiet) as advance:
-        sizes = np.empty(len(paths), np.int64)
-        for i, value in enumerate(pool.map(stat, paths, chunksize=256)):
-            sizes[i] = value
-            advance()
-    return sizes
-
-
-def _check_missing(data: Path, rows: pd.DataFrame, allow_missing: bool) -> None:
+def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
     """Raises ShardError where so many images are missing that the tree must be half a download."""
     missing = int(rows["bytes"].lt(0).sum())
     if missing == len(rows):
         raise ShardError(
-            f"none of the {len(rows):,} images that the tables list is in {data} (first: {rows['path'].iloc[0]}): "
-            "give --data the folder that holds files/"
+            f"none of the {len(rows):,} images that the tables list is in {tree} (first: {rows['path'].iloc[0]}): "
+            "give --data the folder that holds the tables and the images"
         )
     if missing > MISSING_ALLOWED * len(rows) and not allow_missing:
         folders = missing_by_folder(rows).query("missing > 0")
         lines = "\n".join(f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples())
         raise ShardError(
-            f"{missing:,} of {len(rows):,} images are missing in {data}:\n{lines}\n"
+            f"{missing:,} of {len(rows):,} images are missing in {tree}:\n{lines}\n"
             "finish the download, or leave them out with --allow-missing"
         )
 
 
-def _prepare(out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int]) -> None:
-    """Write the plan if it is new."""
-    out.mkdir(parents=True, exist_ok=True)
+def _prepare(plan: Plan, scales: list[int], unfinished: bool) -> None:
+    """Write the plan if it is new; without SHA256SUMS a set is known to be unfinished."""
+    out = plan.out
     if not (out / "set.json").exists():
-        write_rows(out / "rows.parquet", rows)
-        info.write(out)  # after the rows: set.json says that the plan is whole
+        write_rows(out / "rows.parquet", plan.rows, plan.info)
+        plan.info.write(out)  # after the rows: set.json says that the plan is whole
+    if unfinished:
+        (out / "SHA256SUMS").unlink(missing_ok=True)
     for scale in scales:
         (out / str(scale)).mkdir(exist_ok=True)
 
 
-def _clear_stale(out: Path) -> None:
-    """Remove what a killed build left half-written."""
-    for pattern in (f"*{TEMPORARY}", f"[0-9]*/*{TEMPORARY}"):
-        for stale in out.glob(pattern):
-            if OURS.fullmatch(stale.name):
-                stale.unlink(missing_ok=True)
+def _clear_stale(out: Path, numbers: range, alone: bool) -> None:
+    """Remove what a killed build left half-written: of these shards, and of the set where no other part is at work."""
+    for path in [*out.glob("*.tmp"), *out.glob("[0-9]*/*.tmp")]:
+        if manifest.is_temporary(path) and (alone or (path.parent != out and int(path.name[:6]) in numbers)):
+            path.unlink(missing_ok=True)
 
 
 # Tasks
 
 
-def _tasks(data: Path, out: Path, info: SetInfo, rows: pd.DataFrame, scales: list[int], numbers: range) -> list[Task]:
-    """What is left to build. An earlier scale of the same shard says which rows to leave out."""
-    present = manifest.scales_in(out) if out.is_dir() else []
-    tasks = []
-    for shard in numbers:
-        there = {scale: m for scale in present if (m := read_manifest(out, scale, shard))}
-        wanted = [scale for scale in scales if scale not in there]
-        earlier = next(iter(there.values()), None)
-        if wanted:
-            part = rows.iloc[shard * info.rows_per_shard : (shard + 1) * info.rows_per_shard]
-            tasks.append(
-                Task(
-                    data=data,
-                    out=out,
-                    set=info.id,
-                    shard=shard,
-                    scales=wanted,
-                    quality=info.quality,
-                    rows=_images(part),
-                    quarantined=earlier.quarantined if earlier else {},
-                    held=frozenset(earlier.rows) if earlier else None,
-                )
-            )
-    return tasks
+def _estimate(plan: Plan, todo: list[Todo], scales: list[int], workers: int) -> Estimate:
+    """From images spread over what is left to build."""
+    by_shard = {item.shard: item for item in todo}
+    rows = np.concatenate([np.arange(item.rows.start, item.rows.stop) for item in todo] or [np.arange(0)])
+    rows = rows[plan.rows["bytes"].to_numpy()[rows] > 0]
+    chosen = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
+    sample = [make_task(plan, by_shard[row // plan.info.rows_per_shard], [row]) for row in chosen.tolist()]
+    remaining = {
+        scale: (len(of_scale), sum(len(item.rows) for item in of_scale))
+        for scale in scales
+        if (of_scale := [item for item in todo if scale in item.scales])
+    }
+    return estimate(sample, remaining, plan.out, workers)
 
 
-def _images(part: pd.DataFrame) -> list[Image]:
-    labels = label_names(part)
-    return [
-        Image(
-            row=r["row"],
-            path=r["path"],
-            bytes=r["bytes"],
-            meta={
-                **{name: r[name] for name in ("row", "image_id", "study_id", "patient_id")},
-                "labels": {name: None if np.isnan(r[name]) else r[name] for name in labels},
-            },
-        )
-        for r in part.to_dict("records")
-    ]
-
-
-def _forget_quarantined(data: Path, out: Path, rows: pd.DataFrame) -> None:
+def _forget_quarantined(plan: Plan, tree: Tree) -> None:
     """Drop, at every scale, the manifests of shards with quarantined rows, whose files are looked at anew."""
+    out, rows = plan.out, plan.rows
     held = [
         m
         for scale in manifest.scales_in(out)
@@ -277,7 +250,7 @@ def _forget_quarantined(data: Path, out: Path, rows: pd.DataFrame) -> None:
     again = rows["row"].isin({int(row) for m in held for row in m.quarantined})
     if again.any():
         redo = rows["row"].isin({row for m in held for row in m.rows}) | again
-        found = pd.Series(source_bytes(data, rows.loc[redo, "path"].tolist()), index=rows.index[redo])
+        found = pd.Series(tree.sizes(rows.loc[redo, "path"].tolist(), True), index=rows.index[redo])
         whole = rows.loc[redo & ~again]
         changed = whole[whole["bytes"] != found[whole.index]]
         if len(changed):
@@ -287,61 +260,34 @@ def _forget_quarantined(data: Path, out: Path, rows: pd.DataFrame) -> None:
             )
         (out / "SHA256SUMS").unlink(missing_ok=True)
         rows.loc[again, "bytes"] = found[rows.index[again]]
-        write_rows(out / "rows.parquet", rows)  # before the manifests go: a kill in between costs nothing
+        write_rows(out / "rows.parquet", rows, plan.info)  # before the manifests go: a kill in between costs nothing
         for m in held:
             shard_path(out, m.scale, m.shard, "json").unlink()
 
 
-def estimate_build(tasks: list[Task], out: Path, workers: int, sample: int = 12) -> Estimate:
-    """Decode, resize and encode a few images of the remaining shards, in memory, and multiply."""
-    present = [(task, image) for task in tasks for image in task.rows if image.bytes > 0]
-    chosen = present[:: max(1, len(present) // sample)][:sample]
-    sizes: dict[int, list[int]] = {}
-    seconds = []
-    for task, image in chosen:
-        start = time.perf_counter()
-        try:
-            pixels = at_scales(decode_grey((task.data / image.path).read_bytes()), task.scales)
-        except (BadImage, OSError):
-            continue  # the build itself reports it
-        for scale, picture in pixels.items():
-            sizes.setdefault(scale, []).append(len(encode(picture, task.quality)) + len(meta_json(image)) + 2048)
-        seconds.append(time.perf_counter() - start)
-    scales = sorted({scale for task in tasks for scale in task.scales})
-    images = {scale: sum(len(task.rows) for task in tasks if scale in task.scales) for scale in scales}
-    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    return Estimate(
-        images=images,
-        bytes={scale: int(np.mean(sizes.get(scale, [0])) * images[scale]) for scale in scales},
-        files={scale: 3 * sum(scale in task.scales for task in tasks) for scale in scales},
-        seconds=float(np.mean(seconds or [0.0])) * sum(len(task.rows) for task in tasks) / workers,
-        free=shutil.disk_usage(folder).free,
-    )
-
-
-def _run(tasks: list[Task], workers: int, quiet: bool) -> None:
-    """Build all tasks in a pool of processes; a shard that fails is named at the end, and the others are still built."""
+def _run(plan: Plan, todo: list[Todo], lease: Lease, workers: int, dask: str | None, quiet: bool) -> None:
+    """Build all that is left; a shard that fails is named at the end, and the others are still built."""
     failed: list[str] = []
-    total = sum(len(task.rows) for task in tasks)
-    try:
-        with (
-            closing(_completed(tasks, min(workers, len(tasks)))) as completed,
-            progress("sharding", total, quiet=quiet) as advance,
-        ):
-            for task, future in completed:
-                try:
-                    future.result()
-                except ShardError as error:
+    tasks = (make_task(plan, item) for item in todo)
+    with progress("sharding", sum(len(item.rows) for item in todo), quiet=quiet) as advance:
+        outcomes = (
+            run_on_dask(tasks, dask)
+            if dask
+            else run_here(tasks, min(workers, len(todo)), lambda text: advance(0, text))
+        )
+        with closing(outcomes):
+            for task, error in outcomes:
+                if isinstance(error, ShardError):
                     failed.append(str(error))
+                elif isinstance(error, OSError):
+                    what = f"no space or quota left in {plan.out}" if is_disk_full(error) else str(error)
+                    raise ShardError(
+                        f"{what}: finished shards are kept; mend it and run the same command again"
+                    ) from error
+                elif error:
+                    raise error
+                lease.check()
                 advance(len(task.rows))
-    except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker process died (killed, or out of memory): finished shards are kept, run the same command "
-            "again, with fewer --workers if memory is short"
-        ) from error
-    except OSError as error:
-        what = f"no space or quota left in {tasks[0].out}" if is_disk_full(error) else str(error)
-        raise ShardError(f"{what}: finished shards are kept; mend it and run the same command again") from error
     if failed:
         raise ShardError(
             f"{len(failed)} shards could not be built, all others are kept:\n  "
@@ -350,41 +296,25 @@ def _run(tasks: list[Task], workers: int, quiet: bool) -> None:
         )
 
 
-def _completed(tasks: list[Task], workers: int) -> Generator[tuple[Task, Future[None]]]:
-    """Run the tasks, a few more submitted than run, and yield each when it is done."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
-    waiting: dict[Future[None], Task] = {}
-    queue = iter(tasks)
-    try:
-        while True:
-            while len(waiting) < 2 * workers and (task := next(queue, None)):
-                waiting[pool.submit(build_shard, task)] = task
-            if not waiting:
-                return
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 # The end
 
 
-def _finish(out: Path, info: SetInfo, rows: pd.DataFrame, report: Report) -> None:
-    """quarantine.csv and SHA256SUMS from the manifests, and the report's counts."""
-    manifests = [
-        m
-        for scale in manifest.scales_in(out)
-        for shard in manifest.built(out, scale)
-        if (m := read_manifest(out, scale, shard))
-    ]
+def _finish(plan: Plan, report: Report, whole: bool) -> None:
+    """quarantine.csv and SHA256SUMS from the manifests, and the report's counts.
+
+    Of several parts, the last one to end writes them (`whole` is False for a part).
+    """
+    out = plan.out
+    manifests = manifest.read_manifests(out)
     for m in manifests:
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})
-    manifest.write_quarantine(out, dict(zip(rows["row"], rows["path"], strict=True)), report.quarantined)
-    manifest.write_sums(out, manifests)
-    report.complete = all(len(manifest.built(out, scale)) == info.shards for scale in report.scales)
+    report.missing_shards = sum(plan.info.shards - len(manifest.built(out, scale)) for scale in report.scales)
+    if whole or report.complete:
+        paths = dict(zip(plan.rows["row"], plan.rows["path"], strict=True))
+        write_bytes(out / "quarantine.csv", manifest.quarantine_bytes(paths, manifests))
+        manifest.write_sums(out, manifests)
 
 
 def describe(report: Report, out: Path) -> str:
@@ -409,8 +339,6 @@ def describe(report: Report, out: Path) -> str:
         + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
         + (f" (see {out / 'quarantine.csv'})" if reasons else "")
     )
-    lines.append(
-        f"set {info.id} in {out}: {'complete' if report.complete else 'a prefix; run again without --limit for the rest'}, "
-        f"{duration(report.seconds)}"
-    )
+    left = f"{report.missing_shards:,} shards are left for other parts or a run without --limit"
+    lines.append(f"set {info.id} in {out}: {'complete' if report.complete else left}, {duration(report.seconds)}")
     return "\n".join(lines)

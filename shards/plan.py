@@ -2,40 +2,18 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.rows import COLUMNS
+from cxrfast.shards.recipe import Recipe
+from cxrfast.shards.rows import COLUMNS, reference_names
 from cxrfast.splits import deal
 
 SMALLEST, LARGEST = 8, 4096
 """Scales that are accepted, px."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """All that the pixels of a set depend on beside the images themselves."""
-
-    seed: int = 0
-    """Of the permutation of rows and of the splits."""
-    codec: str = "jpeg"
-    quality: int = 95
-    resize: str = "squash"
-    """`squash`: both sides become the scale, whatever the aspect (the study)."""
-    grey: str = "none"
-    """Grey transform before resizing; `none` for JPEG sources."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise ShardError(f"--quality {self.quality} is not between 1 and 100")
-        for name, known in (("codec", "jpeg"), ("resize", "squash"), ("grey", "none")):
-            if getattr(self, name) != known:
-                raise ShardError(f"{name} {getattr(self, name)!r} is unknown: {known} is the only one so far")
-        if not 0 <= self.seed < 2**63:
-            raise ShardError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
 
 
 def check_scales(scales: list[int]) -> list[int]:
@@ -75,7 +53,7 @@ def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.Da
     for side in ("height", "width"):
         rows[side] = rows[side].fillna(0).astype(np.int32)
     rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed)
-    return rows[[*COLUMNS, *labels]]
+    return rows[[*COLUMNS, *labels, *reference_names(rows)]]
 
 
 def rows_per_shard(n: int) -> int:

@@ -1,14 +1,20 @@
 """A shard's tar and its DALI index (v1.2): how they are written, and where each row lies in them."""
 
+import json
 import os
 import tarfile
 import zlib
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sync_folder, temporary_name, write_bytes
 from cxrfast.shards.manifest import shard_path
+
+
+AHEAD = 16 * 2**20
+"""Bytes after which the system is asked to begin writing them to the disk, so that `close` waits for few."""
 
 
 class TarWriter:
@@ -18,7 +24,7 @@ class TarWriter:
         self.path = shard_path(folder, scale, shard, "tar")
         self.temporary = temporary_name(self.path)
         self.file = open(self.temporary, "wb", buffering=1 << 20)  # noqa: SIM115 - `discard` closes it
-        self.digest, self.size = sha256(), 0
+        self.digest, self.size, self.begun = sha256(), 0, 0
         self.index: list[str] = []
         self.crc32: list[int] = []
 
@@ -26,6 +32,10 @@ class TarWriter:
         image, text = self._member(f"{row:09d}.jpg", jpeg), self._member(f"{row:09d}.json", meta)
         self.index.append(f"jpg {image} json {text}")
         self.crc32.append(zlib.crc32(jpeg))
+        if self.size - self.begun >= AHEAD and hasattr(os, "posix_fadvise"):
+            self.file.flush()
+            os.posix_fadvise(self.file.fileno(), self.begun, self.size - self.begun, os.POSIX_FADV_DONTNEED)
+            self.begun = self.size
 
     def _member(self, name: str, data: bytes) -> str:
         header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes whoever builds, whenever
@@ -47,8 +57,7 @@ class TarWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        index = "".join(f"{line}\n" for line in (f"v1.2 {len(self.index)}", *self.index))
-        write_bytes(self.path.with_suffix(".idx"), index.encode())
+        write_bytes(self.path.with_suffix(".idx"), index_bytes(self.index))
         os.replace(self.temporary, self.path)
         sync_folder(self.path.parent)
         return self.digest.hexdigest(), self.size
@@ -61,6 +70,41 @@ class TarWriter:
             pass  # a full disk refuses the last bytes once more
         finally:
             self.temporary.unlink(missing_ok=True)
+
+
+def index_bytes(lines: list[str]) -> bytes:
+    """A DALI index (v1.2) of samples whose lines are given."""
+    return "".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a tar itself tells of its samples."""
+
+    index: bytes
+    """Of its .idx file."""
+    rows: list[int]
+    crc32: list[int]
+    sizes: list[list[int]]
+
+
+def read_contents(path: Path) -> Contents:
+    """Everything about a sound tar that its index and manifest repeat."""
+    lines: list[str] = []
+    rows: list[int] = []
+    crc32: list[int] = []
+    sizes: list[list[int]] = []
+    with tarfile.open(path, "r:") as tar:
+        members = tar.getmembers()
+        for image, text in zip(members[::2], members[1::2], strict=True):
+            lines.append(
+                " ".join(f"{Path(m.name).suffix[1:]} {m.offset_data} {m.size} {m.name}" for m in (image, text))
+            )
+            data, meta = (tar.extractfile(m).read() for m in (image, text))  # type: ignore[union-attr]
+            rows.append(int(Path(image.name).stem))
+            crc32.append(zlib.crc32(data))
+            sizes.append([json.loads(meta)[side] for side in ("height", "width")])
+    return Contents(index=index_bytes(lines), rows=rows, crc32=crc32, sizes=sizes)
 
 
 def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:

@@ -4,16 +4,19 @@ import json
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.images import BadImage, Reason, at_scales, decode_grey, encode
+from cxrfast.shards.images import BadImage, Reason, at_scales, decode, encode
 from cxrfast.shards.manifest import ShardManifest
 from cxrfast.shards.tar import TarWriter
+from cxrfast.shards.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +27,26 @@ class Image:
     path: str
     bytes: int
     meta: dict
-    """Goes beside the image into the tar: ids and raw labels, null where blank."""
+    """Ids and raw labels, null where blank."""
 
 
-def meta_json(image: Image) -> bytes:
-    return json.dumps(image.meta, ensure_ascii=False).encode()
+def meta_json(image: Image, height: int, width: int) -> bytes:
+    """What goes beside an image into the tar; `height` and `width` are those of the source image, px."""
+    return json.dumps({**image.meta, "height": height, "width": width}, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One shard at every scale that lacks it."""
 
-    data: Path
+    data: Tree
     out: Path
     set: str
     shard: int
     scales: list[int]
     quality: int
+    resize: str
+    grey: str
     rows: list[Image]
     quarantined: dict[str, str]
     """Rows that an earlier scale had to leave out."""
@@ -48,19 +54,24 @@ class Task:
     """Rows that an earlier scale holds; None if there is no earlier scale."""
 
 
-def build_shard(task: Task) -> None:
-    """Write one shard at its scales. Raises ShardError if a row that was fine when planned or before is not fine now."""
+def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> None:
+    """Write one shard at its scales; `began` hears of each row before its image is touched.
+
+    Raises ShardError if a row that was fine when planned or before is not fine now.
+    """
     writers: dict[int, TarWriter] = {}
     quarantined = dict(task.quarantined)
     rows: list[int] = []
+    sizes: list[list[int]] = []
     try:
         for scale in task.scales:
             writers[scale] = TarWriter(task.out, scale, task.shard)
         for image in task.rows:
             if str(image.row) in quarantined:
                 continue
+            began(image.row)
             try:
-                pixels = at_scales(decode_grey(_read(task, image)), task.scales)
+                source = decoded(task, image, read(task, image))
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
                     raise ShardError(
@@ -69,8 +80,9 @@ def build_shard(task: Task) -> None:
                 quarantined[str(image.row)] = error.reason.value
                 continue
             rows.append(image.row)
-            meta = meta_json(image)
-            for scale, picture in pixels.items():
+            sizes.append(list(source.shape))
+            meta = meta_json(image, *source.shape)
+            for scale, picture in at_scales(source, task.scales, task.resize).items():
                 writers[scale].add(image.row, encode(picture, task.quality), meta)
         for scale, writer in writers.items():
             digest, length = writer.close()
@@ -82,6 +94,7 @@ def build_shard(task: Task) -> None:
                 bytes=length,
                 rows=rows,
                 crc32=writer.crc32,
+                sizes=sizes,
                 quarantined=quarantined,
             ).write(task.out)
     finally:
@@ -89,15 +102,26 @@ def build_shard(task: Task) -> None:
             writer.discard()
 
 
-def _read(task: Task, image: Image) -> bytes:
+def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
+    """uint8 (H, W). Raises BadImage, or ShardError naming the image where the recipe or a missing codec is at fault."""
+    try:
+        return decode(data, task.grey)
+    except BadImage:
+        raise
+    except ShardError as error:
+        raise ShardError(f"{image.path}: {error}") from error
+
+
+def read(task: Task, image: Image) -> bytes:
+    """The file. Raises BadImage if it was missing when planned, ShardError if it is not what it was then."""
     if image.bytes < 0:
         raise BadImage(Reason.MISSING)
     try:
-        data = (task.data / image.path).read_bytes()
+        data = task.data.read(image.path)
     except FileNotFoundError:
         raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
     except OSError as error:
-        raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror})") from error
+        raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror or error})") from error
     if len(data) != image.bytes:
         raise ShardError(
             f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the set was planned"

@@ -22,7 +22,7 @@ from cxrfast.shards.build import Report, describe
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.images import at_scales, decode_grey, encode
 from cxrfast.shards.manifest import read_manifest
-from cxrfast.shards.plan import Recipe
+from cxrfast.shards.recipe import Recipe
 from cxrfast.shards.rows import read_rows
 from cxrfast.shards.verify import verify
 from cxrfast.synth import synth
@@ -341,7 +341,7 @@ def test_one_image_in_a_thousand_may_be_missing(phantoms, tmp_path):
 def test_a_folder_without_any_of_the_images_is_named(tree, tmp_path):
     (tree / "files").rename(tree / "other")
     (tree / "files").mkdir()
-    with pytest.raises(ShardError, match=r"none of the 150 images .* is in .*mimic .*the folder that holds files/"):
+    with pytest.raises(ShardError, match=r"none of the 150 images .* is in .*mimic .*the folder that holds the tables"):
         build(tree, tmp_path / "set", [32], allow_missing=True)
 
 

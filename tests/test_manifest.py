@@ -12,13 +12,13 @@ from cxrfast.shards.manifest import (
     SCHEMA,
     ShardManifest,
     built,
+    quarantine_bytes,
     read_manifest,
     read_set,
     read_sums,
     scales_in,
     shard_path,
     versions,
-    write_quarantine,
 )
 
 
@@ -32,6 +32,7 @@ def manifest(**fields) -> ShardManifest:
             "bytes": 5,
             "rows": [1, 2],
             "crc32": [3, 2**32 - 1],
+            "sizes": [[30, 20], [3056, 2544]],
             "quarantined": {"0": "missing"},
             **fields,
         }
@@ -76,7 +77,7 @@ def test_another_schema_version_is_refused_and_both_versions_are_named(tiny_set,
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "id": "x", "colour": 3}', "\xff"]
+    "text", ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 2, "id": "x", "colour": 3}', "\xff"]
 )
 def test_a_damaged_set_json_is_an_error(tmp_path, text):
     (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
@@ -111,13 +112,13 @@ def test_scales_are_those_with_a_whole_shard(tmp_path):
     assert scales_in(tmp_path) == [64]
 
 
-def test_the_quarantine_is_a_csv_sorted_by_row(tmp_path):
-    write_quarantine(tmp_path, {2: 'files/a,"b.jpg', 10: "files/c.jpg"}, {10: "truncated", 2: "missing"})
-    with open(tmp_path / "quarantine.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [
-            {"row": "2", "path": 'files/a,"b.jpg', "reason": "missing"},
-            {"row": "10", "path": "files/c.jpg", "reason": "truncated"},
-        ]
+def test_the_quarantine_is_a_csv_sorted_by_row():
+    manifests = [manifest(quarantined={"10": "truncated"}), manifest(quarantined={"2": "missing"})]
+    text = quarantine_bytes({2: 'files/a,"b.jpg', 10: "files/c.jpg"}, manifests).decode()
+    assert list(csv.DictReader(text.splitlines())) == [
+        {"row": "2", "path": 'files/a,"b.jpg', "reason": "missing"},
+        {"row": "10", "path": "files/c.jpg", "reason": "truncated"},
+    ]
 
 
 def test_sha256sum_agrees_with_the_sums_of_a_built_set(tiny_set):

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.plan import Recipe, check_scales, missing_by_folder, permutation, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.plan import check_scales, missing_by_folder, permutation, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.recipe import Recipe
 from cxrfast.shards.rows import COLUMNS
 from cxrfast.splits import deal
 

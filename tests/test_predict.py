@@ -11,7 +11,7 @@ from cxrfast.predict import PARTS, load_model, predict
 from cxrfast.runs import Run, part_rows, start_run
 from cxrfast.shards.build import build
 from cxrfast.shards.images import decode_grey
-from cxrfast.shards.plan import Recipe
+from cxrfast.shards.recipe import Recipe
 from cxrfast.store import read_predictions
 from cxrfast.train import Place, make_config, train
 

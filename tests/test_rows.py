@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.rows import COLUMNS, label_names, read_rows, write_rows
+from cxrfast.shards.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 
 
 def table(n: int = 5) -> pd.DataFrame:
@@ -56,6 +56,32 @@ def test_the_same_rows_give_the_same_bytes_whatever_the_frame_s_index_and_column
 
 def test_label_names_are_the_columns_behind_the_fixed_ones_in_their_order():
     assert label_names(table()) == ("Zebra", "Apple")
+
+
+def with_references() -> pd.DataFrame:
+    """The table with a reference standard whose columns stand in the way."""
+    rows = table()
+    rows.insert(3, REFERENCE + "Zebra", [1.0, -1.0, 0.0, np.nan, np.nan])
+    rows.insert(13, REFERENCE + "Apple", np.nan)
+    return rows
+
+
+def test_references_are_no_labels_and_stand_behind_them():
+    rows = with_references()
+    assert label_names(rows) == ("Zebra", "Apple")
+    assert reference_names(rows) == ("radiologist/Zebra", "radiologist/Apple")
+    assert reference_names(table()) == ()
+
+
+def test_references_come_back_as_they_were_written(tmp_path):
+    write_rows(tmp_path / "rows.parquet", with_references())
+    back = read_rows(tmp_path / "rows.parquet")
+    assert list(back.columns) == [*COLUMNS, "Zebra", "Apple", "radiologist/Zebra", "radiologist/Apple"]
+    pd.testing.assert_frame_equal(back, with_references()[list(back.columns)], check_dtype=False)
+    assert str(pq.read_schema(tmp_path / "rows.parquet").field("radiologist/Zebra").type) == "float"
+    assert pq.read_table(tmp_path / "rows.parquet")["radiologist/Zebra"].null_count == 2
+    write_rows(tmp_path / "again.parquet", back)
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "rows.parquet").read_bytes()
 
 
 def test_a_missing_table_is_an_error_that_says_what_to_do(tmp_path):

@@ -1,0 +1,97 @@
+"""SIGKILL at random instants, to builds of real radiographs and to their workers: every finished set has the same bytes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import psutil
+from damage import contents
+
+from cxrfast.shards.build import build
+from cxrfast.shards.manifest import read_manifests
+from cxrfast.shards.verify import verify
+
+KILLS = int(os.environ.get("CXRFAST_KILLS", "6"))
+"""How many; 100 is the full measure."""
+
+SCALES = (64, 256, 512)
+
+
+def start(tree: Path, out: Path) -> subprocess.Popen:
+    asked = [word for scale in SCALES for word in ("--scale", str(scale))]
+    return subprocess.Popen(
+        [sys.executable, "-m", "cxrfast", "shard", "--data", tree, "--out", out, "--workers", "2", *asked],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(child: subprocess.Popen, worker: bool) -> bool:
+    """Kill the build or one of its workers; False if there was nothing to kill any more."""
+    try:
+        process = psutil.Process(child.pid)
+        if worker:
+            workers = [p for p in process.children() if "spawn_main" in " ".join(p.cmdline())]
+            if not workers:
+                return False
+            process = random.choice(workers)
+        process.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def fingerprint(folder: Path) -> str:
+    digest = sha256()
+    for name, data in sorted(contents(folder).items()):
+        digest.update(name.encode() + b"\0" + sha256(data).digest())
+    return digest.hexdigest()
+
+
+def test_every_set_that_survives_kills_at_random_instants_has_the_same_bytes(real_tree, tmp_path):
+    rng = random.Random(KILLS)
+    begin = time.monotonic()
+    child = start(real_tree, tmp_path / "undisturbed")
+    assert child.communicate()[1]
+    assert child.returncode == 0
+    usual = time.monotonic() - begin
+    expected = fingerprint(tmp_path / "undisturbed")
+    kills = {"build": 0, "worker": 0}
+    finished = runs = 0
+    out = tmp_path / "set"
+    while sum(kills.values()) < KILLS or not finished:
+        runs += 1
+        child = start(real_tree, out)
+        while child.poll() is None and sum(kills.values()) < KILLS:
+            time.sleep(rng.uniform(0, usual))
+            worker = rng.random() < 0.4
+            if child.poll() is None and kill(child, worker):
+                kills["worker" if worker else "build"] += 1
+                if not worker:
+                    break
+        error = child.communicate()[1]
+        if child.returncode == 0:
+            assert fingerprint(out) == expected
+            assert verify(out, quiet=True).problems == []
+            rows = [row for m in read_manifests(out) if m.scale == SCALES[0] for row in m.rows]
+            assert rows == sorted(set(rows)) == list(range(237)), "none lost, none doubled"
+            shutil.rmtree(out)
+            finished += 1
+        else:
+            assert child.returncode == -signal.SIGKILL or "died twice (SIGKILL)" in error, error
+    print(f"{runs} runs, kills {kills}, {finished} sets finished, all {expected[:16]}")
+    assert sum(kills.values()) >= KILLS
+
+
+def test_the_set_does_not_depend_on_how_it_is_built(real_tree, real_set, tmp_path):
+    for scales in ([1024], [64, 256]):
+        build(real_tree, tmp_path / "set", scales, workers=1, quiet=True)
+    assert contents(tmp_path / "set") == contents(real_set)
