@@ -1,44 +1,45 @@
 """Is a shard set what it was when it was built? Hashes, indexes, rows; every image decoded on request. Reads only."""
 
+import re
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256 as new_sha256
 from pathlib import Path
 
+from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards import manifest
 from cxrfast.shards.images import BadImage, decode_grey
-from cxrfast.shards.manifest import (
-    SetInfo,
-    ShardManifest,
-    read_manifest,
-    read_set,
-    read_sums,
-    shard_path,
-)
-from cxrfast.shards.plan import Recipe, set_id
+from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, read_sums, shard_path
+from cxrfast.shards.plan import set_id
 from cxrfast.shards.rows import read_rows
 from cxrfast.shards.tar import read_index
+from cxrfast.shards.tree import Tree
 
 
 @dataclass(frozen=True)
 class Problem:
     path: str
-    """Relative to the set."""
+    """Relative to the set, or to the source tree."""
     what: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    info: SetInfo
+    info: SetInfo | None
+    """None where set.json is damaged."""
     rows: dict[int, int]
-    """Rows held a scale."""
+    """Rows held a scale; empty where files have changed."""
     quarantined: int
     bytes: int
     """Read and hashed."""
+    seconds: float
+    """That hashing took."""
     problems: list[Problem]
 
 
@@ -48,14 +49,17 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     Raises ShardError only where nothing can be compared: no set, another schema version, never finished.
     """
     folder = Path(folder)
-    info, sums = read_set(folder), read_sums(folder)
-    there = {str(p) for p in manifest.data_files(folder)}
-    problems = [Problem(name, "missing") for name in sorted(sums.keys() - there)]
+    sums, problems = _read_sums(folder)
+    there = set(manifest.files_in(folder))
+    start = time.monotonic()
+    problems += [Problem(name, "missing") for name in sorted(sums.keys() - there)]
     problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
     problems += _changed(folder, {name: sums[name] for name in sorted(sums.keys() & there)}, quiet)
+    seconds = time.monotonic() - start
+    info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
     held: dict[int, int] = {}
     quarantined: dict[int, int] = {}
-    if not problems:  # what follows reads files that are known to be as they were written
+    if info and not problems:  # what follows reads files that are known to be as they were written
         problems += _plan_problems(folder, info)
         for scale in manifest.scales_in(folder):
             manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
@@ -65,10 +69,43 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
             problems += _shard_problems(folder, info, manifests)
             if deep:
                 problems += _image_problems(folder, manifests, quiet)
-    size = sum((folder / name).stat().st_size for name in there)
     return Verdict(
-        info=info, rows=held, quarantined=max(quarantined.values(), default=0), bytes=size, problems=problems
+        info=info,
+        rows=held,
+        quarantined=max(quarantined.values(), default=0),
+        bytes=sum((folder / name).stat().st_size for name in there),
+        seconds=seconds,
+        problems=problems,
     )
+
+
+def describe(verdict: Verdict, folder: Path, deep: bool = False) -> str:
+    """A whole set in one line for people."""
+    held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
+    planned = f"{verdict.info.images:,} planned, " if verdict.info else ""
+    return (
+        f"{folder}: {held}; {planned}{verdict.quarantined:,} quarantined; {_speed(verdict.bytes, verdict.seconds)}"
+        f"{', every image decoded' if deep else ''}: whole"
+    )
+
+
+def _speed(n: int, seconds: float) -> str:
+    return f"{n / 1e6:,.0f} MB hashed at {n / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+
+
+def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
+    """SHA256SUMS as far as it can be read, and what is wrong with it. Raises ShardError where there is none."""
+    try:
+        sums, wrong = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+    except FileNotFoundError:
+        read_set(folder)
+        return read_sums(folder), []  # raises: never finished
+    if not sums:
+        read_set(folder)
+    problems = [Problem("SHA256SUMS", what) for what in wrong]
+    if "set.json" not in sums:
+        problems.append(Problem("SHA256SUMS", "does not list set.json"))
+    return sums, problems
 
 
 def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Problem]:
@@ -86,10 +123,9 @@ def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Proble
 
 def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     rows = read_rows(folder / "rows.parquet")
-    recipe = Recipe(seed=info.seed, codec=info.codec, quality=info.quality, resize=info.resize, grey=info.grey)
     if rows["row"].tolist() != list(range(info.images)):
         yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
-    elif set_id(rows, recipe) != info.id:
+    elif set_id(rows, info.recipe) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
 
 
@@ -108,8 +144,7 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
     """Manifests, indexes and tars that contradict each other, the plan, or the same shard at the first scale."""
     for number, m in enumerate(manifests):
         name = str(shard_path(folder, m.scale, m.shard, "json").relative_to(folder))
-        first = number * info.rows_per_shard
-        planned = range(first, min(first + info.rows_per_shard, info.images))
+        planned = info.rows_of(number)
         if m.shard != number:
             yield Problem(name, f"shard {number} is missing at {m.scale} px")
             return
@@ -154,3 +189,64 @@ def _decode_shard(folder: Path, m: ShardManifest) -> list[Problem]:
             if zlib.crc32(data) != crc:
                 problems.append(Problem(name, f"row {row} differs from its crc32"))
     return problems
+
+
+# The source tree
+
+
+LINE = re.compile(r"([0-9a-f]{64}) [ *]?(.+)")
+"""Of SHA256SUMS.txt: PhysioNet's has one space, sha256sum's two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceVerdict:
+    files: int
+    bytes: int
+    seconds: float
+    problems: list[Problem]
+
+    def describe(self, tree: Tree) -> str:
+        found = f"{len(self.problems):,} problems" if self.problems else "as listed in SHA256SUMS.txt"
+        return f"{tree}: {self.files:,} files, {_speed(self.bytes, self.seconds)}: {found}"
+
+
+def verify_source(folder: Path, tree: Tree, quiet: bool = False) -> SourceVerdict:
+    """Compare the source images of a set, and whatever else the tree's SHA256SUMS.txt lists, with that list.
+
+    Raises ShardError if there is no such list or it cannot be read.
+    """
+    read_set(folder)
+    rows = read_rows(folder / "rows.parquet")
+    try:
+        text = tree.read("SHA256SUMS.txt").decode()
+    except FileNotFoundError:
+        raise ShardError(f"{tree} has no SHA256SUMS.txt to compare it with: download it beside the tables") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"SHA256SUMS.txt in {tree} cannot be read ({error}): download it again") from error
+    matches = [LINE.fullmatch(line) for line in text.splitlines() if line.strip()]
+    if not all(matches) or not matches:
+        raise ShardError(f"SHA256SUMS.txt in {tree} is no list of hashes and names: download it again")
+    sums = {m[2].removeprefix("./"): m[1] for m in matches if m}
+    present = rows.loc[rows["bytes"] >= 0, "path"]
+    problems = [Problem(path, "not listed in SHA256SUMS.txt") for path in present if path not in sums]
+
+    def look(name: str) -> tuple[int, str]:
+        try:
+            data = tree.read(name)
+        except FileNotFoundError:
+            return 0, "missing"
+        except OSError as error:
+            return 0, f"cannot be read ({error.strerror or error})"
+        return len(data), "" if new_sha256(data).hexdigest() == sums[name] else "its bytes have changed"
+
+    total, start = 0, time.monotonic()
+    with (
+        ThreadPoolExecutor(2 * usable_cores()) as pool,
+        progress("hashing the source", len(sums), unit="files", quiet=quiet) as advance,
+    ):
+        for name, (size, what) in zip(sums, pool.map(look, sums), strict=True):
+            total += size
+            if what:
+                problems.append(Problem(name, what))
+            advance()
+    return SourceVerdict(files=len(sums), bytes=total, seconds=time.monotonic() - start, problems=problems)

@@ -168,6 +168,7 @@ def test_a_set_that_was_never_finished_is_refused(folder):
 
 def test_a_set_of_another_schema_version_is_refused(folder):
     change(folder / "set.json", schema=99)
+    sign(folder)
     with pytest.raises(ShardError, match="schema version 99"):
         check(folder)
 

@@ -1,0 +1,320 @@
+"""Give a damaged shard set back the bytes it was built with.
+
+What is broken is derived from what is whole: an index or manifest from its tar, SHA256SUMS and quarantine.csv from the
+manifests, set.json from its copy inside rows.parquet. Only a broken tar or plan is made again from the source tree, and
+takes its place only if it has the bytes that it had.
+"""
+
+import csv
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tarfile import TarError
+
+from cxrfast.errors import ShardError
+from cxrfast.files import sha256, temporary_name, write_bytes
+from cxrfast.machine import usable_cores
+from cxrfast.progress import progress
+from cxrfast.shards import manifest
+from cxrfast.shards.lease import Lease
+from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
+from cxrfast.shards.plan import plan_rows, set_id
+from cxrfast.shards.rows import is_as_written, read_info, read_rows, write_rows
+from cxrfast.shards.sources import read_source
+from cxrfast.shards.tar import read_contents
+from cxrfast.shards.todo import Plan, Todo, make_task
+from cxrfast.shards.tree import Tree
+from cxrfast.shards.verify import Problem, verify
+from cxrfast.shards.workers import run_here
+
+WORKSHOP = "repair.tmp"
+"""Folder in the set where broken shards are built again."""
+
+ASK = "give the source tree with --data"
+
+
+@dataclass(kw_only=True)
+class Repair:
+    """A repair under way, and in the end what it did."""
+
+    folder: Path
+    tree: Tree | None
+    accept: bool
+    """Keep new bytes where the old ones cannot be had."""
+    sums: dict[str, str]
+    """SHA256SUMS as far as it can be read."""
+    suspects: set[str]
+    done: list[Problem] = field(default_factory=list)
+    """File, and how it was mended."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """File, and why it could not be mended."""
+
+    def is_good(self, name: str) -> bool:
+        """Has the file the hash that SHA256SUMS gives?"""
+        return name in self.sums and name not in self.suspects
+
+    def put(self, name: str, data: bytes, how: str) -> None:
+        """Write a file whose right bytes are known, if it has others."""
+        path = self.folder / name
+        if not path.is_file() or path.read_bytes() != data:
+            write_bytes(path, data)
+            self.done.append(Problem(name, how))
+
+    def report(self) -> list[str]:
+        """A line a file."""
+        done = [f"mended: {problem.path}: {problem.what}" for problem in self.done]
+        return done + [f"not mended: {name}: {why}" for name, why in self.failed.items()]
+
+
+def repair(
+    folder: Path,
+    tree: Tree | None = None,
+    *,
+    accept_new_bytes: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Repair:
+    """Mend what `verify` finds. `tree` is the source, needed where a tar or the plan is broken.
+
+    A file that comes out with other bytes than it had, because libraries or images have changed, is left as it is
+    unless `accept_new_bytes`. Foreign files are left alone. Raises ShardError where there is nothing to go by.
+    """
+    folder = Path(folder).absolute()
+    before = verify(folder, quiet=quiet)
+    sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+    suspects = {problem.path for problem in before.problems}
+    work = Repair(folder=folder, tree=tree, accept=accept_new_bytes, sums=sums, suspects=suspects)
+    if not before.problems:
+        return work
+    with Lease(folder):
+        _clear(work)
+        plan = _restore_plan(work)
+        if plan:
+            manifests = _restore_shards(work, plan, workers or usable_cores(), quiet)
+            _restore_lists(work, plan, manifests)
+    return work
+
+
+def _clear(work: Repair) -> None:
+    """Remove what killed builds and repairs left."""
+    shutil.rmtree(work.folder / WORKSHOP, ignore_errors=True)
+    for name in sorted(work.suspects):
+        if manifest.is_temporary(work.folder / name) and (work.folder / name).is_file():
+            (work.folder / name).unlink()
+            work.done.append(Problem(name, "left by a killed build: removed"))
+
+
+# set.json and rows.parquet
+
+
+def _restore_plan(work: Repair) -> Plan | None:
+    """The plan, mended; None where that cannot be done."""
+    path = work.folder / "rows.parquet"
+    if work.is_good(path.name) or is_as_written(path):
+        info = read_info(path)
+        work.put("set.json", info.to_bytes(), "restored from its copy in rows.parquet")
+        return Plan(tree=work.tree, out=work.folder, info=info, rows=read_rows(path))
+    if not work.is_good("set.json"):
+        work.failed.update({name: "set.json and rows.parquet are both damaged" for name in ("set.json", path.name)})
+        return None
+    info = read_set(work.folder)
+    why = _plan_again(work, info)
+    if why:
+        work.failed[path.name] = why
+        return None
+    return Plan(tree=work.tree, out=work.folder, info=info, rows=read_rows(path))
+
+
+def _plan_again(work: Repair, info: SetInfo) -> str:
+    """rows.parquet from the source's tables. Returns why not, if not."""
+    if not work.tree:
+        return f"{ASK}, to plan it again"
+    path = work.folder / "rows.parquet"
+    listed = read_source(info.source, work.tree, info.source_options)
+    rows = plan_rows(listed.images, listed.labels, info.seed)
+    if set_id(rows, info.recipe) != info.id:
+        return f"the tables in {work.tree} list other images than the set was planned from"
+    rows["bytes"] = work.tree.sizes(rows["path"].tolist(), True)
+    reasons = {int(row): why for m in _readable(work, info) for row, why in m.quarantined.items()}
+    rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # perhaps downloaded since
+    new = temporary_name(path)
+    try:
+        write_rows(new, rows, info)
+        if sha256(new) != work.sums.get(path.name) and not work.accept:
+            return (
+                "planned again, it has other bytes (labels replaced by `cxrfast relabel`, or other library versions): "
+                "restore it from a copy, or keep the new ones with --accept-new-bytes and relabel again"
+            )
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    work.done.append(Problem(path.name, "planned again from the source's tables"))
+    return ""
+
+
+# Shards
+
+
+def _restore_shards(work: Repair, plan: Plan, workers: int, quiet: bool) -> list[ShardManifest]:
+    """Mend every shard of which a file is broken; returns the manifests of all whole ones."""
+    names = {name for name in (*work.sums, *manifest.files_in(work.folder)) if manifest.NAMES.fullmatch(name)}
+    shards = sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
+    rebuild: dict[tuple[int, int], ShardManifest | None] = {}
+    manifests = []
+    for scale, shard in shards:
+        files = _names(scale, shard)
+        if all(map(work.is_good, files)):
+            manifests.append(read_manifest(work.folder, scale, shard))
+            continue
+        if shard >= plan.info.shards:
+            continue  # nothing of this set
+        old = _manifest(work, plan.info, scale, shard)
+        mended = _derive(work, plan.info, scale, shard, old)
+        if mended:
+            manifests.append(mended)
+        else:
+            rebuild[scale, shard] = old
+    manifests += _build_again(work, plan, rebuild, workers, quiet)
+    return [m for m in manifests if m]
+
+
+def _names(scale: int, shard: int) -> list[str]:
+    return [f"{scale}/{shard:06d}.{suffix}" for suffix in ("tar", "idx", "json")]
+
+
+def _manifest(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
+    """A shard's manifest if it can be read and is the one that belongs there."""
+    try:
+        m = read_manifest(work.folder, scale, shard)
+    except ShardError:
+        return None
+    return m if m and (m.set, m.scale, m.shard) == (info.id, scale, shard) else None
+
+
+def _readable(work: Repair, info: SetInfo) -> Iterable[ShardManifest]:
+    for scale in manifest.scales_in(work.folder):
+        for shard in manifest.built(work.folder, scale):
+            if m := _manifest(work, info, scale, shard):
+                yield m
+
+
+def _derive(work: Repair, info: SetInfo, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
+    """Index and manifest from the tar; None if the tar itself is broken."""
+    tar = shard_path(work.folder, scale, shard, "tar")
+    name, index, text = _names(scale, shard)
+    if not tar.is_file():
+        return None
+    digest = work.sums[name] if work.is_good(name) else sha256(tar)
+    if not work.is_good(name) and not (old and old.sha256 == digest):
+        return None
+    try:
+        contents = read_contents(tar)
+    except (TarError, ValueError, KeyError, AttributeError) as error:
+        raise ShardError(f"{tar} has the hash that it should have and cannot be read ({error})") from error
+    made = ShardManifest(
+        set=info.id,
+        scale=scale,
+        shard=shard,
+        sha256=digest,
+        bytes=tar.stat().st_size,
+        rows=contents.rows,
+        crc32=contents.crc32,
+        sizes=contents.sizes,
+        quarantined=_quarantined(work, info, scale, shard),
+    )
+    work.put(index, contents.index, "made again from its tar")
+    work.put(text, made.to_json().encode(), "made again from its tar")
+    return made
+
+
+def _quarantined(work: Repair, info: SetInfo, scale: int, shard: int) -> dict[str, str]:
+    """Rows of a shard that were left out and why: by a manifest that is as it was written, else by quarantine.csv."""
+    for other in (scale, *manifest.scales_in(work.folder)):
+        if work.is_good(_names(other, shard)[2]) and (m := read_manifest(work.folder, other, shard)):
+            return m.quarantined
+    rows = info.rows_of(shard)
+    try:
+        with open(work.folder / "quarantine.csv", newline="") as file:
+            return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"{work.folder}: neither a manifest of shard {shard} nor quarantine.csv says which rows were left out; "
+            f"delete the files of the shard and run the same `cxrfast shard` command again"
+        ) from error
+
+
+def _build_again(
+    work: Repair,
+    plan: Plan,
+    shards: dict[tuple[int, int], ShardManifest | None],
+    workers: int,
+    quiet: bool,
+) -> list[ShardManifest]:
+    """Broken tars from the source, in a folder aside; they move in if they are what they were."""
+    if not shards:
+        return []
+    if not work.tree:
+        work.failed.update({_names(*shard)[0]: f"{ASK}, to build it again" for shard in shards})
+        return []
+    workshop = work.folder / WORKSHOP
+    aside = Plan(tree=plan.tree, out=workshop, info=plan.info, rows=plan.rows)
+    todo = []
+    for scale, shard in shards:
+        (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
+        rows, quarantined = plan.info.rows_of(shard), _quarantined(work, plan.info, scale, shard)
+        held = frozenset(row for row in rows if str(row) not in quarantined)
+        todo.append(Todo(shard=shard, scales=[scale], rows=rows, quarantined=quarantined, held=held))
+    mended = []
+    try:
+        with progress("building again", sum(len(t.rows) for t in todo), quiet=quiet) as advance:
+            for task, error in run_here(
+                (make_task(aside, item) for item in todo), min(workers, len(todo)), lambda text: advance(0, text)
+            ):
+                advance(len(task.rows))
+                scale, shard = task.scales[0], task.shard
+                if error:
+                    work.failed[_names(scale, shard)[0]] = str(error)
+                elif m := _move_in(work, scale, shard, shards[scale, shard]):
+                    mended.append(m)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return mended
+
+
+def _move_in(work: Repair, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
+    """Put a shard that was built again into its place, if it is what it was."""
+    tar, index, text = _names(scale, shard)
+    new = read_manifest(work.folder / WORKSHOP, scale, shard)
+    assert new is not None  # it was built a moment ago
+    expected = {digest for digest in (work.sums.get(tar), old and old.sha256) if digest}
+    if new.sha256 not in expected and not work.accept:
+        work.failed[tar] = (
+            "built again, it has other bytes (a source image or a library has changed since): restore it from a copy, "
+            "or keep the new ones with --accept-new-bytes"
+        )
+        return None
+    (work.folder / text).unlink(missing_ok=True)  # the manifest says that a shard is whole: it leaves first, comes last
+    for name in (tar, index, text):
+        os.replace(work.folder / WORKSHOP / name, work.folder / name)
+    as_before = new.sha256 in expected
+    how = "built again from the source" + ("" if as_before else ", with new bytes")
+    work.done += [Problem(name, how) for name in (tar, index, text) if not (as_before and work.is_good(name))]
+    return new
+
+
+# quarantine.csv and SHA256SUMS
+
+
+def _restore_lists(work: Repair, plan: Plan, manifests: list[ShardManifest]) -> None:
+    """From what is whole now. A file that could not be mended keeps its line in SHA256SUMS."""
+    if not work.failed:
+        paths = dict(zip(plan.rows["row"], plan.rows["path"], strict=True))
+        work.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "made again from the manifests")
+    names = {name for name in manifest.files_in(work.folder) if manifest.NAMES.fullmatch(name)}
+    broken = {name for tar in work.failed for name in (tar, f"{tar[:-4]}.idx", f"{tar[:-4]}.json")}
+    mended = {problem.path for problem in work.done}
+    sums = {name: digest for name, digest in work.sums.items() if name in broken or work.is_good(name)}
+    sums |= {name: sha256(work.folder / name) for name in names - broken if name in mended or name not in sums}
+    work.put("SHA256SUMS", manifest.sums_bytes(sums), "written anew")
