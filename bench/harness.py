@@ -1,18 +1,23 @@
 """How to measure: interleaved rounds in one process, medians with their spread, and where it all ran."""
 
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from matplotlib.figure import Figure as Plot
 
 from cxrfast.distributed import dali_build, nvidia_driver
+from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.shards.manifest import versions
 
@@ -56,6 +61,37 @@ def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images / (time.perf_counter() - start)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Hold this thread, and those it starts, to one core, where the system can: helper threads of a library then count."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def file_system(folder: Path) -> str | None:
+    """Kind of the file system that holds a folder (`ext4`, `nfs4`, `tmpfs`), which its name would not tell."""
+    here = folder.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
+    return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else None
+
+
+def write_results(out: Path, name: str, values: dict[str, Any], text: str, plot: Plot | None) -> None:
+    """NAME.json, NAME.md (`text`, then where it ran) and NAME.png in `out`."""
+    write_json(out / f"{name}.json", values)
+    notes = "\n".join(f"- {what}: {value}" for what, value in values["provenance"].items() if value is not None)
+    write_bytes(out / f"{name}.md", f"{text}\n{notes}\n".encode())
+    if plot:
+        with replacing(out / f"{name}.png") as file:
+            plot.savefig(file, format="png", dpi=120)
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`cxrfast bench`: memory and images/s of loading, training and validation at each resolution.
+"""`cxrfast bench step`: memory and images/s of loading, training and validation at each resolution.
 
 Each scale is measured in a process of its own, so that memory is its own and a crash costs one line. The training loop
 is the real one. A micro-batch that does not fit is halved until it does.
@@ -19,12 +19,12 @@ import torch
 from matplotlib.figure import Figure as Plot
 from rich.table import Table
 
-from cxrfast.bench.harness import interleave, provenance, rate
+from cxrfast.bench.harness import interleave, provenance, rate, write_results
 from cxrfast.config import preset
 from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes
+from cxrfast.markdown import markdown_table
 from cxrfast.model import Classifier, check_arch
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
@@ -267,16 +267,10 @@ def _columns(result: Result) -> dict[str, list[str]]:
 
 
 def _write(result: Result, out: Path) -> None:
-    write_json(out / "bench.json", asdict(result))
     columns = _columns(result)
-    rows = [list(columns), ["---:"] * len(columns), *zip(*columns.values(), strict=True)]
-    failed = "".join(f"\n{scale} px: {why}" for scale, why in result.failed.items())
-    notes = "\n".join(f"- {name}: {value}" for name, value in result.provenance.items() if value is not None)
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n{failed}\n\n{notes}\n"
-    write_bytes(out / "bench.md", text.encode())
-    if result.lines:
-        with replacing(out / "bench.png") as file:
-            plot(result).savefig(file, format="png", dpi=120)
+    failed = "".join(f"\n{scale} px: {why}\n" for scale, why in result.failed.items())
+    text = markdown_table(list(columns), zip(*columns.values(), strict=True)) + failed
+    write_results(out, "bench", asdict(result), text, plot(result) if result.lines else None)
 
 
 def plot(result: Result) -> Plot:
