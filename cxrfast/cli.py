@@ -21,6 +21,20 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path)
 
 
+class PartOfN(click.ParamType):
+    """`2/8` → (2, 8)."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        i, slash, n = value.partition("/")
+        if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+            self.fail(f"{value!r} is not I/N with I from 1 to N, such as 2/8", param, ctx)
+        return int(i), int(n)
+
+
 class Cli(click.Group):
     """Turns the project's errors, and the file system's, into one message and exit code 2."""
 
@@ -82,47 +96,204 @@ def synth(out: Path, **options: Any) -> None:
     click.echo(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `shard` that say what the source tree is and how its tables are read."""
+    for option in reversed(
+        (
+            click.option("--data", default=config.DATA, show_default=True, help="Source tree; or set CXRFAST_DATA."),
+            click.option(
+                "--source",
+                default="mimic",
+                show_default=True,
+                help="mimic, chexpert, nih, table or package.module:name.",
+            ),
+            click.option("--labels", type=click.Choice(["chexpert", "negbio"]), help="mimic: who labelled. [chexpert]"),
+            click.option("--table", metavar="FILE", help="table: .csv, .tsv, .parquet; in --data, absolute or a URL."),
+            click.option("--path-column", metavar="NAME", help="table: paths. [path, file or filename]"),
+            click.option(
+                "--patient-column", metavar="NAME", help="table: patients. [patient_id, subject_id or patient]"
+            ),
+            click.option("--label", metavar="NAME", multiple=True, help="table: column of a label; once for each."),
+            click.option("--image-column", metavar="NAME", help="table: ids of images. [paths without suffix]"),
+            click.option("--study-column", metavar="NAME", help="table: studies. [each image is one]"),
+            click.option("--view-column", metavar="NAME", help="table: view positions. [unknown]"),
+            click.option("--split-column", metavar="NAME", help="table: official train, validate, test. [none]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+OF_ONE_SOURCE = (
+    "labels",
+    "table",
+    "path_column",
+    "patient_column",
+    "label",
+    "image_column",
+    "study_column",
+    "view_column",
+    "split_column",
+)
+"""Arguments of the sources' functions by these names; `read_source` refuses those that the chosen one does not have."""
+
+
+def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of one source that were given out of `options`."""
+    values = {name: options.pop(name) for name in OF_ONE_SOURCE}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, ())}
+
+
 @cli.command()
-@click.option("--data", type=FOLDER, default=config.DATA, show_default=True, help="Source tree; or set CXRFAST_DATA.")
+@source_options
 @click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
 @click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
-@click.option(
-    "--source", type=click.Choice(["mimic"]), default="mimic", show_default=True, help="Layout of the source tree."
-)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+@click.option(
+    "--part", type=PartOfN(), metavar="I/N", help="Build every N-th shard only, as task I of a job array does."
+)
+@click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler instead.")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
 )
 @click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
 @click.option("--quality", default=95, show_default=True, help="JPEG quality.")
+@click.option(
+    "--resize",
+    type=click.Choice(["squash", "pad"]),
+    default="squash",
+    show_default=True,
+    help="squash: to a square, as the study; pad: keeps the aspect on black.",
+)
+@click.option(
+    "--grey",
+    type=click.Choice(["none", "mimic", "window"]),
+    default="none",
+    show_default=True,
+    help="How DICOM and 16-bit PNG become 8 bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the row permutation and the folds.")
 @click.option("--allow-missing", is_flag=True, help="Go on although more than 0.1 % of the images are missing.")
 @click.option("--retry-quarantined", is_flag=True, help="Try images again that could not be used before.")
-def shard(data: Path, out: Path, scales: tuple[int, ...], quality: int, seed: int, **options: Any) -> None:
+def shard(
+    data: str,
+    out: Path,
+    scales: tuple[int, ...],
+    quality: int,
+    resize: str,
+    grey: str,
+    seed: int,
+    **options: Any,
+) -> None:
     """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
     from cxrfast.shards.build import build, describe
-    from cxrfast.shards.plan import Recipe
+    from cxrfast.shards.recipe import Recipe
 
-    report = build(data, out, list(scales), recipe=Recipe(quality=quality, seed=seed), **options)
+    recipe = Recipe(seed=seed, quality=quality, resize=resize, grey=grey)
+    report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
     click.echo(describe(report, out))
 
 
 @cli.command()
 @click.argument("shards", type=FOLDER, metavar="SET")
+@click.argument("table", metavar="TABLE")
+@click.option(
+    "--label", "labels", multiple=True, help="Column to take; once for each. [default: all but ids and the like]"
+)
+@click.option("--key", help="Column of image or study ids. [default: image_id, dicom_id, Image Index or study_id]")
+@click.option(
+    "--unmatched", type=FILE, metavar="FILE", help="CSV file for the ids that only the set or only TABLE knows."
+)
+def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
+    """Replace the labels of SET by those of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
+    from cxrfast.shards.relabel import describe
+    from cxrfast.shards.relabel import relabel as replace_labels
+
+    result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
+    click.echo(describe(result, shards))
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.option(
+    "--out", type=FOLDER, default=Path("set-description"), show_default=True, help="Folder for describe.md, sizes.png."
+)
+def describe(shards: Path, out: Path) -> None:
+    """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
+    from cxrfast.describe import describe as look
+    from cxrfast.describe import heading, to_tables, write
+
+    description = look(shards)
+    click.echo(heading(description))
+    show(*to_tables(description))
+    written = write(description, shards, out)
+    click.echo(f"written: {', '.join(map(str, written))}")
+
+
+@cli.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
 @click.option("--deep", is_flag=True, help="Decode every image too.")
-def verify(shards: Path, deep: bool) -> None:
+@click.option("--source", is_flag=True, help="Compare the source tree with its SHA256SUMS.txt too.")
+@click.option("--repair", is_flag=True, help="Give what is broken back the bytes it had, and say how.")
+@click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
+@click.option("--accept-new-bytes", is_flag=True, help="With --repair: keep other bytes where the old cannot be had.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that repair. [default: usable cores]")
+def verify(
+    shards: Path,
+    deep: bool,
+    source: bool,
+    repair: bool,
+    data: str | None,
+    accept_new_bytes: bool,
+    workers: int | None,
+) -> None:
     """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
+    from cxrfast.shards.tree import Tree
+    from cxrfast.shards.verify import describe, verify_source
     from cxrfast.shards.verify import verify as check
 
+    default = str(config.DATA)
+    location = data or (default if source or "://" in default or os.path.isdir(default) else None)
+    tree = Tree(location) if location else None
+    if repair:
+        from cxrfast.shards.repair import repair as mend
+
+        for line in mend(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
+            click.echo(line)
+    elif accept_new_bytes:
+        fail("--accept-new-bytes belongs to --repair")
     verdict = check(shards, deep=deep)
-    for problem in verdict.problems:
+    problems = list(verdict.problems)
+    if source and tree:
+        of_source = verify_source(shards, tree)
+        problems += of_source.problems
+        click.echo(of_source.describe(tree))
+    for problem in problems:
         click.echo(f"{problem.path}: {problem.what}", err=True)
-    if verdict.problems:
-        fail(f"{shards} is damaged: {len(verdict.problems)} problems, named above")
-    held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
+    if problems:
+        advice = "" if repair else "; `cxrfast verify --repair` mends what it can"
+        fail(f"{shards}: {len(problems):,} problems, named above{advice if verdict.problems else ''}")
+    click.echo(describe(verdict, shards, deep))
+
+
+@cli.command()
+@click.argument("source", metavar="FROM")
+@click.argument("to", metavar="TO")
+@click.option(
+    "--scale", "scales", type=int, multiple=True, help="Side, px; once for each scale wanted. [default: all of the set]"
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Files copied at once. [default: usable cores; from or to a URL, 8]"
+)
+def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
+    """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again after any accident: it goes on."""
+    from cxrfast.progress import size
+    from cxrfast.shards.stage import stage as copy
+
+    done = copy(source, to, list(scales) or None, workers=workers)
     click.echo(
-        f"{shards}: {held}; {verdict.info.images:,} planned, {verdict.quarantined:,} quarantined; "
-        f"{verdict.bytes / 1e6:,.0f} MB hashed{', every image decoded' if deep else ''}: whole"
+        f"to {to}: {len(done.scales)} scales, {done.files:,} files, {size(done.bytes)} copied, {done.kept:,} kept, "
+        f"{done.bytes / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s"
     )
 
 
@@ -370,12 +541,23 @@ def study(
     click.echo(f"report: {result.report}")
 
 
-@cli.command()
-@click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
-@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
-@click.option(
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def bench(ctx: click.Context) -> None:
+    """How fast, and with how much memory. Without a command: `step`."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(step)
+
+
+RESULTS = click.option(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
 )
+
+
+@bench.command()
+@click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
+@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@RESULTS
 @click.option("--arch", default="densenet121", show_default=True)
 @click.option(
     "--seconds",
@@ -386,7 +568,7 @@ def study(
 )
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
-def bench(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
     from cxrfast.bench.step import bench as measure
     from cxrfast.bench.step import to_table
@@ -396,6 +578,32 @@ def bench(shards: Path | None, scales: tuple[int, ...], out: Path, **options: An
     if not result.lines:
         fail("no scale could be measured, for the reasons above")
     click.echo(f"table, JSON and plot: {out}")
+
+
+@bench.command(name="shard")
+@click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: phantoms drawn for the purpose]")
+@click.option("--images", type=click.IntRange(1, 1024), default=24, show_default=True, help="Images to measure on.")
+@click.option(
+    "--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: 256, 512, 1024 and 2048]"
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.01, max=3600),
+    default=20.0,
+    show_default=True,
+    help="Measured time a figure and round.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them.")
+@click.option("--workers", type=click.IntRange(min=1), help="Of the build beside one worker's. [default: usable cores]")
+@click.option("--memory", "with_memory", is_flag=True, help="Memory of whole builds, too: minutes more.")
+@RESULTS
+def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+    """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
+    from cxrfast.bench.shard import bench as measure
+    from cxrfast.bench.shard import to_tables
+
+    show(*to_tables(measure(data, list(scales), out, **options)))
+    click.echo(f"tables, JSON and plot: {out}")
 
 
 @cli.command()

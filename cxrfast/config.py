@@ -11,7 +11,7 @@ from cxrfast.errors import RunError
 from cxrfast.labels import POLICIES
 from cxrfast.splits import FOLDS
 
-DATA = Path(os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg"))
+DATA = os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg")  # text: it may be a URL
 SHARDS = Path(os.environ.get("CXRFAST_SHARDS", "data/shards"))
 RUNS = Path("runs")
 

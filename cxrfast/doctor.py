@@ -87,10 +87,10 @@ def _data() -> Iterator[Finding]:
         str(weights) if weights.exists() else "not on this machine",
         "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
     )
-    tables = any(config.DATA.glob("mimic-cxr-2.*.csv*"))
+    tables = any(Path(config.DATA).glob("mimic-cxr-2.*.csv*"))
     yield Finding(
         "source tree",
-        str(config.DATA) if tables else f"none in {config.DATA}",
+        config.DATA if tables else f"none in {config.DATA}",
         "" if tables else "set CXRFAST_DATA, or give --data",
     )
     try:

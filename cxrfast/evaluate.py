@@ -20,6 +20,7 @@ from cxrfast import metrics
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.labels import targets
+from cxrfast.markdown import markdown_table
 from cxrfast.progress import progress
 from cxrfast.runs import Run, find_runs
 from cxrfast.splits import PARTS
@@ -164,9 +165,20 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
 
 
 def check_same_study(runs: Sequence[Run]) -> None:
-    """Raises RunError naming two runs whose shard set, findings or label policy differ."""
+    """Raises RunError naming two runs whose shard set, findings or label policy differ, or two folds whose raw labels do."""
     for run in runs[1:]:
         _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "label policy": "policy"})
+    by_fold: dict[int, Run] = {}
+    for run in runs:
+        by_fold.setdefault(run.config.fold, run)  # one of each: the runs of a fold are compared by `check_same_rows`
+    first, *others = by_fold.values()
+    labels = list(first.config.labels)
+    mine = first.rows().set_index("row")[labels]
+    for run in others:
+        theirs = run.rows().set_index("row")[labels]
+        row = mine.index.intersection(theirs.index)
+        raw, other = (frame.loc[row].to_numpy(np.float32) for frame in (mine, theirs))
+        _check_same_labels(first, run, row.to_numpy(), raw, other, "shared")
 
 
 def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
@@ -214,14 +226,16 @@ def check_same_rows(first: Answers, second: Answers) -> None:
         _refuse(
             first.run, second.run, f"{len(apart):,} {first.part} rows are in one of them only, such as row {apart[0]}"
         )
-    differ = ~((first.raw == second.raw) | (np.isnan(first.raw) & np.isnan(second.raw)))
+    _check_same_labels(first.run, second.run, first.row, first.raw, second.raw, first.part)
+
+
+def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray, other: np.ndarray, what: str) -> None:
+    """Raises RunError if raw labels, (n, L) each, of `row` differ: the set was relabelled between two trainings."""
+    differ = ~((raw == other) | (np.isnan(raw) & np.isnan(other)))
     if differ.any():
         at, j = np.argwhere(differ)[0]
-        example = f"{first.run.config.labels[j]} of row {first.row[at]}"
-        values = f"{first.raw[at, j]:g} is not {second.raw[at, j]:g}"
-        _refuse(
-            first.run, second.run, f"{differ.sum():,} labels of {first.part} rows differ, such as {example}: {values}"
-        )
+        example = f"{first.config.labels[j]} of row {row[at]}: {raw[at, j]:g} is not {other[at, j]:g}"
+        _refuse(first, second, f"{differ.sum():,} labels of {what} rows differ, such as {example}")
 
 
 # Scores
@@ -292,16 +306,6 @@ def over_findings(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]
     if not shared.any():
         return [np.full((len(values), 1), np.nan) for values in columns], 0
     return [values[:, shared].mean(axis=1, keepdims=True) for values in columns], int(shared.sum())
-
-
-def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first column is set left, the others right."""
-
-    def line(entries: Iterable[str]) -> str:
-        return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |\n"
-
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(line(entries) for entries in (head, rule, *lines))
 
 
 def folds_text(folds: Sequence[int]) -> str:

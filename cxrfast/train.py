@@ -83,8 +83,10 @@ def select_rows(table: pd.DataFrame, config: TrainConfig, held: np.ndarray) -> p
     """The rows a run uses: row, image_id, patient_id, part, raw labels; sorted by row.
 
     Left out: rows that the set does not hold (`held`, int64, lists those it does), rows without any label, other views.
-    Raises RunError if a part is empty.
+    Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
     """
+    if absent := [name for name in config.labels if name not in table]:
+        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start the training again")
     parts = (
         official_masks(table["split"].to_numpy())
         if config.split == "official"

@@ -7,8 +7,7 @@ the source.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import duration, progress, size
 from cxrfast.shards import manifest
 from cxrfast.shards.estimate import Estimate, check_room, estimate
-from cxrfast.shards.lease import Lease, Part
+from cxrfast.shards.lease import Lease, Part, leased
 from cxrfast.shards.manifest import SetInfo, read_manifest, read_set, shard_path
 from cxrfast.shards.plan import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
 from cxrfast.shards.recipe import Recipe
@@ -91,7 +90,8 @@ def build(
         tree = Tree(tree.location if "://" in tree.location else Path(tree.location).absolute())
     if part and (dask or retry_quarantined):
         raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
-    with nullcontext() if dry_run else _writing(out, part) as lease:
+    _check_folder(out)
+    with nullcontext() if dry_run else leased(out, part) as lease:
         plan, counts = _plan(tree, out, source, source_options or {}, recipe, allow_missing, quiet)
         info = plan.info
         last = info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard))
@@ -119,19 +119,10 @@ def build(
     return report
 
 
-@contextmanager
-def _writing(out: Path, part: Part | None) -> Iterator[Lease]:
-    """The folder of the set, made if need be and held by a lease; gone again if nothing came of it."""
+def _check_folder(out: Path) -> None:
+    """Raises ShardError if there is something else than a set."""
     if out.is_dir() and not (out / "set.json").exists() and any(manifest.is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with Lease(out, part) as lease:
-            yield lease
-    finally:
-        if new and not any(out.iterdir()):
-            out.rmdir()
 
 
 # The plan

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,19 @@ class Lease:
             self.path.unlink(missing_ok=True)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
+
+
+@contextmanager
+def leased(folder: Path, part: Part | None = None) -> Iterator[Lease]:
+    """The folder of a set, made if need be and held by a lease; gone again if nothing came of it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lease(folder, part) as lease:
+            yield lease
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _me() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress, size
 from cxrfast.shards import manifest
-from cxrfast.shards.lease import Lease
+from cxrfast.shards.lease import leased
 from cxrfast.shards.manifest import SetInfo, is_temporary, parse_set, parse_sums
 from cxrfast.shards.place import CHUNK, Place
 from cxrfast.shards.tree import as_oserror
@@ -195,17 +195,11 @@ def _held(target: Place) -> Iterator[None]:
         yield
         return
     folder = Path(target.root)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with Lease(folder):
-            for path in (*folder.glob("*"), *folder.glob("[0-9]*/*")):
-                if is_temporary(path):
-                    path.unlink(missing_ok=True)
-            yield
-    finally:
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
+    with leased(folder):
+        for path in (*folder.glob("*"), *folder.glob("[0-9]*/*")):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
+        yield
 
 
 def _earlier_sums(target: Place, there: dict[str, int]) -> dict[str, str]:

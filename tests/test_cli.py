@@ -98,7 +98,7 @@ def test_an_empty_set(tmp_path: Path) -> None:
 def test_a_set_of_another_schema_version(tiny_set: Path, tmp_path: Path) -> None:
     value = json.loads((tiny_set / "set.json").read_text())
     (tmp_path / "set.json").write_text(json.dumps({**value, "schema": 99}))
-    assert "has schema version 99, this cxrfast reads 1" in refused("verify", tmp_path)
+    assert "has schema version 99, this cxrfast reads 2" in refused("verify", tmp_path)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

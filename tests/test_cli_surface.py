@@ -10,10 +10,20 @@ import click
 from cxrfast.cli import cli
 
 
+def commands(group: click.Group = cli, before: str = "") -> dict[str, click.Command]:
+    """Every command by its full name, those of groups behind their group."""
+    found: dict[str, click.Command] = {}
+    for name, command in sorted(group.commands.items()):
+        found[before + name] = command
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{before}{name} ")
+    return found
+
+
 def surface() -> str:
     """Every command with its arguments and options, a line each."""
     lines = []
-    for name, command in sorted(cli.commands.items()):
+    for name, command in commands().items():
         lines.append(name)
         for parameter in sorted(command.params, key=lambda p: (p.param_type_name, p.name or "")):
             kind = (
@@ -40,7 +50,7 @@ def test_the_command_line_is_what_was_agreed() -> None:
 
 
 def test_every_command_and_option_has_help() -> None:
-    for name, command in cli.commands.items():
+    for name, command in commands().items():
         assert command.help, name
         for parameter in command.params:
             if isinstance(parameter, click.Option):

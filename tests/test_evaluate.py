@@ -226,6 +226,18 @@ def test_runs_of_a_fold_with_other_labels_are_not_joined(study):
         evaluate(study)
 
 
+def test_folds_between_which_the_set_was_relabelled_are_not_joined(study):
+    rows = rows_of(2)
+    at = rows.index[(rows["part"] == "train") & (rows["Edema"] == 1)][0]
+    rows.loc[at, "Edema"] = 0
+    make_run(study, 512, 2, rows)
+    with pytest.raises(
+        RunError,
+        match=rf"256/fold-0 and densenet121-512/fold-2 .*1 labels of shared rows.*Edema of row {at}: 1 is not 0",
+    ):
+        evaluate(study)
+
+
 def test_one_name_cannot_hold_two_scales(study):
     make_run(study, 2048, 3, name="densenet121-256")
     with pytest.raises(RunError, match="scale 256 is not 2048"):
