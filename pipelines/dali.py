@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 
 from cxrfast.errors import LoadError
@@ -72,7 +73,13 @@ class DaliEngine:
         """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
 
         def read(row: int) -> np.ndarray:
-            return np.frombuffer(self.reader.read(row), np.uint8)
+            data = np.frombuffer(self.reader.read(row), np.uint8)
+            try:
+                simplejpeg.decode_jpeg_header(data)
+            except ValueError as error:
+                # DALI 2.4 may crash on it: what one thread fails to parse frees what the others still read
+                raise LoadError(f"row {row} is no JPEG") from error
+            return data
 
         ahead: deque[tuple[Work, list[Future[np.ndarray]]]] = deque()
         upcoming = iter(items)
