@@ -30,7 +30,7 @@ from cxrfast.shards.tar import TarWriter
 from cxrfast.shards.task import Task, build_shard
 from cxrfast.shards.todo import Plan, Todo, make_task
 from cxrfast.shards.tree import Tree
-from cxrfast.shards.workers import run_here
+from cxrfast.shards.workers import run_here, start_pool
 
 SMALLEST, LARGEST = 64, 1024
 """Rows of a shard in sets of up to 64 shards, and in large sets; see `shards.plan.rows_per_shard`."""
@@ -233,9 +233,10 @@ def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
 def startup_seconds(setup: Setup) -> float:
     """From nothing to a worker that has done a task without rows, and is gone."""
     start = time.perf_counter()
-    for _, error in run_here([replace(setup.task, rows=[], scales=[])], 1, lambda text: None):
-        if error:
-            raise error
+    with start_pool(1) as pool:
+        for _, error in run_here([replace(setup.task, rows=[], scales=[])], 1, lambda text: None, pool):
+            if error:
+                raise error
     return time.perf_counter() - start
 
 

@@ -17,8 +17,23 @@ from cxrfast.errors import CxrfastError, is_disk_full
 if TYPE_CHECKING:
     from rich.table import Table
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path)
+
+class LocalPath(click.Path):
+    """A path of this machine; a URL is refused as it was typed, before `Path` eats one of its slashes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(
+                f"{value} is a URL, and only local paths are read and written: `cxrfast stage` copies a set from it to a "
+                "folder, or back",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+FOLDER = LocalPath(path_type=Path, file_okay=False)
+FILE = LocalPath(path_type=Path)
 
 
 class PartOfN(click.ParamType):
@@ -46,6 +61,9 @@ class Cli(click.Group):
             return super().invoke(ctx)
         except CxrfastError as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            click.echo("cxrfast: interrupted; what was finished is kept, the same command goes on", err=True)
+            sys.exit(130)
         except OSError as error:
             if is_disk_full(error):
                 fail(
@@ -198,9 +216,12 @@ def shard(
 @click.argument("shards", type=FOLDER, metavar="SET")
 @click.argument("table", metavar="TABLE")
 @click.option(
-    "--label", "labels", multiple=True, help="Column to take; once for each. [default: all but ids and the like]"
+    "--label",
+    "labels",
+    multiple=True,
+    help="Column to take; once for each. [default: labels of SET or MIMIC, else all]",
 )
-@click.option("--key", help="Column of image or study ids. [default: image_id, dicom_id, Image Index or study_id]")
+@click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
 @click.option(
     "--unmatched", type=FILE, metavar="FILE", help="CSV file for the ids that only the set or only TABLE knows."
 )
@@ -224,9 +245,9 @@ def describe(shards: Path, out: Path) -> None:
     from cxrfast.describe import heading, to_tables, write
 
     description = look(shards)
+    written = write(description, shards, out)
     click.echo(heading(description))
     show(*to_tables(description))
-    written = write(description, shards, out)
     click.echo(f"written: {', '.join(map(str, written))}")
 
 

@@ -180,9 +180,10 @@ def to_markdown(d: Description) -> str:
 def heading(d: Description) -> str:
     """What the set is, in a line."""
     info = d.info
+    table = f" from {info.labels_from.rpartition(' sha256:')[0]}" if info.labels_from else ""
     return (
         f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}; "
-        f"{len(info.labels)} labels; seed {info.seed}; {d.state}."
+        f"{len(info.labels)} labels{table}; seed {info.seed}; {d.state}."
     )
 
 

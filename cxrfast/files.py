@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ TEMPORARY = ".tmp"
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what becomes `path`; machine and process id keep two writers apart."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+    """Where to write what becomes `path`: another name each time, so that two writers never share one."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager

@@ -22,6 +22,9 @@ MIMIC = (
 )
 """The fourteen columns of mimic-cxr-2.0.0-chexpert.csv, in their order there."""
 
+EARLIER = {"Airspace Opacity": "Lung Opacity"}
+"""What tables from before it was renamed, and the radiologist's of MIMIC-CXR-JPG 2.1.0, call one of `MIMIC`."""
+
 POLICIES = ("u_zeros", "u_ones", "u_ignore")
 
 

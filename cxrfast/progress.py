@@ -1,8 +1,9 @@
 """Progress of a long step: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -28,6 +29,22 @@ def size(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def megabytes(advance: Advance) -> Callable[[int], None]:
+    """Bytes go in, from any thread; whole megabytes reach the progress bar."""
+    lock = threading.Lock()
+    done = shown = 0
+
+    def count(n: int) -> None:
+        nonlocal done, shown
+        with lock:
+            done += n
+            if step := round(done / 1e6) - shown:
+                shown += step
+                advance(step)
+
+    return count
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the source.
 
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +23,19 @@ from cxrfast.progress import duration, progress, size
 from cxrfast.shards import manifest
 from cxrfast.shards.estimate import Estimate, check_room, estimate
 from cxrfast.shards.lease import Lease, Part, leased
-from cxrfast.shards.manifest import SetInfo, read_manifest, read_set, shard_path
+from cxrfast.shards.manifest import SetInfo, read_set
 from cxrfast.shards.plan import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
 from cxrfast.shards.recipe import Recipe
-from cxrfast.shards.rows import read_rows, write_rows
-from cxrfast.shards.sources import read_source
+from cxrfast.shards.rows import read_info, read_rows, write_rows
+from cxrfast.shards.sources import read_source, with_defaults
 from cxrfast.shards.todo import Plan, Todo, find_todo, make_task
 from cxrfast.shards.tree import Tree
-from cxrfast.shards.workers import run_here, run_on_dask
+from cxrfast.shards.workers import run_here, run_on_dask, start_pool
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""
+
+ENDS = ("tar", "idx", "json")
 
 SAMPLE = 12
 """Images that the estimate looks at."""
@@ -51,12 +54,14 @@ class Report:
     bytes: dict[int, int] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    is_done: bool
+    """False after a dry run."""
     missing_shards: int = 0
-    """What `limit`, other parts or a dry run left for later, over the asked scales."""
+    """What `limit` or other parts left for later, over the asked scales."""
 
     @property
     def complete(self) -> bool:
-        return not self.missing_shards
+        return self.is_done and not self.missing_shards
 
 
 def build(
@@ -90,39 +95,41 @@ def build(
         tree = Tree(tree.location if "://" in tree.location else Path(tree.location).absolute())
     if part and (dask or retry_quarantined):
         raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
-    _check_folder(out)
-    with nullcontext() if dry_run else leased(out, part) as lease:
+    _check_folder(tree, out)
+    workers = max(1, workers or usable_cores())
+    with nullcontext() if dry_run else leased(out, part) as lease, start_pool(workers) as pool:
         plan, counts = _plan(tree, out, source, source_options or {}, recipe, allow_missing, quiet)
         info = plan.info
         last = info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard))
         numbers = range(last)[part[0] - 1 :: part[1]] if part else range(last)
         if lease:
             _clear_stale(out, numbers, lease.alone())
-            if retry_quarantined:
-                scales = sorted({*scales, *manifest.scales_in(out)})
-                _forget_quarantined(plan, tree)
-        todo = find_todo(plan, scales, numbers)
-        workers = max(1, workers or usable_cores())
-        needed = _estimate(plan, todo, scales, workers)
-        report = Report(info=info, scales=scales, source_counts=counts, estimate=needed, missing_shards=len(todo))
+        todo = find_todo(plan, scales, numbers, retry_quarantined)
+        needed = _estimate(plan, todo, workers, pool)
+        report = Report(info=info, scales=scales, source_counts=counts, estimate=needed, is_done=bool(lease))
         if not lease:
             return report
-        check_room(needed, out)
-        _prepare(plan, scales, bool(todo))
-        if todo:
-            try:
-                _run(plan, todo, lease, workers, dask, quiet)
-            finally:
-                _clear_stale(out, numbers, lease.alone())  # of workers that died
+        if not retry_quarantined:  # which replaces what is there
+            check_room(needed, out)
+        _prepare(plan, tree, scales, todo, retry_quarantined)
+        try:
+            if todo:
+                _run(plan, todo, lease, workers, pool, dask, quiet)
+        finally:
+            _clear_stale(out, numbers, lease.alone())  # of workers that died
         _finish(plan, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
 
 
-def _check_folder(out: Path) -> None:
-    """Raises ShardError if there is something else than a set."""
+def _check_folder(tree: Tree, out: Path) -> None:
+    """Raises ShardError if there is something else than a set, or if set and source lie in one another."""
     if out.is_dir() and not (out / "set.json").exists() and any(manifest.is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
+    ours = f"{out.resolve()}/"
+    for root in tree.roots if tree.is_local else ():
+        if ours.startswith(root) or root.startswith(ours):
+            raise ShardError(f"{out} and the source {tree} lie in one another: choose another --out")
 
 
 # The plan
@@ -153,6 +160,10 @@ def _plan(
                 f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
                 "choose another --out, or give the same --data and options"
             )
+        manifest.check_labels_settled(out)
+        _check_same_labels(out, info, source, options)
+        if read_info(out / "rows.parquet") != info:
+            raise ShardError(f"set.json and rows.parquet in {out} disagree: `cxrfast verify --repair {out}` mends them")
         return Plan(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
     rows["bytes"] = tree.sizes(rows["path"].tolist(), quiet)
     _check_missing(tree, rows, allow_missing)
@@ -175,6 +186,18 @@ def _plan(
     return Plan(tree=tree, out=out, info=info, rows=rows), listed.counts
 
 
+def _check_same_labels(out: Path, info: SetInfo, source: str, options: dict[str, Any]) -> None:
+    """Raises ShardError if the source was asked for other labels than those that the set was planned with."""
+    there = with_defaults(info.source, info.source_options)
+    asked = with_defaults(source, options)
+    for name in ("label", "labels"):
+        if there.get(name) != asked.get(name):
+            raise ShardError(
+                f"{out} was planned with --{name} {there.get(name)}, not {asked.get(name)}: "
+                "give the same again, and replace labels with `cxrfast relabel`"
+            )
+
+
 def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
     """Raises ShardError where so many images are missing that the tree must be half a download."""
     missing = int(rows["bytes"].lt(0).sum())
@@ -192,16 +215,36 @@ def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
         )
 
 
-def _prepare(plan: Plan, scales: list[int], unfinished: bool) -> None:
+def _prepare(plan: Plan, tree: Tree, scales: list[int], todo: list[Todo], retry: bool) -> None:
     """Write the plan if it is new; without SHA256SUMS a set is known to be unfinished."""
     out = plan.out
     if not (out / "set.json").exists():
         write_rows(out / "rows.parquet", plan.rows, plan.info)
         plan.info.write(out)  # after the rows: set.json says that the plan is whole
-    if unfinished:
-        (out / "SHA256SUMS").unlink(missing_ok=True)
+    if todo:
+        if retry:
+            found = _look_again(plan, tree, todo)
+        names = (manifest.shard_name(scale, t.shard, end) for t in todo for scale in t.scales for end in ENDS)
+        manifest.mark_unfinished(out, names)
+        if retry:
+            plan.rows.loc[found.index, "bytes"] = found
+            write_rows(out / "rows.parquet", plan.rows, plan.info)
     for scale in scales:
         (out / str(scale)).mkdir(exist_ok=True)
+
+
+def _look_again(plan: Plan, tree: Tree, todo: list[Todo]) -> pd.Series:
+    """Sizes of the source files of rows that were left out, by row. Raises ShardError if one of those held has changed."""
+    rows = plan.rows.iloc[[row for item in todo if item.held is not None for row in item.rows]]
+    held = rows["row"].isin({row for item in todo for row in item.held or ()})
+    found = pd.Series(tree.sizes(rows["path"].tolist(), True), index=rows.index, dtype=np.int64)
+    changed = rows[held & (rows["bytes"] != found)]
+    if len(changed):
+        raise ShardError(
+            f"{len(changed):,} images of the shards to build again are not what they were (first: "
+            f"{changed['path'].iloc[0]}): give --data the tree that the set was made of; nothing was changed"
+        )
+    return found[~held]
 
 
 def _clear_stale(out: Path, numbers: range, alone: bool) -> None:
@@ -214,7 +257,7 @@ def _clear_stale(out: Path, numbers: range, alone: bool) -> None:
 # Tasks
 
 
-def _estimate(plan: Plan, todo: list[Todo], scales: list[int], workers: int) -> Estimate:
+def _estimate(plan: Plan, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:
     """From images spread over what is left to build."""
     by_shard = {item.shard: item for item in todo}
     rows = np.concatenate([np.arange(item.rows.start, item.rows.stop) for item in todo] or [np.arange(0)])
@@ -223,49 +266,26 @@ def _estimate(plan: Plan, todo: list[Todo], scales: list[int], workers: int) -> 
     sample = [make_task(plan, by_shard[row // plan.info.rows_per_shard], [row]) for row in chosen.tolist()]
     remaining = {
         scale: (len(of_scale), sum(len(item.rows) for item in of_scale))
-        for scale in scales
+        for scale in sorted({scale for item in todo for scale in item.scales})
         if (of_scale := [item for item in todo if scale in item.scales])
     }
-    return estimate(sample, remaining, plan.out, workers)
+    return estimate(sample, remaining, plan.out, workers, pool)
 
 
-def _forget_quarantined(plan: Plan, tree: Tree) -> None:
-    """Drop, at every scale, the manifests of shards with quarantined rows, whose files are looked at anew."""
-    out, rows = plan.out, plan.rows
-    held = [
-        m
-        for scale in manifest.scales_in(out)
-        for shard in manifest.built(out, scale)
-        if (m := read_manifest(out, scale, shard)) and m.quarantined
-    ]
-    again = rows["row"].isin({int(row) for m in held for row in m.quarantined})
-    if again.any():
-        redo = rows["row"].isin({row for m in held for row in m.rows}) | again
-        found = pd.Series(tree.sizes(rows.loc[redo, "path"].tolist(), True), index=rows.index[redo])
-        whole = rows.loc[redo & ~again]
-        changed = whole[whole["bytes"] != found[whole.index]]
-        if len(changed):
-            raise ShardError(
-                f"{len(changed):,} images of the shards to build again are not what they were (first: "
-                f"{changed['path'].iloc[0]}): give --data the tree that the set was made of; nothing was changed"
-            )
-        (out / "SHA256SUMS").unlink(missing_ok=True)
-        rows.loc[again, "bytes"] = found[rows.index[again]]
-        write_rows(out / "rows.parquet", rows, plan.info)  # before the manifests go: a kill in between costs nothing
-        for m in held:
-            shard_path(out, m.scale, m.shard, "json").unlink()
-
-
-def _run(plan: Plan, todo: list[Todo], lease: Lease, workers: int, dask: str | None, quiet: bool) -> None:
+def _run(
+    plan: Plan,
+    todo: list[Todo],
+    lease: Lease,
+    workers: int,
+    pool: ProcessPoolExecutor,
+    dask: str | None,
+    quiet: bool,
+) -> None:
     """Build all that is left; a shard that fails is named at the end, and the others are still built."""
     failed: list[str] = []
     tasks = (make_task(plan, item) for item in todo)
     with progress("sharding", sum(len(item.rows) for item in todo), quiet=quiet) as advance:
-        outcomes = (
-            run_on_dask(tasks, dask)
-            if dask
-            else run_here(tasks, min(workers, len(todo)), lambda text: advance(0, text))
-        )
+        outcomes = run_on_dask(tasks, dask) if dask else run_here(tasks, workers, lambda text: advance(0, text), pool)
         with closing(outcomes):
             for task, error in outcomes:
                 if isinstance(error, ShardError):
@@ -313,7 +333,7 @@ def describe(report: Report, out: Path) -> str:
     info, estimate = report.info, report.estimate
     lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
     lines += [f"{what}: {n:,}" for what, n in report.source_counts.items() if n]
-    if not report.rows:
+    if not report.is_done:
         lines += [
             f"to do at {s} px: {estimate.images[s]:,} rows, about {size(estimate.bytes[s])} in {estimate.files[s]:,} files"
             for s in estimate.images

@@ -2,6 +2,8 @@
 
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,24 +33,43 @@ class Estimate:
     """Files that may still be made there."""
 
 
-def estimate(sample: list[Task], remaining: dict[int, tuple[int, int]], out: Path, workers: int) -> Estimate:
-    """Decode, resize and encode the images of `sample` in memory, and multiply.
+def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
+    """Bytes a scale and seconds of each image of a task: decoded, resized and encoded in memory."""
+    sizes: dict[int, list[int]] = {scale: [] for scale in task.scales}
+    seconds = []
+    for image in task.rows:
+        start = time.perf_counter()
+        try:
+            source = decoded(task, image, task.data.read(image.path))
+        except (BadImage, OSError):
+            continue  # the build itself reports it
+        meta = meta_json(image, *source.shape)
+        for scale, picture in at_scales(source, task.scales, task.resize).items():
+            sizes[scale].append(len(encode(picture, task.quality)) + len(meta) + OVERHEAD)
+        seconds.append(time.perf_counter() - start)
+    return sizes, seconds
 
-    `remaining`: scale → (shards, images) still to build.
+
+def estimate(
+    sample: list[Task],
+    remaining: dict[int, tuple[int, int]],
+    out: Path,
+    workers: int,
+    pool: ProcessPoolExecutor,
+) -> Estimate:
+    """Measure the images of `sample` in `pool`, where one that crashes the decoder does no harm, and multiply.
+
+    `remaining`: scale → (shards, images) still to build. Raises ShardError where the recipe does not fit the images.
     """
     sizes: dict[int, list[int]] = {scale: [] for scale in remaining}
-    seconds = []
-    for task in sample:
-        for image in task.rows:
-            start = time.perf_counter()
-            try:
-                source = decoded(task, image, task.data.read(image.path))
-            except (BadImage, OSError):
-                continue  # the build itself reports it
-            meta = meta_json(image, *source.shape)
-            for scale, picture in at_scales(source, task.scales, task.resize).items():
-                sizes[scale].append(len(encode(picture, task.quality)) + len(meta) + OVERHEAD)
-            seconds.append(time.perf_counter() - start)
+    seconds: list[float] = []
+    try:
+        for by_scale, took in pool.map(measure, sample):
+            seconds += took
+            for scale, values in by_scale.items():
+                sizes[scale] += values
+    except BrokenProcessPool:
+        pass  # the build finds out at which image
     most = max((images for _, images in remaining.values()), default=0)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     disk = os.statvfs(folder)

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,12 @@ from cxrfast.shards.recipe import Recipe
 SCHEMA = 2
 
 
+SCALE = re.compile(r"[1-9][0-9]*")
+SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
+NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
+"""Files of a set beside SHA256SUMS, relative to it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
     """set.json. Written when the set is planned; only `relabel` changes it, and only its labels."""
@@ -28,6 +36,8 @@ class SetInfo:
     source_options: dict[str, Any]
     """What the source was told beside the tree, as JSON values."""
     labels: list[str]
+    labels_from: str = ""
+    """The table that `relabel` took them from, `name sha256:…` of its bytes; "": the source's, as it was planned."""
     seed: int
     images: int
     studies: int
@@ -83,7 +93,10 @@ def parse_set(data: bytes, path: object) -> SetInfo:
             "use the cxrfast that built it, or shard again into a new folder"
         )
     try:
-        return SetInfo(**value)
+        info = SetInfo(**value)
+        if not (info.images > 0 and info.rows_per_shard > 0):
+            raise TypeError("no images, or no rows a shard")
+        return info
     except TypeError as error:
         raise ShardError(
             f"{path} is damaged ({error}): restore it from a copy, or shard again into a new folder"
@@ -116,29 +129,44 @@ class ShardManifest:
         write_bytes(shard_path(folder, self.scale, self.shard, "json"), self.to_json().encode())
 
 
+def shard_name(scale: int, shard: int, suffix: str) -> str:
+    """A shard's file, relative to the set."""
+    return f"{scale}/{shard:06d}.{suffix}"
+
+
 def shard_path(folder: Path, scale: int, shard: int, suffix: str) -> Path:
-    return folder / str(scale) / f"{shard:06d}.{suffix}"
+    return Path(folder) / shard_name(scale, shard, suffix)
 
 
 def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
     """The manifest of a shard, None if it was not built yet. Raises ShardError if it is damaged."""
     path = shard_path(folder, scale, shard, "json")
     try:
-        return ShardManifest(**json.loads(path.read_bytes()))
+        m = ShardManifest(**json.loads(path.read_bytes()))
+        if not len(m.rows) == len(m.crc32) == len(m.sizes):
+            raise ValueError("lists of different lengths")
+        if not all(isinstance(row, int) for row in (*m.rows, *map(int, m.quarantined))):
+            raise ValueError("rows that are no numbers")
+        return m
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is damaged: delete it and run `cxrfast shard` again to rebuild this shard") from error
 
 
 def scales_in(folder: Path) -> list[int]:
-    """The scales of which the set holds at least one shard."""
-    return sorted(int(p.name) for p in Path(folder).iterdir() if p.name.isdecimal() and any(p.glob("*.json")))
+    """The scales of which the set holds at least one shard. Raises OSError for a folder that cannot be read."""
+    scales = (name for name in os.listdir(folder) if SCALE.fullmatch(name))
+    return sorted(int(name) for name in scales if built(Path(folder), int(name)))
 
 
 def built(folder: Path, scale: int) -> list[int]:
-    """The shards of a scale that are whole."""
-    return sorted(int(p.stem) for p in (folder / str(scale)).glob("[0-9]*.json"))
+    """The shards of a scale that have their manifest. Raises OSError for a folder that cannot be read."""
+    try:
+        names = os.listdir(folder / str(scale))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name[:-5]) for name in names if SHARD_FILE.fullmatch(name) and name.endswith(".json"))
 
 
 def read_manifests(folder: Path) -> list[ShardManifest]:
@@ -157,19 +185,22 @@ def quarantine_bytes(paths: dict[int, str], manifests: list[ShardManifest]) -> b
     return text.getvalue().encode()
 
 
-NAMES = re.compile(r"(set\.json|rows\.parquet|quarantine\.csv|[1-9]\d*/\d{6,}\.(tar|idx|json))")
-"""Files of a set beside SHA256SUMS, relative to it."""
+PLAN = ("set.json", "rows.parquet", "quarantine.csv")
 
 WORKING = re.compile(r"lease(-\d+-of-\d+)?\.json")
 """There only while somebody writes into the set; see `lease`."""
 
 TEMPORARIES = re.compile(
-    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|\d{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
+    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )
 
 
 RELABELLING = "SHA256SUMS.relabelling"
 """Takes the place of SHA256SUMS while labels are replaced; see `relabel.write_labels`."""
+
+
+UNFINISHED = "SHA256SUMS.unfinished"
+"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""
 
 
 def check_labels_settled(folder: Path) -> None:
@@ -189,13 +220,23 @@ def is_temporary(path: Path) -> bool:
 def is_foreign(path: Path) -> bool:
     """Is this no file that a build killed before its plan was whole may have left in the folder of its set?"""
     ours = is_temporary(path) or WORKING.fullmatch(path.name) or path.name == "rows.parquet"
-    return not (ours or (path.is_dir() and path.name.isdecimal()))
+    return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file below `folder` but its sums and leases, as sorted paths relative to it."""
-    paths = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in paths if path not in ("SHA256SUMS", RELABELLING) and not WORKING.fullmatch(path))
+    """Whatever is in the folder of a set and in the folders there, but sums and leases; sorted, relative to it.
+
+    An empty folder ends with a slash. Raises OSError for a folder that cannot be read.
+    """
+    names: list[str] = []
+    for name in os.listdir(folder):
+        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or WORKING.fullmatch(name):
+            continue
+        if (folder / name).is_dir():
+            names += [f"{name}/{inner}" for inner in os.listdir(folder / name)] or [f"{name}/"]
+        else:
+            names.append(name)
+    return sorted(names)
 
 
 def sums_bytes(sums: dict[str, str]) -> bytes:
@@ -204,11 +245,43 @@ def sums_bytes(sums: dict[str, str]) -> bytes:
 
 
 def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
-    """SHA256SUMS of every other file of the set. Tars were hashed when they were written."""
-    known = {str(shard_path(folder, m.scale, m.shard, "tar").relative_to(folder)): m.sha256 for m in manifests}
-    names = [name for name in files_in(folder) if NAMES.fullmatch(name)]
-    sums = {name: known.get(name) or sha256(folder / name) for name in names}
+    """SHA256SUMS of the plan and of the shards of these manifests.
+
+    A tar was hashed when it was written, and what was signed before this build keeps its hash: damage stays visible.
+    Raises ShardError if a tar or index is missing.
+    """
+    known = {shard_name(m.scale, m.shard, "tar"): m.sha256 for m in manifests}
+    if (folder / UNFINISHED).exists():
+        known |= parse_sums((folder / UNFINISHED).read_bytes())[0]
+    names = [shard_name(m.scale, m.shard, suffix) for m in manifests for suffix in ("tar", "idx", "json")]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ShardError(
+                f"{folder / name} is missing: run the same `cxrfast shard` command again to build it again"
+            )
+    sums = {name: known.get(name) or sha256(folder / name) for name in (*names, *PLAN)}
     write_bytes(folder / "SHA256SUMS", sums_bytes(sums))
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
+    """Mark a finished set as unfinished; the hashes of its shards are kept, but for those of the files `rebuilt`.
+
+    Raises ShardError if the plan is not what was signed.
+    """
+    earlier = folder / (UNFINISHED if (folder / UNFINISHED).exists() else "SHA256SUMS")
+    if not earlier.exists():
+        return
+    sums, wrong = parse_sums(earlier.read_bytes())
+    damaged = [name for name in sums if name in PLAN and sha256(folder / name) != sums[name]]
+    if wrong and earlier.name == "SHA256SUMS":
+        damaged.append(earlier.name)
+    if damaged:
+        raise ShardError(f"{folder / damaged[0]} is damaged: mend it first, with `cxrfast verify --repair {folder}`")
+    leave = {*PLAN, *rebuilt}
+    kept = {name: digest for name, digest in sums.items() if name not in leave}
+    write_bytes(folder / UNFINISHED, sums_bytes(kept))
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
 
 
 def read_sums(folder: Path, name: str = "SHA256SUMS") -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Other labels for the images of a shard set, from a table keyed by image or by study.
+"""Other labels for the images of a shard set, from a table keyed by image, study or path.
 
 In: a set's rows.parquet and set.json, and a CSV, TSV or Parquet table. Out: the same two files and SHA256SUMS with the
 table's labels in place of all former ones. Never touched: tars, manifests, folds, reference columns and the set id.
 """
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -13,21 +14,22 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, sync_folder, write_bytes
-from cxrfast.labels import MIMIC
+from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.progress import progress
 from cxrfast.shards.columns import columns_of, filled, raw_labels, read_table
 from cxrfast.shards.lease import Lease
 from cxrfast.shards.manifest import RELABELLING, SetInfo, is_temporary, read_set, read_sums, sums_bytes
+from cxrfast.shards.match import BY, alike, match_ids, shared_tail
 from cxrfast.shards.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.tree import Tree
 
-KEYS = {"imageid": "image_id", "dicomid": "image_id", "imageindex": "image_id", "studyid": "study_id"}
+KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
 """Column of the set by the plain name (see `_plain`) of the table's column that holds its ids."""
 
 NO_LABELS = {
     *("subjectid", "patientid", "sex", "patientsex", "patientgender", "age", "patientage", "followup"),
-    *("path", "split", "view", "viewposition", "frontallateral", "appa", "studydate", "studytime"),
-    *("row", "rows", "columns", "bytes", "height", "width", "fold", "block", "indexlevel0"),
+    *("split", "view", "viewposition", "frontallateral", "appa", "studydate", "studytime"),
+    *("row", "rows", "columns", "bytes", "height", "width", "fold", "block", "index", "indexlevel0"),
 }
 """Plain names of columns that tables of this field hold beside their ids and labels."""
 
@@ -44,13 +46,17 @@ class Relabelled:
     key: str
     """The table's column by which lines and images were matched."""
     by: str
-    """What it holds: image_id or study_id."""
+    """What it holds: image_id, study_id or path."""
+    tail: int
+    """If it holds paths: how many parts at their ends were compared."""
     matched: int
     """Images with a line in the table; the others are blank now."""
     labelled: int
     """Images with at least one label that is not blank."""
     unmatched: pd.DataFrame
-    """A line an id that only one side knows, sorted: image_id or study_id, only_in (set or table), images of the set."""
+    """A line an id that only one side knows, sorted: what `by` says, only_in (set or table), images of the set."""
+    left: list[str]
+    """Columns of the table that may be labels, too, and were not taken."""
 
 
 def relabel(
@@ -64,28 +70,39 @@ def relabel(
 ) -> Relabelled:
     """Replace all labels of the set by those of `table`: a local path or an fsspec URL of a .csv, .tsv (.gz) or .parquet.
 
-    `labels`: columns to take; default: all but those of ids and bookkeeping. `key`: the column of image or study ids;
-    default: by its name. `unmatched`: a CSV file for the ids that only one side knows. Images that the table does not
+    `labels`: columns to take; default: those of the set's labels and of MIMIC's fourteen, or if there are none all but
+    those of ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a CSV file for the ids that only one side knows. Images that the table does not
     list become blank. Raises ShardError, with nothing written, for a table that is not of this set or holds other
     values than 1, 0, -1 and blank. A run killed at any instant is finished by the same call.
     """
     folder = Path(folder)
-    images = read_set(folder).images
-    if unmatched is not None and Path(unmatched).resolve().is_relative_to(folder.resolve()):
-        raise ShardError(f"--unmatched {unmatched} lies in the set {folder}: choose a file outside of it")
-    found = read_labels(str(table), labels, key)
-    with Lease(folder), progress("relabelling", images, quiet=quiet) as advance:
+    info = read_set(folder)
+    if unmatched is not None:
+        _check_target(Path(unmatched), folder)
+    found = read_labels(str(table), labels, key, info.labels)
+    with Lease(folder), progress("relabelling", info.images, quiet=quiet) as advance:
         result = _replace_labels(folder, found, unmatched)
-        advance(images)
+        advance(info.images)
     return result
+
+
+def _check_target(unmatched: Path, folder: Path) -> None:
+    """Raises ShardError for a file that must not or cannot be written."""
+    if unmatched.resolve().is_relative_to(folder.resolve()):
+        raise ShardError(f"--unmatched {unmatched} lies in the set {folder}: choose a file outside of it")
+    if unmatched.is_dir():
+        raise ShardError(f"--unmatched {unmatched} is a folder: name a file")
+    if not os.access(unmatched.parent, os.W_OK | os.X_OK):
+        raise ShardError(f"--unmatched {unmatched}: there is no folder {unmatched.parent} that can be written into")
 
 
 def _replace_labels(folder: Path, found: "Labels", unmatched: Path | None) -> Relabelled:
     _check_undamaged(folder)
     info, rows = read_set(folder), read_rows(folder / "rows.parquet", relabelling=True)
-    rows = rows.astype({"image_id": object, "study_id": object})  # pandas looks Arrow's text up ten times more slowly
+    rows = rows.astype(dict.fromkeys(BY, object))  # pandas looks Arrow's text up ten times more slowly
     by = found.by or most_known(found, rows)
-    known, ids = rows[by], match_ids(found, rows[by])
+    known, tail = rows[by], tail_by(found, rows, by)
+    ids = match_ids(found.ids, known, tail, f"{found.key} of {found.table}")
     if not ids.isin(known).any():
         raise ShardError(
             f"no {found.key} of {found.table} is in {folder} (the table's are like {ids.iloc[0]!r}, the {by}s of the set "
@@ -95,7 +112,7 @@ def _replace_labels(folder: Path, found: "Labels", unmatched: Path | None) -> Re
     if unmatched is not None:
         write_bytes(Path(unmatched), strangers.to_csv(index=False, lineterminator="\n").encode())
     values = found.values.set_axis(pd.Index(ids)).reindex(known).set_axis(rows.index)
-    info, before = replace(info, labels=found.values.columns.tolist()), label_names(rows)
+    before, info = label_names(rows), replace(info, labels=found.values.columns.tolist(), labels_from=found.source)
     write_labels(folder, info, pd.concat([rows[list(COLUMNS)], values, rows[list(reference_names(rows))]], axis=1))
     return Relabelled(
         info=info,
@@ -103,10 +120,26 @@ def _replace_labels(folder: Path, found: "Labels", unmatched: Path | None) -> Re
         table=found.table,
         key=found.key,
         by=by,
+        tail=tail,
         matched=int(known.isin(ids).sum()),
         labelled=int(values.notna().any(axis=1).sum()),
         unmatched=strangers,
+        left=found.left,
     )
+
+
+def tail_by(found: "Labels", rows: pd.DataFrame, by: str) -> int:
+    """`match.shared_tail` if the set's column `by` is that of paths, else 0."""
+    return shared_tail(found.ids, rows[by]) if by == "path" else 0
+
+
+def most_known(found: "Labels", rows: pd.DataFrame) -> str:
+    """Of `match.BY`, the column of the set that holds most of the table's ids."""
+
+    def count(by: str) -> int:
+        return int(alike(found.ids, rows[by], tail_by(found, rows, by), found.table).isin(rows[by]).sum())
+
+    return max(BY, key=count)
 
 
 # The table
@@ -117,32 +150,51 @@ class Labels:
     """What a table says."""
 
     table: str
+    source: str
+    """Its file name and the sha256 of its bytes, as set.json names it."""
     key: str
     """Its column of ids."""
     by: str | None
-    """The column of the set that `key` is by its name, image_id or study_id; None where the name does not tell."""
+    """The column of the set that `key` is by its name, one of `match.BY`; None where the name does not tell."""
     ids: pd.Series
     """Text, as the table writes them."""
     values: pd.DataFrame
     """float32, a column a label: 1, 0, -1 or NaN; lines as in `ids`."""
+    left: list[str]
+    """Columns that may be labels, too, and were not taken."""
 
 
-def read_labels(table: str, asked: list[str] | None, key: str | None) -> Labels:
-    """Ids and labels of a table. Raises ShardError for whatever is wrong with it."""
+class Fetched(Tree):
+    """A tree that reads each file once: a table's columns are looked at, then some of them are read, then it is hashed."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self._bytes: dict[str, bytes] = {}
+
+    def read(self, path: str) -> bytes:
+        if path not in self._bytes:
+            self._bytes[path] = super().read(path)
+        return self._bytes[path]
+
+
+def read_labels(table: str, asked: list[str] | None, key: str | None, present: list[str]) -> Labels:
+    """Ids and labels of a table; `present`: the set's labels. Raises ShardError for whatever is wrong with it."""
     head, chain, rest = table.partition("::")  # zip://labels.csv::archive.zip
     folder, slash, name = head.rpartition("/")
-    tree = Tree(folder + slash + chain + rest)
+    tree = Fetched(folder + slash + chain + rest or ".")
     columns = columns_of(tree, name)
     key, by = find_key(columns, table, key)
-    labels = find_labels(columns, table, key, asked)
-    lines = read_table(tree, name, [key, *labels])
+    labels, left = find_labels(columns, table, key, asked, present)
+    lines = read_table(tree, name, [key, *labels.values()])
     if lines.empty:
         raise ShardError(f"{table} holds no lines: give a table of ids and labels")
     try:
-        values = pd.DataFrame({label: raw_labels(lines[label], table) for label in labels})
+        values = pd.DataFrame({label: raw_labels(lines[column], table) for label, column in labels.items()})
     except ShardError as error:
         raise ShardError(f"{error}; choose the columns that are labels with --label, once for each") from None
-    return Labels(table=table, key=key, by=by, ids=filled(lines[key], table), values=values)
+    source = f"{name} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
+    ids = filled(lines[key], table)
+    return Labels(table=table, source=source, key=key, by=by, ids=ids, values=values, left=left)
 
 
 def _plain(name: str) -> str:
@@ -154,72 +206,53 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
     """The table's column of ids, and the set's column that it holds by its name. Raises ShardError where it is not clear."""
     known = [name for name in columns if _plain(name) in KEYS]
     if key is None:
+        known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables of ids may tell paths, too
         if len(known) != 1:
             what = f"has the id columns {', '.join(known)}" if known else f"has no id column ({', '.join(columns)})"
-            raise ShardError(f"{table} {what}: name that of image or study ids with --key COLUMN")
+            raise ShardError(f"{table} {what}: name that of image ids, study ids or paths with --key COLUMN")
         key = known[0]
     if key not in columns:
         raise ShardError(f"{table} has no column {key!r} (--key): its columns are {', '.join(columns)}")
     return key, KEYS.get(_plain(key))
 
 
-def find_labels(columns: list[str], table: str, key: str, asked: list[str] | None) -> list[str]:
-    """The columns that are labels: in MIMIC's order if they are its fourteen, else in the table's.
+def find_labels(
+    columns: list[str], table: str, key: str, asked: list[str] | None, present: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """{label: its column}, in MIMIC's order if they are its fourteen, else in the table's; and the columns left.
 
     Raises ShardError for one that is absent, or that a rows table cannot hold as a label.
     """
-    if absent := [name for name in asked or () if name not in columns]:
+    labels = {_label_of(name, columns): name for name in columns}
+    if absent := [name for name in asked or () if name not in columns and name not in labels]:
         raise ShardError(f"{table} has no column {absent[0]!r} (--label): its columns are {', '.join(columns)}")
-    ignored = {"", key, *(name for name in columns if _plain(name) in NO_LABELS | KEYS.keys())}
-    names = [name for name in columns if (name in asked if asked else name not in ignored)]
-    if not names:
+    if asked:
+        taken = {label: name for label, name in labels.items() if label in asked or name in asked}
+        likely = taken
+    else:
+        likely = {label: name for label, name in labels.items() if name != key and not _is_bookkeeping(name)}
+        taken = {label: name for label, name in likely.items() if label in MIMIC or label in present} or likely
+    if not taken:
         raise ShardError(f"{table} has no label columns ({', '.join(columns)}): name them with --label COLUMN")
-    for name in names:
-        if name in COLUMNS or name == key or name.startswith(REFERENCE):
+    for label, name in taken.items():
+        if label in COLUMNS or name == key or label.startswith(REFERENCE):
             raise ShardError(
                 f"{name!r} of {table} cannot be a label, the name means something else in a set: rename it"
             )
-    return list(MIMIC) if set(names) == set(MIMIC) else names
+    if set(taken) == set(MIMIC):
+        taken = {label: taken[label] for label in MIMIC}
+    return taken, [name for label, name in likely.items() if label not in taken]
 
 
-# Ids
+def _label_of(name: str, columns: list[str]) -> str:
+    """A column's name, or the present one of a finding that was renamed."""
+    now = EARLIER.get(name, name)
+    return name if now in columns else now
 
 
-def most_known(found: Labels, rows: pd.DataFrame) -> str:
-    """Of image_id and study_id, the column of the set that holds more of the table's ids."""
-    ids = {by: rows[by] for by in ("image_id", "study_id")}
-    return max(ids, key=lambda by: int(_like(found, ids[by]).isin(ids[by]).sum()))
-
-
-def match_ids(found: Labels, known: pd.Series) -> pd.Series:
-    """The table's ids as the set writes them. Raises ShardError for ids that are listed twice or lack their zeros."""
-    ids = _like(found, known)
-    if repeated := ids[ids.duplicated()].drop_duplicates().tolist():
-        more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
-        raise ShardError(
-            f"{found.table} lists {found.key} {', '.join(repeated[:3])}{more} more than once: keep one line for each"
-        )
-    here, there = ids[~ids.isin(known)], known[~known.isin(ids)].dropna()
-    bare = there.str.lstrip("0")
-    apart = here[here.str.lstrip("0").isin(bare)]
-    if len(apart):
-        whole = there[bare == apart.iloc[0].lstrip("0")].iloc[0]
-        raise ShardError(
-            f"{len(apart):,} ids of {found.table} differ from the set's in leading zeros alone ({apart.iloc[0]} is {whole} "
-            f"there): write {found.key} as text, with its zeros"
-        )
-    return ids
-
-
-def _like(found: Labels, known: pd.Series) -> pd.Series:
-    """Ids as the set may write them: 50000014.0 is study 50000014, unless the set says 50000014.0 itself."""
-    bare = found.ids.str.strip().str.replace(r"(?<=\d)\.0+$", "", regex=True)
-    if (found.ids.ne(bare) & bare.str.len().gt(15)).any():  # more digits than a float64 holds
-        raise ShardError(
-            f"{found.table} holds floating-point numbers too long for ids in {found.key}: write them as text"
-        )
-    exact = found.ids.astype(object)
-    return exact.where(exact.isin(known), bare.astype(object))
+def _is_bookkeeping(name: str) -> bool:
+    plain = _plain(name)
+    return not name.strip() or plain in NO_LABELS or plain in KEYS or plain.startswith("unnamed")
 
 
 def _strangers(ids: pd.Series, known: pd.Series) -> pd.DataFrame:
@@ -278,17 +311,25 @@ def write_labels(folder: Path, info: SetInfo, rows: pd.DataFrame) -> None:
 def describe(result: Relabelled, folder: Path, shown: int = 20) -> str:
     """What a person wants to know after a relabelling."""
     info = result.info
-    one, many = ("image", "images") if result.by == "image_id" else ("study", "studies")
+    one, many = ("study", "studies") if result.by == "study_id" else ("image", "images")
+    how = f"{result.key} (by the last {result.tail} parts of each path)" if result.by == "path" else result.key
     gone = [name for name in result.before if name not in info.labels]
     lines = [
-        f"{result.matched:,} of {info.images:,} images found in {result.table} by {result.key}, "
+        f"{result.matched:,} of {info.images:,} images found in {result.table} by {how}, "
         f"{result.labelled:,} have a label",
         f"labels: {', '.join(info.labels)}" + (f" (gone: {', '.join(gone)})" if gone else ""),
     ]
+    if result.left:
+        lines.append(f"not taken: {', '.join(result.left)} (name them with --label)")
     for side, where in (("set", "in the set alone, blank now"), ("table", "in the table alone")):
         ids = result.unmatched.loc[result.unmatched["only_in"] == side, result.by].tolist()
         if ids:
             more = f" and {len(ids) - shown:,} more (--unmatched FILE lists all)" if len(ids) > shown else ""
             lines.append(f"{where}: {len(ids):,} {many if len(ids) > 1 else one}: {', '.join(ids[:shown])}{more}")
     lines.append(f"set {info.id} in {folder}: relabelled; runs keep the labels that they were trained on")
+    if 2 * (blank := info.images - result.labelled) > info.images:
+        lines.append(
+            f"warning: {blank:,} of {info.images:,} images have no label now and are left out of training: "
+            "is this the table of these images?"
+        )
     return "\n".join(lines)

@@ -9,9 +9,12 @@ import csv
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256 as new_sha256
 from pathlib import Path
 from tarfile import TarError
+
+import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, temporary_name, write_bytes
@@ -27,12 +30,17 @@ from cxrfast.shards.tar import read_contents
 from cxrfast.shards.todo import Plan, Todo, make_task
 from cxrfast.shards.tree import Tree
 from cxrfast.shards.verify import Problem, verify
-from cxrfast.shards.workers import run_here
+from cxrfast.shards.workers import run_here, start_pool
 
 WORKSHOP = "repair.tmp"
 """Folder in the set where broken shards are built again."""
 
 ASK = "give the source tree with --data"
+
+OTHER_BYTES = (
+    "built again, it has other bytes (a source image, a label or a library has changed since): restore it from a copy, "
+    "or keep the new ones with --accept-new-bytes"
+)
 
 
 @dataclass(kw_only=True)
@@ -55,12 +63,24 @@ class Repair:
         """Has the file the hash that SHA256SUMS gives?"""
         return name in self.sums and name not in self.suspects
 
+    def may_be_good(self, name: str) -> bool:
+        """Does SHA256SUMS at least not say otherwise? It may have lost the line."""
+        return name not in self.sums or self.is_good(name)
+
     def put(self, name: str, data: bytes, how: str) -> None:
-        """Write a file whose right bytes are known, if it has others."""
+        """Write a file made again, if it differs; but not one that contradicts SHA256SUMS."""
         path = self.folder / name
-        if not path.is_file() or path.read_bytes() != data:
+        try:
+            if path.is_file() and path.read_bytes() == data:
+                return
+            if not self.accept and name in self.sums and new_sha256(data).hexdigest() != self.sums[name]:
+                self.failed[name] = "made again, it is not what SHA256SUMS says: restore it from a copy"
+                return
             write_bytes(path, data)
-            self.done.append(Problem(name, how))
+        except OSError as error:
+            self.failed[name] = f"cannot be written ({error.strerror}): move what is there away"
+            return
+        self.done.append(Problem(name, how))
 
     def report(self) -> list[str]:
         """A line a file."""
@@ -83,6 +103,7 @@ def repair(
     """
     folder = Path(folder).absolute()
     before = verify(folder, quiet=quiet)
+    shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
     sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
     suspects = {problem.path for problem in before.problems}
     work = Repair(folder=folder, tree=tree, accept=accept_new_bytes, sums=sums, suspects=suspects)
@@ -98,8 +119,7 @@ def repair(
 
 
 def _clear(work: Repair) -> None:
-    """Remove what killed builds and repairs left."""
-    shutil.rmtree(work.folder / WORKSHOP, ignore_errors=True)
+    """Remove what killed builds left."""
     for name in sorted(work.suspects):
         if manifest.is_temporary(work.folder / name) and (work.folder / name).is_file():
             (work.folder / name).unlink()
@@ -112,19 +132,23 @@ def _clear(work: Repair) -> None:
 def _restore_plan(work: Repair) -> Plan | None:
     """The plan, mended; None where that cannot be done."""
     path = work.folder / "rows.parquet"
-    if work.is_good(path.name) or is_as_written(path):
+    if work.is_good(path.name):
         info = read_info(path)
         work.put("set.json", info.to_bytes(), "restored from its copy in rows.parquet")
         return Plan(tree=work.tree, out=work.folder, info=info, rows=read_rows(path))
-    if not work.is_good("set.json"):
-        work.failed.update({name: "set.json and rows.parquet are both damaged" for name in ("set.json", path.name)})
+    try:
+        if not work.may_be_good("set.json"):
+            raise ShardError("set.json and rows.parquet are both damaged")
+        info = read_set(work.folder)
+    except ShardError as error:
+        work.failed.update({name: str(error) for name in ("set.json", path.name)})
         return None
-    info = read_set(work.folder)
-    why = _plan_again(work, info)
-    if why:
-        work.failed[path.name] = why
-        return None
-    return Plan(tree=work.tree, out=work.folder, info=info, rows=read_rows(path))
+    if not (is_as_written(path) and read_info(path) == info):  # else it is its line that is wrong
+        why = _plan_again(work, info)
+        if why:
+            work.failed[path.name] = why
+            return None
+    return Plan(tree=work.tree, out=work.folder, info=read_set(work.folder), rows=read_rows(path))
 
 
 def _plan_again(work: Repair, info: SetInfo) -> str:
@@ -132,13 +156,14 @@ def _plan_again(work: Repair, info: SetInfo) -> str:
     if not work.tree:
         return f"{ASK}, to plan it again"
     path = work.folder / "rows.parquet"
-    listed = read_source(info.source, work.tree, info.source_options)
-    rows = plan_rows(listed.images, listed.labels, info.seed)
+    labels, rows = _rows_of_source(work.tree, info)
     if set_id(rows, info.recipe) != info.id:
         return f"the tables in {work.tree} list other images than the set was planned from"
     rows["bytes"] = work.tree.sizes(rows["path"].tolist(), True)
     reasons = {int(row): why for m in _readable(work, info) for row, why in m.quarantined.items()}
     rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # perhaps downloaded since
+    if work.accept:
+        info = replace(info, labels=labels, labels_from="")
     new = temporary_name(path)
     try:
         write_rows(new, rows, info)
@@ -151,7 +176,14 @@ def _plan_again(work: Repair, info: SetInfo) -> str:
     finally:
         new.unlink(missing_ok=True)
     work.done.append(Problem(path.name, "planned again from the source's tables"))
+    work.put("set.json", info.to_bytes(), "has the labels of the source's tables again")
     return ""
+
+
+def _rows_of_source(tree: Tree, info: SetInfo) -> tuple[list[str], pd.DataFrame]:
+    """Labels and rows as the source's tables give them; `bytes` is 0."""
+    listed = read_source(info.source, tree, info.source_options)
+    return list(listed.labels), plan_rows(listed.images, listed.labels, info.seed)
 
 
 # Shards
@@ -162,26 +194,28 @@ def _restore_shards(work: Repair, plan: Plan, workers: int, quiet: bool) -> list
     names = {name for name in (*work.sums, *manifest.files_in(work.folder)) if manifest.NAMES.fullmatch(name)}
     shards = sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
     rebuild: dict[tuple[int, int], ShardManifest | None] = {}
-    manifests = []
+    manifests: list[ShardManifest | None] = []
     for scale, shard in shards:
         files = _names(scale, shard)
         if all(map(work.is_good, files)):
             manifests.append(read_manifest(work.folder, scale, shard))
-            continue
-        if shard >= plan.info.shards:
-            continue  # nothing of this set
-        old = _manifest(work, plan.info, scale, shard)
-        mended = _derive(work, plan.info, scale, shard, old)
-        if mended:
-            manifests.append(mended)
-        else:
-            rebuild[scale, shard] = old
+        elif shard < plan.info.shards and (
+            sum(name in work.sums for name in files) > 1 or _manifest(work, plan.info, scale, shard)
+        ):  # one line alone is a damaged one
+            old = _manifest(work, plan.info, scale, shard)
+            try:
+                if mended := _derive(work, plan, scale, shard, old):
+                    manifests.append(mended)
+                else:
+                    rebuild[scale, shard] = old
+            except (ShardError, OSError) as error:
+                work.failed[files[0]] = str(error)
     manifests += _build_again(work, plan, rebuild, workers, quiet)
     return [m for m in manifests if m]
 
 
 def _names(scale: int, shard: int) -> list[str]:
-    return [f"{scale}/{shard:06d}.{suffix}" for suffix in ("tar", "idx", "json")]
+    return [manifest.shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
 
 
 def _manifest(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
@@ -200,8 +234,8 @@ def _readable(work: Repair, info: SetInfo) -> Iterable[ShardManifest]:
                 yield m
 
 
-def _derive(work: Repair, info: SetInfo, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
-    """Index and manifest from the tar; None if the tar itself is broken."""
+def _derive(work: Repair, plan: Plan, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
+    """Index and manifest from the tar; None if the tar itself is broken or holds other images."""
     tar = shard_path(work.folder, scale, shard, "tar")
     name, index, text = _names(scale, shard)
     if not tar.is_file():
@@ -211,10 +245,14 @@ def _derive(work: Repair, info: SetInfo, scale: int, shard: int, old: ShardManif
         return None
     try:
         contents = read_contents(tar)
-    except (TarError, ValueError, KeyError, AttributeError) as error:
-        raise ShardError(f"{tar} has the hash that it should have and cannot be read ({error})") from error
+    except (TarError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    quarantined = _quarantined(work, plan.info, scale, shard)
+    rows = [row for row in plan.info.rows_of(shard) if str(row) not in quarantined]
+    if contents.rows != rows or contents.image_ids != plan.rows["image_id"].iloc[rows].tolist():
+        return None
     made = ShardManifest(
-        set=info.id,
+        set=plan.info.id,
         scale=scale,
         shard=shard,
         sha256=digest,
@@ -222,7 +260,7 @@ def _derive(work: Repair, info: SetInfo, scale: int, shard: int, old: ShardManif
         rows=contents.rows,
         crc32=contents.crc32,
         sizes=contents.sizes,
-        quarantined=_quarantined(work, info, scale, shard),
+        quarantined=quarantined,
     )
     work.put(index, contents.index, "made again from its tar")
     work.put(text, made.to_json().encode(), "made again from its tar")
@@ -232,17 +270,16 @@ def _derive(work: Repair, info: SetInfo, scale: int, shard: int, old: ShardManif
 def _quarantined(work: Repair, info: SetInfo, scale: int, shard: int) -> dict[str, str]:
     """Rows of a shard that were left out and why: by a manifest that is as it was written, else by quarantine.csv."""
     for other in (scale, *manifest.scales_in(work.folder)):
-        if work.is_good(_names(other, shard)[2]) and (m := read_manifest(work.folder, other, shard)):
+        if work.may_be_good(_names(other, shard)[2]) and (m := _manifest(work, info, other, shard)):
             return m.quarantined
-    rows = info.rows_of(shard)
-    try:
-        with open(work.folder / "quarantine.csv", newline="") as file:
-            return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if not work.may_be_good("quarantine.csv"):
         raise ShardError(
-            f"{work.folder}: neither a manifest of shard {shard} nor quarantine.csv says which rows were left out; "
-            f"delete the files of the shard and run the same `cxrfast shard` command again"
-        ) from error
+            f"neither a manifest of shard {shard} nor quarantine.csv says which rows were left out: delete the shard's "
+            "files at all scales and run the same `cxrfast shard` command again"
+        )
+    rows = info.rows_of(shard)
+    with open(work.folder / "quarantine.csv", newline="") as file:
+        return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
 
 
 def _build_again(
@@ -258,24 +295,50 @@ def _build_again(
     if not work.tree:
         work.failed.update({_names(*shard)[0]: f"{ASK}, to build it again" for shard in shards})
         return []
+    mended = _build_aside(work, plan, shards, workers, quiet)
+    differing = {shard: old for shard, old in shards.items() if work.failed.get(_names(*shard)[0]) == OTHER_BYTES}
+    if differing and plan.info.labels_from:  # the tars hold the labels of when they were built
+        rows = _rows_of_source(work.tree, plan.info)[1]
+        rows["bytes"] = plan.rows["bytes"]
+        earlier = Plan(tree=plan.tree, out=plan.out, info=plan.info, rows=rows)
+        for shard in differing:
+            del work.failed[_names(*shard)[0]]
+        mended += _build_aside(work, earlier, differing, workers, quiet)
+    return mended
+
+
+def _build_aside(
+    work: Repair,
+    plan: Plan,
+    shards: dict[tuple[int, int], ShardManifest | None],
+    workers: int,
+    quiet: bool,
+) -> list[ShardManifest]:
     workshop = work.folder / WORKSHOP
     aside = Plan(tree=plan.tree, out=workshop, info=plan.info, rows=plan.rows)
     todo = []
     for scale, shard in shards:
-        (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
-        rows, quarantined = plan.info.rows_of(shard), _quarantined(work, plan.info, scale, shard)
+        name = _names(scale, shard)[0]
+        try:
+            (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
+            rows, quarantined = plan.info.rows_of(shard), _quarantined(work, plan.info, scale, shard)
+        except (ShardError, OSError) as error:
+            work.failed[name] = str(error)
+            continue
         held = frozenset(row for row in rows if str(row) not in quarantined)
         todo.append(Todo(shard=shard, scales=[scale], rows=rows, quarantined=quarantined, held=held))
     mended = []
     try:
-        with progress("building again", sum(len(t.rows) for t in todo), quiet=quiet) as advance:
-            for task, error in run_here(
-                (make_task(aside, item) for item in todo), min(workers, len(todo)), lambda text: advance(0, text)
-            ):
+        with (
+            progress("building again", sum(len(t.rows) for t in todo), quiet=quiet) as advance,
+            start_pool(workers) as pool,
+        ):
+            tasks = (make_task(aside, item) for item in todo)
+            for task, failure in run_here(tasks, workers, lambda text: advance(0, text), pool):
                 advance(len(task.rows))
                 scale, shard = task.scales[0], task.shard
-                if error:
-                    work.failed[_names(scale, shard)[0]] = str(error)
+                if failure:
+                    work.failed[_names(scale, shard)[0]] = str(failure)
                 elif m := _move_in(work, scale, shard, shards[scale, shard]):
                     mended.append(m)
     finally:
@@ -288,16 +351,21 @@ def _move_in(work: Repair, scale: int, shard: int, old: ShardManifest | None) ->
     tar, index, text = _names(scale, shard)
     new = read_manifest(work.folder / WORKSHOP, scale, shard)
     assert new is not None  # it was built a moment ago
-    expected = {digest for digest in (work.sums.get(tar), old and old.sha256) if digest}
+    there = work.folder / tar
+    expected = {work.sums.get(tar), old and old.sha256, sha256(there) if there.is_file() else None}
     if new.sha256 not in expected and not work.accept:
-        work.failed[tar] = (
-            "built again, it has other bytes (a source image or a library has changed since): restore it from a copy, "
-            "or keep the new ones with --accept-new-bytes"
-        )
+        work.failed[tar] = OTHER_BYTES
         return None
-    (work.folder / text).unlink(missing_ok=True)  # the manifest says that a shard is whole: it leaves first, comes last
-    for name in (tar, index, text):
-        os.replace(work.folder / WORKSHOP / name, work.folder / name)
+    try:
+        (work.folder / text).unlink(
+            missing_ok=True
+        )  # a manifest means that its shard is whole: it leaves first, comes last
+        (work.folder / str(scale)).mkdir(exist_ok=True)
+        for name in (tar, index, text):
+            os.replace(work.folder / WORKSHOP / name, work.folder / name)
+    except OSError as error:
+        work.failed[tar] = f"cannot be replaced ({error.strerror}): move what is there away"
+        return None
     as_before = new.sha256 in expected
     how = "built again from the source" + ("" if as_before else ", with new bytes")
     work.done += [Problem(name, how) for name in (tar, index, text) if not (as_before and work.is_good(name))]
@@ -308,13 +376,20 @@ def _move_in(work: Repair, scale: int, shard: int, old: ShardManifest | None) ->
 
 
 def _restore_lists(work: Repair, plan: Plan, manifests: list[ShardManifest]) -> None:
-    """From what is whole now. A file that could not be mended keeps its line in SHA256SUMS."""
+    """From what is whole now. Whatever could not be mended keeps its line in SHA256SUMS; foreign files get none."""
     if not work.failed:
         paths = dict(zip(plan.rows["row"], plan.rows["path"], strict=True))
         work.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "made again from the manifests")
-    names = {name for name in manifest.files_in(work.folder) if manifest.NAMES.fullmatch(name)}
-    broken = {name for tar in work.failed for name in (tar, f"{tar[:-4]}.idx", f"{tar[:-4]}.json")}
+    whole = {*manifest.PLAN, *(name for m in manifests for name in _names(m.scale, m.shard))} - work.failed.keys()
     mended = {problem.path for problem in work.done}
-    sums = {name: digest for name, digest in work.sums.items() if name in broken or work.is_good(name)}
-    sums |= {name: sha256(work.folder / name) for name in names - broken if name in mended or name not in sums}
-    work.put("SHA256SUMS", manifest.sums_bytes(sums), "written anew")
+    broken = {*work.failed, *(f"{name[:-3]}{end}" for name in work.failed for end in ("tar", "idx", "json"))}
+    if work.failed:
+        broken.add("quarantine.csv")  # nobody knows what it should say
+    sums = {name: digest for name, digest in work.sums.items() if name in broken}
+    for name in sorted(whole - broken):
+        is_same = work.is_good(name) and name not in mended  # else the file is right, and its line was wrong
+        sums[name] = work.sums[name] if is_same else sha256(work.folder / name)
+    text = manifest.sums_bytes(sums)
+    if (work.folder / "SHA256SUMS").read_bytes() != text:
+        write_bytes(work.folder / "SHA256SUMS", text)
+        work.done.append(Problem("SHA256SUMS", "written anew"))

@@ -1,7 +1,6 @@
 """The rows table: one line an image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
 
 import io
-import json
 from pathlib import Path
 from typing import IO
 
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.manifest import SetInfo, check_labels_settled
+from cxrfast.shards.manifest import SetInfo, check_labels_settled, parse_set
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
@@ -63,8 +62,11 @@ def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
 
 
 def read_info(path: Path) -> SetInfo:
-    """The copy of set.json inside a sound rows table."""
-    return SetInfo(**json.loads(pq.read_schema(path).metadata[COPY]))
+    """The copy of set.json inside a rows table. Raises ShardError if there is none."""
+    try:
+        return parse_set(pq.read_schema(path).metadata[COPY], f"the copy of set.json in {path}")
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
 
 
 def is_as_written(path: Path) -> bool:
@@ -84,7 +86,7 @@ def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
     if not relabelling:
         check_labels_settled(path.parent)
     try:
-        rows = pq.read_table(path).to_pandas()
+        rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
     except FileNotFoundError:
         raise ShardError(
             f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"

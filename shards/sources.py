@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import CxrfastError, ShardError
-from cxrfast.labels import MIMIC
+from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.columns import filled, find_table, lines, pixels, raw_labels, read_table, tables_in
 from cxrfast.shards.listing import Source, checked
 from cxrfast.shards.rows import REFERENCE
@@ -93,11 +93,9 @@ def _radiologist(tree: Tree) -> pd.DataFrame:
     path = _mimic_path(tree, "test-set-labeled")
     if path is None:
         return pd.DataFrame(index=pd.Index([], dtype=object))
-    earlier = "Airspace Opacity"  # what this table still calls Lung Opacity
     what = "the radiologist's table of MIMIC-CXR-JPG 2.1.0"
-    labelled = read_table(tree, path, ["study_id"], what, optional=[*MIMIC, earlier])
-    if "Lung Opacity" not in labelled:
-        labelled = labelled.rename(columns={earlier: "Lung Opacity"})
+    labelled = read_table(tree, path, ["study_id"], what, optional=[*MIMIC, *EARLIER])
+    labelled = labelled.rename(columns={old: new for old, new in EARLIER.items() if new not in labelled})
     where = posixpath.join(str(tree), path)
     _once(filled(labelled["study_id"], where), where)
     found = [name for name in MIMIC if name in labelled]
@@ -378,6 +376,13 @@ def _check_options(name: str, function: Callable[..., Source], options: dict[str
         raise ShardError(f"{_flag(unknown[0])} is no option of source {name} (its options: {known})")
     if absent := [p.name for p in taken if p.default is kinds.empty and p.name in names and p.name not in options]:
         raise ShardError(f"source {name} needs {' and '.join(map(_flag, absent))}")
+
+
+def with_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a source, those that were not given with the values that they then have."""
+    function = SOURCES.get(name) or _imported(name)
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
+    return {**{key: value for key, value in defaults.items() if value is not inspect.Parameter.empty}, **options}
 
 
 def _flag(option: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.machine import usable_cores
-from cxrfast.progress import progress, size
+from cxrfast.progress import megabytes, progress, size
 from cxrfast.shards import manifest
 from cxrfast.shards.lease import leased
 from cxrfast.shards.manifest import SetInfo, is_temporary, parse_set, parse_sums
@@ -107,7 +107,7 @@ def stage(
                 target.remove("SHA256SUMS")  # from here on the set is known to be unfinished
             target.make_folders(sorted({name.partition("/")[0] for name in names if "/" in name}))
             with progress("staging", round(total / 1e6), unit="MB", quiet=quiet) as advance:
-                _copy_all(pool, origin, target, cargo, lacking, there, _counting(advance))
+                _copy_all(pool, origin, target, cargo, lacking, there, megabytes(advance))
         _write_sums(pool, target, cargo, known)
     return Staged(
         scales=cargo.scales,
@@ -236,7 +236,7 @@ def _lacking(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int],
         read = [name for name in read if not name.endswith((".tar", ".idx"))]
     total = sum(cargo.sizes[name] for name in read)
     with progress("comparing", round(total / 1e6), unit="MB", quiet=quiet or total < 1e6) as advance:
-        count = _counting(advance)
+        count = megabytes(advance)
 
         def is_right(name: str) -> bool:
             if there.get(name) != cargo.sizes[name]:
@@ -268,22 +268,6 @@ def _check_room(target: Place, needed: int) -> None:
 
 
 # Copying
-
-
-def _counting(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Bytes go in, from any thread; whole megabytes reach the progress bar."""
-    lock = threading.Lock()
-    done = shown = 0
-
-    def count(n: int) -> None:
-        nonlocal done, shown
-        with lock:
-            done += n
-            if step := round(done / 1e6) - shown:
-                shown += step
-                advance(step)
-
-    return count
 
 
 def _copy_all(

@@ -83,6 +83,7 @@ class Contents:
     index: bytes
     """Of its .idx file."""
     rows: list[int]
+    image_ids: list[str]
     crc32: list[int]
     sizes: list[list[int]]
 
@@ -91,6 +92,7 @@ def read_contents(path: Path) -> Contents:
     """Everything about a sound tar that its index and manifest repeat."""
     lines: list[str] = []
     rows: list[int] = []
+    image_ids: list[str] = []
     crc32: list[int] = []
     sizes: list[list[int]] = []
     with tarfile.open(path, "r:") as tar:
@@ -102,8 +104,10 @@ def read_contents(path: Path) -> Contents:
             data, meta = (tar.extractfile(m).read() for m in (image, text))  # type: ignore[union-attr]
             rows.append(int(Path(image.name).stem))
             crc32.append(zlib.crc32(data))
-            sizes.append([json.loads(meta)[side] for side in ("height", "width")])
-    return Contents(index=index_bytes(lines), rows=rows, crc32=crc32, sizes=sizes)
+            values = json.loads(meta)
+            image_ids.append(values["image_id"])
+            sizes.append([values["height"], values["width"]])
+    return Contents(index=index_bytes(lines), rows=rows, image_ids=image_ids, crc32=crc32, sizes=sizes)
 
 
 def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.images import BadImage, Reason, at_scales, decode, encode
-from cxrfast.shards.manifest import ShardManifest
+from cxrfast.shards.manifest import ShardManifest, shard_path
 from cxrfast.shards.tar import TarWriter
 from cxrfast.shards.tree import Tree
 
@@ -84,8 +85,10 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             meta = meta_json(image, *source.shape)
             for scale, picture in at_scales(source, task.scales, task.resize).items():
                 writers[scale].add(image.row, encode(picture, task.quality), meta)
-        for scale, writer in writers.items():
-            digest, length = writer.close()
+        for scale in task.scales:  # one that is replaced is not whole for a while, at any scale
+            shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
+        closed = {scale: writer.close() for scale, writer in writers.items()}
+        for scale, (digest, length) in closed.items():
             ShardManifest(
                 set=task.set,
                 scale=scale,
@@ -93,7 +96,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                 sha256=digest,
                 bytes=length,
                 rows=rows,
-                crc32=writer.crc32,
+                crc32=writers[scale].crc32,
                 sizes=sizes,
                 quarantined=quarantined,
             ).write(task.out)
@@ -131,6 +134,7 @@ def read(task: Task, image: Image) -> bytes:
 
 def start_worker() -> None:
     """What a worker process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cxrfast.errors import ShardError
 from cxrfast.shards import manifest
-from cxrfast.shards.manifest import SetInfo, read_manifest
+from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, shard_path
 from cxrfast.shards.rows import label_names
 from cxrfast.shards.task import Image, Task
 from cxrfast.shards.tree import Tree
@@ -37,13 +38,18 @@ class Todo:
     """Rows that an earlier scale holds; None if there is no earlier scale."""
 
 
-def find_todo(plan: Plan, scales: list[int], numbers: range) -> list[Todo]:
-    """What is left to build. An earlier scale of the same shard says which rows to leave out."""
+def find_todo(plan: Plan, scales: list[int], numbers: range, retry: bool = False) -> list[Todo]:
+    """What is left to build. An earlier scale of the same shard says which rows to leave out.
+
+    With `retry`, shards with rows that were left out are to be built again at every scale that they have.
+    Raises ShardError for a shard of another set.
+    """
     present = manifest.scales_in(plan.out) if plan.out.is_dir() else []
     todo = []
     for shard in numbers:
-        there = {scale: m for scale in present if (m := read_manifest(plan.out, scale, shard))}
-        wanted = [scale for scale in scales if scale not in there]
+        there = {scale: m for scale in present if (m := whole_shard(plan, scale, shard))}
+        again = retry and any(m.quarantined for m in there.values())
+        wanted = sorted({*scales, *there}) if again else [scale for scale in scales if scale not in there]
         earlier = next(iter(there.values()), None)
         if wanted:
             todo.append(
@@ -51,11 +57,23 @@ def find_todo(plan: Plan, scales: list[int], numbers: range) -> list[Todo]:
                     shard=shard,
                     scales=wanted,
                     rows=plan.info.rows_of(shard),
-                    quarantined=earlier.quarantined if earlier else {},
+                    quarantined=earlier.quarantined if earlier and not again else {},
                     held=frozenset(earlier.rows) if earlier else None,
                 )
             )
     return todo
+
+
+def whole_shard(plan: Plan, scale: int, shard: int) -> ShardManifest | None:
+    """The manifest of a shard whose three files are there. Raises ShardError if it is not this set's."""
+    m = read_manifest(plan.out, scale, shard)
+    if m and (m.set, m.scale, m.shard) != (plan.info.id, scale, shard):
+        raise ShardError(
+            f"{shard_path(plan.out, scale, shard, 'json')} belongs to shard {m.shard} at {m.scale} px of set {m.set}: "
+            "move what does not belong to this set out of its folder, then run this command again"
+        )
+    others = (shard_path(plan.out, scale, shard, suffix) for suffix in ("tar", "idx"))
+    return m if m and all(path.is_file() for path in others) else None
 
 
 def make_task(plan: Plan, todo: Todo, rows: list[int] | range | None = None) -> Task:

@@ -12,14 +12,24 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.machine import usable_cores
-from cxrfast.progress import progress
+from cxrfast.progress import megabytes, progress
 from cxrfast.shards import manifest
 from cxrfast.shards.images import BadImage, decode_grey
-from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, read_sums, shard_path
+from cxrfast.shards.manifest import (
+    SetInfo,
+    ShardManifest,
+    quarantine_bytes,
+    read_manifest,
+    read_manifests,
+    read_set,
+    read_sums,
+    shard_path,
+)
 from cxrfast.shards.plan import set_id
-from cxrfast.shards.rows import read_rows
-from cxrfast.shards.tar import read_index
+from cxrfast.shards.rows import label_names, read_info, read_rows
+from cxrfast.shards.tar import read_contents, read_index
 from cxrfast.shards.tree import Tree
+from cxrfast.splits import deal
 
 
 @dataclass(frozen=True)
@@ -54,26 +64,31 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     start = time.monotonic()
     problems += [Problem(name, "missing") for name in sorted(sums.keys() - there)]
     problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
-    problems += _changed(folder, {name: sums[name] for name in sorted(sums.keys() & there)}, quiet)
+    irregular = {name for name in sums.keys() & there if not (folder / name).is_file()}
+    problems += [Problem(name, "is no regular file") for name in sorted(irregular)]
+    problems += _changed(folder, {name: sums[name] for name in sorted((sums.keys() & there) - irregular)}, quiet)
     seconds = time.monotonic() - start
     info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
     held: dict[int, int] = {}
     quarantined: dict[int, int] = {}
-    if info and not problems:  # what follows reads files that are known to be as they were written
-        problems += _plan_problems(folder, info)
-        for scale in manifest.scales_in(folder):
-            manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
-            held[scale] = sum(len(m.rows) for m in manifests)
-            quarantined[scale] = sum(len(m.quarantined) for m in manifests)
-            problems += _misplaced(folder, scale, manifests, sums)
-            problems += _shard_problems(folder, info, manifests)
-            if deep:
-                problems += _image_problems(folder, manifests, quiet)
+    if info and not problems:  # what follows reads files that are known to be as they were signed
+        try:
+            problems += _plan_problems(folder, info)
+            for scale in manifest.scales_in(folder):
+                manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
+                held[scale] = sum(len(m.rows) for m in manifests)
+                quarantined[scale] = sum(len(m.quarantined) for m in manifests)
+                problems += _misplaced(folder, scale, manifests, sums)
+                problems += _shard_problems(folder, info, manifests)
+                if deep:
+                    problems += _image_problems(folder, manifests, quiet)
+        except ShardError as error:  # a file that makes no sense, and was signed so
+            problems.append(Problem(".", str(error)))
     return Verdict(
         info=info,
         rows=held,
         quarantined=max(quarantined.values(), default=0),
-        bytes=sum((folder / name).stat().st_size for name in there),
+        bytes=sum((folder / name).stat().st_size for name in there - irregular if name in sums),
         seconds=seconds,
         problems=problems,
     )
@@ -110,23 +125,37 @@ def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
 
 def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Problem]:
     """Files whose bytes are not those in SHA256SUMS. Threads: hashing releases the GIL."""
-    total = sum((folder / name).stat().st_size for name in sums)
-    with (
-        ThreadPoolExecutor(usable_cores()) as pool,
-        progress("hashing", round(total / 1e6), unit="MB", quiet=quiet) as advance,
-    ):
-        for name, digest in zip(sums, pool.map(lambda name: sha256(folder / name), sums), strict=True):
-            advance(round((folder / name).stat().st_size / 1e6))
-            if digest != sums[name]:
-                yield Problem(name, "its bytes have changed")
+
+    def look(name: str) -> str:
+        try:
+            return "" if sha256(folder / name) == sums[name] else "its bytes have changed"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    sizes = {name: (folder / name).stat().st_size for name in sums}
+    total = round(sum(sizes.values()) / 1e6)
+    with ThreadPoolExecutor(usable_cores()) as pool, progress("hashing", total, unit="MB", quiet=quiet) as advance:
+        count = megabytes(advance)
+        for name, what in zip(sums, pool.map(look, sums), strict=True):
+            count(sizes[name])
+            if what:
+                yield Problem(name, what)
 
 
 def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     rows = read_rows(folder / "rows.parquet")
+    fold, block = deal(rows["patient_id"].tolist(), info.seed)
+    paths = dict(zip(rows["row"], rows["path"], strict=True))
     if rows["row"].tolist() != list(range(info.images)):
         yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
     elif set_id(rows, info.recipe) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
+    elif (rows["fold"] != fold).any() or (rows["block"] != block).any():
+        yield Problem("rows.parquet", "deals patients to other folds than the seed in set.json does")
+    elif read_info(folder / "rows.parquet") != info or list(label_names(rows)) != info.labels:
+        yield Problem("set.json", "differs from its copy in rows.parquet, or from the labels there")
+    elif quarantine_bytes(paths, read_manifests(folder)) != (folder / "quarantine.csv").read_bytes():
+        yield Problem("quarantine.csv", "lists other rows than the manifests")
 
 
 def _misplaced(folder: Path, scale: int, manifests: list[ShardManifest], sums: dict[str, str]) -> Iterator[Problem]:
@@ -146,7 +175,9 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
         name = str(shard_path(folder, m.scale, m.shard, "json").relative_to(folder))
         planned = info.rows_of(number)
         if m.shard != number:
-            yield Problem(name, f"shard {number} is missing at {m.scale} px")
+            yield Problem(
+                name, f"shard {number} is missing at {m.scale} px: `cxrfast shard --scale {m.scale}` builds it"
+            )
             return
         if m.set != info.id:
             yield Problem(name, "belongs to another set")
@@ -155,26 +186,36 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
         other = read_manifest(folder, manifest.scales_in(folder)[0], m.shard)
         if other and other.rows != m.rows:
             yield Problem(name, f"holds other rows than at {other.scale} px")
-        if [row for row, *_ in read_index(folder, m.scale, m.shard)] != m.rows:
-            yield Problem(name, "lists other rows than its index")
+        try:
+            if [row for row, *_ in read_index(folder, m.scale, m.shard)] != m.rows:
+                yield Problem(name, "lists other rows than its index")
+        except ShardError as error:
+            yield Problem(name, str(error))
 
 
 def _image_problems(folder: Path, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
     """Images that do not decode to scale × scale pixels or differ from their crc32, a shard a thread."""
     scale = manifests[0].scale if manifests else 0
+    ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
+
+    def look(m: ShardManifest) -> list[Problem]:
+        return _decode_shard(folder, m, ids[m.rows].tolist())
+
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
         progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests), quiet=quiet) as advance,
     ):
-        for m, problems in zip(manifests, pool.map(lambda m: _decode_shard(folder, m), manifests), strict=True):
+        for m, problems in zip(manifests, pool.map(look, manifests), strict=True):
             yield from problems
             advance(len(m.rows))
 
 
-def _decode_shard(folder: Path, m: ShardManifest) -> list[Problem]:
+def _decode_shard(folder: Path, m: ShardManifest, ids: list[str]) -> list[Problem]:
     path = shard_path(folder, m.scale, m.shard, "tar")
     name = str(path.relative_to(folder))
     problems = []
+    if read_contents(path).image_ids != ids:
+        return [Problem(name, "holds other images than the plan says")]
     with open(path, "rb") as tar:
         for (row, offset, size), crc in zip(read_index(folder, m.scale, m.shard), m.crc32, strict=True):
             tar.seek(offset)

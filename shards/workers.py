@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,45 +33,60 @@ TIMEOUT = 20.0
 """Seconds until a dask scheduler counts as absent."""
 
 
-def run_here(tasks: Iterable[Task], workers: int, note: Callable[[str], None]) -> Generator[Outcome]:
-    """Build in `workers` processes of this machine. When one dies, the open shards are built again."""
-    queue = iter(tasks)
-    lost: list[Task] = []
-    while True:
-        yield from _in_pool(queue, workers, lost)
-        if not lost:
-            return
-        note(f"a worker process died: {len(lost)} open shards are built again, each in a process of its own")
-        with ThreadPoolExecutor(max(1, workers // 2)) as pool:  # fewer at once, should it have been for lack of memory
-            yield from pool.map(_alone, lost)
-        lost.clear()
-
-
-def _in_pool(queue: Iterator[Task], workers: int, lost: list[Task]) -> Generator[Outcome]:
-    """Run tasks, a few more submitted than run, until there are none or a worker dies; then open ones go to `lost`."""
-    waiting: dict[Future[None], Task] = {}
+@contextmanager
+def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `run_here`, each started when there is something to do; ended at once if the block raises."""
+    before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=start_worker)
     try:
-        while not lost:
-            while len(waiting) < 2 * workers and (task := next(queue, None)):
-                try:
-                    waiting[pool.submit(build_shard, task)] = task
-                except BrokenProcessPool:
-                    lost.append(task)
-                    break
-            if not waiting:
-                return
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                task, error = waiting.pop(future), future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    lost.append(task)
-                else:
-                    yield task, _as_exception(error)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    for future, task in waiting.items():  # the pool is broken: nothing runs any more
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled() or isinstance(error, BrokenProcessPool):
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.terminate()  # what it was writing is cleared away
+                process.join()
+        raise
+
+
+def run_here(
+    tasks: Iterable[Task], workers: int, note: Callable[[str], None], pool: ProcessPoolExecutor
+) -> Generator[Outcome]:
+    """Build in `pool`, of `workers` processes. When one dies, the open shards are built again, and a new pool takes over."""
+    queue = iter(tasks)
+    lost: list[Task] = []
+    yield from _in_pool(queue, workers, lost, pool)
+    while lost:
+        note(f"a worker process died: {len(lost)} open shards are built again, each in a process of its own")
+        with ThreadPoolExecutor(max(1, workers // 2)) as threads:  # fewer, should it have been for lack of memory
+            yield from threads.map(_alone, lost)
+        lost.clear()
+        with start_pool(workers) as fresh:
+            yield from _in_pool(queue, workers, lost, fresh)
+
+
+def _in_pool(queue: Iterator[Task], workers: int, lost: list[Task], pool: ProcessPoolExecutor) -> Generator[Outcome]:
+    """Run tasks, a few more submitted than run, until there are none or a worker dies; then open ones go to `lost`."""
+    waiting: dict[Future[None], Task] = {}
+    while not lost:
+        while len(waiting) < 2 * workers and (task := next(queue, None)):
+            try:
+                waiting[pool.submit(build_shard, task)] = task
+            except BrokenProcessPool:
+                lost.append(task)
+                break
+        if not waiting:
+            return
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            task, error = waiting.pop(future), future.exception()
+            if isinstance(error, BrokenProcessPool):
+                lost.append(task)
+            else:
+                yield task, _as_exception(error)
+    for future, task in waiting.items():  # the pool is broken: all its futures end now
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
             lost.append(task)
         else:
             yield task, _as_exception(error)
@@ -95,10 +111,11 @@ def _alone(task: Task) -> Outcome:
         if isinstance(result, Exception) or code == 0:
             return task, result
         if row is None or -code not in CRASHES:
+            advice = "if memory is short, use fewer --workers"
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return task, ShardError(
-                f"shard {task.shard}: its worker process died twice ({how}): if memory is short, use fewer --workers"
-            )
+            if code > 0:
+                advice = "see its output above; a script that builds needs `if __name__ == '__main__':`"
+            return task, ShardError(f"shard {task.shard}: its worker process died twice ({how}): {advice}")
         if task.held is not None and row in task.held:
             return task, ShardError(
                 f"shard {task.shard}: row {row} was fine at other scales and crashes the decoder now"

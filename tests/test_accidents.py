@@ -257,3 +257,149 @@ def test_files_of_other_people_are_neither_removed_nor_taken_for_ours(phantoms, 
     with pytest.raises(ShardError, match="not empty"):
         build(phantoms, tmp_path / "set", [32])
     assert (tmp_path / "set" / "notes.tmp").read_text() == "mine"
+
+
+# What a build must not take for its own, sign or lose
+
+
+def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_path):
+    build(phantoms, tmp_path / "other", [16], recipe=Recipe(seed=5))
+    shutil.copytree(tmp_path / "other" / "16", folder / "16")
+    before = contents(folder)
+    with pytest.raises(ShardError, match=r"16/000000.json belongs to shard 0 at 16 px of set"):
+        build(phantoms, folder, [16])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "set.json", "SHA256SUMS"])
+def test_a_damaged_plan_stops_a_build_instead_of_being_signed(phantoms, folder, name):
+    flip_bit(folder / name, (folder / name).stat().st_size // 2)
+    before = contents(folder)
+    with pytest.raises(ShardError, match=r"damaged|disagree|cannot be read"):
+        build(phantoms, folder, [16])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["32/000001.idx", "32/000001.tar", "64/000001.json"])
+def test_damage_done_before_a_build_is_still_found_after_it(phantoms, folder, name):
+    data = (folder / name).read_bytes()
+    at = data.rindex(b"9") if name.endswith(("idx", "json")) else 5000
+    (folder / name).write_bytes(data[:at] + b"8" + data[at + 1 :])
+    build(phantoms, folder, [16])
+    assert [p.path for p in verify(folder, quiet=True).problems] == [name]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
+def test_a_shard_that_lacks_a_file_is_built_again(phantoms, folder, tiny_set, suffix):
+    shard_path(folder, 32, 1, suffix).unlink()
+    assert build(phantoms, folder, [32]).complete
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_a_stray_copy_of_a_manifest_is_not_a_shard(phantoms, folder, tiny_set):
+    shutil.copy(shard_path(folder, 32, 0, "json"), folder / "32" / "000000-Copy1.json")
+    assert build(phantoms, folder, [32]).rows[32] == 150
+    assert [p.path for p in verify(folder, quiet=True).problems] == ["32/000000-Copy1.json"]
+
+
+def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantoms, folder, tmp_path):
+    (folder / "32").rename(tmp_path / "elsewhere")
+    (folder / "32").symlink_to(tmp_path / "elsewhere")
+    build(phantoms, folder, [16])
+    assert verify(folder, quiet=True).problems == []
+    assert verify(folder, quiet=True).rows == {16: 150, 32: 150, 64: 150}
+
+
+@pytest.fixture
+def left_out(tmp_path: Path) -> tuple[Path, Path]:
+    """A tree of 130 images, whose set at 16 and 32 px lacks one that could not be used, and can be now."""
+    tree, out = tmp_path / "left-out", tmp_path / "left-out-set"
+    synth(tree, images=130, size=64, workers=1)
+    source = read_source("mimic", tree)
+    path = tree / plan_rows(source.images, source.labels, 0)["path"][5]
+    data = path.read_bytes()
+    path.write_bytes(b"no image")
+    build(tree, out, [16, 32])
+    path.write_bytes(data)
+    return tree, out
+
+
+def test_a_retry_never_loses_a_row_that_was_fine(left_out):
+    tree, out = left_out
+    path = tree / read_rows(out / "rows.parquet")["path"][6]
+    data = path.read_bytes()
+    path.write_bytes(bytes(len(data)))
+    with pytest.raises(ShardError, match="was fine at other scales and is not an image now"):
+        build(tree, out, [32], retry_quarantined=True)
+    assert 6 in read_manifest(out, 32, 0).rows, "the old shard is still there"
+    path.write_bytes(data)
+    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
+
+
+def test_a_retry_touches_the_shards_within_its_limit_and_the_scales_they_have(left_out, tmp_path):
+    tree, out = left_out
+    shutil.rmtree(out / "16")
+    build(tree, out, [16], limit=1)
+    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
+    assert [n for n in range(3) if read_manifest(out, 16, n)] == [0]
+    assert read_manifest(out, 16, 0).rows == read_manifest(out, 32, 0).rows == list(range(64))
+
+
+def test_other_labels_than_the_set_was_planned_with_are_refused(real_tree, tmp_path):
+    build(real_tree, tmp_path / "set", [16], limit=1)
+    with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
+        build(real_tree, tmp_path / "set", [16], source_options={"labels": "negbio"})
+    assert build(real_tree, tmp_path / "set", [16], source_options={"labels": "chexpert"}).complete
+
+
+@pytest.mark.parametrize("where", ["inside", "around", "same"])
+def test_set_and_source_never_lie_in_one_another(tree, where):
+    out = {"inside": tree / "shards", "around": tree.parent, "same": tree}[where]
+    with pytest.raises(ShardError, match=r"lie in one another|not empty"):
+        build(tree, out, [16])
+    assert not (tree / "shards").exists()
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "close"])
+def test_a_quota_that_ends_while_a_tar_is_written_synced_or_closed_leaves_no_half_file(phantoms, tmp_path, step):
+    """EDQUOT, which no file system here gives: the system call that fails is replaced, in the worker."""
+    script = tmp_path / "script.py"
+    script.write_text(QUOTA)
+    done = subprocess.run(
+        [sys.executable, script, step, phantoms, tmp_path / "set"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no space or quota left" in done.stderr, done.stderr
+    assert not list((tmp_path / "set").rglob("*.tmp"))
+    build(phantoms, tmp_path / "set", [32, 64])
+    build(phantoms, tmp_path / "undisturbed", [32, 64])
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+QUOTA = """
+import errno, os, sys
+from pathlib import Path
+from cxrfast.errors import ShardError
+from cxrfast.shards import build, tar
+step = sys.argv[1]
+def refuse(*arguments):
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+class File:
+    def __init__(self, file):
+        self.file = file
+    def __getattr__(self, name):
+        return refuse if name == step else getattr(self.file, name)
+if step == "fsync":
+    real = os.fsync
+    os.fsync = lambda fd: refuse() if os.readlink(f"/proc/self/fd/{fd}").endswith(".tmp") and ".tar." in os.readlink(f"/proc/self/fd/{fd}") else real(fd)
+else:
+    tar.open = lambda *a, **k: File(open(*a, **k)) if "wb" in a else open(*a, **k)
+if __name__ == "__main__":
+    try:
+        build.build(Path(sys.argv[2]), Path(sys.argv[3]), [32, 64], workers=1, quiet=True)
+    except ShardError as error:
+        sys.exit(str(error))
+"""

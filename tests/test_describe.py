@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cxrfast.census import describe
 from cxrfast.cli import cli
-from cxrfast.describe import figure, to_markdown, to_tables, write
+from cxrfast.describe import figure, heading, to_markdown, to_tables, write
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
@@ -123,6 +123,7 @@ def test_what_is_left_out_is_counted_with_its_reasons(odd):
     assert numbers(d.flow, "step", "readable") == counted(held)
     assert numbers(d.flow, "step", "with a label") == counted(held[held[list(MIMIC)].notna().any(axis=1)])
     assert d.state == "complete"
+    assert "from mimic; 14 labels; seed 0; complete." in heading(d)
 
 
 def test_sizes_are_those_of_the_decoded_images_and_the_tables_where_there_is_none(odd):
@@ -221,6 +222,7 @@ def test_labels_of_other_names_without_a_positive_are_described(copy, tmp_path):
     assert lines.loc["Ten | pipes [b]"].tolist() == [-1, 0, 80, 0, 0]
     assert lines.loc["never"].tolist() == [-1, 0, 0, 0, 80]
     assert numbers(describe(copy).flow, "step", "with a label")[0] == 73, "a negative is a label"
+    assert heading(describe(copy)).count("from mimic; 2 labels from t.csv; seed") == 1
     assert "Ten | pipes [b]" in shown(copy)
     assert "| Ten \\| pipes [b] | 0 | 80 |" in to_markdown(describe(copy))
 
@@ -277,6 +279,7 @@ def test_the_command_writes_a_table_and_a_figure_beside_the_set_and_never_into_i
     done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(copy / "64")])
     assert done.exit_code == 2
     assert "lies in the set" in done.stderr
+    assert done.stdout == ""
     assert contents(copy) == before
 
 

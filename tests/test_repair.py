@@ -11,6 +11,8 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.lease import Lease
 from cxrfast.shards.manifest import shard_path
+from cxrfast.shards.recipe import Recipe
+from cxrfast.shards.relabel import relabel
 from cxrfast.shards.repair import Repair
 from cxrfast.shards.repair import repair as repair_set
 from cxrfast.shards.rows import read_rows
@@ -192,6 +194,71 @@ def test_a_set_of_two_shards_swapped_whole_is_put_right(folder, phantoms, tiny_s
         second.write_bytes(data)
     repair(folder, phantoms)
     assert contents(folder) == contents(tiny_set)
+
+
+# What it must not sign
+
+
+def test_a_set_json_that_is_right_is_not_given_up_for_another_set_s(folder, phantoms, tiny_set, tmp_path):
+    build_set(phantoms, tmp_path / "other", [32], workers=1, quiet=True, recipe=Recipe(seed=5))
+    shutil.copy(tmp_path / "other" / "rows.parquet", folder)
+    work = repair(folder)
+    assert list(work.failed) == ["rows.parquet"]
+    assert (folder / "set.json").read_bytes() == (tiny_set / "set.json").read_bytes()
+    assert (folder / "SHA256SUMS").read_bytes() == (tiny_set / "SHA256SUMS").read_bytes()
+    repair(folder, phantoms)
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_reasons_that_are_not_those_that_were_signed_are_not_signed_now(corrupt, tmp_path):
+    folder = copy_set(corrupt[1], tmp_path / "set")
+    (folder / "quarantine.csv").write_text((folder / "quarantine.csv").read_text().replace("not an image", "truncated"))
+    for path in folder.glob("*/*.json"):
+        path.write_text(path.read_text() + "x")
+    work = repair(folder)
+    assert work.failed
+    assert (folder / "SHA256SUMS").read_bytes() == (corrupt[1] / "SHA256SUMS").read_bytes()
+
+
+def test_a_foreign_shard_is_not_signed(folder, tiny_set):
+    shutil.copy(shard_path(folder, 32, 0, "tar"), shard_path(folder, 32, 4, "tar"))
+    repair(folder)
+    assert problems(folder) == ["32/000004.tar: not part of the set"]
+    assert (folder / "SHA256SUMS").read_bytes() == (tiny_set / "SHA256SUMS").read_bytes()
+
+
+def test_a_line_lost_and_a_manifest_damaged_are_mended_together(folder, phantoms, tiny_set):
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000000.tar" not in line))
+    flip_bit(folder / "64" / "000000.json", 40)
+    repair(folder, phantoms)
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_a_folder_in_the_place_of_a_file_does_not_keep_the_others_from_being_mended(folder, tiny_set):
+    path = folder / "32" / "000001.idx"
+    path.unlink()
+    path.mkdir()
+    flip_bit(folder / "64" / "000001.idx", 7)
+    work = repair(folder)
+    assert "move what is there away" in work.failed["32/000001.idx"]
+    assert (folder / "64" / "000001.idx").read_bytes() == (tiny_set / "64" / "000001.idx").read_bytes()
+
+
+def test_a_relabelled_set_gets_its_tars_back_with_the_labels_that_they_held(phantoms, folder, tmp_path):
+    rows = read_rows(folder / "rows.parquet")
+    table = tmp_path / "labels.csv"
+    rows[["study_id"]].drop_duplicates().assign(Edema=1).to_csv(table, index=False)
+    relabel(folder, table, quiet=True)
+    whole = contents(folder)
+    flip_bit(folder / "32" / "000001.tar", 9000)
+    repair(folder, phantoms)
+    assert contents(folder) == whole
+    (folder / "rows.parquet").write_bytes(b"")
+    assert "relabel" in repair(folder, phantoms).failed["rows.parquet"]
+    repair(folder, phantoms, accept_new_bytes=True)
+    assert problems(folder) == []
+    assert len(read_rows(folder / "rows.parquet").filter(regex="Edema|Fracture").columns) == 2, "the source's labels"
 
 
 # Whatever happens to one file

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 from damage import copy_set, flip_bit, replace_image, sign, where
 
 from cxrfast.errors import ShardError
+from cxrfast.files import sha256
 from cxrfast.shards.images import encode
-from cxrfast.shards.manifest import shard_path
+from cxrfast.shards.manifest import read_set, shard_path
 from cxrfast.shards.rows import read_rows, write_rows
 from cxrfast.shards.verify import Problem, Verdict, verify
 
@@ -103,13 +106,15 @@ def test_a_shard_lost_between_others_is_found(folder):
     for suffix in ("tar", "idx", "json"):
         shard_path(folder, 64, 1, suffix).unlink()
     sign(folder)
-    assert [p.what for p in check(folder).problems] == ["shard 1 is missing at 64 px"]
+    assert [p.what for p in check(folder).problems] == [
+        "shard 1 is missing at 64 px: `cxrfast shard --scale 64` builds it"
+    ]
 
 
 def test_rows_that_are_neither_held_nor_quarantined_are_found(folder):
     path = shard_path(folder, 64, 1, "json")
     value = json.loads(path.read_bytes())
-    change(path, rows=value["rows"][:-1], crc32=value["crc32"][:-1])
+    change(path, rows=value["rows"][:-1], crc32=value["crc32"][:-1], sizes=value["sizes"][:-1])
     sign(folder)
     assert {p.what for p in check(folder).problems} == {
         "does not account for the rows 64 to 127",
@@ -155,6 +160,43 @@ def test_deep_finds_a_checksum_of_another_image(folder):
     change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
     sign(folder)
     assert check(folder, deep=True).problems == [Problem("64/000000.tar", "row 5 differs from its crc32")]
+
+
+@pytest.mark.parametrize("what", ["empty folder", "folder in the place of a file", "dangling link", "pipe"])
+def test_what_is_no_regular_file_is_found(folder, what):
+    path = folder / "32" / "000001.idx"
+    if what == "empty folder":
+        (folder / "512").mkdir()
+    elif what == "dangling link":
+        (folder / "32" / "000009.tar").symlink_to("nowhere")
+    else:
+        path.unlink()
+        path.mkdir() if what.startswith("folder") else os.mkfifo(path)
+    expected = {
+        "empty folder": ("512/", "not part of the set"),
+        "dangling link": ("32/000009.tar", "not part of the set"),
+    }.get(what, ("32/000001.idx", "is no regular file"))
+    assert [(p.path, p.what) for p in check(folder).problems] == [expected]
+
+
+def test_a_plan_whose_patients_are_dealt_otherwise_is_found(folder):
+    rows = read_rows(folder / "rows.parquet")
+    rows.loc[3, "fold"] = (rows.loc[3, "fold"] + 1) % 5
+    write_rows(folder / "rows.parquet", rows, read_set(folder))
+    sign(folder)
+    assert [p.what for p in check(folder).problems] == ["deals patients to other folds than the seed in set.json does"]
+
+
+def test_deep_finds_images_in_each_other_s_place(folder):
+    """A tar of the right rows, with all hashes right, whose samples are of other images."""
+    tar = shard_path(folder, 32, 1, "tar")
+    data = tar.read_bytes()
+    a, b = re.findall(rb'"image_id": "(.*?)"', data)[:2]
+    tar.write_bytes(data.replace(a, b"x" * len(a)).replace(b, a).replace(b"x" * len(a), b))
+    change(shard_path(folder, 32, 1, "json"), sha256=sha256(tar))
+    sign(folder)
+    assert check(folder).problems == []
+    assert [p.what for p in check(folder, deep=True).problems] == ["holds other images than the plan says"]
 
 
 # Nothing can be compared
