@@ -58,7 +58,7 @@ class Builds:
     workers: int
     images: int
     rate: float
-    """Images/s while workers are at work, their start included."""
+    """Images/s from the end of the plan to the last manifest; the workers were started for the estimate before."""
     ratio: float
     """Rate / that of one worker, round by round."""
     work_seconds: float
@@ -262,8 +262,8 @@ def sections(result: Result) -> list[Section]:
                 ]
                 for b in r.builds
             ],
-            f"At work: from the end of the plan to the last manifest. Starting a worker, which that includes, takes "
-            f"{r.startup_seconds:.1f} s. In all: tables, plan, estimate and checksums too.",
+            f"At work: from the end of the plan to the last manifest. In all: tables, plan, the start of the workers "
+            f"({r.startup_seconds:.1f} s for one), estimate and checksums too.",
         ),
     ]
     if r.memory:
@@ -302,8 +302,9 @@ def _computed_section(r: Result) -> Section:
             [f"{c.cores}", f"{c.rate:,.0f}", f"{c.hours:,.2f}", f"{c.read_mb:,.0f}", f"{c.written_mb:,.0f}"]
             for c in r.computed
         ],
-        f"Cores × the rate of a worker while {r.builds[-1].workers} are at work. Assumes that more cores do not slow each other "
-        "down and that the storage reads and writes as many MB/s as the table says.",
+        f"Cores × the rate of a worker while {r.builds[-1].workers} are at work. Assumes that MIMIC's images are like those "
+        f"measured ({r.mean_bytes / 1e6:.2f} MB, {r.mean_pixels / 1e6:.1f} Mpx), that more cores do not slow each other down and "
+        "that the storage reads and writes as many MB/s as the table says.",
     )
 
 

@@ -201,11 +201,19 @@ def _alive_here(holder: dict[str, Any]) -> bool | None:
     if holder.get("machine") != _machine():
         return None
     try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, KeyError, TypeError):
+        return None  # somebody else's, of whom no more may be seen
+    try:
         process = psutil.Process(holder["pid"])
         same = abs(process.create_time() - holder["started"]) < 1
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except (psutil.AccessDenied, KeyError, TypeError):
+        return None
 
 
 def _beats(path: Path) -> bool:

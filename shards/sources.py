@@ -324,7 +324,7 @@ def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | No
     function = SOURCES.get(name) or _imported(name)
     _check_options(name, function, options)
     if not tree.is_dir(""):
-        raise ShardError(f"the source folder {tree} does not exist: give --data DIR or set CXRFAST_DATA")
+        raise ShardError(f"the source {tree} does not exist, or is no folder: give --data DIR or set CXRFAST_DATA")
     if name in SOURCES:
         return checked(function(tree, **options), tree)
     try:

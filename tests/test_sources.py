@@ -92,7 +92,9 @@ def test_unpacked_tables_and_those_of_a_later_release_read_the_same(tree):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ShardError, match=r"absent does not exist: give --data DIR or set CXRFAST_DATA"):
+    with pytest.raises(
+        ShardError, match=r"absent does not exist, or is no folder: give --data DIR or set CXRFAST_DATA"
+    ):
         read_source("mimic", tmp_path / "absent")
 
 
