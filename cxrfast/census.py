@@ -111,7 +111,7 @@ def read_built(folder: Path, info: SetInfo, rows: pd.DataFrame) -> Built:
     """From the manifests; where there are none, as in a copy without its scales, from quarantine.csv."""
     tried, sizes = np.zeros(info.images, bool), np.zeros((info.images, 2), np.int32)
     quarantined: dict[int, str] = {}
-    manifests = read_manifests(folder)
+    manifests = list(read_manifests(folder))
     for m in manifests:
         left_out = {int(row): reason for row, reason in m.quarantined.items()}
         mine = [*m.rows, *left_out]

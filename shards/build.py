@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,9 @@ def _prepare(plan: Plan, tree: Tree, scales: list[int], todo: list[Todo], retry:
 
 def _look_again(plan: Plan, tree: Tree, todo: list[Todo]) -> pd.Series:
     """Sizes of the source files of rows that were left out, by row. Raises ShardError if one of those held has changed."""
-    rows = plan.rows.iloc[[row for item in todo if item.held is not None for row in item.rows]]
-    held = rows["row"].isin({row for item in todo for row in item.held or ()})
+    again = [item for item in todo if item.held is not None and not item.quarantined]
+    rows = plan.rows.iloc[[row for item in again for row in item.rows]]
+    held = rows["row"].isin({row for item in again for row in item.held or ()})
     found = pd.Series(tree.sizes(rows["path"].tolist(), True), index=rows.index, dtype=np.int64)
     changed = rows[held & (rows["bytes"] != found)]
     if len(changed):
@@ -316,8 +317,9 @@ def _finish(plan: Plan, report: Report, whole: bool) -> None:
     Of several parts, the last one to end writes them (`whole` is False for a part).
     """
     out = plan.out
-    manifests = manifest.read_manifests(out)
-    for m in manifests:
+    manifests = []
+    for m in manifest.read_manifests(out):
+        manifests.append(replace(m, rows=[], crc32=[], sizes=[]))  # of large sets they would take a gigabyte
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})

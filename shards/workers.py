@@ -28,7 +28,6 @@ SPAWN = multiprocessing.get_context("spawn")
 CRASHES = {int(s) for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)}
 """How a process ends that a decoder led astray; whatever else ends one came from outside."""
 
-
 TIMEOUT = 20.0
 """Seconds until a dask scheduler counts as absent."""
 
