@@ -5,6 +5,7 @@ killed at any instant is finished by the same call: no row lost, none doubled, t
 the source.
 """
 
+import shutil
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -250,6 +251,8 @@ def _look_again(plan: Plan, tree: Tree, todo: list[Todo]) -> pd.Series:
 
 def _clear_stale(out: Path, numbers: range, alone: bool) -> None:
     """Remove what a killed build left half-written: of these shards, and of the set where no other part is at work."""
+    if alone:
+        shutil.rmtree(out / manifest.WORKSHOP, ignore_errors=True)
     for path in [*out.glob("*.tmp"), *out.glob("[0-9]*/*.tmp")]:
         if manifest.is_temporary(path) and (alone or (path.parent != out and int(path.name[:6]) in numbers)):
             path.unlink(missing_ok=True)

@@ -191,6 +191,9 @@ PLAN = ("set.json", "rows.parquet", "quarantine.csv")
 WORKING = re.compile(r"lease(-\d+-of-\d+)?\.json")
 """There only while somebody writes into the set; see `lease`."""
 
+WORKSHOP = "repair.tmp"
+"""Folder in the set where a repair builds broken shards again."""
+
 TEMPORARIES = re.compile(
     r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )

@@ -22,7 +22,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards import manifest
 from cxrfast.shards.lease import Lease
-from cxrfast.shards.manifest import SetInfo, ShardManifest, read_manifest, read_set, shard_path
+from cxrfast.shards.manifest import WORKSHOP, SetInfo, ShardManifest, read_manifest, read_set, shard_path
 from cxrfast.shards.plan import plan_rows, set_id
 from cxrfast.shards.rows import is_as_written, read_info, read_rows, write_rows
 from cxrfast.shards.sources import read_source
@@ -31,9 +31,6 @@ from cxrfast.shards.todo import Plan, Todo, make_task
 from cxrfast.shards.tree import Tree
 from cxrfast.shards.verify import Problem, verify
 from cxrfast.shards.workers import run_here, start_pool
-
-WORKSHOP = "repair.tmp"
-"""Folder in the set where broken shards are built again."""
 
 ASK = "give the source tree with --data"
 
@@ -102,19 +99,19 @@ def repair(
     unless `accept_new_bytes`. Foreign files are left alone. Raises ShardError where there is nothing to go by.
     """
     folder = Path(folder).absolute()
-    before = verify(folder, quiet=quiet)
-    shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
-    sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
-    suspects = {problem.path for problem in before.problems}
-    work = Repair(folder=folder, tree=tree, accept=accept_new_bytes, sums=sums, suspects=suspects)
-    if not before.problems:
-        return work
+    if not folder.is_dir():
+        read_set(folder)  # says so
     with Lease(folder):
-        _clear(work)
-        plan = _restore_plan(work)
-        if plan:
-            manifests = _restore_shards(work, plan, workers or usable_cores(), quiet)
-            _restore_lists(work, plan, manifests)
+        shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
+        found = {problem.path for problem in verify(folder, quiet=quiet).problems}
+        sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+        work = Repair(folder=folder, tree=tree, accept=accept_new_bytes, sums=sums, suspects=found)
+        if found:
+            _clear(work)
+            plan = _restore_plan(work)
+            if plan:
+                manifests = _restore_shards(work, plan, workers or usable_cores(), quiet)
+                _restore_lists(work, plan, manifests)
     return work
 
 

@@ -23,6 +23,9 @@ from cxrfast.progress import Advance, progress
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 """How a location begins that is not a path of this machine: `s3://bucket`, `zip://folder::archive.zip`."""
 
+STATS = 256
+"""Files that a thread asks for in one go."""
+
 FEW = 16
 """Up to so many remote folders are listed one by one; of more, everything below what they share is listed at once."""
 
@@ -131,12 +134,15 @@ class Tree:
             except (FileNotFoundError, NotADirectoryError):
                 return -1
 
-        sizes = np.empty(len(paths), np.int64)
+        def stat_some(first: int) -> list[int]:
+            return [stat(path) for path in paths[first : first + STATS]]
+
+        sizes: list[int] = []
         with ThreadPoolExecutor(16) as pool:
-            for i, value in enumerate(pool.map(stat, paths)):
-                sizes[i] = value
-                advance()
-        return sizes
+            for some in pool.map(stat_some, range(0, len(paths), STATS)):
+                sizes += some
+                advance(len(some))
+        return np.array(sizes, np.int64)
 
     def _listed_sizes(self, paths: list[str], advance: Advance) -> np.ndarray:
         listings = _listings({posixpath.dirname(path) for path in paths})
