@@ -97,10 +97,12 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
 def describe(verdict: Verdict, folder: Path, deep: bool = False) -> str:
     """A whole set in one line for people."""
     held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
-    planned = f"{verdict.info.images:,} planned, " if verdict.info else ""
+    planned = verdict.info.images if verdict.info else 0
+    partly = [f"{scale} px" for scale, n in verdict.rows.items() if n + verdict.quarantined < planned]
+    rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
     return (
-        f"{folder}: {held}; {planned}{verdict.quarantined:,} quarantined; {_speed(verdict.bytes, verdict.seconds)}"
-        f"{', every image decoded' if deep else ''}: whole"
+        f"{folder}: {held}; {planned:,} planned, {verdict.quarantined:,} quarantined; "
+        f"{_speed(verdict.bytes, verdict.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
     )
 
 

@@ -101,6 +101,29 @@ def test_every_set_that_survives_kills_at_random_instants_has_the_same_bytes(tre
     assert sum(kills.values()) >= KILLS
 
 
+def test_ctrl_c_ends_a_build_at_once_with_one_message_and_the_same_command_goes_on(real_tree, real_set, tmp_path):
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", real_tree, "--out", out, "--workers", "2"]
+    child = subprocess.Popen(
+        [*command, "--scale", "64", "--scale", "256", "--scale", "1024"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while child.poll() is None and not list(out.glob("1024/*.tmp")):
+        time.sleep(0.002)
+    os.killpg(child.pid, signal.SIGINT)
+    error = child.communicate()[1]
+    assert child.returncode == 130
+    assert "Traceback" not in error
+    assert error.endswith("cxrfast: interrupted; what was finished is kept, the same command goes on\n")
+    assert not [name for name in contents(out) if name.endswith(".tmp") or name.startswith("lease")]
+    build(real_tree, out, [64, 256, 1024], workers=1, quiet=True)
+    assert contents(out) == contents(real_set)
+
+
 def test_the_set_does_not_depend_on_how_it_is_built(real_tree, real_set, tmp_path):
     for scales in ([1024], [64, 256]):
         build(real_tree, tmp_path / "set", scales, workers=1, quiet=True)
