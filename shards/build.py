@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,18 @@ def build(
         raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
     _check_folder(tree, out)
     workers = max(1, workers or usable_cores())
-    with nullcontext() if dry_run else leased(out, part) as lease, start_pool(workers) as pool:
+    with (
+        nullcontext() if dry_run else leased(out, part) as lease,
+        ExitStack() as afterwards,
+        start_pool(workers) as pool,
+    ):
         plan, counts = _plan(tree, out, source, source_options or {}, recipe, allow_missing, quiet)
         info = plan.info
         last = info.shards if limit is None else min(info.shards, -(-max(limit, 1) // info.rows_per_shard))
         numbers = range(last)[part[0] - 1 :: part[1]] if part else range(last)
         if lease:
-            _clear_stale(out, numbers, lease.alone())
+            _clear_stale(out, numbers, lease)
+            afterwards.callback(_clear_stale, out, numbers, lease)  # of workers that died, or were ended
         todo = find_todo(plan, scales, numbers, retry_quarantined)
         needed = _estimate(plan, todo, workers, pool)
         report = Report(info=info, scales=scales, source_counts=counts, estimate=needed, is_done=bool(lease))
@@ -113,11 +118,8 @@ def build(
         if not retry_quarantined:  # which replaces what is there
             check_room(needed, out)
         _prepare(plan, tree, scales, todo, retry_quarantined)
-        try:
-            if todo:
-                _run(plan, todo, lease, workers, pool, dask, quiet)
-        finally:
-            _clear_stale(out, numbers, lease.alone())  # of workers that died
+        if todo:
+            _run(plan, todo, lease, workers, pool, dask, quiet)
         _finish(plan, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
@@ -249,8 +251,9 @@ def _look_again(plan: Plan, tree: Tree, todo: list[Todo]) -> pd.Series:
     return found[~held]
 
 
-def _clear_stale(out: Path, numbers: range, alone: bool) -> None:
+def _clear_stale(out: Path, numbers: range, lease: Lease) -> None:
     """Remove what a killed build left half-written: of these shards, and of the set where no other part is at work."""
+    alone = lease.alone()
     if alone:
         shutil.rmtree(out / manifest.WORKSHOP, ignore_errors=True)
     for path in [*out.glob("*.tmp"), *out.glob("[0-9]*/*.tmp")]:
