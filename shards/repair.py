@@ -48,6 +48,8 @@ class Repair:
     tree: Tree | None
     accept: bool
     """Keep new bytes where the old ones cannot be had."""
+    workers: int
+    quiet: bool
     sums: dict[str, str]
     """SHA256SUMS as far as it can be read."""
     suspects: set[str]
@@ -105,12 +107,20 @@ def repair(
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
         found = {problem.path for problem in verify(folder, quiet=quiet).problems}
         sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
-        work = Repair(folder=folder, tree=tree, accept=accept_new_bytes, sums=sums, suspects=found)
+        work = Repair(
+            folder=folder,
+            tree=tree,
+            accept=accept_new_bytes,
+            workers=workers or usable_cores(),
+            quiet=quiet,
+            sums=sums,
+            suspects=found,
+        )
         if found:
             _clear(work)
             plan = _restore_plan(work)
             if plan:
-                manifests = _restore_shards(work, plan, workers or usable_cores(), quiet)
+                manifests = _restore_shards(work, plan)
                 _restore_lists(work, plan, manifests)
     return work
 
@@ -186,7 +196,7 @@ def _rows_of_source(tree: Tree, info: SetInfo) -> tuple[list[str], pd.DataFrame]
 # Shards
 
 
-def _restore_shards(work: Repair, plan: Plan, workers: int, quiet: bool) -> list[ShardManifest]:
+def _restore_shards(work: Repair, plan: Plan) -> list[ShardManifest]:
     """Mend every shard of which a file is broken; returns the manifests of all whole ones."""
     names = {name for name in (*work.sums, *manifest.files_in(work.folder)) if manifest.NAMES.fullmatch(name)}
     shards = sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
@@ -207,7 +217,7 @@ def _restore_shards(work: Repair, plan: Plan, workers: int, quiet: bool) -> list
                     rebuild[scale, shard] = old
             except (ShardError, OSError) as error:
                 work.failed[files[0]] = str(error)
-    manifests += _build_again(work, plan, rebuild, workers, quiet)
+    manifests += _build_again(work, plan, rebuild)
     return [m for m in manifests if m]
 
 
@@ -269,30 +279,27 @@ def _quarantined(work: Repair, info: SetInfo, scale: int, shard: int) -> dict[st
     for other in (scale, *manifest.scales_in(work.folder)):
         if work.may_be_good(_names(other, shard)[2]) and (m := _manifest(work, info, other, shard)):
             return m.quarantined
-    if not work.may_be_good("quarantine.csv"):
-        raise ShardError(
-            f"neither a manifest of shard {shard} nor quarantine.csv says which rows were left out: delete the shard's "
-            "files at all scales and run the same `cxrfast shard` command again"
-        )
     rows = info.rows_of(shard)
-    with open(work.folder / "quarantine.csv", newline="") as file:
-        return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
+    try:
+        if work.may_be_good("quarantine.csv"):
+            with open(work.folder / "quarantine.csv", newline="") as file:
+                return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it cannot be read
+    raise ShardError(
+        f"neither a manifest of shard {shard} nor quarantine.csv says which rows were left out: delete the shard's "
+        "files at all scales and run the same `cxrfast shard` command again"
+    )
 
 
-def _build_again(
-    work: Repair,
-    plan: Plan,
-    shards: dict[tuple[int, int], ShardManifest | None],
-    workers: int,
-    quiet: bool,
-) -> list[ShardManifest]:
+def _build_again(work: Repair, plan: Plan, shards: dict[tuple[int, int], ShardManifest | None]) -> list[ShardManifest]:
     """Broken tars from the source, in a folder aside; they move in if they are what they were."""
     if not shards:
         return []
     if not work.tree:
         work.failed.update({_names(*shard)[0]: f"{ASK}, to build it again" for shard in shards})
         return []
-    mended = _build_aside(work, plan, shards, workers, quiet)
+    mended = _build_aside(work, plan, shards)
     differing = {shard: old for shard, old in shards.items() if work.failed.get(_names(*shard)[0]) == OTHER_BYTES}
     if differing and plan.info.labels_from:  # the tars hold the labels of when they were built
         rows = _rows_of_source(work.tree, plan.info)[1]
@@ -300,17 +307,11 @@ def _build_again(
         earlier = Plan(tree=plan.tree, out=plan.out, info=plan.info, rows=rows)
         for shard in differing:
             del work.failed[_names(*shard)[0]]
-        mended += _build_aside(work, earlier, differing, workers, quiet)
+        mended += _build_aside(work, earlier, differing)
     return mended
 
 
-def _build_aside(
-    work: Repair,
-    plan: Plan,
-    shards: dict[tuple[int, int], ShardManifest | None],
-    workers: int,
-    quiet: bool,
-) -> list[ShardManifest]:
+def _build_aside(work: Repair, plan: Plan, shards: dict[tuple[int, int], ShardManifest | None]) -> list[ShardManifest]:
     workshop = work.folder / WORKSHOP
     aside = Plan(tree=plan.tree, out=workshop, info=plan.info, rows=plan.rows)
     todo = []
@@ -327,11 +328,11 @@ def _build_aside(
     mended = []
     try:
         with (
-            progress("building again", sum(len(t.rows) for t in todo), quiet=quiet) as advance,
-            start_pool(workers) as pool,
+            progress("building again", sum(len(t.rows) for t in todo), quiet=work.quiet) as advance,
+            start_pool(work.workers) as pool,
         ):
             tasks = (make_task(aside, item) for item in todo)
-            for task, failure in run_here(tasks, workers, lambda text: advance(0, text), pool):
+            for task, failure in run_here(tasks, work.workers, lambda text: advance(0, text), pool):
                 advance(len(task.rows))
                 scale, shard = task.scales[0], task.shard
                 if failure:

@@ -62,7 +62,7 @@ def test_files_honour_the_umask_of_a_shared_folder(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
 
 
-def test_temporary_names_lie_in_the_same_folder_and_differ_by_process(tmp_path):
+def test_temporary_names_lie_in_the_same_folder_and_are_never_the_same(tmp_path):
     script = (
         "import sys; from pathlib import Path; from cxrfast.files import temporary_name\n"
         "print(temporary_name(Path(sys.argv[1])))"
@@ -71,7 +71,7 @@ def test_temporary_names_lie_in_the_same_folder_and_differ_by_process(tmp_path):
         [sys.executable, "-c", script, tmp_path / "a.tar"], check=True, capture_output=True, text=True
     )
     mine = temporary_name(tmp_path / "a.tar")
-    assert Path(other.stdout.strip()) != mine
+    assert len({Path(other.stdout.strip()), mine, temporary_name(tmp_path / "a.tar")}) == 3
     assert Path(other.stdout.strip()).parent == mine.parent == tmp_path
 
 
