@@ -175,7 +175,14 @@ def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
     "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
 )
 @click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
-@click.option("--quality", default=95, show_default=True, help="JPEG quality.")
+@click.option(
+    "--codec",
+    type=click.Choice(["jpeg", "raw"]),
+    default="jpeg",
+    show_default=True,
+    help="raw: uncompressed, for scales that shall be read without decoding.",
+)
+@click.option("--quality", type=int, help="Of --codec jpeg, 1 to 100. [default: 95]")
 @click.option(
     "--resize",
     type=click.Choice(["squash", "pad"]),
@@ -197,7 +204,8 @@ def shard(
     data: str,
     out: Path,
     scales: tuple[int, ...],
-    quality: int,
+    codec: str,
+    quality: int | None,
     resize: str,
     grey: str,
     seed: int,
@@ -207,7 +215,7 @@ def shard(
     from cxrfast.shards.build import build, describe
     from cxrfast.shards.recipe import Recipe
 
-    recipe = Recipe(seed=seed, quality=quality, resize=resize, grey=grey)
+    recipe = Recipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
     report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
     click.echo(describe(report, out))
 

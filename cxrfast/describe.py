@@ -129,7 +129,8 @@ def _scales_section(d: Description) -> Section:
         for line in d.scales.astype(float).to_dict("records")
     ]
     head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB an image"]
-    note = f"{d.info.codec.upper()}, quality {d.info.quality}, {d.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
+    codec = "Raw (PGM)" if d.info.codec == "raw" else f"JPEG, quality {d.info.quality}"
+    note = f"{codec}, {d.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
     return Section(title="Shards", head=head, lines=lines, note=note)
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,9 @@ def _plan(
         info = read_set(out)
         if info.id != identity:
             differing = [
-                f"{name} {getattr(info, name)} there, {getattr(recipe, name)} asked for"
-                for name in ("seed", "codec", "quality", "resize", "grey")
-                if getattr(info, name) != getattr(recipe, name)
+                f"{name} {there} there, {asked} asked for"
+                for name, asked in asdict(recipe).items()
+                if (there := getattr(info, name)) != asked and None not in (there, asked)  # None: raw has no quality
             ]
             raise ShardError(
                 f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "

@@ -11,7 +11,8 @@ import numpy as np
 
 from cxrfast.errors import ShardError
 from cxrfast.progress import size
-from cxrfast.shards.images import BadImage, at_scales, encode
+from cxrfast.shards.codec import encode_member
+from cxrfast.shards.images import BadImage, at_scales
 from cxrfast.shards.task import Task, decoded, meta_json
 
 OVERHEAD = 2048
@@ -45,7 +46,8 @@ def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
             continue  # the build itself reports it
         meta = meta_json(image, *source.shape)
         for scale, picture in at_scales(source, task.scales, task.resize).items():
-            sizes[scale].append(len(encode(picture, task.quality)) + len(meta) + OVERHEAD)
+            member = encode_member(picture, task.codec, task.quality)
+            sizes[scale].append(len(member) + len(meta) + OVERHEAD)
         seconds.append(time.perf_counter() - start)
     return sizes, seconds
 

@@ -44,7 +44,8 @@ class SetInfo:
     patients: int
     rows_per_shard: int
     codec: str
-    quality: int
+    quality: int | None
+    """Of JPEG; None (JSON: null) where the codec is raw."""
     resize: str
     grey: str
     versions: dict[str, str]

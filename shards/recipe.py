@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from cxrfast.errors import ShardError
 
+CODECS = ("jpeg", "raw")
 RESIZES = ("squash", "pad")
 GREYS = ("none", "mimic", "window")
+QUALITY = 95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +17,26 @@ class Recipe:
     seed: int = 0
     """Of the permutation of rows and of the splits."""
     codec: str = "jpeg"
-    quality: int = 95
+    """How pixels lie in the tars: `jpeg`, or `raw`, uncompressed; see `shards.codec`."""
+    quality: int | None = None
+    """Of JPEG, 1 to 100; None becomes 95. Raw pixels have none: there it stays None, so that no two raw sets differ by it."""
     resize: str = "squash"
     """`squash`: both sides become the scale, whatever the aspect (the study); `pad`: centred on a black square."""
     grey: str = "none"
     """How images deeper than 8 bit become grey: `none` (full range), `mimic` or `window`; see `images.decode`."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise ShardError(f"--quality {self.quality} is not between 1 and 100")
-        for name, known in (("codec", ("jpeg",)), ("resize", RESIZES), ("grey", GREYS)):
+        for name, known in (("codec", CODECS), ("resize", RESIZES), ("grey", GREYS)):
             if getattr(self, name) not in known:
                 raise ShardError(f"{name} {getattr(self, name)!r} is unknown: use {' or '.join(known)}")
+        if self.codec == "jpeg" and self.quality is None:
+            object.__setattr__(self, "quality", QUALITY)
+        if self.codec != "jpeg" and self.quality is not None:
+            raise ShardError(
+                f"--quality {self.quality} is of JPEG, and --codec {self.codec} stores every pixel as it is: "
+                "leave one of them out"
+            )
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ShardError(f"--quality {self.quality} is not between 1 and 100")
         if not 0 <= self.seed < 2**63:
             raise ShardError(f"--seed {self.seed} is not between 0 and 2^63 - 1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -10,16 +11,21 @@ from pathlib import Path
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sync_folder, temporary_name, write_bytes
+from cxrfast.shards.codec import SUFFIX
 from cxrfast.shards.manifest import shard_path
 
 AHEAD = 16 * 2**20
 """Bytes after which the system is asked to begin writing them to the disk, so that `close` waits for few."""
 
+LINE = re.compile(rf"({'|'.join(SUFFIX.values())}) ([0-9]+) ([0-9]+) ([0-9]+)\.\1 json [0-9]+ [0-9]+ \4\.json")
+"""Of an index: suffix, offset, bytes and name of a row's image, then of the JSON beside it."""
+
 
 class TarWriter:
     """A tar and its DALI index, hashed while they are written; they take their names in `close`."""
 
-    def __init__(self, folder: Path, scale: int, shard: int) -> None:
+    def __init__(self, folder: Path, scale: int, shard: int, codec: str) -> None:
+        self.suffix = SUFFIX[codec]
         self.path = shard_path(folder, scale, shard, "tar")
         self.temporary = temporary_name(self.path)
         self.file = open(self.temporary, "wb", buffering=1 << 20)  # noqa: SIM115 - `discard` closes it
@@ -27,10 +33,10 @@ class TarWriter:
         self.index: list[str] = []
         self.crc32: list[int] = []
 
-    def add(self, row: int, jpeg: bytes, meta: bytes) -> None:
-        image, text = self._member(f"{row:09d}.jpg", jpeg), self._member(f"{row:09d}.json", meta)
-        self.index.append(f"jpg {image} json {text}")
-        self.crc32.append(zlib.crc32(jpeg))
+    def add(self, row: int, image: bytes, meta: bytes) -> None:
+        first, second = self._member(f"{row:09d}.{self.suffix}", image), self._member(f"{row:09d}.json", meta)
+        self.index.append(f"{self.suffix} {first} json {second}")
+        self.crc32.append(zlib.crc32(image))
         if self.size - self.begun >= AHEAD and hasattr(os, "posix_fadvise"):
             self.file.flush()
             os.posix_fadvise(self.file.fileno(), self.begun, self.size - self.begun, os.POSIX_FADV_DONTNEED)
@@ -115,11 +121,13 @@ def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int
     path = shard_path(folder, scale, shard, "idx")
     try:
         version, *lines = path.read_text().splitlines()
-        entries = [line.split(" ") for line in lines]
-        if version != f"v1.2 {len(entries)}":
+        if version != f"v1.2 {len(lines)}":
             raise ValueError(f"first line {version!r}")
-        return [(int(e[3].removesuffix(".jpg")), int(e[1]), int(e[2])) for e in entries]
+        samples = [LINE.fullmatch(line) for line in lines]
+        if None in samples:
+            raise ValueError(f"line {samples.index(None) + 2} is no image and its JSON")
+        return [(int(s[4]), int(s[2]), int(s[3])) for s in samples if s]
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: run the same `cxrfast shard` command again") from None
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise ShardError(f"{path} is damaged ({error}): `cxrfast verify {folder}` lists what else is") from error

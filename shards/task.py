@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.images import BadImage, Reason, at_scales, decode, encode
+from cxrfast.shards.codec import encode_member
+from cxrfast.shards.images import BadImage, Reason, at_scales, decode
 from cxrfast.shards.manifest import ShardManifest, shard_path
 from cxrfast.shards.tar import TarWriter
 from cxrfast.shards.tree import Tree
@@ -45,7 +46,8 @@ class Task:
     set: str
     shard: int
     scales: list[int]
-    quality: int
+    codec: str
+    quality: int | None
     resize: str
     grey: str
     rows: list[Image]
@@ -66,7 +68,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
     sizes: list[list[int]] = []
     try:
         for scale in task.scales:
-            writers[scale] = TarWriter(task.out, scale, task.shard)
+            writers[scale] = TarWriter(task.out, scale, task.shard, task.codec)
         for image in task.rows:
             if str(image.row) in quarantined:
                 continue
@@ -84,7 +86,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             sizes.append(list(source.shape))
             meta = meta_json(image, *source.shape)
             for scale, picture in at_scales(source, task.scales, task.resize).items():
-                writers[scale].add(image.row, encode(picture, task.quality), meta)
+                writers[scale].add(image.row, encode_member(picture, task.codec, task.quality), meta)
         for scale in task.scales:  # one that is replaced is not whole for a while, at any scale
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}

@@ -86,6 +86,7 @@ def make_task(plan: Plan, todo: Todo, rows: list[int] | range | None = None) -> 
         set=plan.info.id,
         shard=todo.shard,
         scales=todo.scales,
+        codec=plan.info.codec,
         quality=plan.info.quality,
         resize=plan.info.resize,
         grey=plan.info.grey,

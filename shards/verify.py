@@ -14,7 +14,7 @@ from cxrfast.files import sha256
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards import manifest
-from cxrfast.shards.images import BadImage, decode_grey
+from cxrfast.shards.codec import decode_member
 from cxrfast.shards.manifest import (
     SetInfo,
     ShardManifest,
@@ -26,6 +26,7 @@ from cxrfast.shards.manifest import (
     shard_path,
 )
 from cxrfast.shards.plan import set_id
+from cxrfast.shards.reasons import BadImage
 from cxrfast.shards.rows import label_names, read_info, read_rows
 from cxrfast.shards.tar import read_contents, read_index
 from cxrfast.shards.tree import Tree
@@ -81,7 +82,7 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
                 problems += _misplaced(folder, scale, manifests, sums)
                 problems += _shard_problems(folder, info, manifests)
                 if deep:
-                    problems += _image_problems(folder, manifests, quiet)
+                    problems += _image_problems(folder, info.codec, manifests, quiet)
         except ShardError as error:  # a file that makes no sense, and was signed so
             problems.append(Problem(".", str(error)))
     return Verdict(
@@ -195,13 +196,13 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
             yield Problem(name, str(error))
 
 
-def _image_problems(folder: Path, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
+def _image_problems(folder: Path, codec: str, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
     """Images that do not decode to scale × scale pixels or differ from their crc32, a shard a thread."""
     scale = manifests[0].scale if manifests else 0
     ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
 
     def look(m: ShardManifest) -> list[Problem]:
-        return _decode_shard(folder, m, ids[m.rows].tolist())
+        return _decode_shard(folder, codec, m, ids[m.rows].tolist())
 
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
@@ -212,7 +213,7 @@ def _image_problems(folder: Path, manifests: list[ShardManifest], quiet: bool) -
             advance(len(m.rows))
 
 
-def _decode_shard(folder: Path, m: ShardManifest, ids: list[str]) -> list[Problem]:
+def _decode_shard(folder: Path, codec: str, m: ShardManifest, ids: list[str]) -> list[Problem]:
     path = shard_path(folder, m.scale, m.shard, "tar")
     name = str(path.relative_to(folder))
     problems = []
@@ -223,7 +224,7 @@ def _decode_shard(folder: Path, m: ShardManifest, ids: list[str]) -> list[Proble
             tar.seek(offset)
             data = tar.read(size)
             try:
-                shape = decode_grey(data).shape
+                shape = decode_member(data, codec).shape
             except BadImage as error:
                 problems.append(Problem(name, f"row {row}: {error.reason}"))
                 continue

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cxrfast.shards.build import build
+from cxrfast.shards.recipe import Recipe
 from cxrfast.synth import synth
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
@@ -26,6 +27,20 @@ def tiny_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "set"
     build(phantoms, out, [32, 64], workers=1, quiet=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def raw_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_set`, uncompressed. Not to be written to."""
+    out = tmp_path_factory.mktemp("raw") / "set"
+    build(phantoms, out, [32, 64], recipe=Recipe(codec="raw"), workers=1, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session", params=["tiny_set", "raw_set"])
+def either_set(request: pytest.FixtureRequest) -> Path:
+    """The tiny set in one codec and the other. Not to be written to."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

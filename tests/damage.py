@@ -27,7 +27,7 @@ def flip_bit(path: Path, position: int, mask: int = 1) -> None:
 
 
 def where(folder: Path, scale: int, row: int) -> tuple[int, int, int]:
-    """(shard, offset, size) of the JPEG of `row`."""
+    """(shard, offset, size) of the image of `row`."""
     for shard in built(folder, scale):
         for held, offset, size in read_index(folder, scale, shard):
             if held == row:
@@ -35,8 +35,14 @@ def where(folder: Path, scale: int, row: int) -> tuple[int, int, int]:
     raise KeyError(row)
 
 
+def image_bytes(folder: Path, scale: int, row: int) -> bytes:
+    """The image of `row` as it lies in its tar."""
+    shard, offset, size = where(folder, scale, row)
+    return shard_path(folder, scale, shard, "tar").read_bytes()[offset : offset + size]
+
+
 def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
-    """Put `data`, padded to the old length, in the place of a row's JPEG, and make every hash and checksum agree:
+    """Put `data`, padded to the old length, in the place of a row's image, and make every hash and checksum agree:
     what a set would look like whose build had written a bad image."""
     shard, offset, size = where(folder, scale, row)
     assert len(data) <= size

@@ -17,7 +17,7 @@ from damage import contents, copy_set, flip_bit, replace_image, sign, where
 
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.pipelines.dali import DaliEngine
-from cxrfast.pipelines.host import Work
+from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.images import encode
@@ -135,7 +135,7 @@ def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_p
     assert [n for n in range(3) if read_manifest(tmp_path / "set", 32, n)] == [0, 2]
 
 
-@pytest.mark.parametrize("recipe", [{"codec": "raw"}, {"resize": "crop"}, {"grey": "colour"}])
+@pytest.mark.parametrize("recipe", [{"codec": "png"}, {"resize": "crop"}, {"grey": "colour"}])
 def test_a_recipe_that_is_not_carried_out_is_refused(recipe):
     with pytest.raises(ShardError):
         Recipe(**recipe)

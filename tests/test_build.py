@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from damage import contents
+from damage import contents, image_bytes
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
-from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import Report, describe
 from cxrfast.shards.build import build as build_set
+from cxrfast.shards.codec import decode_member
 from cxrfast.shards.images import at_scales, decode_grey, encode
-from cxrfast.shards.manifest import read_manifest
+from cxrfast.shards.manifest import read_manifest, read_set
 from cxrfast.shards.recipe import Recipe
 from cxrfast.shards.rows import read_rows
 from cxrfast.shards.verify import verify
@@ -91,26 +91,26 @@ def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 # The same bytes
 
 
-def test_two_workers_and_scales_in_another_order_give_the_same_bytes(phantoms, tiny_set, tmp_path):
-    report = build(phantoms, tmp_path / "set", [64, 32, 64], workers=2)
-    assert contents(tmp_path / "set") == contents(tiny_set)
+def test_two_workers_and_scales_in_another_order_give_the_same_bytes(phantoms, either_set, tmp_path):
+    report = build(phantoms, tmp_path / "set", [64, 32, 64], workers=2, recipe=read_set(either_set).recipe)
+    assert contents(tmp_path / "set") == contents(either_set)
     assert report.complete
     assert report.rows == {32: 150, 64: 150}
-    assert report.bytes == {s: sum(p.stat().st_size for p in (tiny_set / str(s)).glob("*.tar")) for s in (32, 64)}
+    assert report.bytes == {s: sum(p.stat().st_size for p in (either_set / str(s)).glob("*.tar")) for s in (32, 64)}
 
 
-def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, tiny_set, tmp_path):
-    out = tmp_path / "set"
-    report = build(phantoms, out, [64], limit=65)
+def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, either_set, tmp_path):
+    out, recipe = tmp_path / "set", read_set(either_set).recipe
+    report = build(phantoms, out, [64], limit=65, recipe=recipe)
     assert not report.complete
     assert report.rows == {64: 128}, "the two shards that hold the first 65 rows"
     assert verify(out, quiet=True).problems == []
     first = contents(out / "64")
-    report = build(phantoms, out, [64])
+    report = build(phantoms, out, [64], recipe=recipe)
     assert report.complete
     assert {name: data for name, data in contents(out / "64").items() if name in first} == first
-    assert build(phantoms, out, [32]).complete
-    assert contents(out) == contents(tiny_set)
+    assert build(phantoms, out, [32], recipe=recipe).complete
+    assert contents(out) == contents(either_set)
 
 
 def test_a_whole_set_is_left_alone(phantoms, tiny_set, tmp_path):
@@ -123,11 +123,11 @@ def test_a_whole_set_is_left_alone(phantoms, tiny_set, tmp_path):
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items() if path.parent != out)
 
 
-def test_the_pixels_are_those_of_the_source_resized(phantoms, tiny_set):
-    with Reader(tiny_set, 64) as reader:
-        for row, path in list(enumerate(paths(tiny_set)))[::10]:
-            picture = at_scales(decode_grey((phantoms / path).read_bytes()), [64])[64]
-            assert bytes(reader.read(row)) == encode(picture, 95)
+def test_the_pixels_are_those_of_the_source_resized(phantoms, tiny_set, raw_set):
+    for row, path in list(enumerate(paths(tiny_set)))[::10]:
+        picture = at_scales(decode_grey((phantoms / path).read_bytes()), [64])[64]
+        assert image_bytes(tiny_set, 64, row) == encode(picture, 95)
+        np.testing.assert_array_equal(decode_member(image_bytes(raw_set, 64, row), "raw"), picture)
 
 
 def test_nothing_is_written_into_the_source_and_no_process_is_left(phantoms, tmp_path):
@@ -139,16 +139,21 @@ def test_nothing_is_written_into_the_source_and_no_process_is_left(phantoms, tmp
     assert not [p.cmdline() for p in left if "spawn_main" in " ".join(p.cmdline())]
 
 
-def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, tiny_set, tmp_path):
-    report = build(phantoms, tmp_path / "set", [32, 64], dry_run=True)
+def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, either_set, tmp_path):
+    report = build(phantoms, tmp_path / "set", [32, 64], dry_run=True, recipe=read_set(either_set).recipe)
     assert not (tmp_path / "set").exists()
     assert not report.complete
     assert report.estimate.images == {32: 150, 64: 150}
     assert report.estimate.files == {32: 9, 64: 9}
     for scale in (32, 64):
-        size = sum(path.stat().st_size for path in (tiny_set / str(scale)).iterdir())
+        size = sum(path.stat().st_size for path in (either_set / str(scale)).iterdir())
         assert 0.7 < report.estimate.bytes[scale] / size < 1.4
     assert "to do at 64 px: 150 rows" in describe(report, tmp_path / "set")
+
+
+def test_uncompressed_images_are_estimated_as_large_as_their_pixels(phantoms, tmp_path):
+    needed = build(phantoms, tmp_path / "set", [256, 2048], dry_run=True, recipe=Recipe(codec="raw")).estimate.bytes
+    assert needed == {scale: pytest.approx(150 * scale**2, rel=0.05) for scale in (256, 2048)}
 
 
 # Killed
@@ -175,9 +180,10 @@ def many(tree: Path, n: int, images: list[Path]) -> Path:
     return tree
 
 
-def shard_command(data: Path, out: Path, scales: list[int]) -> list[str]:
+def shard_command(data: Path, out: Path, scales: list[int], *options: str) -> list[str]:
     asked = [word for scale in scales for word in ("--scale", str(scale))]
-    return [sys.executable, "-m", "cxrfast", "shard", "--data", str(data), "--out", str(out), *asked, "--workers", "2"]
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", str(data), "--out", str(out), *asked]
+    return [*command, "--workers", "2", *options]
 
 
 def environment(mark: str) -> dict[str, str]:
@@ -221,10 +227,12 @@ def all_end(mark: str) -> bool:
     return not marked(mark)
 
 
-def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path):
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
     tree = many(tmp_path / "mimic", 6 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
     out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
-    build(tree, tmp_path / "undisturbed", scales, workers=2)
+    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=Recipe(codec=codec))
+    command = shard_command(tree, out, scales, "--codec", codec)
     killed = 0
     for whole in (0, 1, 4, 7):  # of 12 tars; the run that follows meets the orphans of this one
         pause = rng.random() * 0.04
@@ -235,12 +243,10 @@ def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path):
             time.sleep(pause)
             return True
 
-        killed += kill_when(shard_command(tree, out, scales), ready, mark)
+        killed += kill_when(command, ready, mark)
         assert not (out / "SHA256SUMS").exists()
     assert killed == 4
-    done = subprocess.run(
-        shard_command(tree, out, scales), env=environment(mark), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment(mark), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert all_end(mark)
@@ -384,7 +390,11 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
 
 @pytest.mark.parametrize(
     ("recipe", "difference"),
-    [(Recipe(seed=1), "seed 0 there, 1 asked for"), (Recipe(quality=90), "quality 95 there, 90 asked for")],
+    [
+        (Recipe(seed=1), "seed 0 there, 1 asked for"),
+        (Recipe(quality=90), "quality 95 there, 90 asked for"),
+        (Recipe(codec="raw", resize="pad"), r"\(codec jpeg there, raw asked for; resize squash there, pad asked for\)"),
+    ],
 )
 def test_another_recipe_for_the_same_set_is_refused_and_the_difference_named(
     phantoms, tiny_set, tmp_path, recipe, difference

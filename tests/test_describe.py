@@ -150,6 +150,11 @@ def test_bytes_and_files_are_those_on_disk(odd):
         assert (line.rows, line.shards) == (73, read_set(odd).shards)
 
 
+def test_the_codec_is_said_as_a_paper_would(tiny_set, raw_set):
+    assert "JPEG, quality 95, squash; 1 kB" in to_markdown(describe(tiny_set))
+    assert "Raw (PGM), squash; 1 kB" in to_markdown(describe(raw_set))
+
+
 def test_a_radiologist_s_labels_are_counted_by_study(copy):
     rows = rows_of(copy)
     studies = sorted(rows["study_id"].unique())[:9]

@@ -96,9 +96,14 @@ def test_the_set_id_changes_with_an_image_or_a_patient(changed):
     assert identity(changed) != identity(images())
 
 
-@pytest.mark.parametrize("recipe", [{"seed": 1}, {"quality": 94}])
+@pytest.mark.parametrize("recipe", [{"seed": 1}, {"quality": 94}, {"codec": "raw"}])
 def test_the_set_id_changes_with_every_part_of_the_recipe(recipe):
     assert identity(images(), **recipe) != identity(images())
+
+
+def test_set_ids_are_the_same_in_every_version():
+    assert identity(images()) == identity(images(), codec="jpeg", quality=95) == "e7306155b6d0a1573e595c3d76dd4443"
+    assert identity(images(), codec="raw") == "41286f57e3b7122fb1f72c52a0869fb6"
 
 
 def test_the_set_id_changes_with_the_seed_alone():
@@ -140,6 +145,11 @@ def test_no_scale_at_all_is_an_error_with_advice():
 def test_a_recipe_out_of_range_is_refused(name, value):
     with pytest.raises(ShardError, match=rf"--{name} {value} is not between"):
         Recipe(**{name: value})
+
+
+def test_a_quality_for_pixels_that_are_not_compressed_is_refused():
+    with pytest.raises(ShardError, match="--quality 95 is of JPEG"):
+        Recipe(codec="raw", quality=95)
 
 
 def test_missing_images_are_counted_by_folder():

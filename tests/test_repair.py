@@ -38,13 +38,14 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
     return copy_set(tiny_set, tmp_path / "set")
 
 
-@pytest.fixture(scope="module")
-def corrupt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["jpeg", "raw"])
+def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tree with images that cannot be used and one that is missing, and its set at two scales. Not to be written to."""
+    recipe = Recipe(codec=request.param)
     tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))
     synth(tree, images=130, size=64, corrupt=6, workers=1)
     sorted(tree.rglob("*.jpg"))[7].unlink()
-    build_set(tree, out, [16, 32], workers=1, quiet=True, allow_missing=True)
+    build_set(tree, out, [16, 32], recipe=recipe, workers=1, quiet=True, allow_missing=True)
     return tree, out
 
 
@@ -86,8 +87,9 @@ def test_a_wrong_line_in_the_sums_does_not_condemn_the_file_it_names(folder, tin
 
 
 @pytest.mark.parametrize("name", ["32/000001.tar", "64/000002.tar", "rows.parquet"])
-def test_tars_and_the_plan_need_the_source_and_say_so(folder, phantoms, tiny_set, name):
-    flip_bit(folder / name, 700)
+def test_tars_and_the_plan_need_the_source_and_say_so(either_set, phantoms, tmp_path, name):
+    folder = copy_set(either_set, tmp_path / "set")
+    flip_bit(folder / name, 700)  # in a tar, inside its first image
     before = contents(folder)
     work = repair(folder)
     assert list(work.failed) == [name]
@@ -95,7 +97,7 @@ def test_tars_and_the_plan_need_the_source_and_say_so(folder, phantoms, tiny_set
     assert contents(folder) == before
     work = repair(folder, phantoms)
     assert [problem.path for problem in work.done] == [name]
-    assert contents(folder) == contents(tiny_set)
+    assert contents(folder) == contents(either_set)
 
 
 def test_rows_that_were_left_out_stay_left_out_for_the_same_reasons(corrupt, tmp_path):

@@ -151,13 +151,13 @@ def signal_when(source: Path | str, to: Path | str, ready: Callable[[], bool], w
 # There and back
 
 
-def test_a_set_comes_back_from_an_object_store_with_the_same_bytes(tiny_set, bucket, tmp_path):
-    there = stage(tiny_set, bucket.url)
-    assert bucket.contents() == contents(tiny_set)
+def test_a_set_comes_back_from_an_object_store_with_the_same_bytes(either_set, bucket, tmp_path):
+    there = stage(either_set, bucket.url)
+    assert bucket.contents() == contents(either_set)
     back = stage(bucket.url, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(tiny_set)
+    assert contents(tmp_path / "back") == contents(either_set)
     assert verify(tmp_path / "back", deep=True, quiet=True).problems == []
-    size = sum(len(data) for name, data in contents(tiny_set).items() if name != "SHA256SUMS")
+    size = sum(len(data) for name, data in contents(either_set).items() if name != "SHA256SUMS")
     for done in (there, back):
         assert (done.scales, done.files, done.bytes, done.kept) == ([32, 64], 21, size, 0)
 

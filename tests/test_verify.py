@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import copy_set, flip_bit, replace_image, sign, where
+from damage import copy_set, flip_bit, image_bytes, replace_image, sign
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
+from cxrfast.shards.codec import pgm_header
 from cxrfast.shards.images import encode
 from cxrfast.shards.manifest import read_set, shard_path
 from cxrfast.shards.rows import read_rows, write_rows
@@ -141,20 +142,29 @@ def test_a_plan_with_a_row_missing_or_an_image_renamed_is_found(folder):
 
 
 @pytest.mark.parametrize(
-    ("image", "what"),
-    [(b"no picture", "not an image"), (None, "truncated"), (encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px")],
+    ("name", "image", "what"),
+    [
+        ("tiny_set", lambda jpeg: b"no picture", "not an image"),
+        ("tiny_set", lambda jpeg: jpeg[: len(jpeg) // 2], "truncated"),
+        ("tiny_set", lambda jpeg: encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px"),
+        ("raw_set", lambda pgm: b"no picture", "not an image"),
+        ("raw_set", lambda pgm: pgm_header(33, 32) + pgm[15:], "truncated"),
+        ("raw_set", lambda pgm: pgm_header(31, 32) + pgm[15:], "corrupt"),
+        ("raw_set", lambda pgm: pgm_header(16, 64) + pgm[15:], "64 × 16 px"),
+    ],
 )
-def test_deep_finds_an_image_that_was_written_wrong(folder, image, what):
-    shard, offset, size = where(folder, 32, 70)
-    jpeg = shard_path(folder, 32, shard, "tar").read_bytes()[offset : offset + size]
-    replace_image(folder, 32, 70, jpeg[: size // 2] if image is None else image)
+def test_deep_finds_an_image_that_was_written_wrong(request, tmp_path, name, image, what):
+    folder = copy_set(request.getfixturevalue(name), tmp_path / "set")
+    replace_image(folder, 32, 70, image(image_bytes(folder, 32, 70)))
     assert check(folder).problems == []
     problems = check(folder, deep=True).problems
     assert [(p.path, p.what.split(": ")[-1].split(" is ")[-1]) for p in problems] == [("32/000001.tar", what)]
     assert "row 70" in problems[0].what
 
 
-def test_deep_finds_a_checksum_of_another_image(folder):
+def test_deep_finds_a_checksum_of_another_image(either_set, tmp_path):
+    folder = copy_set(either_set, tmp_path / "set")
+    assert check(folder, deep=True).problems == []
     path = shard_path(folder, 64, 0, "json")
     crc32 = json.loads(path.read_bytes())["crc32"]
     change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
