@@ -6,7 +6,9 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,16 @@ import simplejpeg
 import torch
 
 from cxrfast.errors import LoadError
-from cxrfast.pipelines.host import HostEngine, Work
+from cxrfast.pipelines.host import HostEngine
+from cxrfast.pipelines.order import Work
+from cxrfast.pipelines.readahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 DEPTH = 2
 """Batches decoded ahead of the consumer, and again as many read ahead of the decoder."""
+
+Fed = tuple[Any, ...]
+"""Of a batch: encoded images or pixels, then angles and flips if there are any."""
 
 
 def available() -> bool:
@@ -26,13 +33,30 @@ def available() -> bool:
 
 
 class DaliEngine:
-    """Decode grey (on a GPU: its JPEG engines, `mixed`), resize where the size differs, flip and rotate."""
+    """Decode grey (on a GPU: its JPEG engines, `mixed`), resize where the size differs, flip and rotate.
 
-    def __init__(self, reader: Reader, size: int, device: torch.device, threads: int) -> None:
+    Raw images, and whatever comes from or goes into a `cache`, are made by the CPU and only flipped and rotated here.
+    `hw_decoder_load`: share of the images that a GPU's JPEG engines get; None is DALI's own default.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        size: int,
+        device: torch.device,
+        threads: int,
+        cache: Path | str | None = None,
+        hw_decoder_load: float | None = None,
+    ) -> None:
         if not available():
             raise LoadError("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120`, or use --engine host")
         self.reader, self.size, self.device, self.threads = reader, size, device, threads
-        self._host = HostEngine(reader, size, device, threads)
+        self.hw_decoder_load = hw_decoder_load
+        self._host = HostEngine(reader, size, device, threads, cache)
+        self._decodes = not (reader.is_raw or cache)
+        self._feed: Iterator[Fed] = iter(())
+        self._pipe: tuple[tuple[int, bool], Any] | None = None
+        """With its largest batch and whether it turns images; None where there is none that can go on."""
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
@@ -52,10 +76,20 @@ class DaliEngine:
                         f"DALI fails on images that are whole: use --engine host. It says: {error}"
                     ) from error
 
+    def close(self) -> None:
+        self._pipe = None
+        self._host.close()
+
     def _run(self, items: list[Work]) -> Iterator[torch.Tensor]:
-        with ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool:
-            augmented = items[0].angles is not None
-            pipe = self._pipeline(max(len(item.rows) for item in items), augmented, self._feed(pool, items))
+        with (
+            ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool,
+            closing(read_ahead(self._host.pixels, items)) as upcoming,
+        ):
+            self._feed = self._encoded(pool, upcoming) if self._decodes else self._made(pool, upcoming)
+            key = max(len(item.rows) for item in items), items[0].angles is not None
+            # one that was left in the middle of an epoch holds batches of it: it is not used again
+            built, self._pipe = self._pipe, None
+            pipe = built[1] if built and built[0] == key else self._pipeline(*key)
             for _ in items:
                 if self.device.type == "cuda":
                     outputs = pipe.run(torch.cuda.current_stream(self.device).cuda_stream)
@@ -68,8 +102,13 @@ class DaliEngine:
                         f"{self.reader.folder} holds images of {tuple(batch.shape[2:])} px"
                     )  # host names the row
                 yield batch
+            pipe.reset()
+            self._pipe = key, pipe
 
-    def _feed(self, pool: ThreadPoolExecutor, items: list[Work]) -> Iterator[tuple[list[np.ndarray], ...]]:
+    def _next(self) -> Fed:
+        return next(self._feed)
+
+    def _encoded(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
         """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
 
         def read(row: int) -> np.ndarray:
@@ -81,25 +120,27 @@ class DaliEngine:
                 raise LoadError(f"row {row} is no JPEG") from error
             return data
 
-        ahead: deque[tuple[Work, list[Future[np.ndarray]]]] = deque()
-        upcoming = iter(items)
-        while True:
-            while len(ahead) < DEPTH and (item := next(upcoming, None)) is not None:
-                ahead.append((item, [pool.submit(read, int(row)) for row in item.rows]))
-            if not ahead:
-                return
-            item, futures = ahead.popleft()
-            images = [future.result() for future in futures]
-            if item.angles is None or item.flips is None:
-                yield (images,)
-            else:
-                yield images, list(item.angles), list(item.flips.astype(np.int32))
+        def begin(item: Work) -> list[Future[np.ndarray]]:
+            return [pool.submit(read, row) for row in item.rows.tolist()]
 
-    def _pipeline(self, batch: int, augmented: bool, feed: Iterator[Any]) -> Any:
+        for item, futures in _ahead(items, begin):
+            yield [future.result() for future in futures], *_draws(item)
+
+    def _made(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
+        """Pixels, uint8 (N, size, size, 1), and draws, batch by batch; made ahead in `pool`."""
+
+        def make(rows: np.ndarray) -> np.ndarray:
+            out = np.empty((len(rows), self.size, self.size), np.uint8)
+            self._host.pixels.put_all(rows, out)
+            return out[..., None]
+
+        for item, future in _ahead(items, lambda item: pool.submit(make, item.rows)):
+            yield future.result(), *_draws(item)
+
+    def _pipeline(self, batch: int, augmented: bool) -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.device.type == "cuda"
-        stored, size = self.reader.scale, self.size
 
         @pipeline_def(
             batch_size=batch,
@@ -109,16 +150,13 @@ class DaliEngine:
         )
         def graph() -> Any:
             sources = fn.external_source(
-                source=feed,
+                source=self._next,
                 num_outputs=3 if augmented else 1,
                 batch=True,
                 no_copy=True,
                 dtype=[types.UINT8, types.FLOAT, types.INT32][: 3 if augmented else 1],
             )
-            hints: Any = {"preallocate_width_hint": stored, "preallocate_height_hint": stored} if gpu else {}
-            image = fn.decoders.image(sources[0], device="mixed" if gpu else "cpu", output_type=types.GRAY, **hints)
-            if size != stored:
-                image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+            image = self._decoded(sources[0])
             if augmented:
                 image = fn.flip(image, horizontal=sources[2])
                 image = fn.rotate(
@@ -129,3 +167,36 @@ class DaliEngine:
         pipe = graph()
         pipe.build()
         return pipe
+
+    def _decoded(self, source: Any) -> Any:
+        """Nodes of the graph: what the feed gives → pixels of our size, on the pipeline's device."""
+        from nvidia.dali import fn, types
+
+        gpu, stored, size = self.device.type == "cuda", self.reader.scale, self.size
+        if not self._decodes:
+            return source.gpu() if gpu else source
+        options: dict[str, Any] = {}
+        if gpu:
+            options = {"preallocate_width_hint": stored, "preallocate_height_hint": stored}
+            if self.hw_decoder_load is not None:
+                options["hw_decoder_load"] = self.hw_decoder_load
+        image = fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.GRAY, **options)
+        if size != stored:
+            image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+        return image
+
+
+def _ahead(items: Iterable[Work], begin: Any) -> Iterator[tuple[Work, Any]]:
+    """Each item with what `begin` gave for it, up to `DEPTH` items earlier."""
+    begun: deque[tuple[Work, Any]] = deque()
+    for item in items:
+        begun.append((item, begin(item)))
+        if len(begun) == DEPTH:
+            yield begun.popleft()
+    yield from begun
+
+
+def _draws(item: Work) -> Fed:
+    if item.angles is None or item.flips is None:
+        return ()
+    return list(item.angles), list(item.flips.astype(np.int32))

@@ -4,35 +4,25 @@ It is the oracle for the DALI engine: the same draws, the same geometry, pixels 
 """
 
 import math
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
-import simplejpeg
 import torch
 
-from cxrfast.errors import LoadError
+from cxrfast.pipelines.cache import PixelCache
+from cxrfast.pipelines.order import Work
+from cxrfast.pipelines.pixels import Pixels
+from cxrfast.pipelines.readahead import read_ahead
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.images import resize
 
 PREFETCH_BYTES = 256 * 2**20
 """Decoded pixels held ahead of the consumer, at most; two batches are always allowed."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """One micro-batch to be made."""
-
-    rows: np.ndarray
-    """int64 (N,)"""
-    angles: np.ndarray | None = None
-    """float32 (N,), degrees, counter-clockwise; None where nothing is drawn."""
-    flips: np.ndarray | None = None
-    """bool (N,), horizontal, before the rotation."""
+WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
 
 def warp_matrix(size: int, angle: float, flip: bool) -> np.ndarray:
@@ -50,12 +40,19 @@ def warp_matrix(size: int, angle: float, flip: bool) -> np.ndarray:
 
 
 class HostEngine:
-    """Decode, resize where the size differs from the stored one, flip and rotate, on `threads` threads."""
+    """Decode, resize where the size differs from the stored one, flip and rotate, on `threads` threads.
 
-    def __init__(self, reader: Reader, size: int, device: torch.device, threads: int) -> None:
+    With `cache`, a folder, decoded pixels are kept there and not decoded again; see `pipelines.cache`.
+    """
+
+    def __init__(
+        self, reader: Reader, size: int, device: torch.device, threads: int, cache: Path | str | None = None
+    ) -> None:
         cv2.setNumThreads(1)  # our threads work on whole images; OpenCV's own would only get in their way
-        self.reader, self.size, self.device, self.threads = reader, size, device, threads
-        self._local = threading.local()
+        self.size, self.device, self.threads = size, device, threads
+        self.cache = PixelCache(cache, reader, size) if cache else None
+        self.pixels = Pixels(reader, size, self.cache)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """uint8 (N, 1, size, size) with channels-last strides on the device, one for each Work, in order.
@@ -65,8 +62,9 @@ class HostEngine:
         pending: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
         held = 0
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cxrfast-host")
+        upcoming = read_ahead(self.pixels, work)
         try:
-            for item in work:
+            for item in upcoming:
                 pending.append(self._submit(pool, item))
                 held += pending[-1][0].numel()
                 if len(pending) > 1 and (held > PREFETCH_BYTES or len(pending) > 2 * self.threads):
@@ -75,55 +73,43 @@ class HostEngine:
             while pending:
                 yield self._finish(*pending.popleft())
         finally:
+            upcoming.close()
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        if self.cache:
+            self.cache.close()
 
     def _submit(self, pool: ThreadPoolExecutor, work: Work) -> tuple[torch.Tensor, list[Future[None]]]:
         n = len(work.rows)
-        batch = torch.empty((n, self.size, self.size, 1), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        if self._copies:
+            batch = torch.empty((n, self.size, self.size, 1), dtype=torch.uint8, pin_memory=True)
+        else:  # numpy asks for huge pages: at 2048 px the page faults of torch's memory took 10 % of the time
+            batch = torch.from_numpy(np.empty((n, self.size, self.size, 1), np.uint8))
         pixels = batch.numpy()[..., 0]
-        step = max(1, min(8, n // (2 * self.threads)))  # a few images a task: handing one over costs 30 µs
-        return batch, [pool.submit(self._fill, pixels, work, range(i, min(i + step, n))) for i in range(0, n, step)]
+        step = max(1, n // (2 * self.threads))  # handing a task over costs 30 µs
+        return batch, [pool.submit(self._fill, pixels, work, slice(i, min(i + step, n))) for i in range(0, n, step)]
 
     def _finish(self, batch: torch.Tensor, futures: list[Future[None]]) -> torch.Tensor:
         for future in futures:
             future.result()
-        # torch's pinned memory is not reused before the copy has ended
-        return batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
+        batch = batch.permute(0, 3, 1, 2)
+        if not self._copies:
+            return batch
+        with torch.cuda.stream(self._copies):  # beside the consumer's kernels; pinned memory is kept until it has ended
+            moved = batch.to(self.device, non_blocking=True)
+        consumer = torch.cuda.current_stream(self.device)
+        consumer.wait_stream(self._copies)
+        moved.record_stream(consumer)
+        return moved
 
-    def _fill(self, pixels: np.ndarray, work: Work, items: range) -> None:
-        for i in items:
-            angle = 0.0 if work.angles is None else float(work.angles[i])
-            flip = work.flips is not None and bool(work.flips[i])
-            self._image(int(work.rows[i]), angle, flip, pixels[i])
-
-    def _image(self, row: int, angle: float, flip: bool, out: np.ndarray) -> None:
-        """Write the pixels of one row into `out`, uint8 (size, size)."""
-        stored = self.reader.scale
-        local = self._local
-        if not hasattr(local, "jpeg"):
-            local.jpeg, local.image = bytearray(self.reader.largest), np.empty((stored, stored, 1), np.uint8)
-        straight = self.size == stored and angle == 0.0 and not flip
-        target = out[..., None] if straight else local.image
-        try:
-            data = self.reader.read(row, local.jpeg)
-            image = simplejpeg.decode_jpeg(data, "GRAY", buffer=target)[..., 0]
-        except ValueError as error:
-            raise LoadError(f"row {row} of {self.reader.folder} at {stored} px does not decode: {error}") from error
-        if image.shape != (stored, stored):
-            raise LoadError(
-                f"row {row} of {self.reader.folder} has {image.shape[1]} × {image.shape[0]} px instead of {stored}"
-            )
-        if straight:
+    def _fill(self, pixels: np.ndarray, work: Work, items: slice) -> None:
+        """Write a part of a batch, uint8 (N, size, size)."""
+        rows, out = work.rows[items], pixels[items]
+        if work.angles is None or work.flips is None:
+            self.pixels.put_all(rows, out)
             return
-        image = resize(image, self.size, self.size)
-        if angle == 0.0 and not flip:
-            out[...] = image
-        else:
-            cv2.warpAffine(
-                image,
-                warp_matrix(self.size, angle, flip),
-                (self.size, self.size),
-                dst=out,
-                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                borderValue=0,
-            )
+        draws = zip(rows.tolist(), work.angles[items].tolist(), work.flips[items].tolist(), out, strict=True)
+        for row, angle, flip, image in draws:
+            matrix = warp_matrix(self.size, angle, flip)
+            cv2.warpAffine(self.pixels.get(row), matrix, (self.size, self.size), dst=image, flags=WARP, borderValue=0)

@@ -11,6 +11,7 @@ for epoch in range(10):
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
 from cxrfast.pipelines import dali
-from cxrfast.pipelines.host import HostEngine, Work
-from cxrfast.pipelines.order import Augment, Order
+from cxrfast.pipelines.dali import DaliEngine
+from cxrfast.pipelines.host import HostEngine
+from cxrfast.pipelines.order import Augment, Order, Work
 from cxrfast.pipelines.reader import Reader
 
 ENGINES = ("auto", "dali", "host")
@@ -35,7 +37,11 @@ class Batch:
 
 
 class Engine(Protocol):
+    size: int
+
     def batches(self, work: Iterator[Work]) -> Iterator[torch.Tensor]: ...
+
+    def close(self) -> None: ...
 
 
 class Loader:
@@ -44,6 +50,8 @@ class Loader:
     `scale`: side of the images handed out, px; need not be the reader's. `augment`: None for evaluation.
     `engine`: `auto` is DALI on a GPU where it is installed, else host threads, which beat DALI's CPU engine by far.
     `threads`: default: the usable cores, divided by `local_ranks`.
+    `cache`: a folder on a local disk in which decoded pixels are kept, see `pipelines.cache`; may be shared and deleted.
+    `hw_decoder_load`: of the dali engine. `order` may be replaced between epochs.
     Raises LoadError for an unknown engine and, while iterating, for rows that cannot be read or decoded.
     """
 
@@ -58,6 +66,8 @@ class Loader:
         engine: str = "auto",
         threads: int | None = None,
         local_ranks: int = 1,
+        cache: Path | str | None = None,
+        hw_decoder_load: float | None = None,
     ) -> None:
         self.reader, self.order, self.augment = reader, order, augment
         self.device = torch.device(device)
@@ -66,19 +76,40 @@ class Loader:
         if engine == "auto":
             engine = "dali" if self.device.type == "cuda" and dali.available() else "host"
         self.engine = engine
-        threads = threads or max(1, usable_cores() // local_ranks)
-        kind = dali.DaliEngine if engine == "dali" else HostEngine
-        self._engine: Engine = kind(reader, scale or reader.scale, self.device, threads)
+        self.threads = threads or max(1, usable_cores() // local_ranks)
+        self.cache, self.hw_decoder_load = cache, hw_decoder_load
+        self._engine = self._make(scale or reader.scale)
 
-    def epoch(self, epoch: int = 0, consumed: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch; `consumed` samples of it (over all ranks) are already behind."""
+    def _make(self, size: int) -> Engine:
+        given = (self.reader, size, self.device, self.threads, self.cache)
+        return DaliEngine(*given, self.hw_decoder_load) if self.engine == "dali" else HostEngine(*given)
+
+    def epoch(self, epoch: int = 0, consumed: int = 0, scale: int | None = None) -> Iterator[Batch]:
+        """The batches of an epoch; `consumed` samples of it (over all ranks) are already behind.
+
+        `scale`: side of the images from this epoch on, px (progressive resizing).
+        """
+        if scale and scale != self._engine.size:
+            self._engine.close()
+            self._engine = self._make(scale)
         micro_batches = self.order.micro_batches(epoch, consumed)
-        work = (Work(rows, *self._draw(epoch, rows)) for rows in micro_batches)
-        for rows, image in zip(micro_batches, self._engine.batches(work), strict=True):
-            yield Batch(image, torch.tensor(rows, device=self.device))
+        for rows, image in zip(micro_batches, self._engine.batches(self._work(epoch, micro_batches)), strict=True):
+            yield Batch(image, self._on_device(rows))
 
-    def _draw(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        return self.augment.draw(self.order.seed, epoch, rows) if self.augment else (None, None)
+    def _work(self, epoch: int, micro_batches: list[np.ndarray]) -> Iterator[Work]:
+        if not self.augment or not micro_batches:
+            return map(Work, micro_batches)
+        cuts = np.cumsum([len(rows) for rows in micro_batches])[:-1]
+        draws = self.augment.draw(self.order.seed, epoch, np.concatenate(micro_batches))
+        return map(Work, micro_batches, *(np.split(drawn, cuts) for drawn in draws))
+
+    def _on_device(self, rows: np.ndarray) -> torch.Tensor:
+        row = torch.tensor(rows)
+        return row if self.device.type == "cpu" else row.pin_memory().to(self.device, non_blocking=True)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch()
+
+    def close(self) -> None:
+        """Give the engine's memory and files back; the reader stays open. Tensors that were handed out stay valid."""
+        self._engine.close()

@@ -10,6 +10,9 @@ import numpy as np
 from cxrfast.errors import LoadError
 from cxrfast.shards.plan import permutation
 
+WINDOW = 4
+"""Shards among whose rows a block order shuffles."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOrder:
@@ -28,8 +31,15 @@ class TrainOrder:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    shard_rows: int | None = None
+    """Rows of a shard (`reader.info.rows_per_shard`): the order is then one of blocks, for storage that is slow to seek.
+
+    Shards are shuffled, and rows within a window of `WINDOW` shards, so that each tar is read once, at about one time.
+    """
 
     def __post_init__(self) -> None:
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise LoadError(f"a shard cannot have {self.shard_rows} rows")
         if self.micro_batch < 1 or self.global_batch % self.micro_batch:
             raise LoadError(
                 f"global batch {self.global_batch} is no multiple of micro-batch {self.micro_batch}: "
@@ -63,7 +73,10 @@ class TrainOrder:
         """int64 (steps left, global_batch): the rows of each optimiser step once `consumed` samples are behind."""
         if consumed % self.global_batch:
             raise LoadError(f"position {consumed} is not at the start of a global batch of {self.global_batch}")
-        rows = self.rows[permutation(len(self.rows), self.seed, epoch)]
+        if self.shard_rows is None:
+            rows = self.rows[permutation(len(self.rows), self.seed, epoch)]
+        else:
+            rows = in_blocks(self.rows, self.shard_rows, self.seed, epoch)
         return rows[: self.steps * self.global_batch].reshape(self.steps, self.global_batch)[
             consumed // self.global_batch :
         ]
@@ -73,6 +86,30 @@ class TrainOrder:
         steps = self.global_batches(epoch, consumed)
         cut = steps.reshape(len(steps), self.micro_batch, self.accumulation).transpose(0, 2, 1)
         return list(cut[:, self.rank :: self.world].reshape(-1, self.micro_batch))
+
+
+def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """`rows`, int64 (N,), with their shards shuffled, and then shuffled themselves within windows of `WINDOW` shards' size."""
+    shards, of_row = np.unique(rows // shard_rows, return_inverse=True)
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(len(shards) + len(rows))
+    place = np.argsort(np.argsort(words[: len(shards)]))[of_row]
+    by_shard = np.argsort(place, kind="stable")
+    window = (np.arange(len(rows)) // (WINDOW * shard_rows)).astype(np.uint64)
+    return rows[by_shard][np.argsort(window << np.uint64(40) | words[len(shards) :] >> np.uint64(24), kind="stable")]
+
+
+def balanced(rows: np.ndarray, group: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many of `rows`, int64 (N,), from each group as the smallest has, drawn anew each epoch; in their own order.
+
+    `group`: (N,), the group of each row, such as its class. For the `rows` of an order that is made for each epoch.
+    """
+    _, of_row = np.unique(group, return_inverse=True)
+    shuffled = permutation(len(rows), seed, epoch)
+    by_group = shuffled[np.argsort(of_row[shuffled], kind="stable")]
+    counts = np.bincount(of_row)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = by_group[np.arange(len(rows)) - starts < counts.min(initial=len(rows))]
+    return rows[np.sort(chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +129,18 @@ class EvalOrder:
 
 
 Order = TrainOrder | EvalOrder
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch to be made."""
+
+    rows: np.ndarray
+    """int64 (N,)"""
+    angles: np.ndarray | None = None
+    """float32 (N,), degrees, counter-clockwise; None where nothing is drawn."""
+    flips: np.ndarray | None = None
+    """bool (N,), horizontal, before the rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)

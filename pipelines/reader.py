@@ -1,22 +1,31 @@
-"""A row number in, its JPEG bytes out: `preadv` from the tars of one scale, checked against the set's manifests.
+"""A row number in, its bytes out: `preadv` from the tars of one scale, checked against the set's manifests.
 
 Not mapped: a mapped tar that is cut short kills the process, and mapped pages count as resident. Safe to use from
 threads, after a fork and, pickled, in spawned processes.
 """
 
 import os
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
+from cxrfast.shards.codec import pgm_header
 from cxrfast.shards.manifest import built, read_manifest, read_set, scales_in, shard_path
 from cxrfast.shards.tar import read_index
 
 OPEN_FILES = 512
 """Tars kept open; those beyond are opened for each read."""
+
+GAP = 64 * 1024
+"""Bytes between two rows in a tar below which they are asked for together."""
+
+PROBES = 4
+"""Rows of a batch that are looked at to see whether the batch is in memory already."""
 
 
 class Reader:
@@ -37,9 +46,11 @@ class Reader:
             )
         self._tar = np.full(self.info.images, -1, np.int32)
         self._offset, self._size = np.zeros((2, self.info.images), np.int64)
-        self._crc32 = np.zeros(self.info.images, np.uint32)
+        self.crc32 = np.zeros(self.info.images, np.uint32)
+        """uint32 (images,), of the bytes of each row; 0 for rows that this scale does not hold."""
         for shard in shards:
             self._open_index(shard)
+        self._header = pgm_header(scale, scale)
         self._files: dict[int, int] = {}
 
     def _open_index(self, shard: int) -> None:
@@ -61,11 +72,16 @@ class Reader:
         if rows.tolist() != manifest.rows or (len(rows) and (offsets + sizes).max() > size):
             raise LoadError(f"the index of {tar} belongs to another tar: {self._advice}")
         self._tar[rows], self._offset[rows], self._size[rows] = shard, offsets, sizes
-        self._crc32[rows] = manifest.crc32
+        self.crc32[rows] = manifest.crc32
 
     @property
     def _advice(self) -> str:
         return f"`cxrfast verify {self.folder}` says what is damaged"
+
+    @property
+    def is_raw(self) -> bool:
+        """Are the images stored as pixels?"""
+        return self.info.codec == "raw"
 
     @property
     def rows(self) -> np.ndarray:
@@ -77,34 +93,60 @@ class Reader:
         """Bytes of the largest image."""
         return int(self._size.max())
 
+    def bytes_of(self, rows: np.ndarray) -> int:
+        """How many bytes the images of `rows` have together."""
+        return int(self._size[rows].sum())
+
     def read(self, row: int, buffer: bytearray | None = None) -> memoryview:
-        """The JPEG bytes of `row`, in `buffer` if it is large enough (see `largest`).
+        """The bytes of the image of `row`, in `buffer` if it is large enough (see `largest`).
 
         Raises LoadError naming row and tar if they are not the bytes that were written when the set was built.
         """
-        if not 0 <= row < len(self._tar):
-            raise LoadError(f"row {row} does not exist: {self.folder} has rows 0 to {len(self._tar) - 1:,}")
-        shard, size = int(self._tar[row]), int(self._size[row])
-        if shard < 0:
-            raise LoadError(f"row {row} is not in {self.folder} at {self.scale} px: quarantined, or not built yet")
+        shard, size = self._find(row)
         view = memoryview(buffer if buffer is not None and len(buffer) >= size else bytearray(size))[:size]
-        try:
-            got = self._pread(shard, view, int(self._offset[row]))
-        except OSError as error:
-            raise LoadError(f"{self._path(shard)}, row {row}: {error.strerror}; {self._advice}") from error
-        if got != size:
-            raise LoadError(f"{self._path(shard)} ends inside row {row}: {self._advice}")
-        if zlib.crc32(view) != self._crc32[row]:
-            raise LoadError(f"{self._path(shard)}, row {row}: the image's bytes have changed; {self._advice}")
+        self._check(row, shard, self._pread(row, shard, [view]), size, crc32(view))
         return view
 
-    def _pread(self, shard: int, view: memoryview, offset: int) -> int:
+    def read_pixels(self, row: int, out: np.ndarray) -> None:
+        """The pixels of `row` of a raw set into `out`, uint8 (scale, scale), contiguous. Raises LoadError as `read` does."""
+        shard, size = self._find(row)
+        header, pixels = bytearray(len(self._header)), out.data.cast("B")
+        got = self._pread(row, shard, [header, pixels])
+        self._check(row, shard, got, size, crc32(pixels, crc32(header)))
+        if size != len(header) + len(pixels) or header != self._header:
+            raise LoadError(f"row {row} of {self.folder} is no raw image of {self.scale} px: {self._advice}")
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """Shard and size in bytes."""
+        if not 0 <= row < len(self._tar):
+            raise LoadError(f"row {row} does not exist: {self.folder} has rows 0 to {len(self._tar) - 1:,}")
+        shard = int(self._tar[row])
+        if shard < 0:
+            raise LoadError(f"row {row} is not in {self.folder} at {self.scale} px: quarantined, or not built yet")
+        return shard, int(self._size[row])
+
+    def _pread(self, row: int, shard: int, into: list[Any]) -> int:
+        try:
+            with self._opened(shard) as descriptor:
+                return os.preadv(descriptor, into, int(self._offset[row]))
+        except OSError as error:
+            raise LoadError(f"{self._path(shard)}, row {row}: {error.strerror}; {self._advice}") from error
+
+    def _check(self, row: int, shard: int, got: int, size: int, crc: int) -> None:
+        if got < size:
+            raise LoadError(f"{self._path(shard)} ends inside row {row}: {self._advice}")
+        if crc != self.crc32[row]:
+            raise LoadError(f"{self._path(shard)}, row {row}: the image's bytes have changed; {self._advice}")
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[int]:
         descriptor = self._files.get(shard)
         if descriptor is not None:
-            return os.preadv(descriptor, [view], offset)
+            yield descriptor
+            return
         descriptor = os.open(self._path(shard), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            return os.preadv(descriptor, [view], offset)
+            yield descriptor
         finally:
             # setdefault is atomic: of two threads that open the same tar, one keeps its descriptor
             if len(self._files) >= OPEN_FILES or self._files.setdefault(shard, descriptor) != descriptor:
@@ -112,6 +154,44 @@ class Reader:
 
     def _path(self, shard: int) -> Path:
         return shard_path(self.folder, self.scale, shard, "tar")
+
+    # Reading ahead
+
+    def advise(self, rows: np.ndarray) -> None:
+        """Ask the system to read the images of `rows` ahead of their use; rows that are near in a tar in one piece.
+
+        Does nothing where they seem to be in memory already, or where a system knows no such advice. Never raises
+        OSError: whoever reads the rows will.
+        """
+        if not hasattr(os, "posix_fadvise") or self._in_memory(rows[:: max(1, len(rows) // PROBES)]):
+            return
+        order = np.lexsort((self._offset[rows], self._tar[rows]))
+        shards, starts = self._tar[rows][order], self._offset[rows][order]
+        ends = starts + self._size[rows][order]
+        cuts = np.flatnonzero((np.diff(shards) != 0) | (starts[1:] - ends[:-1] > GAP)) + 1
+        firsts, lasts = np.r_[0, cuts], np.r_[cuts, len(rows)] - 1
+        for shard, start, end in zip(
+            shards[firsts].tolist(), starts[firsts].tolist(), ends[lasts].tolist(), strict=True
+        ):
+            try:
+                with self._opened(shard) as descriptor:
+                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                continue
+
+    def _in_memory(self, rows: np.ndarray) -> bool:
+        """Is the last byte of each of these rows in the page cache? False where the system cannot tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        byte = [bytearray(1)]
+        try:
+            for row in rows.tolist():
+                shard, size = self._find(row)
+                with self._opened(shard) as descriptor:
+                    os.preadv(descriptor, byte, int(self._offset[row]) + size - 1, os.RWF_NOWAIT)
+        except (OSError, LoadError):  # BlockingIOError where it is not
+            return False
+        return True
 
     def close(self) -> None:
         while self._files:

@@ -10,8 +10,8 @@ from torchvision.transforms.functional import resize
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.dali import DaliEngine, available
-from cxrfast.pipelines.host import HostEngine, Work
-from cxrfast.pipelines.order import Augment
+from cxrfast.pipelines.host import HostEngine
+from cxrfast.pipelines.order import Augment, Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.manifest import shard_path
 

@@ -13,8 +13,9 @@ from torchvision.transforms.functional import rotate
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import host
-from cxrfast.pipelines.host import HostEngine, Work, warp_matrix
-from cxrfast.pipelines.order import Augment
+from cxrfast.pipelines.host import HostEngine, warp_matrix
+from cxrfast.pipelines.order import Augment, Work
+from cxrfast.pipelines.pixels import reduction
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.images import encode, resize
 from cxrfast.shards.manifest import shard_path
@@ -123,7 +124,7 @@ def test_the_warp_keeps_the_centre_and_all_distances_and_mirrors_only_when_asked
     assert np.linalg.det(matrix[:, :2]) == pytest.approx(-1 if flip else 1)
 
 
-@pytest.mark.parametrize("size", [16, 32, 48, 100])
+@pytest.mark.parametrize("size", [24, 48, 100])
 def test_another_size_than_the_stored_one_is_resized_before_it_is_turned(tiny, size):
     angles, flips = np.array([0, 0, 9], np.float32), np.array([False, True, True])
     (plain,) = run(tiny, [Work(np.arange(3))], size)
@@ -134,6 +135,25 @@ def test_another_size_than_the_stored_one_is_resized_before_it_is_turned(tiny, s
         np.testing.assert_array_equal(plain[row, 0], small)
         (expected,) = oracle(small[None], angles[row], flips[row])
         assert abs(turned[row, 0].numpy() - expected)[disc(size)].max() <= 2
+
+
+@pytest.mark.parametrize("size", [512, 256, 128, 64])
+def test_decoding_at_a_reduced_size_gives_the_averaged_pixels(real_set, size):
+    with Reader(real_set, 1024) as reader:
+        rows = reader.rows[::12]
+        (batch,) = run(reader, [Work(rows)], size)
+        averaged = np.array([resize(decoded(reader, int(row)), size, size) for row in rows])
+    difference = abs(batch[:, 0].numpy().astype(int) - averaged)
+    assert (difference <= 1).mean() >= 0.9999
+    assert difference.max() <= 4
+
+
+@given(st.integers(8, 4096), st.integers(1, 4096))
+def test_a_reduced_size_is_a_multiple_of_the_one_asked_for(stored, size):
+    factor = reduction(stored, size)
+    assert factor in (1, 2, 4, 8)
+    assert factor == 1 or stored // factor % size == 0
+    assert factor == 8 or stored % (2 * factor * size) > 0
 
 
 def test_a_damaged_image_names_its_row_and_batches_before_it_are_whole(tiny_set, tmp_path, tiny):
@@ -187,14 +207,14 @@ def test_stopping_early_or_failing_leaves_no_thread(tiny_set, tmp_path, tiny):
 
 def test_no_more_is_decoded_ahead_than_the_memory_set_aside_for_it(tiny, monkeypatch):
     monkeypatch.setattr(host, "PREFETCH_BYTES", 20 * 64 * 64)
-    taken = 0
+    class Counted(HostEngine):
+        begun = 0
 
-    def work():
-        nonlocal taken
-        for part in cut(np.arange(150), 5):
-            taken += 1
-            yield Work(part)
+        def _submit(self, pool, work):
+            self.begun += 1
+            return super()._submit(pool, work)
 
-    for done, _ in enumerate(HostEngine(tiny, 64, CPU, 16).batches(work()), 1):
-        assert taken - done <= 4
-    assert taken == done == 30
+    engine = Counted(tiny, 64, CPU, 16)
+    for done, _ in enumerate(engine.batches(Work(part) for part in cut(np.arange(150), 5)), 1):
+        assert engine.begun - done <= 4
+    assert engine.begun == done == 30

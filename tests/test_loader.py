@@ -7,9 +7,9 @@ import torch
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import dali
-from cxrfast.pipelines.host import HostEngine, Work
+from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.loader import ENGINES, Loader
-from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
+from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder, Work
 from cxrfast.pipelines.reader import Reader
 
 CPU = torch.device("cpu")
