@@ -350,6 +350,11 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
             click.option("--epochs", type=int, help="At most. [default: 100]"),
             click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
+            click.option(
+                "--order",
+                type=click.Choice(["global", "block"]),
+                help="block: a few shards at a time, for storage that is slow to seek. [default: global]",
+            ),
             click.option("--seed", type=int, help="[default: 0]"),
         )
     ):
@@ -378,6 +383,11 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+cache_option = click.option(
+    "--cache", type=FOLDER, metavar="DIR", help="Keep decoded pixels here, on a local disk; may be deleted at any time."
+)
+
+
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """Recipe options as TrainConfig fields."""
     return {**options, "views": tuple(options["views"]) or None}
@@ -391,6 +401,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--name", help="Folder of this run's folds. [default: ARCH-SCALE]")
 @recipe_options
 @place_options
+@cache_option
 @click.option("--checkpoint-minutes", default=10.0, show_default=True, help="Write last.pt at least so often.")
 @click.option(
     "--checkpoint-steps", type=click.IntRange(min=1), help="Write last.pt after so many optimiser steps, too."
@@ -405,6 +416,7 @@ def train(
     device: str,
     engine: str,
     threads: int | None,
+    cache: Path | None,
     checkpoint_minutes: float,
     checkpoint_steps: int | None,
     deterministic: bool,
@@ -424,6 +436,7 @@ def train(
             device=device,
             engine=engine,
             threads=threads,
+            cache=cache,
             deterministic=deterministic,
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
@@ -541,6 +554,7 @@ def report(runs: Path) -> None:
 )
 @recipe_options
 @place_options
+@cache_option
 def study(
     shards: Path,
     runs: Path,
@@ -550,6 +564,7 @@ def study(
     device: str,
     engine: str,
     threads: int | None,
+    cache: Path | None,
     **recipe: Any,
 ) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
@@ -564,6 +579,7 @@ def study(
         device=device,
         engine=engine,
         threads=threads,
+        cache=cache,
         recipe=given(recipe),
     )
     show(*result.tables)

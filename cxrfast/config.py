@@ -17,6 +17,7 @@ RUNS = Path("runs")
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SPLITS = ("folds", "official")
+ORDERS = ("global", "block")
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class TrainConfig:
     """Probability of a horizontal flip."""
     precision: str = "auto"
     """bf16 or fp16 autocast, or fp32; resolved before the run starts."""
+    order: str = "global"
+    """Of the rows in an epoch: one permutation of all, or `block`, which keeps shards together; see `pipelines.order`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS)):
+        for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         if not 0 <= self.fold < FOLDS:

@@ -49,6 +49,7 @@ def study(
     device: str = "auto",
     engine: str = "auto",
     threads: int | None = None,
+    cache: Path | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
@@ -68,7 +69,8 @@ def study(
                 f"{run.folder} was trained on set {run.config.set_id}, {shards} is {info.id}: choose another RUNS"
             )
     configs = [make_config(shards, scale, device=device, fold=fold, **recipe) for scale in scales for fold in folds]
-    done = [_run(config, shards, runs, nproc, device, engine, threads) for config in configs]
+    place = Place(shards=shards, runs=runs, device=device, engine=engine, threads=threads, cache=cache)
+    done = [_run(config, place, nproc) for config in configs]
     evaluation = evaluate.evaluate(runs)
     tables = [evaluate.to_table(evaluation)]
     if len(scales) > 1:
@@ -77,31 +79,23 @@ def study(
     return Study(tables, report(runs))
 
 
-def _run(
-    config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None
-) -> Run:
+def _run(config: TrainConfig, place: Place, nproc: int) -> Run:
     """Train one run, in this process or by torchrun, and predict with it."""
     if nproc > 1:
-        _torchrun(config, shards, runs, nproc, device, engine, threads)
-        run = Run(run_folder(runs, config), config, shards)
+        _torchrun(config, place, nproc)
+        run = Run(run_folder(place.runs, config), config, place.shards)
     else:
-        run = train(config, Place(shards=shards, runs=runs, device=device, engine=engine, threads=threads))
+        run = train(config, place)
     if not has_predictions(run):
-        with world(device) as ranks:
-            predict(run, ranks, shards=shards, engine=engine, threads=threads)
+        with world(place.device) as ranks:
+            predict(run, ranks, shards=place.shards, engine=place.engine, threads=place.threads)
     return run
 
 
-def _torchrun(
-    config: TrainConfig, shards: Path, runs: Path, nproc: int, device: str, engine: str, threads: int | None
-) -> None:
+def _torchrun(config: TrainConfig, place: Place, nproc: int) -> None:
     fixed = {"set_id", "labels", "views", "factor", "patience", "stop_after", "degrees", "flip"}
     options: dict[str, Any] = {
-        "shards": shards,
-        "runs": runs,
-        "device": device,
-        "engine": engine,
-        "threads": threads,
+        **{name: getattr(place, name) for name in ("shards", "runs", "device", "engine", "threads", "cache")},
         **{name: value for name, value in asdict(config).items() if name not in fixed},
     }
     command = [
@@ -118,7 +112,7 @@ def _torchrun(
     command += [argument for view in config.views for argument in ("--view", view)]
     if subprocess.run(command).returncode:
         raise RunError(
-            f"{run_folder(runs, config)} failed, its message stands above; mend it and run the study again: "
+            f"{run_folder(place.runs, config)} failed, its message stands above; mend it and run the study again: "
             "what is done is not done twice"
         )
 

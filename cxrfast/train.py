@@ -59,6 +59,8 @@ class Place:
     engine: str = "auto"
     threads: int | None = None
     """Decoding threads a rank; default: the usable cores divided by the ranks of this machine."""
+    cache: Path | None = None
+    """Folder on a local disk in which decoded pixels are kept; see `pipelines.cache`."""
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int | None = None
     """Write last.pt after so many optimiser steps, beside the end of every epoch and every `checkpoint_minutes`."""
@@ -104,7 +106,7 @@ def select_rows(table: pd.DataFrame, config: TrainConfig, held: np.ndarray) -> p
     return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
 
 
-def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World) -> TrainOrder:
+def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:
     """The order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
     return TrainOrder(
         rows=part_rows(rows, "train"),
@@ -113,6 +115,7 @@ def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World) -> TrainO
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.size,
+        shard_rows=shard_rows if config.order == "block" else None,
     )
 
 
@@ -126,7 +129,9 @@ def train(config: TrainConfig, place: Place) -> Run:
         model.check_size(config.scale)
         reader = Reader(place.shards, config.scale)
         rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows)
-        train_order(config, rows, ranks)  # refuses sizes that do not fit before anything is written
+        train_order(
+            config, rows, ranks, reader.info.rows_per_shard
+        )  # refuses sizes that do not fit before anything is written
         folder = run_folder(place.runs, config, place.name)
 
         def start() -> Run:
@@ -166,12 +171,13 @@ class Trainer:
         rows = run.rows()
         self.val_rows = part_rows(rows, "val")
         self._put_labels(rows, reader.info.images)
-        self.order = train_order(config, rows, ranks)
+        self.order = train_order(config, rows, ranks, reader.info.rows_per_shard)
         loading: dict[str, Any] = {
             "device": ranks.device,
             "engine": place.engine,
             "threads": place.threads,
             "local_ranks": ranks.local_size,
+            "cache": place.cache,
         }
         self.train_loader = Loader(
             reader, self.order, augment=Augment(degrees=config.degrees, flip=config.flip), **loading

@@ -83,6 +83,16 @@ def test_a_killed_training_ends_with_bitwise_the_weights_of_an_undisturbed_one(
     assert read_run(killed).is_done
 
 
+def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name, more in (("plain", []), ("cached", [f"--cache={cache}"])):
+        run_to_the_end([*command(tiny_set, tmp_path / name, nproc=2), "--epochs=1", "--order=block", *more])
+    weights = [load_file(next((tmp_path / name).glob("*/fold-0")) / "best.safetensors") for name in ("plain", "cached")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert {path.suffix for path in cache.iterdir()} == {".pixels", ".sums"}
+    assert next(cache.glob("*.pixels")).stat().st_blocks > 0
+
+
 RANKS = """
 import sys
 from pathlib import Path
