@@ -19,6 +19,7 @@ from matplotlib.figure import Figure as Plot
 from cxrfast.distributed import dali_build, nvidia_driver
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
+from cxrfast.progress import progress
 from cxrfast.shards.manifest import versions
 
 
@@ -49,6 +50,23 @@ def interleave(measurements: Mapping[str, Callable[[float], float]], seconds: fl
         for name, measure in measurements.items():
             results[name].append(measure(seconds))
     return {name: Figure(values) for name, values in results.items()}
+
+
+def take_turns(
+    label: str, measurements: Mapping[str, Callable[[float], float]], seconds: float, rounds: int
+) -> dict[str, Figure]:
+    """`interleave`, with a progress bar."""
+    with progress(label, len(measurements) * (rounds + 1), unit="figures") as advance:
+
+        def shown(measure: Callable[[float], float]) -> Callable[[float], float]:
+            def measure_and_show(seconds: float) -> float:
+                found = measure(seconds)
+                advance()
+                return found
+
+            return measure_and_show
+
+        return interleave({name: shown(measure) for name, measure in measurements.items()}, seconds, rounds)
 
 
 def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float:

@@ -9,16 +9,14 @@ import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import torch
 from matplotlib.figure import Figure as Plot
-from rich.table import Table
 
-from cxrfast.bench.harness import Figure, file_system, interleave, provenance, write_results
+from cxrfast.bench.harness import Figure, file_system, provenance, take_turns, write_results
 from cxrfast.bench.shard_measure import (
-    Measurement,
     Memory,
     Notes,
     Setup,
@@ -30,10 +28,9 @@ from cxrfast.bench.shard_measure import (
     startup_seconds,
 )
 from cxrfast.bench.shard_peers import WHAT, peer_versions, peers
+from cxrfast.bench.tables import Section, to_markdown
 from cxrfast.bench.trees import sample
 from cxrfast.machine import usable_cores
-from cxrfast.markdown import markdown_table
-from cxrfast.progress import progress
 from cxrfast.shards.images import decode
 from cxrfast.shards.plan import check_scales
 from cxrfast.shards.tree import Tree
@@ -131,7 +128,7 @@ def bench(
         setup = prepare(scratch, files, scales, seconds, workers or usable_cores())
         notes = Notes()
         others, left_out = peers()
-        figures = _take_turns(measurements(setup, others, notes), seconds, rounds)
+        figures = take_turns("bench shard", measurements(setup, others, notes), seconds, rounds)
         rates = {name: figures[name] for name in ("ours", *others, "kernels")}
         builds = _builds(setup, figures, notes, rounds)
         last = notes.calls[setup.workers][-1]
@@ -156,7 +153,7 @@ def bench(
             left_out=left_out,
             provenance={**provenance(torch.device("cpu")), **peer_versions(), "file_system": file_system(scratch)},
         )
-    write_results(out, "shard", asdict(result), to_markdown(result), plot(result))
+    write_results(out, "shard", asdict(result), to_markdown(sections(result)), plot(result))
     return result
 
 
@@ -166,20 +163,6 @@ def _files(scratch: Path, data: str | None, images: int) -> list[Path]:
         synth(scratch / "phantoms", images=images, size=SIZE)
     (scratch / "images").mkdir()
     return sample(Tree(data or scratch / "phantoms"), scratch / "images", images)
-
-
-def _take_turns(each: dict[str, Measurement], seconds: float, rounds: int) -> dict[str, Figure]:
-    with progress("bench shard", len(each) * (rounds + 1), unit="figures") as advance:
-
-        def shown(measure: Measurement) -> Measurement:
-            def measure_and_show(seconds: float) -> float:
-                found = measure(seconds)
-                advance()
-                return found
-
-            return measure_and_show
-
-        return interleave({name: shown(measure) for name, measure in each.items()}, seconds, rounds)
 
 
 def _medians(lines: list[dict[str, float]]) -> dict[str, float]:
@@ -216,13 +199,6 @@ def _compute(builds: Builds, cores: int, read: float, written: float) -> Compute
 
 
 # Results
-
-
-class Section(NamedTuple):
-    title: str
-    head: list[str]
-    lines: list[list[str]]
-    note: str
 
 
 def sections(result: Result) -> list[Section]:
@@ -305,26 +281,6 @@ def _computed_section(r: Result) -> Section:
         f"Cores × the rate of a worker while {r.builds[-1].workers} are at work. Assumes that MIMIC's images are like those "
         f"measured ({r.mean_bytes / 1e6:.2f} MB, {r.mean_pixels / 1e6:.1f} Mpx), that more cores do not slow each other down and "
         "that the storage reads and writes as many MB/s as the table says.",
-    )
-
-
-def to_tables(result: Result) -> list[Table]:
-    tables = []
-    for section in sections(result):
-        table = Table(title=section.title, caption=section.note, caption_justify="left")
-        for n, name in enumerate(section.head):
-            is_text = n == 0 or name == "what it does"
-            table.add_column(name, justify="left" if is_text else "right")
-        for line in section.lines:
-            table.add_row(*line)
-        tables.append(table)
-    return tables
-
-
-def to_markdown(result: Result) -> str:
-    return "\n".join(
-        f"## {section.title}\n\n{markdown_table(section.head, section.lines)}\n{section.note}\n"
-        for section in sections(result)
     )
 
 

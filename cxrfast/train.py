@@ -6,7 +6,7 @@ again, it goes on where the last checkpoint left off, with the same rows in the 
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -404,7 +404,7 @@ def masked_bce_sum(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
 class _Timed(Iterator[Batch]):
     """Batches, and the seconds that their consumer waited for them."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Generator[Batch]) -> None:
         self.batches, self.waited = batches, 0.0
 
     def __next__(self) -> Batch:
@@ -415,7 +415,7 @@ class _Timed(Iterator[Batch]):
             self.waited += time.monotonic() - start
 
     def close(self) -> None:
-        self.batches.close()  # type: ignore[attr-defined]
+        self.batches.close()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ for epoch in range(10):
         target = labels[batch.row]             # row: int64 (N,)
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -84,7 +84,7 @@ class Loader:
         given = (self.reader, size, self.device, self.threads, self.cache)
         return DaliEngine(*given, self.hw_decoder_load) if self.engine == "dali" else HostEngine(*given)
 
-    def epoch(self, epoch: int = 0, consumed: int = 0, scale: int | None = None) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, consumed: int = 0, scale: int | None = None) -> Generator[Batch]:
         """The batches of an epoch; `consumed` samples of it (over all ranks) are already behind.
 
         `scale`: side of the images from this epoch on, px (progressive resizing).
@@ -104,10 +104,10 @@ class Loader:
         return map(Work, micro_batches, *(np.split(drawn, cuts) for drawn in draws))
 
     def _on_device(self, rows: np.ndarray) -> torch.Tensor:
-        row = torch.tensor(rows)
+        row = torch.from_numpy(rows.copy())
         return row if self.device.type == "cpu" else row.pin_memory().to(self.device, non_blocking=True)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         return self.epoch()
 
     def close(self) -> None:

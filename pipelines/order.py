@@ -4,6 +4,7 @@ Nothing here depends on the number of ranks but the choice of micro-batches: 8, 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -128,7 +129,13 @@ class EvalOrder:
         return [self.rows[s : s + self.micro_batch] for s in starts][self.rank :: self.world]
 
 
-Order = TrainOrder | EvalOrder
+class Order(Protocol):
+    """What a Loader asks of an order: the rows of each batch of this rank, and the seed of the draws."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def micro_batches(self, epoch: int, consumed: int) -> list[np.ndarray]: ...
 
 
 @dataclass(frozen=True)

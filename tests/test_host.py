@@ -207,6 +207,7 @@ def test_stopping_early_or_failing_leaves_no_thread(tiny_set, tmp_path, tiny):
 
 def test_no_more_is_decoded_ahead_than_the_memory_set_aside_for_it(tiny, monkeypatch):
     monkeypatch.setattr(host, "PREFETCH_BYTES", 20 * 64 * 64)
+
     class Counted(HostEngine):
         begun = 0
 
