@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,12 @@ def bench(
     device: str = "auto",
     engine: str = "auto",
     threads: int | None = None,
+    each_engine: bool = False,
 ) -> Result:
-    """Measure every scale, write bench.json, bench.md and bench.png into `out`."""
+    """Measure every scale, write bench.json, bench.md and bench.png into `out`.
+
+    `each_engine`: with either engine, whatever `engine` says; which of them trains faster decides what `auto` should be.
+    """
     chosen = pick_device(device)
     check_arch(arch)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as temporary:
@@ -98,7 +102,7 @@ def bench(
             Reader(shards, scale)  # says what is wrong before anything is measured
         out.mkdir(parents=True, exist_ok=True)
         lines, failed = [], {}
-        for scale in scales or there:
+        for scale, one in product(scales or there, ("host", "dali") if each_engine else (engine,)):
             size = micro_batch or preset(scale).micro_batch
             options = {
                 "shards": str(shards),
@@ -106,7 +110,7 @@ def bench(
                 "arch": arch,
                 "seconds": seconds,
                 "device": device,
-                "engine": engine,
+                "engine": one,
                 "threads": threads,
             }
             try:
@@ -277,23 +281,38 @@ def plot(result: Result) -> Plot:
     """Images/s (log) and memory against the side of the images."""
     figure = Plot(figsize=(9, 3.6), layout="constrained")
     rates, memory = figure.subplots(1, 2)
-    x = [line.scale for line in result.lines]
-    for name, what in (
-        ("load", "loading"),
-        ("train", "training"),
-        ("cached", "training, cached batch"),
-        ("validate", "validation"),
-    ):
-        rates.plot(x, [getattr(line, name) for line in result.lines], "o--" if name == "cached" else "o-", label=what)
+    engines = list(dict.fromkeys(line.engine for line in result.lines))
+    for engine in engines:
+        mine = [line for line in result.lines if line.engine == engine]
+        more = {"fillstyle": "none"} if engine != engines[0] else {}
+        for n, (name, what) in enumerate(
+            {
+                "load": "loading",
+                "train": "training",
+                "cached": "training, cached batch",
+                "validate": "validation",
+            }.items()
+        ):
+            values = [getattr(line, name) for line in mine]
+            rates.plot(
+                [line.scale for line in mine],
+                values,
+                "o--" if name == "cached" else "o-",
+                color=f"C{n}",
+                label=f"{what}, {engine}" if len(engines) > 1 else what,
+                **more,
+            )
+    lines = {line.scale: line for line in result.lines if line.engine == engines[0]}
+    x = list(lines)
     rates.set(xscale="log", yscale="log", xlabel="side, px", ylabel="images/s")
     rates.legend(frameon=False)
-    memory.plot(x, [line.process_bytes / 2**30 for line in result.lines], "o-", label="process, main memory")
-    if all(line.gpu_used_bytes is not None for line in result.lines):
-        memory.plot(x, [(line.gpu_used_bytes or 0) / 2**30 for line in result.lines], "s-", label="GPU")
+    memory.plot(x, [line.process_bytes / 2**30 for line in lines.values()], "o-", label="process, main memory")
+    if all(line.gpu_used_bytes is not None for line in lines.values()):
+        memory.plot(x, [(line.gpu_used_bytes or 0) / 2**30 for line in lines.values()], "s-", label="GPU")
     memory.set(xscale="log", xlabel="side, px", ylabel="GiB", ylim=(0, None))
     memory.legend(frameon=False)
     for axes in (rates, memory):
-        axes.set_xticks(x, [f"{s}\n×{line.micro_batch}" for s, line in zip(x, result.lines, strict=True)])
+        axes.set_xticks(x, [f"{scale}\n×{line.micro_batch}" for scale, line in lines.items()])
         axes.minorticks_off()
     return figure
 

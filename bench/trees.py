@@ -1,4 +1,4 @@
-"""Source trees to measure sharding on: radiographs of a tree come in, copies with a table of their own go out.
+"""Trees and sets to measure on: radiographs of a tree or set come in, copies with a table of their own go out.
 
 The given tree is only read; what is made lies in the folder that the caller names, and is the caller's to remove.
 """
@@ -12,10 +12,14 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build
 from cxrfast.shards.images import BadImage, decode_grey, encode
-from cxrfast.shards.plan import PLANNING, permutation
+from cxrfast.shards.manifest import SetInfo, ShardManifest, versions
+from cxrfast.shards.plan import PLANNING, permutation, rows_per_shard
 from cxrfast.shards.recipe import Recipe
 from cxrfast.shards.sources import read_source
+from cxrfast.shards.tar import TarWriter
 from cxrfast.shards.tree import Tree
 
 SOURCE: dict[str, Any] = {"source": "table", "source_options": {"table": "images.csv", "label": list(MIMIC)}}
@@ -63,6 +67,64 @@ def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> P
         os.link(
             images[row // (FULL_SIZE if mixed else 1) % len(images)] if full else small, folder / f"{names[index]}.jpg"
         )
+    _write_table(folder, names)
+    return folder
+
+
+def _write_table(folder: Path, names: list[str]) -> None:
     table = pd.DataFrame({"path": [f"{name}.jpg" for name in names], "patient_id": names, **dict.fromkeys(MIMIC, "")})
     table.to_csv(folder / "images.csv", index=False)
+
+
+def tiny_images(folder: Path, images: int, scale: int) -> Path:
+    """A shard set of so many noise images, a few different ones in turn, for measuring what depends on the number of rows alone."""
+    info = SetInfo(
+        id=f"{images:032x}",
+        source="table",
+        source_options={},
+        labels=[],
+        seed=0,
+        images=images,
+        studies=images,
+        patients=images,
+        rows_per_shard=rows_per_shard(images),
+        codec="jpeg",
+        quality=95,
+        resize="squash",
+        grey="none",
+        versions=versions(),
+    )
+    (folder / str(scale)).mkdir(parents=True)
+    info.write(folder)
+    noise = np.random.Philox(0).random_raw(64 * scale * scale).astype(np.uint8).reshape(64, scale, scale)
+    jpegs = [encode(image, 95) for image in noise]
+    for shard in range(info.shards):
+        writer, rows = TarWriter(folder, scale, shard, info.codec), list(info.rows_of(shard))
+        for row in rows:
+            writer.add(row, jpegs[row % 64], b"{}")
+        digest, length = writer.close()
+        ShardManifest(
+            set=info.id,
+            scale=scale,
+            shard=shard,
+            sha256=digest,
+            bytes=length,
+            rows=rows,
+            crc32=writer.crc32,
+            sizes=[[scale, scale]] * len(rows),
+            quarantined={},
+        ).write(folder)
     return folder
+
+
+def uncompressed(shards: Path, scale: int, rows: np.ndarray, folder: Path) -> Path:
+    """The images of `rows` of a JPEG set as a set of raw ones, at `folder`/raw; their row numbers are others."""
+    tree = folder / "jpegs"
+    tree.mkdir(parents=True)
+    with Reader(shards, scale) as reader:
+        for row in rows.tolist():
+            (tree / f"{row:09d}.jpg").write_bytes(reader.read(row))
+    names = [f"{row:09d}" for row in rows.tolist()]
+    _write_table(tree, names)
+    build(tree, folder / "raw", [scale], recipe=Recipe(codec="raw"), quiet=True, **SOURCE)
+    return folder / "raw"

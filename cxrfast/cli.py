@@ -613,6 +613,7 @@ RESULTS = click.option(
 )
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
+@click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
     from cxrfast.bench.step import bench as measure
@@ -645,9 +646,38 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
     from cxrfast.bench.shard import bench as measure
-    from cxrfast.bench.shard import to_tables
+    from cxrfast.bench.shard import sections
+    from cxrfast.bench.tables import to_tables
 
-    show(*to_tables(measure(data, list(scales), out, **options)))
+    show(*to_tables(sections(measure(data, list(scales), out, **options))))
+    click.echo(f"tables, JSON and plot: {out}")
+
+
+@bench.command(name="load")
+@click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: phantoms made for the purpose]")
+@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.01, max=3600),
+    default=2.0,
+    show_default=True,
+    help="Measured time a figure and round.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads or processes of each. [default: usable cores]")
+@click.option("--device", default="auto", show_default=True, help="Of our own engines: auto, cpu or cuda.")
+@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Other loaders, too.")
+@click.option("--engines", "with_engines", is_flag=True, help="host against dali on the device, in detail, too.")
+@click.option("--cold", "with_cold", is_flag=True, help="Passes with an empty page cache, too.")
+@click.option("--large", "with_large", is_flag=True, help="A set of 377,110 rows, too: a minute more.")
+@RESULTS
+def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+    """Images/s of loading beside other loaders and the bare kernels, by scale."""
+    from cxrfast.bench.load import bench as measure
+    from cxrfast.bench.load import sections
+    from cxrfast.bench.tables import to_tables
+
+    show(*to_tables(sections(measure(shards, list(scales), out, **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 

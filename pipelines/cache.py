@@ -10,6 +10,7 @@ rows that are not right are decoded again. Nobody may shorten it while it is use
 import mmap
 import os
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -28,12 +29,15 @@ class PixelCache:
     """
 
     def __init__(self, folder: Path | str, reader: Reader, size: int) -> None:
-        self.size, self._source = size, reader.crc32
+        self.size, self._source, self._file = size, reader.crc32, -1
+        self._writing = threading.Lock()
+        """Held while `_file` is used: a number that was given back may be another file's."""
         images = len(reader.crc32)
         self.path = Path(folder) / f"{reader.info.id}-{reader.scale}-{size}.pixels"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open(self.path, images * size * size, len(reader.rows) * size * size)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._make_room(images * size * size, len(reader.rows) * size * size)
             sums = os.open(self.path.with_suffix(".sums"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise LoadError(
@@ -53,17 +57,15 @@ class PixelCache:
         self._checked = np.zeros(images, bool)
         self._is_full = False
 
-    def _open(self, path: Path, length: int, needed: int) -> int:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        there, free = os.fstat(file).st_blocks * 512, shutil.disk_usage(path.parent).free
+    def _make_room(self, length: int, needed: int) -> None:
+        folder = self.path.parent
+        there, free = os.fstat(self._file).st_blocks * 512, shutil.disk_usage(folder).free
         if needed - there > free:
-            os.close(file)
             raise LoadError(
-                f"the cache {path} needs {in_words(needed - there)} more and {path.parent} has {in_words(free)} free: "
+                f"the cache {self.path} needs {in_words(needed - there)} more and {folder} has {in_words(free)} free: "
                 "choose another folder, or train without a cache"
             )
-        os.ftruncate(file, length)  # a hole where nothing was written yet
-        return file
+        os.ftruncate(self._file, length)  # a hole where nothing was written yet
 
     def get(self, row: int) -> np.ndarray | None:
         """uint8 (size, size), read-only, in the page cache; None if it is not there yet."""
@@ -89,24 +91,32 @@ class PixelCache:
         return is_right
 
     def put(self, row: int, image: np.ndarray) -> None:
-        """Keep `image`, uint8 (size, size), as the pixels of `row`. On a full disk it warns once and keeps no more."""
-        if self._is_full:
-            return
+        """Keep `image`, uint8 (size, size), as the pixels of `row`. On a full disk it warns once and keeps no more.
+
+        Does nothing once the cache is closed.
+        """
         data = np.ascontiguousarray(image)
-        try:
-            written = os.pwrite(self._file, data.data, row * data.size)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise LoadError(f"the cache {self.path} cannot be written ({error.strerror})") from error
-            written = -1
-        if written != data.size:
-            self._is_full = True
+        with self._writing:
+            if self._is_full or self._file < 0:
+                return
+            try:
+                written = os.pwrite(self._file, data.data, row * data.size)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise LoadError(f"the cache {self.path} cannot be written ({error.strerror})") from error
+                written = -1
+            self._is_full = is_full = written != data.size
+        if is_full:
             warnings.warn(f"the disk of the cache {self.path} is full: other rows are decoded again", stacklevel=2)
             return
         self._sums[row] = self._source[row], crc32(data)  # after the pixels: they count from now on
 
     def close(self) -> None:
         """Give the file back; pixels that were handed out stay valid."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        with self._writing:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def __del__(self) -> None:
+        self.close()

@@ -54,9 +54,8 @@ class DaliEngine:
         self.hw_decoder_load = hw_decoder_load
         self._host = HostEngine(reader, size, device, threads, cache)
         self._decodes = not (reader.is_raw or cache)
-        self._feed: Iterator[Fed] = iter(())
-        self._pipe: tuple[tuple[int, bool], Any] | None = None
-        """With its largest batch and whether it turns images; None where there is none that can go on."""
+        self._pipe: tuple[tuple[int, bool], _Feed, Any] | None = None
+        """With its largest batch, whether it turns images and its feed; None where there is none that can go on."""
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
@@ -85,28 +84,24 @@ class DaliEngine:
             ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool,
             closing(read_ahead(self._host.pixels, items)) as upcoming,
         ):
-            self._feed = self._encoded(pool, upcoming) if self._decodes else self._made(pool, upcoming)
             key = max(len(item.rows) for item in items), items[0].angles is not None
             # one that was left in the middle of an epoch holds batches of it: it is not used again
             built, self._pipe = self._pipe, None
-            pipe = built[1] if built and built[0] == key else self._pipeline(*key)
+            if built and built[0] == key:
+                _, feed, pipe = built
+            else:
+                feed = _Feed()
+                pipe = self._pipeline(*key, feed)
+            feed.batches = self._encoded(pool, upcoming) if self._decodes else self._made(pool, upcoming)
             for _ in items:
                 if self.device.type == "cuda":
                     outputs = pipe.run(torch.cuda.current_stream(self.device).cuda_stream)
                 else:
                     outputs = pipe.run()
                 # the default executor leaves tensors alone that were handed out: no copy
-                batch = torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2)
-                if batch.shape[2:] != (self.size, self.size):
-                    raise LoadError(
-                        f"{self.reader.folder} holds images of {tuple(batch.shape[2:])} px"
-                    )  # host names the row
-                yield batch
+                yield torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2)
             pipe.reset()
-            self._pipe = key, pipe
-
-    def _next(self) -> Fed:
-        return next(self._feed)
+            self._pipe = key, feed, pipe
 
     def _encoded(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
         """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
@@ -114,10 +109,12 @@ class DaliEngine:
         def read(row: int) -> np.ndarray:
             data = np.frombuffer(self.reader.read(row), np.uint8)
             try:
-                simplejpeg.decode_jpeg_header(data)
+                shape = simplejpeg.decode_jpeg_header(data)[:2]
             except ValueError as error:
                 # DALI 2.4 may crash on it: what one thread fails to parse frees what the others still read
-                raise LoadError(f"row {row} is no JPEG") from error
+                raise LoadError(f"row {row} is no JPEG") from error  # host says more
+            if shape != (self.reader.scale, self.reader.scale):
+                raise LoadError(f"row {row} has another size")
             return data
 
         def begin(item: Work) -> list[Future[np.ndarray]]:
@@ -137,7 +134,7 @@ class DaliEngine:
         for item, future in _ahead(items, lambda item: pool.submit(make, item.rows)):
             yield future.result(), *_draws(item)
 
-    def _pipeline(self, batch: int, augmented: bool) -> Any:
+    def _pipeline(self, batch: int, augmented: bool, feed: "_Feed") -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.device.type == "cuda"
@@ -150,7 +147,7 @@ class DaliEngine:
         )
         def graph() -> Any:
             sources = fn.external_source(
-                source=self._next,
+                source=feed.next,
                 num_outputs=3 if augmented else 1,
                 batch=True,
                 no_copy=True,
@@ -184,6 +181,16 @@ class DaliEngine:
         if size != stored:
             image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
         return image
+
+
+class _Feed:
+    """Where a pipeline takes its batches from: each has its own, so that two epochs at a time are not mixed."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[Fed] = iter(())
+
+    def next(self) -> Fed:
+        return next(self.batches)
 
 
 def _ahead(items: Iterable[Work], begin: Any) -> Iterator[tuple[Work, Any]]:

@@ -93,7 +93,7 @@ class HostEngine:
         else:  # numpy asks for huge pages: at 2048 px the page faults of torch's memory took 10 % of the time
             batch = pixels = np.empty(shape, np.uint8)
         if work.angles is None and self.cache and self.cache.has(work.rows).all():
-            step = n  # copies only: 250 µs for 64 images of 256 px
+            step = max(1, n)  # copies only: 250 µs for 64 images of 256 px
         else:
             step = max(1, n // (2 * self.threads), TASK_BYTES // self.size**2)
         return batch, [pool.submit(self._fill, pixels, work, slice(i, min(i + step, n))) for i in range(0, n, step)]

@@ -92,7 +92,8 @@ class TrainOrder:
 def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.ndarray:
     """`rows`, int64 (N,), with their shards shuffled, and then shuffled themselves within windows of `WINDOW` shards' size."""
     shards, of_row = np.unique(rows // shard_rows, return_inverse=True)
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(len(shards) + len(rows))
+    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, 1], np.uint64)  # not a global order's words
+    words = np.random.Philox(key=key, counter=counter).random_raw(len(shards) + len(rows))
     place = np.argsort(np.argsort(words[: len(shards)]))[of_row]
     by_shard = np.argsort(place, kind="stable")
     window = (np.arange(len(rows)) // (WINDOW * shard_rows)).astype(np.uint64)

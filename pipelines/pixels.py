@@ -85,8 +85,9 @@ class Pixels:
             local.jpeg = bytearray(self.reader.largest)
         try:
             data = self.reader.read(row, local.jpeg)
-            image = simplejpeg.decode_jpeg(data, "GRAY", buffer=out, **self._scaled)
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            if height != self.reader.scale or width != self.reader.scale:
+                raise LoadError(f"{where} has {width} × {height} px instead of {self.reader.scale}")
+            simplejpeg.decode_jpeg(data, "GRAY", buffer=out, **self._scaled)
         except ValueError as error:
             raise LoadError(f"{where} at {self.reader.scale} px does not decode: {error}") from error
-        if image.shape[:2] != out.shape:
-            raise LoadError(f"{where} has {image.shape[1]} × {image.shape[0]} px instead of {out.shape[0]}")

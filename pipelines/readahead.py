@@ -36,6 +36,8 @@ def read_ahead(pixels: Pixels, work: Iterable[Work]) -> Generator[Work]:
                 first, size = waiting.popleft()
                 held -= size
                 yield first
+        if group:
+            helper.submit(pixels.advise, np.concatenate(group))
         while waiting:
             yield waiting.popleft()[0]
     finally:

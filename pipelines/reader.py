@@ -24,6 +24,9 @@ OPEN_FILES = 512
 GAP = 64 * 1024
 """Bytes between two rows in a tar below which they are asked for together."""
 
+PIECE = 128 * 1024
+"""Bytes asked for at a time: of more in one request Linux takes the device's readahead window and drops the rest."""
+
 PROBES = 4
 """Rows of a batch that are looked at to see whether the batch is in memory already."""
 
@@ -94,7 +97,10 @@ class Reader:
         return int(self._size.max())
 
     def bytes_of(self, rows: np.ndarray) -> int:
-        """How many bytes the images of `rows` have together."""
+        """How many bytes the images of `rows` have together. Raises LoadError for rows that no set of this size has."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._tar):
+            self._find(int(rows.min()))
+            self._find(int(rows.max()))
         return int(self._size[rows].sum())
 
     def read(self, row: int, buffer: bytearray | None = None) -> memoryview:
@@ -111,10 +117,11 @@ class Reader:
         """The pixels of `row` of a raw set into `out`, uint8 (scale, scale), contiguous. Raises LoadError as `read` does."""
         shard, size = self._find(row)
         header, pixels = bytearray(len(self._header)), out.data.cast("B")
-        got = self._pread(row, shard, [header, pixels])
-        self._check(row, shard, got, size, crc32(pixels, crc32(header)))
-        if size != len(header) + len(pixels) or header != self._header:
-            raise LoadError(f"row {row} of {self.folder} is no raw image of {self.scale} px: {self._advice}")
+        fits = size == len(header) + len(pixels)
+        if fits:
+            self._check(row, shard, self._pread(row, shard, [header, pixels]), size, crc32(pixels, crc32(header)))
+        if not fits or header != self._header:
+            raise LoadError(f"{self._path(shard)}, row {row} is no raw image of {self.scale} px: {self._advice}")
 
     def _find(self, row: int) -> tuple[int, int]:
         """Shard and size in bytes."""
@@ -175,7 +182,9 @@ class Reader:
         ):
             try:
                 with self._opened(shard) as descriptor:
-                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+                    for piece in range(start - start % PIECE, end, PIECE):
+                        first = max(start, piece)
+                        os.posix_fadvise(descriptor, first, min(end, piece + PIECE) - first, os.POSIX_FADV_WILLNEED)
             except OSError:
                 continue
 

@@ -1,9 +1,15 @@
 """Damage done on purpose to copies of shard sets; shared by the tests of those who must find it."""
 
 import json
+import os
 import shutil
+import subprocess
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from cxrfast.files import sha256
 from cxrfast.shards.manifest import built, read_manifest, scales_in, shard_path, write_sums
@@ -64,3 +70,16 @@ def sign(folder: Path) -> None:
         m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
     ]
     write_sums(folder, manifests)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at `folder`, which is made; the test skips where that is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs to mount a disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -3,13 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
+from batches import CPU, cut, decoded, disc, oracle
 from damage import copy_set, flip_bit, replace_image, where
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import rotate
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import host
@@ -20,32 +18,9 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.images import encode, resize
 from cxrfast.shards.manifest import shard_path
 
-CPU = torch.device("cpu")
-
-
-def decoded(reader: Reader, row: int) -> np.ndarray:
-    return simplejpeg.decode_jpeg(bytes(reader.read(row)), "GRAY")[..., 0]
-
-
-def oracle(images: np.ndarray, angle: float, flip: bool) -> np.ndarray:
-    """float32 (N, H, W): what torchvision makes of them."""
-    tensor = torch.tensor(images)[:, None].float()
-    tensor = tensor.flip(3) if flip else tensor
-    return rotate(tensor, float(angle), InterpolationMode.BILINEAR, fill=[0.0])[:, 0].numpy()
-
-
-def disc(size: int) -> np.ndarray:
-    """Pixels that stay within the image however it is turned."""
-    offset = np.arange(size) - (size - 1) / 2
-    return np.hypot(offset[:, None], offset) < size / 2 - 2
-
 
 def run(reader: Reader, work: list[Work], size: int | None = None, threads: int = 2) -> list[torch.Tensor]:
     return list(HostEngine(reader, size or reader.scale, CPU, threads).batches(work))
-
-
-def cut(rows: np.ndarray, n: int) -> list[np.ndarray]:
-    return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 @pytest.fixture

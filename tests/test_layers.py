@@ -120,9 +120,13 @@ def test_the_study_opens_no_tar(module):
     assert not roots(module) & {"tarfile", "webdataset"}
 
 
+MAY_IMPORT_DALI = ("cxrfast.pipelines.dali", "cxrfast.bench.load_libraries")
+"""Within functions: the engine, and the benchmark of DALI's own reader."""
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_dali_is_imported_in_one_place_only_and_there_not_before_it_is_asked_for(module):
-    assert "nvidia.dali" not in imports(module, everywhere=module != "cxrfast.pipelines.dali")
+def test_dali_is_imported_where_it_may_be_and_there_not_before_it_is_asked_for(module):
+    assert "nvidia.dali" not in imports(module, everywhere=module not in MAY_IMPORT_DALI)
     assert "nvidia.dali" in imports("cxrfast.pipelines.dali")
 
 

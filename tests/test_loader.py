@@ -1,33 +1,31 @@
+import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from batches import CPU, ENGINES, assert_agree, by_row, equal, threads_of_ours
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import dali
+from cxrfast.pipelines import loader as module
 from cxrfast.pipelines.host import HostEngine
-from cxrfast.pipelines.loader import ENGINES, Loader
-from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder, Work
+from cxrfast.pipelines.loader import Loader
+from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder, Work, balanced
 from cxrfast.pipelines.reader import Reader
 
-CPU = torch.device("cpu")
-REAL_ENGINES = [
-    pytest.param("dali", marks=pytest.mark.skipif(not dali.available(), reason="DALI is not installed")),
-    "host",
-]
+
+def plain(reader: Reader, rows: np.ndarray, size: int = 64) -> torch.Tensor:
+    (batch,) = HostEngine(reader, size, CPU, 2).batches([Work(rows)])
+    return batch
 
 
 @pytest.fixture
 def reader(tiny_set: Path):
     with Reader(tiny_set, 64) as reader:
         yield reader
-
-
-def plain(reader: Reader, rows: np.ndarray, size: int = 64) -> torch.Tensor:
-    (batch,) = HostEngine(reader, size, CPU, 2).batches([Work(rows)])
-    return batch
 
 
 def test_ten_lines_train_on_a_set(tiny_set):
@@ -46,7 +44,7 @@ def test_ten_lines_train_on_a_set(tiny_set):
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_batches_hold_the_rows_of_the_order_and_the_images_of_those_rows(reader, engine):
     order = TrainOrder(rows=reader.rows[::2], global_batch=20, micro_batch=5, seed=4, rank=1, world=2)
     loader = Loader(reader, order, engine=engine, threads=2)
@@ -60,7 +58,7 @@ def test_batches_hold_the_rows_of_the_order_and_the_images_of_those_rows(reader,
             assert torch.equal(batch.image, plain(reader, batch.row.numpy()))
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_images_are_drawn_by_seed_epoch_and_row_alone(reader, engine):
     def images(epoch: int, **sizes) -> dict[int, torch.Tensor]:
         order = TrainOrder(rows=reader.rows, seed=9, **sizes)
@@ -76,7 +74,7 @@ def test_images_are_drawn_by_seed_epoch_and_row_alone(reader, engine):
     assert sum(torch.equal(one[row], later[row]) for row in one) < 5
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_that_stopped_goes_on_with_the_same_images(reader, engine):
     order = TrainOrder(rows=reader.rows, global_batch=40, micro_batch=10)
     loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
@@ -87,7 +85,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_images(reader, engine):
         assert torch.equal(a.image, b.image)
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_evaluation_passes_every_row_once_and_unchanged(reader, engine):
     loader = Loader(reader, EvalOrder(rows=reader.rows, micro_batch=32), engine=engine, threads=2)
     batches = list(loader)
@@ -95,7 +93,7 @@ def test_evaluation_passes_every_row_once_and_unchanged(reader, engine):
     assert torch.equal(torch.cat([batch.image for batch in batches]), plain(reader, reader.rows))
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scale", [48, 80])
 def test_another_scale_than_the_stored_one_is_handed_out(reader, engine, scale):
     loader = Loader(reader, EvalOrder(rows=reader.rows[:20], micro_batch=20), scale=scale, engine=engine, threads=2)
@@ -109,7 +107,7 @@ def test_another_scale_than_the_stored_one_is_handed_out(reader, engine, scale):
 
 
 def test_an_unknown_engine_is_refused_and_the_known_ones_are_named(reader):
-    with pytest.raises(LoadError, match=f"engine 'spdl' is unknown: use one of {', '.join(ENGINES)}"):
+    with pytest.raises(LoadError, match=f"engine 'spdl' is unknown: use one of {', '.join(module.ENGINES)}"):
         Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4), engine="spdl")
 
 
@@ -117,9 +115,162 @@ def test_auto_takes_the_host_on_a_cpu(reader):
     assert Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4)).engine == "host"
 
 
-@pytest.mark.parametrize("engine", REAL_ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_leaving_the_loop_early_leaves_no_thread(reader, engine):
     before = threading.enumerate()
     for _ in Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4), engine=engine, threads=2):
         break
     assert threading.enumerate() == before
+
+
+# Epochs of one loader
+
+
+def images(loader: Loader, *arguments, **options) -> list[torch.Tensor]:
+    return [batch.image for batch in loader.epoch(*arguments, **options)]
+
+
+@pytest.fixture
+def order(reader: Reader) -> TrainOrder:
+    return TrainOrder(rows=reader.rows, global_batch=40, micro_batch=10)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_scale_changed_between_epochs_gives_the_images_of_a_loader_made_for_it(
+    either_set, tmp_path, engine, order, cached
+):
+    cache = tmp_path if cached else None
+
+    def loader(scale: int | None) -> Loader:
+        return Loader(reader, order, scale=scale, augment=Augment(), engine=engine, threads=2, cache=cache)
+
+    with Reader(either_set, 64) as reader:
+        growing = loader(32)
+        for epoch, scale in enumerate([None, 48, None, 64, 64, 32]):
+            got = images(growing, epoch, scale=scale)
+            used = {0: 32, 2: 48}.get(epoch, scale)
+            assert got[0].shape == (10, 1, used, used)
+            assert equal(got, images(loader(used), epoch))
+        assert equal(images(growing, 1, 80, scale=48), images(loader(48), 1)[8:])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("codec", ["tiny_set", "raw_set"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_draws_are_the_same_whatever_the_engine_the_codec_and_the_cache(
+    request, reader, order, tmp_path, engine, codec, cached
+):
+    expected = images(Loader(reader, order, augment=Augment(), engine="host"), 5)
+    with Reader(request.getfixturevalue(codec), 64) as other:
+        cache = tmp_path if cached else None
+        got = images(Loader(other, order, augment=Augment(), engine=engine, threads=2, cache=cache), 5)
+    if codec == "tiny_set":
+        assert_agree(got, expected)
+    difference = (torch.cat(got).float() - torch.cat(expected)).abs().mean(dim=(1, 2, 3))
+    assert difference.max() < 3, "quality 95, and nothing more"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_epoch_that_was_left_in_the_middle_may_be_begun_again(either_set, order, engine):
+    with Reader(either_set, 64) as reader:
+        expected = images(Loader(reader, order, augment=Augment(), engine=engine, threads=2), 1)
+        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
+        for stop in (0, 1, 5, 11):
+            left = loader.epoch(1)
+            for batch, image in zip(itertools.islice(left, stop + 1), expected, strict=False):
+                assert torch.equal(batch.image, image)
+            left.close()
+            assert threads_of_ours() == []
+            assert equal(images(loader, 1), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_epochs_at_a_time_are_not_mixed(either_set, order, engine):
+    """As where one that was left in the middle is still held."""
+    with Reader(either_set, 64) as reader:
+        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
+        expected = images(loader, 0), images(loader, 1)
+        first, second = loader.epoch(0), loader.epoch(1)
+        got: tuple[list, list] = ([], [])
+        for one, two in zip(first, second, strict=True):
+            got[0].append(one.image)
+            got[1].append(two.image)
+        assert equal(got[0], expected[0])
+        assert equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loader_closed_or_rescaled_in_the_middle_of_an_epoch_finishes_it_unchanged(
+    either_set, order, tmp_path, engine
+):
+    with Reader(either_set, 64) as reader:
+        expected = images(Loader(reader, order, engine=engine, threads=2), 0)
+        for n, disturb in enumerate([Loader.close, lambda loader: next(loader.epoch(0, scale=32))]):
+            loader = Loader(reader, order, engine=engine, threads=2, cache=tmp_path / str(n))
+            running = loader.epoch(0)
+            got = [next(running).image]
+            disturb(loader)
+            got += [batch.image for batch in running]
+            assert equal(got, expected)
+            loader.close()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_closing_an_epoch_leaves_no_thread_of_ours(either_set, order, tmp_path, engine, cached):
+    with Reader(either_set, 64) as reader:
+        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=3, cache=tmp_path if cached else None)
+        for taken in (0, 1, 7, 12):
+            running = loader.epoch(0)
+            for _ in range(taken):
+                next(running)
+            assert bool(threads_of_ours()) == (taken > 0)
+            running.close()
+            assert threads_of_ours() == []
+        loader.close()
+        loader.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_order_may_be_replaced_for_each_epoch_by_one_of_balanced_rows(reader, order, engine):
+    positive = np.arange(150) % 4 == 0
+    loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
+    everything = by_row(Loader(reader, EvalOrder(rows=reader.rows, micro_batch=150), augment=Augment(), engine=engine))
+    seen = []
+    for epoch in (0, 0, 1):
+        loader.order = replace(order, global_batch=20, rows=balanced(reader.rows, positive, 0, epoch))
+        got = by_row(loader.epoch(epoch))
+        assert sum(positive[row] for row in got) >= 20
+        if epoch == 0:
+            assert all(torch.equal(image, everything[row]) for row, image in got.items())
+        seen.append(set(got))
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
+def test_dali_keeps_its_pipeline_from_epoch_to_epoch_and_makes_another_where_the_batches_differ(
+    either_set, order, monkeypatch
+):
+    made = []
+    make = dali.DaliEngine._pipeline
+    monkeypatch.setattr(dali.DaliEngine, "_pipeline", lambda *given: made.append(given[1:3]) or make(*given))
+
+    def assert_right(*position: int) -> None:
+        expected = images(Loader(reader, loader.order, augment=loader.augment, engine="host"), *position)
+        assert_agree(images(loader, *position), expected)
+
+    with Reader(either_set, 64) as reader:
+        loader = Loader(reader, order, augment=Augment(), engine="dali", threads=2)
+        for position in [(0,), (1,), (1, 80), (2, 0)]:
+            assert_right(*position)
+        assert made == [(10, True)]
+        loader.order = replace(order, micro_batch=20)
+        assert_right(3)
+        assert_right(4, 40)
+        loader.augment = None
+        assert_right(5)
+        assert made == [(10, True), (20, True), (20, False)]
+        next(loader.epoch(6))  # left in the middle
+        assert_right(7)
+        assert made[3:] == [(20, False)]

@@ -2,10 +2,12 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def by_tarfile(folder: Path, scale: int) -> dict[int, bytes]:
     images = {}
     for path in sorted((folder / str(scale)).glob("*.tar")):
         with tarfile.open(path) as tar:
-            images.update({int(m.name[:9]): tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")})
+            images.update({int(m.name[:9]): tar.extractfile(m).read() for m in tar if not m.name.endswith(".json")})
     return images
 
 
@@ -41,11 +43,11 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("scale", [32, 64])
-def test_rows_are_the_bytes_that_tarfile_reads(tiny_set, scale):
-    with Reader(str(tiny_set), scale) as reader:
+def test_rows_are_the_bytes_that_tarfile_reads(either_set, scale):
+    with Reader(str(either_set), scale) as reader:
         assert reader.rows.dtype == np.int64
         assert reader.rows.tolist() == list(range(150))
-        expected = by_tarfile(tiny_set, scale)
+        expected = by_tarfile(either_set, scale)
         assert read_all(reader) == expected
         assert reader.largest == max(map(len, expected.values()))
 
@@ -84,6 +86,30 @@ def test_a_reader_goes_to_a_spawned_process(tiny_set):
         reader.read(0)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             assert pool.submit(read_all, reader).result() == by_tarfile(tiny_set, 32)
+
+
+def read_after_fork(reader: Reader, expected: dict[int, bytes], seed: int, begin: Barrier) -> None:
+    begin.wait()
+    for row in np.random.default_rng(seed).integers(len(expected), size=600).tolist():
+        if bytes(reader.read(row)) != expected[row]:
+            sys.exit(1)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_reader_in_use_goes_through_a_fork_and_all_processes_read_the_right_rows_at_once(either_set):
+    fork = multiprocessing.get_context("fork")
+    begin = fork.Barrier(4)
+    with Reader(either_set, 64) as reader:
+        expected = read_all(reader)  # its tars are open, shared with the children
+        children = [fork.Process(target=read_after_fork, args=(reader, expected, seed, begin)) for seed in range(3)]
+        for child in children:
+            child.start()
+        read_after_fork(reader, expected, 3, begin)
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0, 0, 0]
+        assert read_all(reader) == expected, "the children's files were theirs to close"
 
 
 def test_a_copy_does_not_share_open_files(tiny_set):
@@ -155,6 +181,21 @@ def test_the_index_of_another_tar_is_refused(folder):
     shutil.copy(shard_path(folder, 64, 0, "idx"), shard_path(folder, 64, 1, "idx"))
     with pytest.raises(LoadError, match=r"the index of .*64/000001.tar belongs to another tar"):
         Reader(folder, 64)
+
+
+def test_with_the_index_of_another_set_no_row_is_taken_for_another(either_set, tmp_path):
+    """One that has the same rows, so that it is not noticed before they are read."""
+    folder = copy_set(either_set, tmp_path / "set")
+    shutil.copy(shard_path(folder, 32, 1, "idx"), shard_path(folder, 64, 1, "idx"))
+    with Reader(folder, 64) as reader, Reader(either_set, 64) as whole:
+        out = np.zeros((64, 64), np.uint8)
+        for row in range(64, 128):
+            with pytest.raises(LoadError, match=rf"64/000001.tar, row {row}: the image's bytes have changed"):
+                reader.read(row)
+            if reader.is_raw:
+                with pytest.raises(LoadError, match=rf"64/000001.tar, row {row} is no raw image of 64 px"):
+                    reader.read_pixels(row, out)
+        assert all(reader.read(row) == whole.read(row) for row in [*range(64), *range(128, 150)])
 
 
 def test_a_missing_or_damaged_index_is_named(folder):
