@@ -8,10 +8,12 @@ import statistics
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure as Plot
 
 from cxrfast.bench.harness import Figure, file_system, provenance, take_turns, write_results
@@ -343,11 +345,14 @@ def plot(result: Result) -> Plot:
     """Share of the limit by scale, a line for each way with JPEGs, a panel a task."""
     figure = Plot(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
+    colours = dict(
+        zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"].colors), strict=False)
+    )  # type: ignore[attr-defined]
     for axes, task in zip(panels, TASKS, strict=True):
         lines = [line for line in result.lines if line.task == task and line.of_limit is not None and line.way != LIMIT]
         for way in dict.fromkeys(line.way for line in lines):
             mine = [line for line in lines if line.way == way]
-            style = {"color": "C0", "linewidth": 2.5} if way == HOST else {"alpha": 0.8}
+            style = {"color": "black", "linewidth": 2.5} if way == HOST else {"color": colours[way]}
             axes.plot([line.scale for line in mine], [line.of_limit for line in mine], "o-", label=way, **style)
         axes.axhline(1, color="0.6", linestyle=":")
         axes.set(xscale="log", xlabel="side, px", title=f"{task}: {TASKS[task]}", ylim=(0, None))

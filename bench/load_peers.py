@@ -72,7 +72,7 @@ SPDL = Peer(
 )
 
 FFCV = Peer(
-    "Loader of a beton of JPEGs, os_cache, RANDOM; decodes to colour, and cannot rotate",
+    "Loader of a beton of JPEGs, os_cache, RANDOM; decodes to colour, in haste (up to 11 grey levels off), and cannot rotate",
     prepare=libraries.write_beton,
     batches=libraries.ffcv,
     turns=False,

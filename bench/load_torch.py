@@ -126,10 +126,6 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)
-
-
 def over_kernels(job: Job) -> Supply:
     return endless(_kernels_loader(Kernels(job), Shuffled(len(job.rows), job.batch), job))
 
@@ -142,14 +138,8 @@ def over_ring(job: Job) -> Supply:
 
 
 def _kernels_loader(dataset: Dataset[Any], batches: Any, job: Job) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=job.workers,
-        prefetch_factor=AHEAD,
-        collate_fn=_same,
-        worker_init_fn=_one_thread,
-    )
+    cv2.setNumThreads(1)  # before the fork: a worker that ended threads which only its parent has would hang
+    return DataLoader(dataset, batch_sampler=batches, num_workers=job.workers, prefetch_factor=AHEAD, collate_fn=_same)
 
 
 # A mapped array

@@ -41,16 +41,22 @@ class Pixels:
 
         Raises LoadError naming the row that cannot be read or decoded.
         """
-        if self.cache and (kept := self.cache.get(row)) is not None:
-            return kept
         local = self._local
+        if self.cache and (kept := self.cache.get(row)) is not None:
+            if not hasattr(local, "kept"):
+                local.kept = np.empty_like(kept)
+            # a warp's slanted way through memory that is in no cache of the processor takes longer than this copy
+            np.copyto(local.kept, kept)
+            return local.kept
         if not hasattr(local, "image"):
             local.image = np.empty((self._side, self._side), np.uint8)
         return self._make(row, local.image)
 
     def put(self, row: int, out: np.ndarray) -> None:
         """Write the pixels of `row` into `out`, uint8 (size, size), contiguous. Raises as `get` does."""
-        if self._side != self.size or (self.cache and self.cache.get(row) is not None):
+        if self.cache and (kept := self.cache.get(row)) is not None:
+            out[...] = kept
+        elif self._side != self.size:
             out[...] = self.get(row)
         else:
             self._make(row, out)
