@@ -59,19 +59,22 @@ def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_runn
     peer: Peer, tiny_set: Path, tmp_path: Path
 ) -> None:
     job = make_job(tiny_set, tmp_path, rows=np.arange(20, 60))
-    wanted = {image.tobytes() for image in pixels(job)}
-    assert len(wanted) == 40
+    wanted = np.stack(list(pixels(job))).astype(np.int16)
+    tolerance = 16 if peer is load_peers.FFCV else 0  # it asks its decoder to be fast
     peer.prepare(job)
-    threads, seen = set(threading.enumerate()), set()
+    threads, seen = set(threading.enumerate()), set[int]()
     for _ in range(2):  # it can be opened again
         with peer.batches(job) as supply:
             for batch in islice(supply, 500):
                 images = np.asarray(batch)
                 assert (images.dtype, len(images), images.size) == (np.uint8, 16, 16 * 64 * 64)
-                seen |= {image.tobytes() for image in images}
-                if len(seen) >= 40:
+                for image in images.reshape(-1, 64, 64):
+                    differences = abs(wanted - image).max(axis=(1, 2))
+                    assert differences.min() <= tolerance
+                    seen.add(int(differences.argmin()))
+                if len(seen) == 40:
                     break
-    assert seen == wanted
+    assert seen == set(range(40))
     assert set(threading.enumerate()) <= threads
     assert not [child for child in psutil.Process().children() if is_at_work(child)]
 
