@@ -345,9 +345,7 @@ def plot(result: Result) -> Plot:
     """Share of the limit by scale, a line for each way with JPEGs, a panel a task."""
     figure = Plot(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
-    colours = dict(
-        zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"].colors), strict=False)
-    )  # type: ignore[attr-defined]
+    colours = dict(zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"](range(20)))))
     for axes, task in zip(panels, TASKS, strict=True):
         lines = [line for line in result.lines if line.task == task and line.of_limit is not None and line.way != LIMIT]
         for way in dict.fromkeys(line.way for line in lines):
