@@ -34,23 +34,18 @@ class Pixels:
         self._side = reader.scale // factor
         """Of the image that the decoder gives, px."""
         self._scaled = {"min_height": self._side, "min_width": self._side, "min_factor": factor} if factor > 1 else {}
-        self._local = threading.local()
+        self._own = _Own(self._side, size, reader.largest)
 
     def get(self, row: int) -> np.ndarray:
         """uint8 (size, size), to be used before the same thread asks again, and not to be written to.
 
         Raises LoadError naming the row that cannot be read or decoded.
         """
-        local = self._local
         if self.cache and (kept := self.cache.get(row)) is not None:
-            if not hasattr(local, "kept"):
-                local.kept = np.empty_like(kept)
             # a warp's slanted way through memory that is in no cache of the processor takes longer than this copy
-            np.copyto(local.kept, kept)
-            return local.kept
-        if not hasattr(local, "image"):
-            local.image = np.empty((self._side, self._side), np.uint8)
-        return self._make(row, local.image)
+            np.copyto(self._own.kept, kept)
+            return self._own.kept
+        return self._make(row, self._own.image)
 
     def put(self, row: int, out: np.ndarray) -> None:
         """Write the pixels of `row` into `out`, uint8 (size, size), contiguous. Raises as `get` does."""
@@ -86,14 +81,33 @@ class Pixels:
         return image
 
     def _decode(self, row: int, out: np.ndarray) -> None:
-        local, where = self._local, f"row {row} of {self.reader.folder}"
-        if not hasattr(local, "jpeg"):
-            local.jpeg = bytearray(self.reader.largest)
+        data = self.reader.read(row, self._own.jpeg)
         try:
-            data = self.reader.read(row, local.jpeg)
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            if height != self.reader.scale or width != self.reader.scale:
-                raise LoadError(f"{where} has {width} × {height} px instead of {self.reader.scale}")
-            simplejpeg.decode_jpeg(data, "GRAY", buffer=out, **self._scaled)
+            if self._scaled:
+                self._check_size(row, data)
+            image = simplejpeg.decode_jpeg(data, "GRAY", buffer=out, **self._scaled)
+            if image.shape[:2] != out.shape:
+                self._check_size(row, data)
         except ValueError as error:
-            raise LoadError(f"{where} at {self.reader.scale} px does not decode: {error}") from error
+            self._check_size(row, data)  # a larger image does not fit into `out`
+            raise LoadError(f"{self._where(row)} does not decode: {error}") from error
+
+    def _check_size(self, row: int, data: memoryview) -> None:
+        """Raises LoadError where the JPEG `data` is no square of the stored side."""
+        try:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        except ValueError as error:
+            raise LoadError(f"{self._where(row)} does not decode: {error}") from error
+        if (height, width) != (self.reader.scale, self.reader.scale):
+            raise LoadError(f"{self._where(row)} has {width} × {height} px")
+
+    def _where(self, row: int) -> str:
+        return f"row {row} of {self.reader.folder} at {self.reader.scale} px"
+
+
+class _Own(threading.local):
+    """Buffers of a thread."""
+
+    def __init__(self, side: int, size: int, bytes_: int) -> None:
+        self.image, self.kept = np.empty((side, side), np.uint8), np.empty((size, size), np.uint8)
+        self.jpeg = bytearray(bytes_)

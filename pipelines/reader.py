@@ -134,6 +134,8 @@ class Reader:
 
     def _pread(self, row: int, shard: int, into: list[Any]) -> int:
         try:
+            if (descriptor := self._files.get(shard)) is not None:
+                return os.preadv(descriptor, into, int(self._offset[row]))
             with self._opened(shard) as descriptor:
                 return os.preadv(descriptor, into, int(self._offset[row]))
         except OSError as error:

@@ -50,6 +50,23 @@ def test_a_batch_that_was_handed_out_is_not_written_to_again(tiny):
     assert all(torch.equal(batch, copy) for batch, copy in zip(held, copies, strict=True))
 
 
+@pytest.mark.parametrize("part", [lambda batch: batch[2:3, :, 8:], lambda batch: batch.numpy()[1], torch.Tensor.detach])
+def test_a_part_of_a_batch_keeps_all_of_it(tiny, part):
+    held, copies = [], []
+    for batch in HostEngine(tiny, 64, CPU, 2).batches([Work(rows) for rows in cut(np.arange(150), 5)]):
+        held.append(part(batch))
+        copies.append(np.asarray(part(batch)).copy())
+        del batch
+    assert all(np.array_equal(kept, copy) for kept, copy in zip(held, copies, strict=True))
+
+
+def test_memory_of_batches_that_nobody_holds_is_used_again(tiny):
+    work = [Work(rows) for rows in cut(np.arange(150), 5)]
+    engine = HostEngine(tiny, 64, CPU, 2)
+    places = {batch.data_ptr() for _ in range(3) for batch in engine.batches(work)}
+    assert len(places) <= 2 + host.KEPT
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("angle", [15.0, -15.0, 0.4, -7.3])
 def test_real_radiographs_are_turned_as_torchvision_turns_them(real_set, angle, flip):
