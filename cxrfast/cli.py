@@ -5,7 +5,9 @@ Modules are imported inside the commands, so that `cxrfast --help` answers at on
 
 import os
 import sys
+import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,56 @@ class PartOfN(click.ParamType):
         if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
             self.fail(f"{value!r} is not I/N with I from 1 to N, such as 2/8", param, ctx)
         return int(i), int(n)
+
+
+class Sizes(click.ParamType):
+    """`64x2,96x2` → ((64, 2), (96, 2)): side in px and epochs."""
+
+    name = "SIDExEPOCHS,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int], ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.partition("x") for part in str(value).split(",")]
+        if not all(side.isdecimal() and epochs.isdecimal() for side, _, epochs in parts):
+            self.fail(f"{value!r} is not SIDExEPOCHS, or several with commas between, such as 64x2,96x2", param, ctx)
+        return tuple((int(side), int(epochs)) for side, _, epochs in parts)
+
+
+class LabelPolicy(click.ParamType):
+    """`Edema=u_ones` → ("Edema", "u_ones")."""
+
+    name = "LABEL=POLICY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        label, equals, policy = str(value).rpartition("=")
+        if not equals:
+            self.fail(f"{value!r} is not LABEL=POLICY, such as Edema=u_ones", param, ctx)
+        return label, policy
+
+
+def read_toml(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Takes the options of this command from a TOML file; those on the command line win."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} is no TOML file ({error})", ctx, param) from error
+    known = {option: option_ for option_ in ctx.command.params for option in option_.opts}
+    found = {}
+    for name, value in values.items():
+        option = known.get(f"--{name.replace('_', '-')}")
+        if option is None or option is param:
+            names = ", ".join(sorted(o.removeprefix("--").replace("-", "_") for o in known if o.startswith("--")))
+            raise click.BadParameter(f"{path} holds {name}, which is no option; there are {names}", ctx, param)
+        found[option.name] = value if isinstance(value, list) or not option.multiple else [value]
+    ctx.default_map = {**(ctx.default_map or {}), **found}
+    return path
 
 
 class Cli(click.Group):
@@ -338,8 +390,25 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--weights", help="imagenet, none, a .pth or .safetensors file, or a run. [default: imagenet]"
             ),
             click.option("--policy", help="Uncertain labels: u_zeros, u_ones or u_ignore. [default: u_zeros]"),
+            click.option(
+                "--label-policy",
+                "label_policies",
+                type=LabelPolicy(),
+                multiple=True,
+                help="Another policy for this label; may be given again.",
+            ),
+            click.option(
+                "--positive-weights", is_flag=True, help="Weigh positives of a label by negatives / positives."
+            ),
             click.option("--split", help="folds or official. [default: folds]"),
             click.option("--view", "views", multiple=True, help="Keep this view position only; may be given again."),
+            click.option(
+                "--rows",
+                "subset",
+                type=FILE,
+                metavar="FILE",
+                help="Use these rows only: a file with one number a line.",
+            ),
             click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows of each part only."),
             click.option(
                 "--global-batch", type=click.IntRange(min=1), help="Images an optimiser step. [default: by scale]"
@@ -349,7 +418,11 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
             click.option("--epochs", type=int, help="At most. [default: 100]"),
+            click.option(
+                "--sizes", type=Sizes(), help="Train on smaller images first: side x epochs, such as 64x2,96x2."
+            ),
             click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
+            click.option("--sync-bn", is_flag=True, help="BatchNorm over all ranks' micro-batches; GPUs only."),
             click.option(
                 "--order",
                 type=click.Choice(["global", "block"]),
@@ -389,8 +462,43 @@ cache_option = click.option(
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Recipe options as TrainConfig fields."""
-    return {**options, "views": tuple(options["views"]) or None}
+    """Recipe options as TrainConfig fields; what was not given is None."""
+    return {name: value or None if isinstance(value, tuple | bool) else value for name, value in options.items()}
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `train` and `study` that say how a run goes about it; none changes the recipe."""
+    for option in reversed(
+        (
+            cache_option,
+            click.option(
+                "--stage", type=FOLDER, metavar="DIR", help="Copy the scale to this local disk first, once a machine."
+            ),
+            click.option(
+                "--checkpoint-minutes", default=10.0, show_default=True, help="Write last.pt at least so often."
+            ),
+            click.option(
+                "--checkpoint-steps",
+                type=click.IntRange(min=1),
+                help="Write last.pt after so many optimiser steps, too.",
+            ),
+            click.option(
+                "--recompute", is_flag=True, help="Keep less for the backward pass, compute it again: less memory."
+            ),
+            click.option(
+                "--compile",
+                type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
+                help="torch.compile, in this mode.",
+            ),
+            click.option("--profile", is_flag=True, help="Write a trace of a few steps: profile.json in the run."),
+            click.option(
+                "--dist-timeout", default=10.0, show_default=True, help="Minutes that a rank waits for the others."
+            ),
+            click.option("--deterministic", is_flag=True, help="Bitwise repeatable on a GPU, slower."),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @cli.command()
@@ -399,49 +507,35 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--fold", default=0, show_default=True)
 @click.option("--runs", type=FOLDER, default=config.RUNS, show_default=True, help="Folder of all runs.")
 @click.option("--name", help="Folder of this run's folds. [default: ARCH-SCALE]")
+@click.option(
+    "--config",
+    type=FILE,
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_toml,
+    help="Options from a TOML file, named as here; those given here win.",
+)
 @recipe_options
 @place_options
-@cache_option
-@click.option("--checkpoint-minutes", default=10.0, show_default=True, help="Write last.pt at least so often.")
-@click.option(
-    "--checkpoint-steps", type=click.IntRange(min=1), help="Write last.pt after so many optimiser steps, too."
-)
-@click.option("--deterministic", is_flag=True, help="Bitwise repeatable on a GPU, slower.")
+@run_options
 def train(
     shards: Path,
     scale: int,
     fold: int,
     runs: Path,
     name: str | None,
-    device: str,
-    engine: str,
-    threads: int | None,
-    cache: Path | None,
-    checkpoint_minutes: float,
-    checkpoint_steps: int | None,
-    deterministic: bool,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.train import Place, make_config
+    from cxrfast.config import Place
+    from cxrfast.train import make_config
     from cxrfast.train import train as run_training
 
-    chosen = make_config(shards, scale, device=device, fold=fold, **given(recipe))
-    run = run_training(
-        chosen,
-        Place(
-            shards=shards,
-            runs=runs,
-            name=name,
-            device=device,
-            engine=engine,
-            threads=threads,
-            cache=cache,
-            deterministic=deterministic,
-            checkpoint_minutes=checkpoint_minutes,
-            checkpoint_steps=checkpoint_steps,
-        ),
-    )
+    where = {field.name: options.pop(field.name) for field in fields(Place) if field.name in options}
+    place = Place(shards=shards, runs=runs, name=name, **where)
+    chosen = make_config(shards, scale, device=place.device, fold=fold, subset=place.subset, **given(options))
+    run = run_training(chosen, place)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
 

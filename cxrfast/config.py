@@ -61,8 +61,14 @@ class TrainConfig:
     """View positions to keep (AP, PA, LATERAL, …); empty keeps all, as the study does."""
     limit: int | None = None
     """Use the first `limit` rows of each part only: a rehearsal."""
+    subset: str | None = None
+    """Hash of the list of rows that the parts are cut down to; None for all."""
     policy: str = "u_zeros"
     """What an uncertain label becomes."""
+    label_policies: tuple[tuple[str, str], ...] = ()
+    """(label, policy) where it differs from `policy`."""
+    positive_weights: bool = False
+    """Weigh positives of each label by negatives / positives of the training rows."""
     arch: str = "densenet121"
     """A torchvision classifier."""
     weights: str = "imagenet"
@@ -83,6 +89,10 @@ class TrainConfig:
     """Probability of a horizontal flip."""
     precision: str = "auto"
     """bf16 or fp16 autocast, or fp32; resolved before the run starts."""
+    sync_bn: bool = False
+    """BatchNorm over the micro-batches of all ranks (GPUs only); the weights then depend on the number of ranks."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """(side in px, epochs): train on smaller images first, and at `scale` after them (progressive resizing)."""
     order: str = "global"
     """Of the rows in an epoch: one permutation of all, or `block`, which keeps shards together; see `pipelines.order`."""
     seed: int = 0
@@ -102,6 +112,27 @@ class TrainConfig:
                 raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")
         if not 0 <= self.flip <= 1:
             raise RunError(f"flip {self.flip} is no probability")
+        for label, policy in self.label_policies:
+            if label not in self.labels or policy not in POLICIES:
+                raise RunError(
+                    f"--label-policy {label}={policy}: give LABEL=POLICY with a label of the set "
+                    f"({', '.join(self.labels)}) and one of {', '.join(POLICIES)}"
+                )
+        if any(side <= 0 or epochs <= 0 for side, epochs in self.sizes):
+            raise RunError(f"--sizes {self.sizes}: sides and epochs are above 0, as in --sizes 64x2,96x2")
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """One for each of `labels`."""
+        return tuple(dict(self.label_policies).get(label, self.policy) for label in self.labels)
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images of an epoch (from 0), px."""
+        for side, epochs in self.sizes:
+            if epoch < epochs:
+                return side
+            epoch -= epochs
+        return self.scale
 
     @property
     def hash(self) -> str:
@@ -120,7 +151,45 @@ class TrainConfig:
     def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
         """Raises RunError if `value` is not what `asdict` gave."""
         try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-            return cls(**fields)
+            return cls(**{name: _frozen(given) for name, given in value.items()})
         except TypeError as error:
             raise RunError(f"the configuration is of another version of cxrfast ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a training runs; none of it changes the rows, their order or the recipe."""
+
+    shards: Path
+    runs: Path
+    name: str | None = None
+    """Of the folder that holds the folds; default `<arch>-<scale>`."""
+    device: str = "auto"
+    engine: str = "auto"
+    threads: int | None = None
+    """Decoding threads a rank; default: the usable cores divided by the ranks of this machine."""
+    cache: Path | None = None
+    """Folder on a local disk in which decoded pixels are kept; see `pipelines.cache`."""
+    stage: Path | None = None
+    """Folder on a local disk into which the scale is copied first, once a machine."""
+    subset: Path | None = None
+    """File of row numbers that the parts are cut down to; its hash is part of the configuration."""
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int | None = None
+    """Write last.pt after so many optimiser steps, beside the end of every epoch and every `checkpoint_minutes`."""
+    dist_timeout: float = 10.0
+    """Minutes that a rank waits for the others before it gives up."""
+    compile: str | None = None
+    """torch.compile's mode: default, reduce-overhead (CUDA graphs) or max-autotune."""
+    recompute: bool = False
+    """Keep less for the backward pass and compute it again (activation checkpointing): the same function, less memory."""
+    profile: bool = False
+    """Write a trace of a few steps into the run's folder."""
+    deterministic: bool = False
+    """Bitwise the same on a GPU, at some cost; a CPU is so anyway."""
+    quiet: bool = False
+
+
+def _frozen(value: Any) -> Any:
+    """Lists of JSON as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

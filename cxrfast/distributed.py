@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cxrfast.errors import CxrfastError, DeviceError
+from cxrfast.errors import DeviceError
 from cxrfast.machine import usable_cores
 
 
@@ -54,13 +55,13 @@ class World:
     def on_first(self, action: Callable[[], Any]) -> Any:
         """`action()` on rank 0; its value, or the end, on every rank, so that none waits for one that gave up.
 
-        Raises the CxrfastError of `action` on rank 0, and SystemExit(2), without words, on the others.
+        Raises what `action` raised on rank 0, and SystemExit(2), without words, on the others.
         """
         value, error = None, None
         if self.is_first:
             try:
                 value = action()
-            except CxrfastError as caught:
+            except Exception as caught:
                 error = caught
         value, failed = self.broadcast((value, error is not None))
         if error:
@@ -77,9 +78,10 @@ class World:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on the CPU), and leave them in good order.
 
+    `timeout`: how long a process waits for the others; None is torch's default.
     Raises DeviceError where the device cannot be used.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -91,7 +93,9 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     if size > 1:
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", device_id=chosen if chosen.type == "cuda" else None
+            "nccl" if chosen.type == "cuda" else "gloo",
+            device_id=chosen if chosen.type == "cuda" else None,
+            timeout=timeout,
         )
     try:
         yield World(chosen, rank, size, local_size)

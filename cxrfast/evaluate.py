@@ -134,7 +134,7 @@ class Answers:
 
     def targets(self) -> tuple[np.ndarray, np.ndarray]:
         """Targets float32 (n, L) in {0, 1} and mask bool (n, L), by the run's label policy."""
-        return targets(self.raw, self.run.config.policy)
+        return targets(self.raw, self.run.config.policies)
 
 
 def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:

@@ -127,7 +127,7 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
     frame = run.rows()
     frame = frame[frame["part"] == part]
     raw = frame[list(run.config.labels)].to_numpy(np.float32)
-    target, mask = targets(raw, run.config.policy)
+    target, mask = targets(raw, run.config.policies)
     rows = frame["row"].to_numpy(np.int64, copy=True)[(target[:, index] == 1) & mask[:, index]]
     if has_predictions(run):
         predicted = read_predictions(run, part)

@@ -1,5 +1,7 @@
 """Findings and what their raw values mean for training. Pure numpy; raw values are 1, 0, -1 (uncertain) or NaN (blank)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cxrfast.errors import RunError
@@ -28,25 +30,33 @@ EARLIER = {"Airspace Opacity": "Lung Opacity"}
 POLICIES = ("u_zeros", "u_ones", "u_ignore")
 
 
-def targets(raw: np.ndarray, policy: str = "u_zeros") -> tuple[np.ndarray, np.ndarray]:
+def targets(raw: np.ndarray, policy: str | Sequence[str] = "u_zeros") -> tuple[np.ndarray, np.ndarray]:
     """Raw values (N, L) → targets float32 (N, L) in {0, 1}, and mask bool (N, L): which entries count.
 
     Blank means the report does not mention the finding: negative (CheXpert, Irvin et al. 2019, section 3). Uncertain
     becomes 0 (`u_zeros`, the study's choice), 1 (`u_ones`) or does not count (`u_ignore`). A row that is blank in every
-    column was never labelled: none of it counts.
+    column was never labelled: none of it counts. `policy`: one for all columns, or one for each.
 
     Raises RunError for an unknown policy or for values other than 1, 0, -1 and NaN.
     """
-    if policy not in POLICIES:
-        raise RunError(f"label policy {policy!r} is unknown: use one of {', '.join(POLICIES)}")
     raw = np.asarray(raw, np.float32)
+    policies = [policy] * raw.shape[1] if isinstance(policy, str) else list(policy)
+    for name in policies:
+        if name not in POLICIES:
+            raise RunError(f"label policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
     if not (np.isnan(raw) | np.isin(raw, (1.0, 0.0, -1.0))).all():
         wrong = np.unique(raw[~(np.isnan(raw) | np.isin(raw, (1.0, 0.0, -1.0)))])[:3]
         raise RunError(f"labels hold the values {wrong.tolist()}: only 1, 0, -1 and blank are known")
     uncertain = raw == -1.0
     target = np.nan_to_num(raw, nan=0.0)
-    target[uncertain] = 1.0 if policy == "u_ones" else 0.0
+    target[uncertain] = 0.0
+    target[uncertain & (np.array(policies) == "u_ones")] = 1.0
     mask = np.repeat(~np.isnan(raw).all(axis=1, keepdims=True), raw.shape[1], axis=1)
-    if policy == "u_ignore":
-        mask &= ~uncertain
+    mask &= ~(uncertain & (np.array(policies) == "u_ignore"))
     return target, mask
+
+
+def positive_weights(target: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Negatives over positives of each column, float32 (L,), of `target` and `mask` (N, L); 1 where one of them is absent."""
+    positives, negatives = (target * mask).sum(axis=0), ((1 - target) * mask).sum(axis=0)
+    return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1).astype(np.float32)

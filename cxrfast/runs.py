@@ -1,7 +1,7 @@
 """A run's folder: RUNS/<arch>-<scale>/fold-<k>/. Every file in it is whole or absent; only this module knows their names.
 
 config.json      the configuration, its hash, where the shards lay, versions
-state.json       running | done | failed, epoch, heartbeat
+state.json       running | preempted | done | failed, epoch, rate, heartbeat
 metrics.jsonl    a line an epoch
 rows.parquet     its own copy of rows, parts and raw labels
 last.pt          the checkpoint to resume from

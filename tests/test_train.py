@@ -1,92 +1,33 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from itertools import pairwise
+from dataclasses import replace
+from itertools import groupby, pairwise
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from trainings import OPTIONS, command, run_to_the_end
 
+import cxrfast.train
+from cxrfast.cli import cli
 from cxrfast.errors import LoadError, RunError, ShardError
 from cxrfast.model import Classifier
-from cxrfast.runs import Run, read_run
+from cxrfast.runs import read_run
 from cxrfast.shards.rows import read_rows
-from cxrfast.train import Place, make_config, select_rows, train
-
-OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
-TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
-
-
-def command(shards: Path, runs: Path, nproc: int = 1) -> list[str]:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
-    return [
-        sys.executable,
-        *start,
-        "-m",
-        "cxrfast.train",
-        f"--shards={shards}",
-        f"--runs={runs}",
-        "--scale=32",
-        "--checkpoint-steps=2",
-        "--device=cpu",
-        *options,
-    ]
-
-
-def run_to_the_end(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-
-
-def kill_in_the_middle_of_the_second_epoch(arguments: list[str], last: Path) -> int:
-    """SIGKILL the whole process group once a checkpoint of the second epoch's middle is there. Returns its samples."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        while process.poll() is None:
-            checkpoint = torch.load(last, weights_only=True) if last.exists() else {"epoch": 0}
-            if checkpoint["epoch"] == 1 and checkpoint["consumed"]:
-                return checkpoint["consumed"]
-            time.sleep(0.02)
-        raise AssertionError("the training ended before it could be killed")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def metrics_without_timing(run: Run) -> list[dict[str, object]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in run.metrics()]
-
-
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_killed_training_ends_with_bitwise_the_weights_of_an_undisturbed_one(
-    tiny_set: Path, tmp_path: Path, nproc: int
-) -> None:
-    whole, killed = (read := lambda name: tmp_path / name / "densenet121-32" / "fold-0")("whole"), read("killed")
-    run_to_the_end(command(tiny_set, tmp_path / "whole", nproc))
-    consumed = kill_in_the_middle_of_the_second_epoch(command(tiny_set, tmp_path / "killed", nproc), killed / "last.pt")
-    assert 0 < consumed < 96
-    assert read_run(killed).state()["state"] == "running"
-    run_to_the_end(command(tiny_set, tmp_path / "killed", nproc))
-    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, killed))
-    assert a["model"].keys() == b["model"].keys()
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    best_a, best_b = load_file(whole / "best.safetensors"), load_file(killed / "best.safetensors")
-    assert all(torch.equal(best_a[name], best_b[name]) for name in best_a)
-    assert metrics_without_timing(read_run(whole)) == metrics_without_timing(read_run(killed))
-    assert read_run(killed).is_done
+from cxrfast.shards.verify import verify
+from cxrfast.train import Place, arguments, make_config, select_rows, train
 
 
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for name, more in (("plain", []), ("cached", [f"--cache={cache}"])):
-        run_to_the_end([*command(tiny_set, tmp_path / name, nproc=2), "--epochs=1", "--order=block", *more])
+        run_to_the_end([*command(tiny_set, tmp_path / name, 2, epochs=1, order="block"), *more])
     weights = [load_file(next((tmp_path / name).glob("*/fold-0")) / "best.safetensors") for name in ("plain", "cached")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert {path.suffix for path in cache.iterdir()} == {".pixels", ".sums"}
@@ -292,8 +233,9 @@ def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path,
 
 
 def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
-    arguments = [a.replace("--weights=none", "--weights=/nowhere.pth") for a in command(tiny_set, tmp_path, 2)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        command(tiny_set, tmp_path, 2, weights="/nowhere.pth"), capture_output=True, text=True, timeout=150
+    )
     assert done.returncode != 0
     assert done.stderr.count("/nowhere.pth does not exist") == 1
     assert (
@@ -301,3 +243,190 @@ def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: P
         not in done.stderr
     )
     assert not (tmp_path / "densenet121-32").exists()
+
+
+GRADIENTS = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from cxrfast.distributed import world
+from cxrfast.model import Classifier
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs import start_run
+from cxrfast.shards.rows import read_rows
+from cxrfast.train import Place, Trainer, make_config, select_rows
+
+shards, folder = map(Path, sys.argv[1:])
+with world("cpu") as ranks:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = make_config(
+        shards, 32, device="cpu", weights="none", global_batch=16, micro_batch=4, precision="fp32", policy="u_ignore"
+    )
+    reader = Reader(shards, 32)
+    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
+    run = start_run(folder / f"of-{ranks.size}-{ranks.rank}", config, shards, rows)
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Place(shards=shards, runs=folder, quiet=True))
+    (batch, *_) = trainer.order.global_batches(0)
+    rng = np.random.default_rng(0)
+    for n, row in enumerate(batch.tolist()):
+        # micro-batch j of 4 is rows j::4: of the first all is masked, of the others ever fewer entries
+        trainer.host_mask[row] = rng.random(14) < (n % 4) / 4
+    trainer.mask = torch.from_numpy(trainer.host_mask)
+    found = {}
+    trainer.optimizer.step = lambda *a, **k: found.update((n, p.grad.clone()) for n, p in trainer.model.named_parameters())
+    trainer.model.train()
+    trainer.step(batch, trainer.train_loader.epoch(0))
+    if ranks.is_first:
+        torch.save(found, folder / f"gradients-{ranks.size}.pt")
+    del trainer
+"""
+
+
+def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    for start in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]):
+        done = subprocess.run(
+            [sys.executable, *start, tmp_path / "gradients.py", tiny_set, tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"gradients-{n}.pt", weights_only=True) for n in (1, 2))
+    assert one.keys() == two.keys()
+    assert max(float(gradient.abs().max()) for gradient in one.values()) > 0.01
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set: Path, tmp_path: Path) -> None:
+    table, listed = read_rows(tiny_set / "rows.parquet"), tmp_path / "rows.txt"
+    wanted = table["row"].to_numpy()[::2]
+    listed.write_text("\n".join(map(str, wanted)))
+    config = make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS)
+    rows = select_rows(table, config, table["row"].to_numpy(), wanted)
+    assert 50 < len(rows) <= 75
+    assert set(rows["row"]) <= set(wanted)
+    place = Place(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", quiet=True)
+    run = train(replace(config, epochs=1), place)
+    assert set(run.rows()["row"]) == set(rows["row"])
+    listed.write_text("\n".join(map(str, wanted[:-4])))
+    with pytest.raises(RunError, match="subset: "):
+        train(replace(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), epochs=1), place)
+    for text, message in (("", "is empty"), ("1\ntwo", "row number a line"), ("1 150", "the set has no row 150")):
+        listed.write_text(text)
+        with pytest.raises(RunError, match=message):
+            train(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), place)
+
+
+def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_set, 64, device="cpu", **{**OPTIONS, "epochs": 3, "limit": 16}, sizes=((32, 1), (48, 1)))
+    assert [config.size_at(epoch) for epoch in range(4)] == [32, 48, 64, 64]
+    seen = []
+
+    class Seen(Classifier):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, image.shape[-1]))
+            return super().forward(image)
+
+    with patch.object(cxrfast.train, "Classifier", Seen):
+        run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    assert [line["size"] for line in run.metrics()] == [32, 48, 64]
+    runs = [key for key, _ in groupby(seen[3:])]  # the first three are trials of the sizes
+    assert runs == [(True, 32), (False, 64), (True, 48), (False, 64), (True, 64), (False, 64)]
+
+
+def test_a_run_of_another_set_is_no_start(tiny_set: Path, raw_set: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "epochs": 1, "limit": 16}
+    parent = train(
+        make_config(raw_set, 32, device="cpu", **options),
+        Place(shards=raw_set, runs=tmp_path / "raw", device="cpu", quiet=True),
+    )
+    child = make_config(tiny_set, 32, device="cpu", **{**options, "weights": str(parent.folder)})
+    with pytest.raises(RunError, match="start from a run on the same set"):
+        train(child, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+
+
+def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path) -> None:
+    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    options = {**OPTIONS, "epochs": 1, "limit": 16}
+    plain = train(make_config(tiny_set, 32, device="cpu", **options), place)
+    weighed = train(
+        make_config(tiny_set, 32, device="cpu", **options, positive_weights=True), replace(place, name="weighed")
+    )
+    assert weighed.metrics()[0]["train_loss"] > plain.metrics()[0]["train_loss"]
+
+
+def test_ranks_and_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+    err = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
+    assert err.count("staging: ") == 1
+    (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
+    assert verify(copy, quiet=True).problems == []
+    assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
+    err = run_to_the_end(command(tiny_set, tmp_path, 1, epochs=1, limit=16, name="next", stage=tmp_path / "local"))
+    assert "staging: 0/0" in err or "staging" not in err
+
+
+def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'scale = 32\nepochs = 1\nweights = "none"\nlimit = 16\nglobal-batch = 8\nmicro_batch = 8\n'
+        'label-policy = ["Edema=u_ones"]\nview = ["AP", "PA"]\npositive_weights = true\nsizes = "32x1"\n'
+    )
+    given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", f"--config={file}"]
+    done = CliRunner().invoke(cli, [*given, "--micro-batch=4"])
+    assert done.exit_code == 0, done.output
+    config = read_run(tmp_path / "densenet121-32" / "fold-0").config
+    assert (config.scale, config.epochs, config.limit, config.global_batch, config.micro_batch) == (32, 1, 16, 8, 4)
+    assert config.label_policies == (("Edema", "u_ones"),)
+    assert config.views == ("AP", "PA")
+    assert config.positive_weights
+    assert config.sizes == ((32, 1),)
+    for text, message in (("epoch = 1", "holds epoch, which is no option"), ("epochs", "is no TOML file")):
+        file.write_text(text)
+        done = CliRunner().invoke(cli, given)
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split()), done.output
+
+
+def test_the_arguments_of_a_configuration_make_it_again(tiny_set: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "rows.txt"
+    listed.write_text("\n".join(map(str, range(140))))
+    config = make_config(
+        tiny_set,
+        32,
+        device="cpu",
+        subset=listed,
+        views=("AP", "PA"),
+        label_policies=(("Edema", "u_ones"), ("Fracture", "u_ignore")),
+        positive_weights=True,
+        sizes=((32, 2), (48, 1)),
+        **OPTIONS,
+    )
+    place = Place(
+        shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", profile=True, cache=tmp_path / "c", threads=1
+    )
+    taken = {}
+    with patch.object(cxrfast.train, "train", lambda config, place: taken.update(config=config, place=place) or Mock()):
+        done = CliRunner().invoke(cli, ["train", *arguments(config, place)])
+    assert done.exit_code == 0, done.output
+    assert taken == {"config": config, "place": place}
+
+
+def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}, sync_bn=True)
+    with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
+        train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+
+
+def test_a_profile_is_a_trace_of_steps(tiny_set: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 4})
+    run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True, profile=True))
+    names = {event.get("name") for event in json.loads((run.folder / "profile.json").read_text())["traceEvents"]}
+    assert any("convolution" in str(name) for name in names)
+    assert any(str(name).startswith("ProfilerStep") for name in names)

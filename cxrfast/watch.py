@@ -1,0 +1,91 @@
+"""What accompanies the steps of an epoch: looks at the loss, heartbeats, checkpoints, votes to stop, a profile."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cxrfast.machine import resident_bytes
+from cxrfast.pipelines.loader import Batch
+
+if TYPE_CHECKING:
+    from cxrfast.trainer import Trainer
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the losses on the device, each of which waits for it."""
+
+NEVER = 2**62
+"""Number of a step that never comes."""
+
+PROFILE_STEPS = (10, 5)
+"""Steps left out before a profile, and steps in it."""
+
+
+class Watch:
+    """What happens between the steps of an epoch: looks at the loss, heartbeats, checkpoints, and stopping."""
+
+    def __init__(self, trainer: "Trainer", batches: "Timed", steps: int) -> None:
+        self.trainer, self.batches, self.steps = trainer, batches, steps
+        self.begun = self.saved = self.looked = time.monotonic()
+        self.first = trainer.consumed
+        self.is_bad = 0
+
+    def note(self) -> str:
+        """Loss, waiting and memory for the progress bar, every few seconds."""
+        trainer, now = self.trainer, time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return ""
+        self.is_bad = int(int(trainer.bad_step) != NEVER)
+        share = self.batches.waited / (now - self.begun)
+        memory = (trainer.gpu_peak() or resident_bytes()) / 2**30
+        # rank 0's share, of all steps since the epoch began
+        loss = float(trainer.loss) * trainer.ranks.size * trainer.config.global_batch / trainer.consumed
+        trainer.beat((trainer.consumed - self.first) / (now - self.begun))
+        self.looked = time.monotonic()
+        return f"loss {loss:.4f}, waiting {share:.0%}, {memory:.1f} GiB"
+
+    def after(self, done: int) -> None:
+        """After step number `done` of this call. Raises Preempted, or RunError for a bad loss."""
+        trainer, place = self.trainer, self.trainer.place
+        # rank 0's clock decides
+        is_late = trainer.ranks.is_first and time.monotonic() - self.saved > 60 * place.checkpoint_minutes
+        stop, late, bad = trainer.votes.cast(trainer.stop.number, int(is_late), self.is_bad)
+        if bad:
+            trainer.refuse_bad_loss()
+        if stop:
+            trainer.preempt(stop)
+        if done == self.steps:
+            trainer.votes.close()
+        elif late or (place.checkpoint_steps and done % place.checkpoint_steps == 0):
+            trainer.save()
+            self.saved = time.monotonic()
+
+
+@contextmanager
+def profiled(path: Path) -> Iterator[Callable[[], None]]:
+    skipped, steps = PROFILE_STEPS
+    schedule = torch.profiler.schedule(wait=skipped - 2, warmup=2, active=steps, repeat=1)
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)), record_shapes=True
+    ) as profiler:
+        yield profiler.step
+
+
+class Timed(Iterator[Batch]):
+    """Batches, and the seconds that their consumer waited for them."""
+
+    def __init__(self, batches: Generator[Batch]) -> None:
+        self.batches, self.waited = batches, 0.0
+
+    def __next__(self) -> Batch:
+        start = time.monotonic()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited += time.monotonic() - start
+
+    def close(self) -> None:
+        self.batches.close()

@@ -1,0 +1,78 @@
+"""Trainings as processes of their own, and what is looked at of them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cxrfast.runs import Run, read_run
+
+OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
+TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[str]:
+    """At 32 px, a checkpoint every second step. `options`: of `cxrfast train`."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
+    start = [*torchrun, f"--signals-to-handle={SIGNALS}"] if nproc > 1 else []
+    places = {"shards": shards, "runs": runs, "scale": 32, "checkpoint_steps": 2, "device": "cpu"}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in {**places, **OPTIONS, **options}.items()]
+    return [sys.executable, *start, "-m", "cxrfast.train", *given]
+
+
+def run_to_the_end(arguments: list[str]) -> str:
+    """What it wrote to stderr."""
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    with open(log, "wb") as file:
+        return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
+
+
+def is_in_second_epoch(run: Path) -> bool:
+    last = run / "last.pt"
+    if not last.exists():
+        return False
+    checkpoint = torch.load(last, weights_only=True)
+    return checkpoint["epoch"] == 1 and checkpoint["consumed"] > 0
+
+
+def wait_for(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert process.poll() is None, "the training ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.pt", weights_only=True)["model"]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two run folders hold bitwise the same last weights, and the same metrics but for time and memory."""
+    one, other = last_weights(a), last_weights(b)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert metrics_without_timing(read_run(a)) == metrics_without_timing(read_run(b))
+
+
+def metrics_without_timing(run: Run) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in run.metrics()]
