@@ -9,6 +9,7 @@ best.safetensors weights of the epoch with the lowest validation loss
 predictions.zarr, maps.zarr   see `store`
 """
 
+import io
 import json
 import os
 import shutil
@@ -98,8 +99,10 @@ class Run:
     # checkpoints
 
     def save_last(self, checkpoint: dict[str, Any]) -> None:
+        data = io.BytesIO()  # torch's own writing to a full disk is a RuntimeError about a position
+        torch.save({**checkpoint, "config_hash": self.config.hash}, data)
         with replacing(self.folder / "last.pt") as file:
-            torch.save({**checkpoint, "config_hash": self.config.hash}, file)
+            file.write(data.getbuffer())
 
     def load_last(self) -> dict[str, Any] | None:
         """The checkpoint, on the CPU; None if there is none. Raises RunError if it is damaged or another run's."""
