@@ -35,6 +35,7 @@ from cxrfast.evaluate import (
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs import Run
+from cxrfast.start import footnote, mark, shared_start, start_of
 
 FOLDER = "ensemble"
 
@@ -173,7 +174,7 @@ class EnsembleResult:
     left_out: dict[str, list[int]]
     """By name: folds that some other name lacks."""
     weights: pd.DataFrame
-    """label, name, scale, fold, weight, em_weight; NaN where validation lacks positives or negatives."""
+    """label, name, scale, start, fold, weight, em_weight; NaN where validation lacks positives or negatives."""
     auroc: pd.DataFrame
     """fold, label, method (a name, voting or stacked), auroc of the test rows; NaN where undefined."""
     bce: pd.DataFrame
@@ -185,9 +186,15 @@ class EnsembleResult:
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """`256 px`, …; the names where one scale comes twice."""
+        """`256 px`, …; the names where one scale comes twice. Marked if they started from another run."""
         unique = len(set(self.scales)) == len(self.scales)
-        return tuple(f"{scale} px" for scale in self.scales) if unique else self.names
+        names = [f"{scale} px" for scale in self.scales] if unique else self.names
+        return tuple(mark(name, start) for name, start in zip(names, self.starts.values(), strict=True))
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """By name: where the first weights came from, see `start.shared_start`."""
+        return {n: shared_start(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
@@ -285,6 +292,7 @@ def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
                     "label": labels,
                     "name": run.folder.parent.name,
                     "scale": run.config.scale,
+                    "start": start_of(run.config),
                     "fold": fold,
                     "weight": shown[0][:, s],
                     "em_weight": shown[1][:, s],
@@ -373,6 +381,8 @@ def _notes(result: EnsembleResult, shared: int) -> str:
             f"that EM finds, at most {gap.max():.4f}; "
             f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it."
         )
+    if note := footnote(result.starts):
+        notes.append(note)
     for fold, lines in result.bce[result.bce["stacked"].isna()].groupby("fold"):
         missing = ", ".join(lines["label"])
         notes.append(
@@ -390,7 +400,7 @@ def to_table(result: EnsembleResult) -> Table:
     table = Table(
         title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
         caption="gain: of stacked over the best single scale. "
-        "Validation logits served both early stopping and the ensemble's fit.",
+        "Validation logits served both early stopping and the ensemble's fit.\n" + footnote(result.starts),
     )
     table.add_column("Finding", overflow="fold")
     for method in (*result.short_names, "voting", "stacked", "gain"):

@@ -8,7 +8,7 @@ as that, never as a number.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from cxrfast.markdown import markdown_table
 from cxrfast.progress import progress
 from cxrfast.runs import Run, find_runs
 from cxrfast.splits import PARTS
+from cxrfast.start import FROM, footnote, mark, shared_start, start_of
 from cxrfast.store import has_predictions, read_predictions
 
 FOLDER = "evaluation"
@@ -40,7 +41,7 @@ class Evaluation:
     labels: tuple[str, ...]
     """Findings, in the order of the logits."""
     table: pd.DataFrame
-    """A line a run and finding: name, scale, fold, label, part, auroc, auprc, positives, negatives."""
+    """A line a run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives."""
     positives: dict[str, int]
     """By finding: rows of the part that hold it, over all folds, each row counted once."""
     skipped: tuple[str, ...]
@@ -52,11 +53,16 @@ class Evaluation:
         wide = lines.pivot(index="fold", columns="label", values=metric)
         return wide[list(self.labels)].to_numpy(np.float64)
 
+    @property
+    def starts(self) -> dict[str, str]:
+        """By name: where the first weights came from, see `start.shared_start`."""
+        return {n: shared_start(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
+
     def folds(self, name: str) -> list[int]:
         return sorted(int(fold) for fold in self.table.loc[self.table["name"] == name, "fold"].unique())
 
     def summary(self) -> pd.DataFrame:
-        """A line a group and finding: name, scale, label, part, folds, folds_defined, auroc_mean, auroc_sd,
+        """A line a group and finding: name, scale, start, label, part, folds, folds_defined, auroc_mean, auroc_sd,
         auprc_mean, auprc_sd, positives.
 
         sd: sample standard deviation over the folds where the finding is defined; NaN with fewer than two.
@@ -75,6 +81,7 @@ class Evaluation:
                     {
                         "name": name,
                         "scale": scale,
+                        "start": self.starts[name],
                         "label": self.labels,
                         "part": self.part,
                         "folds": len(auroc),
@@ -158,7 +165,11 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
-            if differences := run.config.differences(replace(other.config, fold=run.config.fold)):
+            own_fold: dict[str, Any] = {"fold": run.config.fold}
+            mine, theirs = (shared_start([start_of(r.config)]) for r in (run, other))
+            if mine == theirs and mine.startswith(FROM):  # each from its own fold of one group
+                own_fold["weights"] = run.config.weights
+            if differences := run.config.differences(replace(other.config, **own_fold)):
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
         group[run.config.fold] = run
     return groups
@@ -242,7 +253,7 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
 
 
 def score(answers: Answers) -> pd.DataFrame:
-    """The lines of one run: name, scale, fold, label, part, auroc, auprc, positives, negatives.
+    """The lines of one run: name, scale, start, fold, label, part, auroc, auprc, positives, negatives.
 
     auprc is scikit-learn's average precision; like auroc it is NaN where either class is missing.
     """
@@ -256,6 +267,7 @@ def score(answers: Answers) -> pd.DataFrame:
         {
             "name": answers.run.folder.parent.name,
             "scale": config.scale,
+            "start": start_of(config),
             "fold": config.fold,
             "label": config.labels,
             "part": answers.part,
@@ -328,11 +340,13 @@ def to_markdown(evaluation: Evaluation) -> str:
     lines.append(["Mean", "", *(cells(values)[0] for values in means)])
     text = (
         f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-        + markdown_table(["Finding", "Positives", *evaluation.names], lines)
+        + markdown_table(["Finding", "Positives", *(mark(n, s) for n, s in evaluation.starts.items())], lines)
         + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
         "fold of every column. Positives: rows that hold the finding, over all folds. "
         "Undefined: no positives or no negatives.\n"
     )
+    if note := footnote(evaluation.starts):
+        text += f"\n{note}\n"
     if evaluation.skipped:
         text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
     return text
@@ -350,14 +364,15 @@ def to_table(evaluation: Evaluation) -> Table:
     """The Markdown table for a terminal, the best group of each finding in bold."""
     columns = [evaluation.matrix(name) for name in evaluation.names]
     means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
-    skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else None
-    table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=skipped)
+    skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else ""
+    caption = "\n".join(filter(None, (footnote(evaluation.starts), skipped)))
+    table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=caption)
     table.add_column("Finding", overflow="fold")
     table.add_column("Positives", justify="right")
-    for name in evaluation.names:
+    for name, start in evaluation.starts.items():
         head = (
             "".join(name.rpartition("-")[:2]),
-            name.rpartition("-")[2],
+            mark(name.rpartition("-")[2], start),
             folds_text(evaluation.folds(name)).split(" (")[0],
         )
         table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
 from cxrfast import __version__, ensemble, erf, evaluate
@@ -23,6 +24,7 @@ from cxrfast.evaluate import Evaluation, markdown_table
 from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd
 from cxrfast.runs import Run, find_runs
+from cxrfast.start import footnote, mark, shared_start, start_of
 from cxrfast.store import has_predictions
 
 FIGURES = "figures"
@@ -71,6 +73,16 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def _starts(runs: list[Run]) -> dict[str, str]:
+    """By name of a group of runs: where the first weights came from."""
+    names = dict.fromkeys(run.folder.parent.name for run in runs)
+    return {n: shared_start(start_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
+
+
+def _footnote(runs: list[Run]) -> str:
+    return footnote(_starts(runs))
+
+
 # Sections
 
 
@@ -82,7 +94,7 @@ def _summary(runs: list[Run]) -> Section:
         best = min(epochs, key=lambda m: m["val_loss"], default=None)
         lines.append(
             [
-                run.name,
+                mark(run.name, start_of(run.config)),
                 run.state().get("state", "not started"),
                 *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
                 str(len(epochs)),
@@ -93,7 +105,8 @@ def _summary(runs: list[Run]) -> Section:
     head = ["Run", "State", "Train", "Validation", "Test", "Epochs", "Best epoch", "Validation AUROC"]
     text = (
         markdown_table(head, lines)
-        + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used."
+        + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used. "
+        + _footnote(runs)
     )
     return Section("Runs", _markdown(text))
 
@@ -103,9 +116,8 @@ def _auroc(runs: Path) -> Section:
     text = evaluate.to_markdown(evaluation).split("\n", 1)[1]  # without its heading
     section = Section("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
-        section.figures.append(
-            ("AUROC by resolution, mean ± sd over folds", _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png"))
-        )
+        caption = f"AUROC by resolution, mean ± sd over folds. {footnote(evaluation.starts)}".strip()
+        section.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
     return section
 
 
@@ -134,7 +146,8 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
             label=evaluation.labels[j],
         )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xticks(x, [f"{scales[name]} px" for name in names] if scales.is_unique else names)
+    ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
+    axes.set_xticks(x, [mark(tick, evaluation.starts[name]) for tick, name in zip(ticks, names, strict=True)])
     axes.set_ylabel("AUROC")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
@@ -164,47 +177,51 @@ def _learning(folder: Path, runs: list[Run]) -> Section:
     trained = [run for run in runs if run.metrics()]
     if not trained:
         return Section("Learning curves", _markdown("No epoch has ended yet."))
+    caption = f"A line a fold, a colour a scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
     return Section(
         "Learning curves",
-        figures=[
-            (
-                "A line a run; folds of a scale share their colour",
-                _png(learning_figure(trained), folder / FIGURES / "learning.png"),
-            )
-        ],
+        figures=[(caption.strip(), _png(learning_figure(trained), folder / FIGURES / "learning.png"))],
     )
 
 
+CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
+
+
 def learning_figure(runs: list[Run]) -> Figure:
-    """Training loss, validation loss and validation AUROC against the epoch."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    names = list(dict.fromkeys(run.folder.parent.name for run in runs))
+    """Training loss, validation loss and validation AUROC against the epoch, and below against the time since the start."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey="col")
+    starts = _starts(runs)
+    shades = np.linspace(0, 0.9, len(starts))
+    colours = {name: colormaps["viridis"](shade) for name, shade in zip(starts, shades, strict=True)}
+    unit, seconds = (
+        ("hours", 3600) if max(sum(m["seconds"] for m in r.metrics()) for r in runs) > 3600 else ("minutes", 60)
+    )
     for run in runs:
-        metrics, name = run.metrics(), run.folder.parent.name
-        epochs = [m["epoch"] + 1 for m in metrics]
-        colour = colormaps["viridis"](0.9 * names.index(name) / max(1, len(names) - 1))
-        first = run == next(r for r in runs if r.folder.parent.name == name)
-        for axes, key in zip(panels, ("train_loss", "val_loss", "val_auroc"), strict=True):
-            values = [np.nan if m[key] is None else m[key] for m in metrics]
-            axes.plot(
-                epochs,
-                values,
-                "o-",
-                markersize=3,
-                linewidth=1.2,
-                color=colour,
-                label=name if first and key == "train_loss" else None,
-            )
-    for axes, title in zip(panels, ("training loss", "validation loss", "validation AUROC"), strict=True):
+        metrics, colour = run.metrics(), colours[run.folder.parent.name]
+        rates = np.array([m["learning_rate"] for m in metrics])
+        drops = np.flatnonzero(rates[1:] < rates[:-1]) + 1
+        epochs = np.array([m["epoch"] + 1 for m in metrics])
+        for line, x in zip(panels, (epochs, np.cumsum([m["seconds"] for m in metrics]) / seconds), strict=True):
+            for axes, key in zip(line, CURVES, strict=True):
+                values = np.array([np.nan if m[key] is None else m[key] for m in metrics])
+                axes.plot(x, values, ".-", markersize=3, linewidth=0.9, color=colour)
+                axes.plot(x[drops], values[drops], "|", markersize=10, markeredgewidth=1.2, color=colour)
+    for axes, title in zip(panels[0], CURVES.values(), strict=True):
         axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if "loss" in title:
             axes.set_yscale("log")  # an early validation loss may be ten times the later ones
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(ScalarFormatter())
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize="small")
+    for axes in panels[1]:
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+    handles = [Line2D([], [], color=colours[name], label=mark(name, start)) for name, start in starts.items()]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
+    )
     return figure
 
 
@@ -248,7 +265,7 @@ def _resources(runs: list[Run]) -> Section:
             gpu = metrics[-1]["gpu_peak_bytes"]
             lines.append(
                 [
-                    run.name,
+                    mark(run.name, start_of(run.config)),
                     str(run.config.global_batch),
                     str(run.config.micro_batch),
                     run.config.precision,
@@ -270,7 +287,9 @@ def _resources(runs: list[Run]) -> Section:
         "Process GiB",
         "torch peak GiB",
     ]
-    return Section("Time and memory", _markdown(markdown_table(head, lines) + "\nMedians over epochs."))
+    return Section(
+        "Time and memory", _markdown(markdown_table(head, lines) + f"\nMedians over epochs. {_footnote(runs)}")
+    )
 
 
 def _configuration(runs: list[Run]) -> Section:

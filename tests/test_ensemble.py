@@ -182,6 +182,7 @@ def make_run(
     arch: str = "densenet121",
     name: str | None = None,
     set_id: str = "a1",
+    weights: str = "imagenet",
 ) -> Run:
     config = TrainConfig(
         set_id=set_id,
@@ -192,6 +193,7 @@ def make_run(
         global_batch=8,
         micro_batch=8,
         learning_rate=1e-4,
+        weights=weights,
     )
     folder = runs / (name or f"{arch}-{scale}") / f"fold-{fold}"
     run = start_run(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
@@ -245,7 +247,7 @@ def test_files_hold_the_result_and_the_same_bytes_every_time(study):
     result = ensemble(study)
     folder = study / "ensemble"
     weights, auroc = pd.read_csv(folder / "weights.csv"), pd.read_csv(folder / "auroc.csv")
-    assert list(weights) == ["label", "name", "scale", "fold", "weight", "em_weight"]
+    assert list(weights) == ["label", "name", "scale", "start", "fold", "weight", "em_weight"]
     assert list(auroc) == ["fold", "label", "method", "auroc"]
     assert set(auroc["method"]) == {*result.names, "voting", "stacked"}
     pd.testing.assert_frame_equal(weights, result.weights, check_dtype=False)
@@ -342,3 +344,18 @@ def test_runs_with_other_rows_labels_or_set_are_refused(study):
     make_run(study, 64, 0, set_id="b2")
     with pytest.raises(RunError, match="set id b2 is not a1"):
         ensemble(study, ["densenet121-64", "densenet121-256"])
+
+
+def test_a_scale_that_started_from_another_run_is_marked(study):
+    for fold in (0, 1):
+        make_run(study, 512, fold, weights=f"runs/densenet121-256/fold-{fold}")
+    result = ensemble(study)
+    note = "† weights started from the run of a smaller scale: densenet121-512 from densenet121-256."
+    console = Console(file=io.StringIO(), width=200)
+    console.print(to_table(result))
+    for text in ((study / "ensemble" / "summary.md").read_text(), console.file.getvalue()):  # type: ignore[attr-defined]
+        assert note in text
+        assert "512 px†" in text
+        assert "256 px†" not in text
+    weights = pd.read_csv(study / "ensemble" / "weights.csv")
+    assert weights.groupby("name")["start"].first()["densenet121-512"] == "from densenet121-256/fold-0"

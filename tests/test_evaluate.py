@@ -113,7 +113,18 @@ def test_scores_are_sklearns_joined_by_row(study):
 def test_files_say_what_the_result_says(study):
     result = evaluate(study)
     table = pd.read_csv(study / "evaluation" / "auroc.csv")
-    assert list(table) == ["name", "scale", "fold", "label", "part", "auroc", "auprc", "positives", "negatives"]
+    assert list(table) == [
+        "name",
+        "scale",
+        "start",
+        "fold",
+        "label",
+        "part",
+        "auroc",
+        "auprc",
+        "positives",
+        "negatives",
+    ]
     pd.testing.assert_frame_equal(table, result.table, check_dtype=False)
     summary = pd.read_csv(study / "evaluation" / "auroc_summary.csv")
     one = summary.query("name == 'densenet121-256' and label == 'Edema'").iloc[0]
@@ -306,4 +317,34 @@ def test_changed_configuration_is_not_read_as_the_old_one(study):
     other = start_run(study / "x" / "fold-0", replace(run.config, seed=1), Path("shards"), rows_of(0))
     shutil.copytree(run.folder / "predictions.zarr", other.folder / "predictions.zarr")
     with pytest.raises(RunError, match="belongs to another run"):
+        evaluate(study)
+
+
+def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
+    for fold in (0, 1):
+        make_run(study, 128, fold, weights=f"runs/densenet121-64/fold-{fold}")
+    result = evaluate(study)
+    note = "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
+    text = (study / "evaluation" / "auroc.md").read_text()
+    assert "| densenet121-128† | densenet121-256 |" in text
+    for shown in (text, text_of(to_table(result))):
+        assert note in " ".join(shown.split()), "a terminal breaks the line"
+    assert "128†" in text_of(to_table(result))
+    table = pd.read_csv(study / "evaluation" / "auroc.csv")
+    starts = table.groupby(["name", "fold"])["start"].unique().str.join("")
+    assert starts["densenet121-128", 1] == "from densenet121-64/fold-1"
+    assert starts["densenet121-256", 1] == "ImageNet"
+    summary = pd.read_csv(study / "evaluation" / "auroc_summary.csv")
+    assert set(summary.loc[summary["name"] == "densenet121-128", "start"]) == {"from densenet121-64"}
+
+
+def test_without_such_a_scale_nothing_is_marked(study):
+    result = evaluate(study)
+    assert "†" not in (study / "evaluation" / "auroc.md").read_text() + text_of(to_table(result))
+
+
+def test_folds_of_one_group_that_started_from_different_groups_are_not_joined(study):
+    for fold, parent in ((0, "densenet121-64"), (1, "densenet121-32")):
+        make_run(study, 128, fold, weights=f"runs/{parent}/fold-{fold}")
+    with pytest.raises(RunError, match=r"their configurations differ \(weights: "):
         evaluate(study)
