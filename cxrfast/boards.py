@@ -1,0 +1,45 @@
+"""TensorBoard's view of a run: the lines of metrics.jsonl as scalars, into RUN/tensorboard/. Needs `cxrfast[tensorboard]`."""
+
+from pathlib import Path
+from typing import Any
+
+from cxrfast.errors import RunError
+
+FOLDER = "tensorboard"
+
+TAGS = {
+    "train_loss": "loss/training",
+    "val_loss": "loss/validation",
+    "val_auroc": "AUROC/mean",
+    "learning_rate": "training/learning rate",
+    "images_per_s": "training/images per second",
+    "waiting_share": "training/share of time waiting for data",
+    "resident_bytes": "memory/process, GiB",
+    "gpu_peak_bytes": "memory/torch on the GPU, GiB",
+}
+"""Where the numbers of a line are shown; the rest of it is not."""
+
+
+class Board:
+    """Writes the epochs of a run as events."""
+
+    def __init__(self, run: Path, epoch: int = 0) -> None:
+        """`run`: its folder. `epoch`: the first that will be added, from 0: events of it and later ones, left by a
+        training that was cut back, are hidden from then on. Raises RunError if TensorBoard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RunError(f"TensorBoard cannot be used ({error}): pip install 'cxrfast[tensorboard]'") from error
+        self.writer = SummaryWriter(run / FOLDER, purge_step=epoch)
+
+    def add(self, line: dict[str, Any], step: int) -> None:
+        """Show a line of metrics.jsonl at `step`, the epoch from 0; what is undefined there is left out."""
+        scalars = {tag: line.get(name) for name, tag in TAGS.items()}
+        scalars |= {f"AUROC/{label}": value for label, value in line.get("val_auroc_by_label", {}).items()}
+        for tag, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(tag, value / 2**30 if tag.endswith("GiB") else value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
