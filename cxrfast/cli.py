@@ -635,6 +635,56 @@ def report(runs: Path) -> None:
 
 
 @cli.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+@click.option("--json", "as_json", is_flag=True, help="A JSON list instead of the table.")
+def status(runs: Path, as_json: bool) -> None:
+    """A line for each run in RUNS: state, epoch, best AUROC, images/s, time left, age of its heartbeat, job."""
+    from cxrfast.status import status as look
+    from cxrfast.status import to_json, to_table
+
+    lines = look(runs)
+    if as_json:
+        click.echo(to_json(lines))
+    else:
+        show(to_table(lines, runs))
+
+
+class ScaleRate(click.ParamType):
+    """`2048=75` → (2048, 75.0)."""
+
+    name = "SCALE=IMAGES_PER_S"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        scale, _, rate = value.partition("=")
+        try:
+            if scale.isdecimal() and 0 < float(rate) < float("inf"):
+                return int(scale), float(rate)
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is not SCALE=IMAGES_PER_S, such as 2048=75", param, ctx)
+
+
+def forecast_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of `study` that look ahead, or leave the work to SLURM."""
+    for option in reversed(
+        (
+            click.option("--keep-going", is_flag=True, help="After a run that failed, go on with the others."),
+            click.option("--dry-run", is_flag=True, help="Check every run, say what it would take, write nothing."),
+            click.option(
+                "--rate", "rates", type=ScaleRate(), multiple=True, help="For --dry-run. [default: of earlier runs]"
+            ),
+            click.option("--walltime", metavar="[D-]HH:MM:SS", help="Of one job, for --dry-run and --sbatch."),
+            click.option("--sbatch", type=FOLDER, metavar="DIR", help="Write SLURM job scripts into DIR instead."),
+            click.option("--slurm", type=FILE, metavar="FILE", help="TOML with account, partition, set-up lines, …"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
 @click.argument("shards", type=FOLDER, metavar="SET")
 @click.argument("runs", type=FOLDER)
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
@@ -646,6 +696,7 @@ def report(runs: Path) -> None:
     show_default=True,
     help="Processes a training, as torchrun --nproc_per_node.",
 )
+@forecast_options
 @recipe_options
 @place_options
 @cache_option
@@ -655,6 +706,12 @@ def study(
     scales: tuple[int, ...],
     folds: tuple[int, ...],
     nproc: int,
+    keep_going: bool,
+    dry_run: bool,
+    rates: tuple[tuple[int, float], ...],
+    walltime: str | None,
+    sbatch: Path | None,
+    slurm: Path | None,
     device: str,
     engine: str,
     threads: int | None,
@@ -662,22 +719,57 @@ def study(
     **recipe: Any,
 ) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
+    place = {"device": device, "engine": engine, "threads": threads, "cache": cache}
+    options: dict[str, Any] = {"nproc": nproc, "recipe": given(recipe), **place}
+    if dry_run or sbatch:
+        ahead(
+            shards, runs, list(scales), list(folds), dict(rates), walltime, None if dry_run else sbatch, slurm, options
+        )
+        return
+    if slurm or walltime or rates:
+        fail("--slurm, --walltime and --rate belong to --dry-run or --sbatch")
+    from cxrfast.launch import Stopped
+    from cxrfast.study import failed
     from cxrfast.study import study as carry_out
 
-    result = carry_out(
-        shards,
-        runs,
-        list(scales),
-        list(folds),
-        nproc=nproc,
-        device=device,
-        engine=engine,
-        threads=threads,
-        cache=cache,
-        recipe=given(recipe),
-    )
+    try:
+        result = carry_out(shards, runs, list(scales), list(folds), keep_going=keep_going, **options)
+    except Stopped as stopped:
+        click.echo(f"cxrfast: {stopped}", err=True)
+        sys.exit(stopped.exit_code)
     show(*result.tables)
     click.echo(f"report: {result.report}")
+    if result.failures:
+        fail(failed(result.failures))
+
+
+def ahead(
+    shards: Path,
+    runs: Path,
+    scales: list[int],
+    folds: list[int],
+    rates: dict[int, float],
+    walltime: str | None,
+    sbatch: Path | None,
+    slurm: Path | None,
+    options: dict[str, Any],
+) -> None:
+    """Show what a study would do; write its job scripts into the folder `sbatch`, if there is one."""
+    from dataclasses import replace
+
+    from cxrfast.forecast import forecast, parse_walltime, to_table
+    from cxrfast.plan import make_plan
+    from cxrfast.slurm import Slurm, read_slurm, write_scripts
+
+    asked = read_slurm(slurm) if slurm else Slurm()
+    asked = replace(asked, time=walltime or asked.time)
+    plan = make_plan(shards, runs, scales, folds, nodes=asked.nodes, **options)
+    result = forecast(plan, rates)
+    show(to_table(result, parse_walltime(asked.time) if walltime or slurm or sbatch else None))
+    result.check()
+    if sbatch:
+        *scripts, submit = write_scripts(plan, result.outlooks, asked, sbatch)
+        click.echo(f"{len(scripts)} job scripts in {sbatch}; read one, then queue them all: {submit}")
 
 
 @cli.group(invoke_without_command=True)

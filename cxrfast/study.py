@@ -3,31 +3,30 @@
 Each step is skipped where its result is there already, so a study that was stopped goes on where it stopped.
 """
 
+import os
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from cxrfast import ensemble, evaluate
-from cxrfast.config import TrainConfig
 from cxrfast.distributed import pick_device, world
 from cxrfast.erf import erf, has_erf
-from cxrfast.errors import RunError
+from cxrfast.errors import CxrfastError, RunError
+from cxrfast.forecast import Outlook, forecast
 from cxrfast.gradcam import figure_path, gradcam_run, save_figure
-from cxrfast.pipelines.reader import Reader
+from cxrfast.launch import Stopped, call
+from cxrfast.plan import SIGNALS, Plan, make_plan
 from cxrfast.predict import predict
 from cxrfast.report import report
-from cxrfast.runs import Run, find_runs, run_folder
+from cxrfast.runs import Run, read_run
 from cxrfast.shards.build import build
-from cxrfast.shards.manifest import read_set, scales_in
-from cxrfast.splits import FOLDS
 from cxrfast.store import has_predictions
 from cxrfast.synth import synth
-from cxrfast.train import Place, make_config, train
+from cxrfast.train import train
 
 ERF_IMAGES, CAM_IMAGES, CAM_FINDINGS = 64, 6, 2
 
@@ -37,6 +36,8 @@ class Study:
     tables: list[Table]
     """AUROC by finding and scale and, from two scales on, the ensemble's."""
     report: Path
+    failures: list[str] = field(default_factory=list)
+    """Runs that failed, each with what it said; none unless the study was to keep going."""
 
 
 def study(
@@ -46,75 +47,94 @@ def study(
     folds: list[int] | None = None,
     *,
     nproc: int = 1,
-    device: str = "auto",
-    engine: str = "auto",
-    threads: int | None = None,
-    cache: Path | None = None,
     recipe: dict[str, Any] | None = None,
+    keep_going: bool = False,
+    **place: Any,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. Raises RunError or ShardError
-    before the first training if the set, a scale or an option is wrong.
+    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
+    that failed, go on with the others. `place`: device, engine, threads and cache of Place.
+
+    Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
+    run if one fails, and Stopped if a signal ended one.
     """
-    info, recipe = read_set(shards), recipe or {}
-    official = recipe.get("split") == "official"
-    scales = sorted(set(scales or scales_in(shards)))
-    folds = sorted(set(folds or ([0] if official else range(FOLDS))))
-    for scale in scales:
-        Reader(shards, scale).close()  # says what is wrong before anything is trained
-    for run in find_runs(runs) if any(runs.glob("*/fold-*/config.json")) else []:
-        if run.config.set_id != info.id:
-            raise RunError(
-                f"{run.folder} was trained on set {run.config.set_id}, {shards} is {info.id}: choose another RUNS"
-            )
-    configs = [make_config(shards, scale, device=device, fold=fold, **recipe) for scale in scales for fold in folds]
-    place = Place(shards=shards, runs=runs, device=device, engine=engine, threads=threads, cache=cache)
-    done = [_run(config, place, nproc) for config in configs]
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **place)
+    pick_device(plan.place.device)  # says what is wrong with it before anything is trained
+    prospect = forecast(plan)
+    prospect.check()
+    done: list[Run] = []
+    failures: list[str] = []
+    for outlook in prospect.outlooks:
+        try:
+            done.append(_run(plan, outlook))
+        except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
+            if not keep_going:
+                raise
+            failures.append(str(error))
+            print(f"{error}; going on with the other runs", file=sys.stderr)
+    if not done:
+        raise RunError(failed(failures))
+    try:
+        return _results(plan, done, failures)
+    except CxrfastError as error:
+        raise RunError(failed([*failures, str(error)])) if failures else error from error
+
+
+def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
+    """Tables, ensemble, maps and report of the runs that are done."""
+    runs = plan.place.runs
     evaluation = evaluate.evaluate(runs)
     tables = [evaluate.to_table(evaluation)]
-    if len(scales) > 1:
+    if len({run.config.scale for run in done}) > 1:
         tables.append(ensemble.to_table(ensemble.ensemble(runs)))
-    _maps([run for run in done if run.config.fold == folds[0]], evaluation, shards, device)
-    return Study(tables, report(runs))
+    first = min(run.config.fold for run in done)
+    _maps([run for run in done if run.config.fold == first], evaluation, plan.place.shards, plan.place.device)
+    return Study(tables, report(runs), failures)
 
 
-def _run(config: TrainConfig, place: Place, nproc: int) -> Run:
-    """Train one run, in this process or by torchrun, and predict with it."""
-    if nproc > 1:
-        _torchrun(config, place, nproc)
-        run = Run(run_folder(place.runs, config), config, place.shards)
+def _run(plan: Plan, outlook: Outlook) -> Run:
+    """Train one run, in this process or by torchrun, and predict with it; what is done is left as it is."""
+    place, folder = plan.place, plan.place.runs / outlook.name
+    if outlook.is_done:
+        print(f"{outlook.name} is done already; its weights are in {folder}", file=sys.stderr)
+    elif plan.nproc > 1:
+        _torchrun(plan, outlook, folder)
     else:
-        run = train(config, place)
+        _in_this_process(plan, outlook)
+    run = read_run(folder)
+    if not run.is_done:
+        raise Stopped(outlook.name)
     if not has_predictions(run):
         with world(place.device) as ranks:
             predict(run, ranks, shards=place.shards, engine=place.engine, threads=place.threads)
     return run
 
 
-def _torchrun(config: TrainConfig, place: Place, nproc: int) -> None:
-    fixed = {"set_id", "labels", "views", "factor", "patience", "stop_after", "degrees", "flip"}
-    options: dict[str, Any] = {
-        **{name: getattr(place, name) for name in ("shards", "runs", "device", "engine", "threads", "cache")},
-        **{name: value for name, value in asdict(config).items() if name not in fixed},
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={nproc}",
-        "-m",
-        "cxrfast.train",
-    ]
-    for name, value in options.items():
-        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    command += [argument for view in config.views for argument in ("--view", view)]
-    if subprocess.run(command).returncode:
+def _in_this_process(plan: Plan, outlook: Outlook) -> None:
+    try:
+        train(plan.config(outlook.scale, outlook.fold, plan.place.device), plan.place)
+    except CxrfastError as error:
+        raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
+
+
+def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
+    """Raises Stopped if a signal ended it, RunError if it failed."""
+    options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={SIGNALS}"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds to save in; older torchrun gives 30
+    training = ["-m", "cxrfast.train", *plan.train_options(outlook.scale, outlook.fold)]
+    code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
+    if received is not None:
+        raise Stopped(outlook.name, received)
+    if code:
         raise RunError(
-            f"{run_folder(place.runs, config)} failed, its message stands above; mend it and run the study again: "
-            "what is done is not done twice"
+            f"{folder} failed, its message stands above; mend it and run the study again: what is done is not done twice"
         )
+
+
+def failed(failures: list[str]) -> str:
+    """One message of all runs that failed, for the end of a study."""
+    return f"{len(failures)} runs failed; mend them and run the study again:" + "".join(f"\n  {f}" for f in failures)
 
 
 def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device: str) -> None:

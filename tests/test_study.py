@@ -1,7 +1,18 @@
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-from cxrfast.runs import find_runs
+import psutil
+from click.testing import CliRunner
+
+from cxrfast.cli import cli
+from cxrfast.plan import make_plan
+from cxrfast.runs import find_runs, start_run
+from cxrfast.shards.rows import read_rows
 from cxrfast.study import study
+from cxrfast.train import select_rows
 
 RECIPE = {"weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 24}
 
@@ -31,3 +42,54 @@ def test_a_study_trains_with_several_processes(tiny_set: Path, tmp_path: Path) -
     assert run.is_done
     assert run.config.views == ("AP", "PA")
     assert run.config.fold == 1
+
+
+def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
+    """A run that every training refuses to go on with."""
+    plan = make_plan(shards, runs, [32], [fold], device="cpu", recipe=RECIPE)
+    config = plan.config(32, fold, "cpu")
+    table = read_rows(shards / "rows.parquet")
+    run = start_run(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
+    (run.folder / "last.pt").write_bytes(b"no checkpoint")
+    return run.folder
+
+
+def arguments(shards: Path, runs: Path, *more: object) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
+    return ["study", str(shards), str(runs), "--scale", "32", "--device", "cpu", *options, *map(str, more)]
+
+
+def test_a_run_that_fails_is_named_and_ends_the_study(tiny_set: Path, tmp_path: Path) -> None:
+    damaged_run(tiny_set, tmp_path, 0)
+    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1))
+    assert done.exit_code == 2
+    assert "densenet121-32/fold-0" in done.stderr
+    assert "last.pt is damaged" in done.stderr
+    assert not (tmp_path / "densenet121-32" / "fold-1").exists()
+
+
+def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set: Path, tmp_path: Path) -> None:
+    damaged_run(tiny_set, tmp_path, 0)
+    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1, "--keep-going"))
+    assert done.exit_code == 2, done.output
+    assert "AUROC, test rows" in done.stdout
+    assert (tmp_path / "report.html").exists()
+    assert "1 runs failed" in done.stderr.strip().splitlines()[-2]
+    assert "fold-0/last.pt is damaged" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_stopped_study_leaves_no_process_behind(tiny_set: Path, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "epochs": 50, "micro_batch": 4}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+    command = ["study", tiny_set, tmp_path, "--scale", "32", "--fold", "0", "--device", "cpu", "--nproc", "2", *options]
+    process = subprocess.Popen([sys.executable, "-m", "cxrfast", *map(str, command)], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "densenet121-32" / "fold-0" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "torchrun and two ranks"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive

@@ -1,0 +1,177 @@
+"""How far the runs in a folder are: a line a run, from the small files that a training keeps up to date.
+
+Reads only, imports neither torch nor pandas, and takes what it can from files that are old, unfinished or damaged.
+"""
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cxrfast.errors import RunError
+from cxrfast.progress import duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SILENT_SECONDS = 300
+"""Age of the last heartbeat above which a run is not called running; a training writes one every minute."""
+
+STYLES = {"running": "green", "silent": "bold red", "failed": "bold red", "damaged": "bold red", "preempted": "yellow"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One run as its files tell; None is what they do not tell."""
+
+    name: str
+    """`densenet121-2048/fold-0`"""
+    folder: str
+    state: str
+    """not started, running, silent, preempted, done, failed or damaged."""
+    epoch: int | None = None
+    """Finished epochs."""
+    epochs: int | None = None
+    """At most."""
+    val_auroc: float | None = None
+    """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
+    images_per_s: float | None = None
+    eta_seconds: float | None = None
+    """Until the most epochs are done, counted from the last heartbeat."""
+    heartbeat_seconds: float | None = None
+    """Age of the last heartbeat."""
+    job: str | None = None
+    """SLURM's number."""
+    note: str = ""
+    """Why it failed, or which file is damaged."""
+
+
+def status(runs: Path, now: float | None = None) -> list[Status]:
+    """The status of every run below `runs`, by name, scale and fold; `now`: unix seconds, default the clock's.
+
+    Raises RunError if there is no run. A damaged file is a damaged run's, never an error.
+    """
+    folders = {path.parent for name in ("config.json", "state.json") for path in runs.glob(f"*/fold-*/{name}")}
+    if not folders:
+        raise RunError(
+            f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
+        )
+    return [read_status(folder, time.time() if now is None else now) for folder in sorted(folders, key=_natural)]
+
+
+def _natural(folder: Path) -> list[Any]:
+    """Sorts 256 before 1024."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(folder))]
+
+
+def read_status(folder: Path, now: float) -> Status:
+    """The status of the run in `folder` at `now`, unix seconds."""
+    damaged = []
+    values = {}
+    for name in ("config.json", "state.json"):
+        try:
+            values[name] = _read_object(folder / name)
+        except ValueError:
+            values[name] = {}
+            damaged.append(f"{name} is damaged")
+    state, lines = values["state.json"], read_metrics(folder)
+    heartbeat = _number(state.get("time"))
+    age = None if heartbeat is None else max(0.0, now - heartbeat)  # clocks of two machines differ
+    shown = "damaged" if damaged else str(state.get("state") or "not started")
+    if shown == "running" and (age is None or age > SILENT_SECONDS):
+        shown = "silent"
+    config = values["config.json"].get("config")
+    rate, epochs = _number(state.get("images_per_s")), _number(state.get("epochs"))
+    if epochs is None and isinstance(config, dict):
+        epochs = _number(config.get("epochs"))
+    epoch = _number(state.get("epoch"))
+    return Status(
+        name=f"{folder.parent.name}/{folder.name}",
+        folder=str(folder),
+        state=shown,
+        epoch=len(lines) if epoch is None else int(epoch),
+        epochs=None if epochs is None else int(epochs),
+        val_auroc=best_auroc(lines),
+        images_per_s=_number(lines[-1].get("images_per_s")) if rate is None and lines else rate,
+        eta_seconds=None if shown == "done" else _number(state.get("eta_seconds")),
+        heartbeat_seconds=age,
+        job=None if state.get("job") is None else str(state["job"]),
+        note="; ".join([*damaged, *([str(state["error"])] if state.get("error") else [])]),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """{} for a file that is not there. Raises ValueError for one that holds no JSON object, or cannot be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be read, a dict an epoch, oldest first; [] without the file."""
+    try:
+        texts = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def best_auroc(lines: list[dict[str, Any]]) -> float | None:
+    """`val_auroc` of the line with the lowest `val_loss`; None where there is none, or where it is undefined."""
+    scored = [line for line in lines if _number(line.get("val_loss")) is not None]
+    return _number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
+
+
+def _number(value: Any) -> float | None:
+    """`value` if it is a finite number, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return value if is_number else None
+
+
+def to_json(lines: list[Status]) -> str:
+    """A JSON list of objects with the fields of Status."""
+    return json.dumps([asdict(line) for line in lines], indent=2)
+
+
+def to_table(lines: list[Status], runs: Path) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    counts = {state: sum(line.state == state for line in lines) for state in dict.fromkeys(s.state for s in lines)}
+    table = Table(title=f"{runs}: {', '.join(f'{n} {state}' for state, n in counts.items())}")
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for head in ("epoch", "best\nAUROC", "images/s", "time\nleft", "heart-\nbeat", "job"):
+        table.add_column(head, justify="right")
+    noted = any(line.note for line in lines)
+    if noted:
+        table.add_column("note", overflow="fold")
+    for line in lines:
+        cells = [
+            line.name,
+            Text(line.state, style=STYLES.get(line.state, "")),
+            "" if line.epoch is None else f"{line.epoch}/{'?' if line.epochs is None else line.epochs}",
+            "" if line.val_auroc is None else f"{line.val_auroc:.4f}",
+            "" if line.images_per_s is None else f"{line.images_per_s:,.0f}",
+            "" if line.eta_seconds is None else duration(line.eta_seconds),
+            "" if line.heartbeat_seconds is None else duration(line.heartbeat_seconds),
+            line.job or "",
+        ]
+        table.add_row(*cells, *([Text(line.note)] if noted else []))
+    return table
