@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -302,13 +302,12 @@ def to_table(result: Forecast, walltime: int | None = None) -> Table:
         title=f"{plan.place.shards} → {plan.place.runs}: {len(result.outlooks)} runs, {ranks} processes each",
         caption=f"checkpoints need {size(result.room)}, {size(result.free)} are free; hours are at most",
     )
-    table.add_column("run", overflow="fold")
+    table.add_column("run", no_wrap=True)
     table.add_column("what", overflow="fold")
-    for head in ("rows: train\nval\ntest", "global\nbatch", "micro-\nbatch", "learning\nrate"):
-        table.add_column(head, justify="right")
+    table.add_column("rows: train\nval\ntest", justify="right")
+    table.add_column("batch: global\nmicro\nlearning rate", justify="right")
     table.add_column("weights", overflow="fold")
-    heads = ["images an\nepoch", "images/s", "hours", "GPU-hours"] + (["jobs"] if walltime else [])
-    for head in heads:
+    for head in ("images an epoch\nimages/s", "hours\nGPU-hours", *(["jobs"] if walltime else [])):
         table.add_column(head, justify="right")
     for o in result.outlooks:
         table.add_row(*_cells(o, ranks, walltime), style="bold red" if o.refusals else None)
@@ -318,25 +317,21 @@ def to_table(result: Forecast, walltime: int | None = None) -> Table:
         hours = sum(known) / 3600
         count = [f"{sum(jobs(s, walltime) for s in known)}"] if walltime else []
         table.add_section()
-        table.add_row(f"all{whole}", *[""] * 8, f"{hours:,.1f}", f"{hours * ranks:,.1f}", *count)
+        table.add_row(f"all{whole}", *[""] * 5, f"{hours:,.1f}\n{hours * ranks:,.1f}", *count)
     return table
 
 
 def _cells(o: Outlook, ranks: int, walltime: int | None) -> list[str]:
     config, hours = o.config, None if o.seconds is None else o.seconds / 3600
-    cells: list[Any] = [
+    cells = [
         o.name,
         o.what,
         "\n".join(f"{n:,}" for n in o.rows.values()),
-        config.global_batch if config else "",
-        config.micro_batch if config else "",
-        f"{config.learning_rate:g}" if config else "",
+        f"{config.global_batch}\n{config.micro_batch}\n{config.learning_rate:g}" if config else "",
         o.weights,
-        f"{o.images:,}" if o.images else "",
-        "" if o.images_per_s is None else f"{o.images_per_s:,.0f}",
-        "?" if hours is None else f"{hours:,.1f}",
-        "?" if hours is None else f"{hours * ranks:,.1f}",
+        f"{o.images:,}\n{f'{o.images_per_s:.3g}' if o.images_per_s else '?'}" if o.images else "",
+        "?" if hours is None else f"{hours:,.1f}\n{hours * ranks:,.1f}",
     ]
     if walltime:
-        cells.append("?" if o.seconds is None else jobs(o.seconds, walltime))
-    return [str(cell) for cell in cells]
+        cells.append("?" if o.seconds is None else str(jobs(o.seconds, walltime)))
+    return cells

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.forecast import NOTICE_SECONDS, Outlook, parse_walltime
@@ -130,67 +132,30 @@ def _quoted(value: Any) -> str:
 
 
 def train_script(plan: Plan, outlook: Outlook, slurm: Slurm, folder: Path) -> str:
-    """The job of one run. SLURM signals the batch shell alone, which passes the signal on to torchrun, or to srun."""
-    run = plan.place.runs / outlook.name
-    name = outlook.name.replace("/", "-")
-    command = _training(plan, slurm, plan.train_options(outlook.scale, outlook.fold))
-    return (
-        head(
-            slurm,
-            name,
-            folder,
-            nodes=slurm.nodes,
-            gpus=_gpus(plan, slurm),
-            cpus=slurm.cpus or 8 * plan.nproc,
-            options=[f"--signal=B:USR1@{NOTICE_SECONDS}"],
-        )
-        + f"""
-# Trains {outlook.name}. USR1, which comes {NOTICE_SECONDS} s before the time is up, makes it save and queue itself again;
-# scancel makes it save and end.
-
-run={shlex.quote(str(run))}
-training= signal=
-trap 'signal=USR1; [ -z "$training" ] || kill -USR1 "$training"' USR1
-trap 'signal=TERM; [ -z "$training" ] || kill -TERM "$training"' TERM
-say() {{ echo "$(date +%FT%T) job ${{SLURM_JOB_ID:-none}}, start $((${{SLURM_RESTART_COUNT:-0}} + 1)): $*"; }}
-{_setup(slurm)}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={NOTICE_SECONDS - 20} # seconds to save in; newer torchrun reads it, older gives 30
-say "{outlook.name} on $(hostname)"
-started=$(date +%s)
-{command} &
-training=$!
-while :; do # a signal ends `wait` before the training ends
-    code=0
-    wait "$training" || code=$?
-    kill -0 "$training" 2>/dev/null || break
-done
-
-field() {{ tr ',{{}}' '\\n' <"$run/state.json" 2>/dev/null | sed -n "s/^ *\\"$1\\": *\\"\\{{0,1\\}}\\([a-z0-9]*\\).*/\\1/p" | head -n 1; }}
-state=$(field state) written=$(field time)
-# A state that an earlier start left behind says nothing of this one, unless it is done.
-[ "$state" = done ] || [ "${{written:-0}}" -ge "$started" ] || state=unknown
-case $signal:$state in
-*:done)
-    say "done"
-    exit 0
-    ;;
-TERM:*)
-    say "cancelled; sbatch the same script to go on"
-    exit 143
-    ;;
-*:preempted | USR1:unknown | USR1:running)
-    say "stopped before it was done: queued again"
-    trap '' TERM # the old job's end
-    scontrol requeue "$SLURM_JOB_ID" || exit 1
-    exit 0
-    ;;
-*)
-    say "failed with exit code $code, see above and $run/state.json"
-    exit $((code ? code : 1))
-    ;;
-esac
-"""
+    """The job of one run."""
+    cpus, warning = slurm.cpus or 8 * plan.nproc, f"--signal=B:USR1@{NOTICE_SECONDS}"
+    top = head(
+        slurm,
+        script_name(outlook).removesuffix(".sh"),
+        folder,
+        nodes=slurm.nodes,
+        gpus=_gpus(plan, slurm),
+        cpus=cpus,
+        options=[warning],
     )
+    return _template("train.sh.j2").render(
+        head=top,
+        name=outlook.name,
+        notice=NOTICE_SECONDS,
+        run=shlex.quote(str(plan.place.runs / outlook.name)),
+        setup="\n".join(slurm.setup),
+        command=_training(plan, slurm, plan.train_options(outlook.scale, outlook.fold)),
+    )
+
+
+def _template(name: str) -> Template:
+    loader = PackageLoader("cxrfast", ".")
+    return Environment(loader=loader, keep_trailing_newline=True, undefined=StrictUndefined).get_template(name)
 
 
 def _training(plan: Plan, slurm: Slurm, options: list[str]) -> str:
@@ -212,7 +177,7 @@ def _training(plan: Plan, slurm: Slurm, options: list[str]) -> str:
 
 def report_script(plan: Plan, slurm: Slurm, folder: Path) -> str:
     """The job that predicts, and makes tables, ensemble, maps and report, in one process."""
-    text = " ".join(map(shlex.quote, plan.study_arguments()))
+    text, setup = " ".join(map(shlex.quote, plan.study_arguments())), "\n".join(slurm.setup)
     top = head(
         slurm,
         "cxrfast-report",
@@ -225,7 +190,7 @@ def report_script(plan: Plan, slurm: Slurm, folder: Path) -> str:
     return f"""{top}
 # Predicts with every run, then evaluates, stacks the scales and writes report.html; what is done is not done twice.
 
-{_setup(slurm)}
+{setup}
 exec cxrfast study \\
     {text}
 """
@@ -233,28 +198,11 @@ exec cxrfast study \\
 
 def submit_script(names: Sequence[str], plan: Plan) -> str:
     """Queues the trainings, and the report behind all of them."""
-    head = '#!/usr/bin/env bash\n# Queues every job of this folder; run it once.\nset -euo pipefail\nhere=$(cd "$(dirname "$0")" && pwd)\n'
-    tail = f'echo "how far they are: squeue --me; cxrfast status {shlex.quote(str(plan.place.runs))}"\n'
-    report = 'echo "report.sh: job ${{id%%;*}}{when}"\n'
-    if not names:
-        return f'{head}\nid=$(sbatch --parsable "$here/report.sh")\n{report.format(when="; every run is done")}{tail}'
-    return f"""{head}
-ids=
-for script in {" ".join(map(shlex.quote, names))}; do
-    id=$(sbatch --parsable "$here/$script")
-    id=${{id%%;*}} # the cluster's name may follow
-    echo "$script: job $id"
-    ids=$ids:$id
-done
-id=$(sbatch --parsable --dependency="afterok$ids" --kill-on-invalid-dep=yes "$here/report.sh")
-{report.format(when=", once all of them are done")}{tail}"""
+    runs = shlex.quote(str(plan.place.runs))
+    return _template("submit.sh.j2").render(names=[shlex.quote(name) for name in names], runs=runs)
 
 
 def _gpus(plan: Plan, slurm: Slurm) -> int:
     if slurm.gpus is not None:
         return slurm.gpus
     return 0 if plan.place.device == "cpu" else plan.nproc
-
-
-def _setup(slurm: Slurm) -> str:
-    return "".join(f"{line}\n" for line in slurm.setup)

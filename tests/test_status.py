@@ -86,7 +86,7 @@ def test_values_of_another_kind_are_left_out(tmp_path: Path) -> None:
     }
     make(tmp_path, "d-32/fold-0", state, line(val_loss="low", val_auroc=1) + "7\n")
     (s,) = status(tmp_path, NOW)
-    assert (s.state, s.heartbeat_seconds, s.epochs, s.images_per_s, s.eta_seconds) == ("silent", None, None, None, None)
+    assert (s.state, s.heartbeat_seconds, s.epochs, s.images_per_s, s.eta_seconds) == ("silent", None, 7, None, None)
 
 
 def test_scales_are_sorted_by_size(tmp_path: Path) -> None:
