@@ -52,6 +52,18 @@ class PartOfN(click.ParamType):
         return int(i), int(n)
 
 
+class MicroBatch(click.IntRange):
+    """A number of images, or `auto`."""
+
+    name = "INTEGER|auto"
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 class Sizes(click.ParamType):
     """`64x2,96x2` → ((64, 2), (96, 2)): side in px and epochs."""
 
@@ -414,7 +426,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--global-batch", type=click.IntRange(min=1), help="Images an optimiser step. [default: by scale]"
             ),
             click.option(
-                "--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]"
+                "--micro-batch", type=MicroBatch(), help="Images a forward pass; auto: what fits. [default: by scale]"
             ),
             click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]"),
             click.option("--epochs", type=int, help="At most. [default: 100]"),
@@ -466,6 +478,11 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value or None if isinstance(value, tuple | bool) else value for name, value in options.items()}
 
 
+def taken_out(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Takes those of `options` out that are fields of the dataclass `kind`."""
+    return {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of `train` and `study` that say how a run goes about it; none changes the recipe."""
     for option in reversed(
@@ -490,6 +507,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
                 help="torch.compile, in this mode.",
             ),
+            click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard into the run, too."),
             click.option("--profile", is_flag=True, help="Write a trace of a few steps: profile.json in the run."),
             click.option(
                 "--dist-timeout", default=10.0, show_default=True, help="Minutes that a rank waits for the others."
@@ -528,13 +546,11 @@ def train(
     **options: Any,
 ) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.config import Place
-    from cxrfast.train import make_config
+    from cxrfast.train import configure
     from cxrfast.train import train as run_training
 
-    where = {field.name: options.pop(field.name) for field in fields(Place) if field.name in options}
-    place = Place(shards=shards, runs=runs, name=name, **where)
-    chosen = make_config(shards, scale, device=place.device, fold=fold, subset=place.subset, **given(options))
+    place = config.Place(shards=shards, runs=runs, name=name, **taken_out(config.Place, options))
+    chosen = configure(place, scale, fold, given(options))
     run = run_training(chosen, place)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
@@ -699,7 +715,7 @@ def forecast_options(command: Callable[..., None]) -> Callable[..., None]:
 @forecast_options
 @recipe_options
 @place_options
-@cache_option
+@run_options
 def study(
     shards: Path,
     runs: Path,
@@ -712,14 +728,10 @@ def study(
     walltime: str | None,
     sbatch: Path | None,
     slurm: Path | None,
-    device: str,
-    engine: str,
-    threads: int | None,
-    cache: Path | None,
     **recipe: Any,
 ) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
-    place = {"device": device, "engine": engine, "threads": threads, "cache": cache}
+    place = taken_out(config.Place, recipe)
     options: dict[str, Any] = {"nproc": nproc, "recipe": given(recipe), **place}
     if dry_run or sbatch:
         ahead(

@@ -183,6 +183,8 @@ class Place:
     """torch.compile's mode: default, reduce-overhead (CUDA graphs) or max-autotune."""
     recompute: bool = False
     """Keep less for the backward pass and compute it again (activation checkpointing): the same function, less memory."""
+    tensorboard: bool = False
+    """Write events for TensorBoard, too."""
     profile: bool = False
     """Write a trace of a few steps into the run's folder."""
     deterministic: bool = False

@@ -31,7 +31,7 @@ from cxrfast.shards.manifest import SetInfo, read_set
 from cxrfast.shards.rows import read_rows
 from cxrfast.splits import PARTS
 from cxrfast.status import SILENT_SECONDS, read_metrics
-from cxrfast.train import refuse_other_fold, select_rows, train_order
+from cxrfast.train import read_subset, refuse_other_fold, select_rows, train_order
 
 NOTICE_SECONDS = 120
 """Before the end of a job at which it is told to save: that much of each job's time is not counted on."""
@@ -148,7 +148,8 @@ def _look(
         return _refused(plan, scale, fold, refusals)
     folder = run_folder(plan.place.runs, config)
     outlook = replace(_refused(plan, scale, fold, refusals), config=config)
-    rows = attempt(lambda: select_rows(table, config, held))
+    subset = plan.place.subset
+    rows = attempt(lambda: select_rows(table, config, held, None if subset is None else read_subset(subset)))
     if rows is not None:
         counts = rows["part"].value_counts()
         ranks = World(torch.device("cpu"), 0, plan.ranks)

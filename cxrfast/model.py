@@ -9,6 +9,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+from cxrfast.densenet import SHAPES, DenseNet
 from cxrfast.errors import RunError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,14 +41,24 @@ def check_arch(arch: str) -> None:
 
 
 class Classifier(nn.Module):
-    """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L)."""
+    """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L).
 
-    def __init__(self, arch: str, outputs: int) -> None:
+    The DenseNets are ours, which are torchvision's but for what they keep in memory. `checkpoint` has them keep less
+    still, for more time. Raises RunError for an unknown architecture, and for one that `checkpoint` is unknown to.
+    """
+
+    def __init__(self, arch: str, outputs: int, checkpoint: bool = False) -> None:
         super().__init__()
         check_arch(arch)
+        if checkpoint and arch not in SHAPES:
+            raise RunError(f"{arch} knows no activation checkpointing: use {', '.join(SHAPES)}, or train without it")
         self.arch = arch
         self.normalise = Normalise()
-        self.net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+        self.net = (
+            DenseNet(SHAPES[arch], outputs, checkpoint)
+            if arch in SHAPES
+            else torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+        )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

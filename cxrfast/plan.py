@@ -1,6 +1,7 @@
 """A study's runs: which scales and folds of which set are trained, how and where, and the commands that train them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from cxrfast.errors import RunError
 from cxrfast.runs import run_folder
 from cxrfast.shards.manifest import read_set, scales_in
 from cxrfast.splits import FOLDS
-from cxrfast.train import Place, make_config
+from cxrfast.train import Place, configure
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""That torchrun has to pass on to its workers; by default it dies of the last two and leaves the workers behind."""
+LEFT = {"precision": "auto", "micro_batch": None}
+"""What is not given."""
+
+OPTION_NAMES = {"subset": "rows", "views": "view", "label_policies": "label-policy"}
+"""Of fields that are called otherwise on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +43,26 @@ class Plan:
         """(scale, fold) of every run."""
         return [(scale, fold) for scale in self.scales for fold in self.folds]
 
-    def config(self, scale: int, fold: int, device: str) -> TrainConfig:
-        """Raises RunError or DeviceError for options that make no sense."""
-        return make_config(self.place.shards, scale, device=device, fold=fold, **self.recipe)
+    def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
+        """Raises RunError or DeviceError for options that make no sense. `measure`: see `train.configure`."""
+        return configure(replace(self.place, device=device), scale, fold, self.recipe, measure)
 
     def folder(self, scale: int, fold: int) -> Path:
         return run_folder(self.place.runs, self.config(scale, fold, "cpu"))
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
-        """What sets a run on disk apart; its precision does not where none was asked for, since machines choose it."""
-        chosen = self.recipe.get("precision", "auto") == "auto"
-        return [text for text in config.differences(other) if not (chosen and text.startswith("precision: "))]
+        """What sets a run on disk apart, but for what was left to the machine to choose."""
+        left = [name for name in ("precision", "micro_batch") if self.recipe.get(name, LEFT[name]) == "auto"]
+        return [text for text in config.differences(other) if text.partition(":")[0] not in left]
 
     def options(self) -> list[str]:
         """Options that `train` and `study` share, as they were given."""
-        values = {
-            **{name: getattr(self.place, name) for name in ("device", "engine", "threads", "cache")},
-            **self.recipe,
+        where = {
+            f.name: getattr(self.place, f.name) for f in fields(Place) if f.name not in ("shards", "runs", "quiet")
         }
-        views = values.pop("views", ())
-        given = {name: value for name, value in values.items() if value not in (None, "auto")}
-        options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        return options + [text for view in views for text in ("--view", view)]
+        usual = {f.name: f.default for f in fields(Place)}
+        given = {name: value for name, value in where.items() if value != usual[name]}
+        return as_options({**given, **self.recipe})
 
     def train_options(self, scale: int, fold: int) -> list[str]:
         """Options of `cxrfast train` for one run."""
@@ -73,6 +75,21 @@ class Plan:
         scales = [text for scale in self.scales for text in ("--scale", str(scale))]
         folds = [text for fold in self.folds for text in ("--fold", str(fold))]
         return [str(self.place.shards), str(self.place.runs), *scales, *folds, *self.options()]
+
+
+def as_options(values: Mapping[str, Any]) -> list[str]:
+    """Fields of TrainConfig and Place as options of `cxrfast train`; None, False and what is `auto` anyway are left out."""
+    options = []
+    for name, value in values.items():
+        option = f"--{OPTION_NAMES.get(name, name.replace('_', '-'))}"
+        if name == "sizes" and value:
+            value = ",".join(f"{side}x{epochs}" for side, epochs in value)
+        for one in value if isinstance(value, tuple) else [value]:
+            if one is True:
+                options.append(option)
+            elif one not in (None, False) and (one != "auto" or name == "micro_batch"):
+                options += [option, "=".join(one) if isinstance(one, tuple) else str(one)]
+    return options
 
 
 def make_plan(
@@ -92,6 +109,7 @@ def make_plan(
     """
     read_set(shards)
     recipe = {name: value for name, value in (recipe or {}).items() if value is not None}
+    place.setdefault("subset", recipe.pop("subset", None))
     scales = sorted(set(scales or scales_in(shards)))
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")

@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.forecast import NOTICE_SECONDS, Outlook, parse_walltime
-from cxrfast.plan import SIGNALS, Plan
+from cxrfast.plan import Plan
+from cxrfast.stopping import TORCHRUN_SIGNALS
 
 PORT = 29400
 """At which the nodes of one training meet, on the first of them: plus the job's number mod 1000, so that jobs may share a node."""
@@ -163,7 +164,7 @@ def _training(plan: Plan, slurm: Slurm, options: list[str]) -> str:
     text = " ".join(map(shlex.quote, options))
     if slurm.nodes == 1 and plan.nproc == 1:
         return f"cxrfast train \\\n    {text}"
-    common = f"--nproc_per_node={plan.nproc} --signals-to-handle={SIGNALS}"
+    common = f"--nproc_per_node={plan.nproc} --signals-to-handle={TORCHRUN_SIGNALS}"
     if slurm.nodes == 1:
         return f"torchrun --standalone {common} \\\n    -m cxrfast.train {text}"
     return (

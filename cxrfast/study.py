@@ -19,11 +19,12 @@ from cxrfast.errors import CxrfastError, RunError
 from cxrfast.forecast import Outlook, forecast
 from cxrfast.gradcam import figure_path, gradcam_run, save_figure
 from cxrfast.launch import Stopped, call
-from cxrfast.plan import SIGNALS, Plan, make_plan
+from cxrfast.plan import Plan, make_plan
 from cxrfast.predict import predict
 from cxrfast.report import report
 from cxrfast.runs import Run, read_run
 from cxrfast.shards.build import build
+from cxrfast.stopping import TORCHRUN_SIGNALS, Preempted
 from cxrfast.store import has_predictions
 from cxrfast.synth import synth
 from cxrfast.train import train
@@ -113,14 +114,16 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
 
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
     try:
-        train(plan.config(outlook.scale, outlook.fold, plan.place.device), plan.place)
+        train(plan.config(outlook.scale, outlook.fold, plan.place.device, measure=True), plan.place)
+    except Preempted as end:
+        raise Stopped(outlook.name, end.number) from None
     except CxrfastError as error:
         raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
 
 
 def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     """Raises Stopped if a signal ended it, RunError if it failed."""
-    options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={SIGNALS}"]
+    options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={TORCHRUN_SIGNALS}"]
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds to save in; older torchrun gives 30
     training = ["-m", "cxrfast.train", *plan.train_options(outlook.scale, outlook.fold)]
     code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])

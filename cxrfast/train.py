@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cxrfast import config as presets
 from cxrfast.config import Place, TrainConfig
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import RunError
+from cxrfast.fit import largest_micro_batch
 from cxrfast.model import Classifier, load_weights, resolve_precision
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs import Run, read_run, run_folder, start_run
@@ -30,35 +31,48 @@ from cxrfast.shards.stage import stage
 from cxrfast.splits import check_parts, official_masks, part_masks
 from cxrfast.trainer import Trainer, train_order
 
-RECIPE = (
-    "scale",
-    "fold",
-    "split",
-    "limit",
-    "policy",
-    "positive_weights",
-    "arch",
-    "weights",
-    "global_batch",
-    "micro_batch",
-    "learning_rate",
-    "epochs",
-    "precision",
-    "sync_bn",
-    "order",
-    "seed",
-)
-"""Fields of TrainConfig that are options of `cxrfast train` under the same name."""
+__all__ = ["Place", "Trainer", "configure", "make_config", "select_rows", "train"]
 
-__all__ = ["Place", "Trainer", "arguments", "make_config", "select_rows", "train"]
+
+def configure(place: Place, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
+    """The configuration of a run in its place; see `make_config`.
+
+    A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
+    tried out, or, unless `measure`, the preset's.
+    """
+    if given.get("micro_batch") == "auto":
+        name = place.name or f"{given.get('arch') or TrainConfig.arch}-{scale}"
+        folder = place.runs / name / f"fold-{fold}"
+        if (folder / "config.json").exists():
+            given = {**given, "micro_batch": read_run(folder).config.micro_batch}
+        elif not measure:
+            given = {**given, "micro_batch": None}
+    return make_config(
+        place.shards,
+        scale,
+        device=place.device,
+        subset=place.subset,
+        recompute=place.recompute,
+        compile=place.compile,
+        fold=fold,
+        **given,
+    )
 
 
 def make_config(
-    shards: Path, scale: int, *, device: str = "auto", subset: Path | None = None, **given: Any
+    shards: Path,
+    scale: int,
+    *,
+    device: str = "auto",
+    subset: Path | None = None,
+    recompute: bool = False,
+    compile: str | None = None,
+    **given: Any,
 ) -> TrainConfig:
     """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: a file of row numbers, one a line, that the parts are cut down to.
+    `subset`: a file of row numbers, one a line, that the parts are cut down to. `recompute` and `compile` decide, as the
+    device does, what a micro-batch of `auto` is; see `fit`.
     """
     info = read_set(shards)
     preset = presets.preset(scale)
@@ -69,6 +83,17 @@ def make_config(
     if subset is not None:
         given["subset"] = subset_hash(read_subset(subset))
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
+    if given["micro_batch"] == "auto":
+        given["micro_batch"] = largest_micro_batch(
+            arch=given.get("arch", TrainConfig.arch),
+            scale=max([scale, *(side for side, _ in given.get("sizes", ()))]),
+            outputs=len(info.labels),
+            global_batch=global_batch,
+            precision=given["precision"],
+            checkpoint=recompute,
+            compile=compile,
+            device=device,
+        )
     return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
 
 
@@ -132,7 +157,7 @@ def train(config: TrainConfig, place: Place) -> Run:
         if place.deterministic:
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
-        model = Classifier(config.arch, len(config.labels))
+        model = Classifier(config.arch, len(config.labels), checkpoint=place.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
         reader = Reader(place.shards, config.scale)
@@ -192,23 +217,6 @@ def refuse_other_fold(config: TrainConfig) -> None:
             f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
             f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
         )
-
-
-def arguments(config: TrainConfig, place: Place) -> list[str]:
-    """Options of `cxrfast train` that make this configuration and this place."""
-    recipe = {name: value for name, value in asdict(config).items() if name in RECIPE}
-    where = {name: value for name, value in asdict(place).items() if name not in ("quiet", "subset")}
-    found = [f"--rows={place.subset}"] if place.subset else []
-    for name, value in {**recipe, **where}.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            found.append(option)
-        elif value is not None and value is not False:
-            found.append(f"{option}={value}")
-    found += [f"--view={view}" for view in config.views]
-    found += [f"--label-policy={label}={policy}" for label, policy in config.label_policies]
-    found += [f"--sizes={','.join(f'{side}x{epochs}' for side, epochs in config.sizes)}"] if config.sizes else []
-    return found
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from cxrfast.boards import Board
 from cxrfast.config import Place, TrainConfig
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
@@ -97,6 +98,7 @@ class Trainer:
         """Sum of this rank's share of the epoch's losses."""
         self.bad_step = torch.full((), NEVER, device=ranks.device)
         """First step of the epoch whose loss was not finite, or above `EXPLODED`; NEVER if there is none."""
+        self.board: Board | None = None
         self.stop = StopRequest()
         self.votes = Votes(ranks, questions=3)
         self._beat = 0.0
@@ -145,6 +147,8 @@ class Trainer:
         """
         self.restore()
         self._set_state("running")
+        if self.place.tensorboard and self.ranks.is_first:
+            self.board = Board(self.run.folder, self.epoch)
         try:
             with self.stop:
                 while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
@@ -159,6 +163,9 @@ class Trainer:
             if shown is error:
                 raise
             raise shown from error
+        finally:
+            if self.board:
+                self.board.close()
         self._set_state("done")
 
     def train_epoch(self) -> tuple[int, float]:
@@ -237,6 +244,8 @@ class Trainer:
         if self.ranks.is_first:
             line = {"epoch": self.epoch, "size": self.config.size_at(self.epoch), **result, **measured}
             self.run.add_metrics(line)
+            if self.board:
+                self.board.add(line, self.epoch)
             if better:
                 self.run.save_best(self.model.state_dict())
             self._report(result, measured, better)

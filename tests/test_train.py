@@ -18,10 +18,11 @@ import cxrfast.train
 from cxrfast.cli import cli
 from cxrfast.errors import LoadError, RunError, ShardError
 from cxrfast.model import Classifier
+from cxrfast.plan import make_plan
 from cxrfast.runs import read_run
 from cxrfast.shards.rows import read_rows
 from cxrfast.shards.verify import verify
-from cxrfast.train import Place, arguments, make_config, select_rows, train
+from cxrfast.train import Place, configure, make_config, select_rows, train
 
 
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
@@ -394,28 +395,39 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
         assert message in " ".join(done.output.split()), done.output
 
 
-def test_the_arguments_of_a_configuration_make_it_again(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Path, tmp_path: Path) -> None:
     listed = tmp_path / "rows.txt"
     listed.write_text("\n".join(map(str, range(140))))
-    config = make_config(
-        tiny_set,
-        32,
-        device="cpu",
-        subset=listed,
-        views=("AP", "PA"),
-        label_policies=(("Edema", "u_ones"), ("Fracture", "u_ignore")),
-        positive_weights=True,
-        sizes=((32, 2), (48, 1)),
+    recipe = {
         **OPTIONS,
-    )
-    place = Place(
-        shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", profile=True, cache=tmp_path / "c", threads=1
-    )
+        "subset": listed,
+        "views": ("AP", "PA"),
+        "label_policies": (("Edema", "u_ones"), ("Fracture", "u_ignore")),
+        "positive_weights": True,
+        "sizes": ((32, 2), (48, 1)),
+    }
+    place = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
+    plan = make_plan(tiny_set, tmp_path, [32], [1], recipe=recipe, **place)
     taken = {}
     with patch.object(cxrfast.train, "train", lambda config, place: taken.update(config=config, place=place) or Mock()):
-        done = CliRunner().invoke(cli, ["train", *arguments(config, place)])
+        done = CliRunner().invoke(cli, ["train", *plan.train_options(32, 1)])
     assert done.exit_code == 0, done.output
-    assert taken == {"config": config, "place": place}
+    assert taken == {"config": plan.config(32, 1, "cpu"), "place": plan.place}
+    assert len(taken["config"].differences(make_config(tiny_set, 32, device="cpu"))) == 12
+
+
+def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
+    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    config = configure(place, 32, 0, given)
+    assert config.micro_batch == 8, "all of the global batch fits"
+    train(config, place)
+    (tmp_path / "cache" / "cxrfast" / "micro-batch.json").unlink()
+    assert configure(place, 32, 0, given) == config
+    assert not (tmp_path / "cache" / "cxrfast" / "micro-batch.json").exists(), "it was not measured again"
 
 
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
