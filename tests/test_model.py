@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
 from cxrfast.model import Classifier, Normalise, load_weights
+from cxrfast.train import masked_bce_sum
 
 
 def images(n: int = 2, size: int = 64) -> torch.Tensor:
@@ -32,6 +33,36 @@ def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation() -> N
     oracle.load_state_dict({k.removeprefix("net."): v for k, v in model.state_dict().items() if k.startswith("net.")})
     with torch.no_grad():
         torch.testing.assert_close(model(images()), oracle(Normalise()(images())), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "efficientnet_b4", "resnet50", "convnext_tiny"])
+def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(arch, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, "none")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, weight in model.named_parameters():
+        assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last), name
+    features: list[torch.Tensor] = []
+    list(model.feature_layers.children())[-1].register_forward_hook(lambda *given: features.append(given[-1]))
+    optimizer = torch.optim.Adam(model.parameters())
+    target = torch.tensor([[0.0, 1.0, 0.0]] * 3)
+    loss = masked_bce_sum(model(images(3)), target, torch.ones(3, 3, dtype=torch.bool))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.grad.any())
+    assert features[0].shape == (3, model.feature_layers(model.normalise(images(3))).shape[1], 2, 2), "stride 32"
+    assert features[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
+    plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, checkpoint=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    assert torch.equal(checkpointed(images()), plain(images()))
+    with pytest.raises(RunError, match="resnet50 knows no activation checkpointing: use densenet121, densenet161"):
+        Classifier("resnet50", 3, checkpoint=True)
 
 
 def test_the_normalisation_is_part_of_the_checkpoint() -> None:
