@@ -183,8 +183,10 @@ def _refused(plan: Plan, scale: int, fold: int, refusals: list[str]) -> Outlook:
 
 def _weight_bytes(plan: Plan, info: SetInfo, scale: int) -> int:
     """Of one copy of the model's weights, float32. Raises RunError if it cannot be trained at this scale."""
-    model = Classifier(plan.config(scale, plan.folds[0], "cpu").arch, len(info.labels))
-    model.check_size(scale)
+    config = plan.config(scale, plan.folds[0], "cpu")
+    model = Classifier(config.arch, len(info.labels))
+    for side in {scale, *(side for side, _ in config.sizes)}:
+        model.check_size(side)
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cxrfast.config import TrainConfig
+from cxrfast.config import Place, TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.runs import run_folder
 from cxrfast.shards.manifest import read_set, scales_in
@@ -66,15 +66,13 @@ class Plan:
 
     def train_options(self, scale: int, fold: int) -> list[str]:
         """Options of `cxrfast train` for one run."""
-        place = self.place
-        where = ["--shards", str(place.shards), "--runs", str(place.runs)]
-        return [*where, "--scale", str(scale), "--fold", str(fold), *self.options()]
+        where = [f"--shards={self.place.shards}", f"--runs={self.place.runs}"]
+        return [*where, f"--scale={scale}", f"--fold={fold}", *self.options(scale, fold)]
 
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs in single processes."""
-        scales = [text for scale in self.scales for text in ("--scale", str(scale))]
-        folds = [text for fold in self.folds for text in ("--fold", str(fold))]
-        return [str(self.place.shards), str(self.place.runs), *scales, *folds, *self.options()]
+        runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
+        return [str(self.place.shards), str(self.place.runs), *runs, *self.options()]
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:

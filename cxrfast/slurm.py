@@ -77,7 +77,8 @@ def read_slurm(path: Path) -> Slurm:
             f"--slurm {path}: {', '.join(unknown)} is unknown: it has one table, [slurm], with {', '.join(known)}"
         )
     try:
-        return Slurm(**{name: tuple(v) if isinstance(v, list) else v for name, v in table.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+        return Slurm(**values)
     except RunError as error:
         raise RunError(f"--slurm {path}: {error}") from error
 

@@ -5,7 +5,9 @@ Each step is skipped where its result is there already, so a study that was stop
 
 import os
 import shutil
+import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def study(
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
     `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
-    that failed, go on with the others. `place`: device, engine, threads and cache of Place.
+    that failed, go on with the others. `place`: further fields of Place.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
@@ -105,7 +107,7 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
         _in_this_process(plan, outlook)
     run = read_run(folder)
     if not run.is_done:
-        raise Stopped(outlook.name)
+        raise RunError(f"{folder} ended before it was done, without a word: run the study again")
     if not has_predictions(run):
         with world(place.device) as ranks:
             predict(run, ranks, shards=place.shards, engine=place.engine, threads=place.threads)
@@ -126,9 +128,13 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={TORCHRUN_SIGNALS}"]
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds to save in; older torchrun gives 30
     training = ["-m", "cxrfast.train", *plan.train_options(outlook.scale, outlook.fold)]
+    started = time.time()
     code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
     if received is not None:
         raise Stopped(outlook.name, received)
+    state = read_run(folder).state() if (folder / "config.json").exists() else {}
+    if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal that came from elsewhere
+        raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
     if code:
         raise RunError(
             f"{folder} failed, its message stands above; mend it and run the study again: what is done is not done twice"

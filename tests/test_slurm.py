@@ -42,7 +42,7 @@ def test_a_script_a_run_and_one_for_the_tables(tiny_set: Path, tmp_path: Path) -
         assert f"\n#SBATCH {option}\n" in texts[runs[0]]
     assert "\nmodule load cuda\n" in texts[runs[0]]
     assert "torchrun --standalone --nproc_per_node=2 --signals-to-handle=SIGTERM,SIGINT" in texts[runs[0]]
-    assert "--scale 32 --fold 0" in texts[runs[0]]
+    assert "--scale=32 --fold=0 " in texts[runs[0]]
     assert "cxrfast study" in texts["report.sh"]
     assert "#SBATCH --gpus-per-node=1\n" in texts["report.sh"]
     assert "--nproc" not in texts["report.sh"]
