@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -99,7 +101,7 @@ class _Features(nn.Module):
         self.channels = channels
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        features = _run(self._pool, self.norm0, self.checkpoint, self.conv0(image))
+        features: Any = _run(self._pool, self.norm0, self.checkpoint, self.conv0(image))  # a block's are several
         for module in self.children():
             if isinstance(module, (_DenseBlock, _Transition)):
                 features = module(features)
@@ -121,7 +123,7 @@ class _DenseBlock(nn.ModuleDict):
         )
 
     def forward(self, first: torch.Tensor) -> Features:
-        features = (first,)
+        features: Features = (first,)
         for layer in self.values():
             features = (*features, layer(features))
         return features

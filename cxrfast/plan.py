@@ -10,7 +10,7 @@ from cxrfast.errors import RunError
 from cxrfast.runs import run_folder
 from cxrfast.shards.manifest import read_set, scales_in
 from cxrfast.splits import FOLDS
-from cxrfast.train import Place, configure
+from cxrfast.train import configure
 
 LEFT = {"precision": "auto", "micro_batch": None}
 """What is not given."""
@@ -67,7 +67,7 @@ class Plan:
     def train_options(self, scale: int, fold: int) -> list[str]:
         """Options of `cxrfast train` for one run."""
         where = [f"--shards={self.place.shards}", f"--runs={self.place.runs}"]
-        return [*where, f"--scale={scale}", f"--fold={fold}", *self.options(scale, fold)]
+        return [*where, f"--scale={scale}", f"--fold={fold}", *self.options()]
 
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs in single processes."""
@@ -86,7 +86,7 @@ def as_options(values: Mapping[str, Any]) -> list[str]:
             if one is True:
                 options.append(option)
             elif one not in (None, False) and (one != "auto" or name == "micro_batch"):
-                options += [option, "=".join(one) if isinstance(one, tuple) else str(one)]
+                options.append(f"{option}={'='.join(one) if isinstance(one, tuple) else one}")
     return options
 
 

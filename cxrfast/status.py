@@ -163,7 +163,7 @@ def to_table(lines: list[Status], runs: Path) -> "Table":
     if noted:
         table.add_column("note", overflow="fold")
     for line in lines:
-        cells = [
+        cells: list[str | Text] = [
             line.name,
             Text(line.state, style=STYLES.get(line.state, "")),
             "" if line.epoch is None else f"{line.epoch}/{'?' if line.epochs is None else line.epochs}",
