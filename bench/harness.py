@@ -1,7 +1,9 @@
 """How to measure: interleaved rounds in one process, medians with their spread, and where it all ran."""
 
+import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from matplotlib.figure import Figure as Plot
 
 from cxrfast.distributed import dali_build, nvidia_driver
+from cxrfast.errors import CxrfastError, RunError
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.progress import progress
@@ -79,6 +82,39 @@ def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images / (time.perf_counter() - start)
+
+
+def in_own_process(module: str, options: dict[str, Any]) -> Any:
+    """What `answer` in `python -m module` makes of `options`, with memory of its own and no way to take others down.
+
+    Raises MemoryError if memory ran short there, else RunError with the last line that the process wrote.
+    """
+    done = subprocess.run([sys.executable, "-m", module, json.dumps(options)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise MemoryError(last) if done.returncode == -9 or "memory" in last.lower() else RunError(last)
+
+
+def answer(work: Callable[..., Any]) -> None:
+    """Of the process that `in_own_process` starts: print what `work(**options)` returns, or exit with its error."""
+    try:
+        print(json.dumps(work(**json.loads(sys.argv[1]))))
+    except (CxrfastError, RuntimeError, MemoryError) as error:
+        lines = str(error).strip().splitlines()
+        sys.exit(f"{type(error).__name__}: {lines[0] if lines else 'out of memory'}")
+
+
+def limit_memory(device: torch.device) -> None:
+    """On a CPU, keep this process below the machine's memory: a failed allocation can be told, a killed process cannot."""
+    if device.type == "cpu":
+        limit = int(0.85 * memory_bytes())
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def peak_resident_bytes() -> int:
+    """Of this process since it started."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager

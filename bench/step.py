@@ -4,9 +4,6 @@ Each scale is measured in a process of its own, so that memory is its own and a 
 is the real one. A micro-batch that does not fit is halved until it does.
 """
 
-import json
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,11 +16,20 @@ import torch
 from matplotlib.figure import Figure as Plot
 from rich.table import Table
 
-from cxrfast.bench.harness import interleave, provenance, rate, write_results
+from cxrfast.bench.harness import (
+    answer,
+    in_own_process,
+    interleave,
+    limit_memory,
+    peak_resident_bytes,
+    provenance,
+    rate,
+    write_results,
+)
 from cxrfast.config import preset
+from cxrfast.densenet import saved_bytes
 from cxrfast.distributed import World, pick_device
-from cxrfast.errors import CxrfastError, RunError
-from cxrfast.machine import memory_bytes
+from cxrfast.errors import RunError
 from cxrfast.markdown import markdown_table
 from cxrfast.model import Classifier, check_arch
 from cxrfast.pipelines.loader import Batch, Loader
@@ -55,6 +61,8 @@ class Line:
     fed: float
     """train / cached, round by round: 1 where the loop never waits for data."""
     validate: float
+    saved_bytes_per_image: int
+    """That autograd keeps between forward and backward, in the run's precision: what limits the micro-batch."""
     process_bytes: int
     """Peak resident memory of the whole process."""
     torch_peak_bytes: int | None
@@ -132,14 +140,11 @@ def make_phantoms(folder: Path, scales: list[int]) -> Path:
 def _in_own_process(options: dict[str, Any], micro_batch: int) -> Line:
     """Measure one scale in a new process, with ever smaller micro-batches until one fits."""
     while True:
-        argument = json.dumps({**options, "micro_batch": micro_batch})
-        done = subprocess.run([sys.executable, "-m", "cxrfast.bench.step", argument], capture_output=True, text=True)
-        if done.returncode == 0:
-            return Line(**json.loads(done.stdout.splitlines()[-1]))
-        tail = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        short = done.returncode == -9 or "memory" in tail[0].lower()
-        if not short or micro_batch == 1:
-            raise RunError(f"{options['scale']} px with micro-batch {micro_batch}: {tail[0]}")
+        try:
+            return Line(**in_own_process("cxrfast.bench.step", {**options, "micro_batch": micro_batch}))
+        except (RunError, MemoryError) as error:
+            if isinstance(error, RunError) or micro_batch == 1:
+                raise RunError(f"{options['scale']} px with micro-batch {micro_batch}: {error}") from error
         print(
             f"{options['scale']} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr
         )
@@ -151,9 +156,7 @@ def measure(
 ) -> Line:
     """One scale, in this process."""
     ranks = World(pick_device(device))
-    if ranks.device.type == "cpu":  # a failed allocation can be told; the system's memory killer cannot
-        limit = int(0.85 * memory_bytes())
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    limit_memory(ranks.device)
     config = make_config(
         shards, scale, device=device, arch=arch, weights="none", global_batch=micro_batch, micro_batch=micro_batch
     )
@@ -166,13 +169,17 @@ def measure(
         figures = interleave(_measurements(trainer), seconds / ROUNDS, ROUNDS)
     is_gpu = ranks.device.type == "cuda"
     free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
+    process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None
+    with trainer.autocast():  # after the peaks, to which it would add
+        saved = saved_bytes(trainer.model, scale)
     return Line(
         scale=scale,
         micro_batch=micro_batch,
         **{name: figure.median for name, figure in figures.items()},
         fed=figures["train"].ratio(figures["cached"]),
-        process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        torch_peak_bytes=torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None,
+        saved_bytes_per_image=saved,
+        process_bytes=process,
+        torch_peak_bytes=peak,
         gpu_used_bytes=total - free if is_gpu else None,
         engine=trainer.train_loader.engine,
         precision=config.precision,
@@ -259,6 +266,7 @@ def _columns(result: Result) -> dict[str, list[str]]:
         "cached/s": [f"{line.cached:,.1f}" for line in lines],
         "fed": [f"{line.fed:.2f}" for line in lines],
         "validate/s": [f"{line.validate:,.1f}" for line in lines],
+        "saved MiB/image": [f"{line.saved_bytes_per_image / 2**20:,.1f}" for line in lines],
         "process GiB": [gib(line.process_bytes) for line in lines],
         "torch GiB": [gib(line.torch_peak_bytes) for line in lines],
         "GPU GiB": [gib(line.gpu_used_bytes) for line in lines],
@@ -318,9 +326,4 @@ def plot(result: Result) -> Plot:
 
 
 if __name__ == "__main__":
-    try:
-        given = json.loads(sys.argv[1])
-        print(json.dumps(asdict(measure(Path(given.pop("shards")), **given))))
-    except (CxrfastError, RuntimeError, MemoryError) as error:
-        lines = str(error).strip().splitlines()
-        sys.exit(f"{type(error).__name__}: {lines[0] if lines else 'out of memory'}")
+    answer(lambda shards, **options: asdict(measure(Path(shards), **options)))

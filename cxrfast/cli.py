@@ -824,6 +824,30 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
     click.echo(f"table, JSON and plot: {out}")
 
 
+@bench.command()
+@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: by device]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.01, max=3600),
+    default=2.0,
+    show_default=True,
+    help="Measured time a figure and round.",
+)
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Images a step. [default: by scale]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--compile", "with_compile", is_flag=True, help="torch.compile, too: minutes more a scale.")
+@click.option("--profile", "with_profile", is_flag=True, help="Time by kind of kernel at the largest scale, too.")
+@RESULTS
+def ladder(scales: tuple[int, ...], out: Path, **options: Any) -> None:
+    """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
+    from cxrfast.bench.ladder import bench as measure
+    from cxrfast.bench.ladder import sections
+    from cxrfast.bench.tables import to_tables
+
+    show(*to_tables(sections(measure(list(scales), out, **options))))
+    click.echo(f"tables, JSON and plot: {out}")
+
+
 @bench.command(name="shard")
 @click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: phantoms drawn for the purpose]")
 @click.option("--images", type=click.IntRange(1, 1024), default=24, show_default=True, help="Images to measure on.")

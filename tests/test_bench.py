@@ -14,6 +14,7 @@ def test_every_scale_is_measured_with_its_real_loop(tiny_set: Path, tmp_path: Pa
     assert [line.scale for line in result.lines] == [32, 64]
     for line in result.lines:
         assert min(line.load, line.train, line.cached, line.validate) > 0
+        assert 2**20 < line.saved_bytes_per_image < 2**26
         assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 holds a good part of a GiB"
         assert line.torch_peak_bytes is None
         assert line.micro_batch == 8
