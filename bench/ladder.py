@@ -36,7 +36,7 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.model import Classifier, Normalise, autocast, resolve_precision
-from cxrfast.train import masked_bce_sum
+from cxrfast.trainer import masked_bce_sum
 
 ARCH = "densenet121"
 ROUNDS = 5
@@ -374,4 +374,5 @@ def plot(result: Result) -> Plot:
 
 
 if __name__ == "__main__":
-    answer(lambda what, **options: {"rates": rates, "alone": alone}[what](**options))
+    jobs: dict[str, Callable[..., Any]] = {"rates": rates, "alone": alone}
+    answer(lambda what, **options: jobs[what](**options))

@@ -4,6 +4,7 @@ Each scale is measured in a process of its own, so that memory is its own and a 
 is the real one. A micro-batch that does not fit is halved until it does.
 """
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure as Plot
 from rich.table import Table
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrfast.bench.harness import (
     answer,
@@ -40,6 +42,7 @@ from cxrfast.shards.manifest import read_set, scales_in
 from cxrfast.shards.rows import read_rows
 from cxrfast.synth import synth
 from cxrfast.train import Place, Trainer, make_config, select_rows
+from cxrfast.watch import Timed, Watch
 
 ROUNDS = 3
 PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
@@ -58,8 +61,12 @@ class Line:
     """The training loop with real loading."""
     cached: float
     """The same loop with one batch that is on the device already."""
+    bare: float
+    """Forward pass, loss, backward pass and Adam on that batch, and nothing else."""
     fed: float
     """train / cached, round by round: 1 where the loop never waits for data."""
+    loop: float
+    """train / bare, round by round: 1 where loading and all that the loop looks after cost nothing."""
     validate: float
     saved_bytes_per_image: int
     """That autograd keeps between forward and backward, in the run's precision: what limits the micro-batch."""
@@ -177,6 +184,7 @@ def measure(
         micro_batch=micro_batch,
         **{name: figure.median for name, figure in figures.items()},
         fed=figures["train"].ratio(figures["cached"]),
+        loop=figures["train"].ratio(figures["bare"]),
         saved_bytes_per_image=saved,
         process_bytes=process,
         torch_peak_bytes=peak,
@@ -199,10 +207,14 @@ def _measurements(trainer: Trainer) -> dict[str, Callable[[float], float]]:
 
     def train(seconds: float, batches: Iterator[Batch] | None = None) -> float:
         trainer.model.train()
-        source = batches or _endless(trainer.train_loader)
+        source = Timed(batches or _endless(trainer.train_loader))
+        watch = Watch(trainer, source, steps=2**62)
 
         def step() -> int:
             trainer.step(rows, source)
+            trainer.consumed += len(rows)
+            watch.note()
+            watch.after(1)
             return len(rows)
 
         step()
@@ -210,6 +222,22 @@ def _measurements(trainer: Trainer) -> dict[str, Callable[[float], float]]:
 
     def cached(seconds: float) -> float:
         return train(seconds, repeat(next(trainer.train_loader.epoch())))
+
+    def bare(seconds: float) -> float:
+        model = copy.deepcopy(trainer.model).train()
+        optimizer, batch = torch.optim.Adam(model.parameters(), fused=True), next(trainer.train_loader.epoch())
+        target = trainer.target[batch.row]
+
+        def step() -> int:
+            with trainer.autocast():
+                logits = model(batch.image)
+            binary_cross_entropy_with_logits(logits.float(), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(batch.row)
+
+        step()
+        return rate(step, seconds, device)
 
     def validate(seconds: float) -> float:
         trainer.model.eval()
@@ -225,7 +253,7 @@ def _measurements(trainer: Trainer) -> dict[str, Callable[[float], float]]:
         step()
         return rate(step, seconds, device)
 
-    return {"load": load, "train": train, "cached": cached, "validate": validate}
+    return {"load": load, "train": train, "cached": cached, "bare": bare, "validate": validate}
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -264,7 +292,9 @@ def _columns(result: Result) -> dict[str, list[str]]:
         "load/s": [f"{line.load:,.1f}" for line in lines],
         "train/s": [f"{line.train:,.1f}" for line in lines],
         "cached/s": [f"{line.cached:,.1f}" for line in lines],
+        "bare/s": [f"{line.bare:,.1f}" for line in lines],
         "fed": [f"{line.fed:.2f}" for line in lines],
+        "loop": [f"{line.loop:.2f}" for line in lines],
         "validate/s": [f"{line.validate:,.1f}" for line in lines],
         "saved MiB/image": [f"{line.saved_bytes_per_image / 2**20:,.1f}" for line in lines],
         "process GiB": [gib(line.process_bytes) for line in lines],

@@ -77,7 +77,7 @@ def profiled(path: Path) -> Iterator[Callable[[], None]]:
 class Timed(Iterator[Batch]):
     """Batches, and the seconds that their consumer waited for them."""
 
-    def __init__(self, batches: Generator[Batch]) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches, self.waited = batches, 0.0
 
     def __next__(self) -> Batch:
@@ -88,4 +88,6 @@ class Timed(Iterator[Batch]):
             self.waited += time.monotonic() - start
 
     def close(self) -> None:
-        self.batches.close()
+        """Of a generator."""
+        if isinstance(self.batches, Generator):
+            self.batches.close()
