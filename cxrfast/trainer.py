@@ -150,19 +150,18 @@ class Trainer:
         if self.place.tensorboard and self.ranks.is_first:
             self.board = Board(self.run.folder, self.epoch)
         try:
-            with self.stop:
-                while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
-                    started = time.monotonic()
-                    steps, waited = self.train_epoch()
-                    self.end_epoch(started, steps, waited)
-        except Preempted as end:
-            self._set_state("preempted", signal=end.signal)
-            raise
-        except BaseException as error:
-            shown = self._failed(error)
-            if shown is error:
-                raise
-            raise shown from error
+            with self.stop:  # to the end of the last word: torchrun sends SIGTERM when another rank has ended
+                try:
+                    while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
+                        started = time.monotonic()
+                        steps, waited = self.train_epoch()
+                        self.end_epoch(started, steps, waited)
+                except Preempted as end:
+                    self._set_state("preempted", signal=end.signal)
+                    raise
+                except BaseException as error:
+                    self._failed(error)
+                    raise
         finally:
             if self.board:
                 self.board.close()
@@ -337,20 +336,21 @@ class Trainer:
             print(f"{self.run.name}: {end.signal}; saved, the same command goes on", file=sys.stderr, flush=True)
         raise end
 
-    def _failed(self, error: BaseException) -> BaseException:
-        """Write down how the run ended; returns what to raise."""
+    def _failed(self, error: BaseException) -> None:
+        """Write down how the run ended. Raises SystemExit(2), after a message, if it was for another rank."""
         if isinstance(error, SystemExit):  # rank 0 has said why
-            return error
-        if self.ranks.size > 1 and is_lost_rank(error):
-            lost = RunError(
-                f"{self.run.name}: another rank ended, its message stands elsewhere in this log "
-                "(none: it was killed, perhaps for want of memory); the same command goes on from the last checkpoint"
-            )
-            if self.run.state().get("state") != "failed":
-                self._set_state("failed", always=True, error=str(lost))
-            return lost
-        self._set_state("failed", always=True, error=f"{type(error).__name__}: {error}"[:500])
-        return error
+            return
+        if self.ranks.size == 1 or not is_lost_rank(error):
+            self._set_state("failed", always=True, error=f"{type(error).__name__}: {error}"[:500])
+            return
+        lost = (
+            "another rank ended, its message stands elsewhere in this log (none: it was killed, perhaps for want of "
+            "memory); the same command goes on from the last checkpoint"
+        )
+        if self.run.state().get("state") != "failed":
+            self._set_state("failed", always=True, error=lost)
+        print(f"cxrfast: rank {self.ranks.rank}: {self.run.name}: {lost}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
 
     def _set_state(self, state: str, always: bool = False, **more: Any) -> None:
         """`always`: also from other ranks than the first, which may be gone."""
