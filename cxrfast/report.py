@@ -259,8 +259,8 @@ def _resources(runs: list[Run]) -> Section:
         metrics = run.metrics()
         if metrics:
 
-            def median(key: str, metrics: list[dict[str, Any]] = metrics) -> float:
-                return float(np.median([m[key] for m in metrics]))
+            def median(key: str, metrics: list[dict[str, Any]] = metrics) -> float:  # None: a stop left no step to time
+                return float(np.median([m[key] for m in metrics if m[key] is not None] or [np.nan]))
 
             gpu = metrics[-1]["gpu_peak_bytes"]
             lines.append(
