@@ -157,6 +157,9 @@ def train(config: TrainConfig, place: Place) -> Run:
         if place.deterministic:
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
+        # where each machine measured its own `auto`
+        smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
+        config = replace(config, micro_batch=ranks.broadcast(smallest))
         model = Classifier(config.arch, len(config.labels), checkpoint=place.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)

@@ -94,6 +94,8 @@ class Trainer:
         self.epoch, self.consumed, self.stale, self.best = 0, 0, 0, float("inf")
         self.best_auroc: float | None = None
         """Validation AUROC of the epoch with the lowest loss."""
+        self.begun, self.spent = time.monotonic(), 0.0
+        """When this epoch was begun here, and the seconds spent on it before."""
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         """Sum of this rank's share of the epoch's losses."""
         self.bad_step = torch.full((), NEVER, device=ranks.device)
@@ -153,9 +155,7 @@ class Trainer:
             with self.stop:  # to the end of the last word: torchrun sends SIGTERM when another rank has ended
                 try:
                     while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
-                        started = time.monotonic()
-                        steps, waited = self.train_epoch()
-                        self.end_epoch(started, steps, waited)
+                        self.end_epoch(*self.train_epoch())
                 except Preempted as end:
                     self._set_state("preempted", signal=end.signal)
                     raise
@@ -169,6 +169,7 @@ class Trainer:
 
     def train_epoch(self) -> tuple[int, float]:
         """The optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""
+        self.begun = time.monotonic()
         self.model.train()
         self.forward.train()
         steps = self.order.global_batches(self.epoch, self.consumed)
@@ -220,16 +221,16 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return autocast(self.ranks.device, self.config.precision)
 
-    def end_epoch(self, started: float, steps: int, waited: float) -> None:
+    def end_epoch(self, steps: int, waited: float) -> None:
         """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start."""
         losses = self.ranks.gather(float(self.loss))
         self.refuse_bad_loss()
         trained = time.monotonic()
         result = self._validate(losses)
-        seconds = trained - started
+        seconds = trained - self.begun
         measured = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": time.monotonic() - started,
+            "seconds": self._seconds(),
             "images_per_s": steps * self.config.global_batch / seconds if steps else None,
             "waiting_share": waited / seconds,
             "resident_bytes": resident_bytes(),
@@ -249,9 +250,14 @@ class Trainer:
                 self.run.save_best(self.model.state_dict())
             self._report(result, measured, better)
         self.epoch, self.consumed = self.epoch + 1, 0
+        self.begun, self.spent = time.monotonic(), 0.0
         self.loss.zero_()
         self.save()
         self._set_state("running", images_per_s=measured["images_per_s"])
+
+    def _seconds(self) -> float:
+        """Spent on this epoch so far, before a stop, too."""
+        return self.spent + time.monotonic() - self.begun
 
     def _validate(self, losses: list[float] | None) -> dict[str, Any]:
         """Losses and AUROC on the validation rows, on every rank. Raises Preempted, with all saved, if a signal comes."""
@@ -400,6 +406,7 @@ class Trainer:
                     "best": self.best,
                     "best_auroc": self.best_auroc,
                     "losses": losses,
+                    "spent": self._seconds(),
                     "rng": torch.get_rng_state(),
                 }
             )
@@ -417,6 +424,7 @@ class Trainer:
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.epoch, self.consumed = checkpoint["epoch"], checkpoint["consumed"]
         self.stale, self.best, self.best_auroc = checkpoint["stale"], checkpoint["best"], checkpoint["best_auroc"]
+        self.spent = checkpoint["spent"]
         losses = checkpoint["losses"]
         same = len(losses) == self.ranks.size
         self.loss.fill_(losses[self.ranks.rank] if same else sum(losses) if self.ranks.is_first else 0.0)

@@ -125,7 +125,7 @@ def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(
     steps, waited = first.train_epoch()
     first.stop.number = signal.SIGUSR1
     with pytest.raises(Preempted):
-        first.end_epoch(time.monotonic(), steps, waited)
+        first.end_epoch(steps, waited)
     checkpoint = torch.load(first.run.folder / "last.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["consumed"]) == (0, first.order.steps * 8)
     assert first.run.metrics() == []
