@@ -198,7 +198,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
     if (
         shutil.which("mount") is None
         or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=130m", "tmpfs", str(disk)], capture_output=True
+            ["mount", "-t", "tmpfs", "-o", "size=260m", "tmpfs", str(disk)], capture_output=True
         ).returncode
     ):
         pytest.skip("no file system can be mounted here")
