@@ -83,15 +83,17 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             pytest.skip(f"this machine does not become a node: {(folder / 'slurmd.log').read_text()[-500:]}")
         yield folder
     finally:
+        subprocess.run(["scancel", "--user", "root"], capture_output=True)
+        until(40, "squeue -h | wc -l", "0")
         for path in pid_files:
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
 
 
-def wait_for(run: Path, state: str, epoch: int = 0, seconds: float = 60) -> Status:
-    """Until the run in this folder has that state and so many finished epochs."""
+def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
+    """Until the run in this folder has that state."""
     end = time.monotonic() + seconds
-    while (found := read_status(run, time.time())).state != state or (found.epoch or 0) < epoch:
+    while (found := read_status(run, time.time())).state != state:
         assert time.monotonic() < end, found
         time.sleep(0.2)
     return found
@@ -102,29 +104,44 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
 ) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "cxrfast").write_text(f'#!/bin/sh\nexec {sys.executable} -m cxrfast "$@"\n')
+    core = min(os.sched_getaffinity(0))  # one, since several threads are slow where other tests run beside
+    (tools / "cxrfast").write_text(f'#!/bin/sh\nexec taskset -c {core} {sys.executable} -m cxrfast "$@"\n')
     (tools / "cxrfast").chmod(0o755)
     setup = [f"export PATH={tools}:$PATH PYTHONPATH={Path(__file__).parent.parent}"]
     (tmp_path / "slurm.toml").write_text(f"[slurm]\npartition = 'p'\ncpus = 1\ntime = '00:10:00'\nsetup = {setup}\n")
     runs, jobs = tmp_path / "runs", tmp_path / "jobs"
-    recipe = ["--weights", "none", "--epochs", "6", "--global-batch", "8", "--micro-batch", "8", "--device", "cpu"]
+    recipe = [
+        "--weights",
+        "none",
+        "--epochs",
+        "4",
+        "--limit",
+        "40",
+        "--global-batch",
+        "8",
+        "--micro-batch",
+        "8",
+        "--device",
+        "cpu",
+    ]
     where = ["--scale", "32", "--fold", "0", "--sbatch", str(jobs), "--slurm", str(tmp_path / "slurm.toml")]
     done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *recipe])
     assert done.exit_code == 0, done.output
     said = subprocess.run([jobs / "submit.sh"], capture_output=True, text=True, check=True).stdout
     job, report = (line.split(": job ")[1].split(",")[0] for line in said.splitlines()[:2])
     run = runs / "densenet121-32" / "fold-0"
-    wait_for(run, "running", epoch=1)
+    wait_for(run, "running")
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
-    assert "PENDING" in until(30, f"squeue -h -j {job} -o %T", "PENDING"), "it is in the queue again"
+    assert "PENDING" in until(60, f"squeue -h -j {job} -o %T", "PENDING"), "it is in the queue again"
     assert "PENDING" in until(1, f"squeue -h -j {report} -o %T", "PENDING"), "which the report waits for"
     wait_for(run, "done")
     show = f"scontrol show job {report}"
-    assert "JobState=COMPLETED" in until(60, show, "JobState=COMPLETED"), (
+    assert "JobState=COMPLETED" in until(240, show, "JobState=COMPLETED"), (
         jobs / f"cxrfast-report-{report}.out"
     ).read_text()
     assert (runs / "report.html").exists()
     log = (jobs / f"densenet121-32-fold-0-{job}.out").read_text()
+    assert "SIGUSR1; saved" in log
     assert "start 1: stopped before it was done: queued again" in log
     assert "start 2: done" in log
-    assert [line["epoch"] for line in read_metrics(run)] == list(range(6)), "no epoch lost, none twice"
+    assert [line["epoch"] for line in read_metrics(run)] == list(range(4)), "no epoch lost, none twice"
