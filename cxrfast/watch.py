@@ -4,15 +4,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from cxrfast.machine import resident_bytes
 from cxrfast.pipelines.loader import Batch
-
-if TYPE_CHECKING:
-    from cxrfast.trainer import Trainer
 
 LOOK_SECONDS = 5.0
 """Between two looks at the losses on the device, each of which waits for it."""
@@ -25,9 +22,9 @@ PROFILE_STEPS = (10, 5)
 
 
 class Watch:
-    """What happens between the steps of an epoch: looks at the loss, heartbeats, checkpoints, and stopping."""
+    """What happens between the steps of an epoch of a `Trainer`: looks at the loss, heartbeats, checkpoints, and stopping."""
 
-    def __init__(self, trainer: "Trainer", batches: "Timed", steps: int) -> None:
+    def __init__(self, trainer: Any, batches: "Timed", steps: int) -> None:
         self.trainer, self.batches, self.steps = trainer, batches, steps
         self.begun = self.saved = self.looked = time.monotonic()
         self.first = trainer.consumed
