@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
 from cxrfast.model import Classifier, Normalise, load_weights
-from cxrfast.train import masked_bce_sum
+from cxrfast.trainer import masked_bce_sum
 
 
 def images(n: int = 2, size: int = 64) -> torch.Tensor:
