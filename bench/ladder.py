@@ -32,6 +32,7 @@ from cxrfast.bench.harness import (
 )
 from cxrfast.bench.tables import Section, to_markdown
 from cxrfast.config import preset
+from cxrfast.densenet import saved_bytes
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
@@ -88,6 +89,8 @@ class Line:
     """To the first rung, round by round where they were timed in turn."""
     peak_bytes: int | None = None
     """During a step: of torch's allocator on a GPU, of the whole process on a CPU."""
+    saved_bytes: int | None = None
+    """That autograd keeps between forward and backward for each image; of rungs that are not compiled."""
     largest: int | None = None
     """Micro-batch that fits, its double does not; on a GPU."""
     bound: float | None = None
@@ -184,14 +187,23 @@ class Peer(nn.Module):
         return self.net(self.normalise(image).contiguous(memory_format=self.layout))
 
 
+def make_net(rung: Rung, device: torch.device) -> nn.Module:
+    """In training mode, not compiled yet."""
+    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
+    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else Peer(layout)
+    return net.to(device).train()
+
+
+def precision_of(rung: Rung, device: torch.device) -> str:
+    return resolve_precision("auto" if rung.amp else "fp32", device)
+
+
 def make_step(rung: Rung, scale: int, micro_batch: int, device: torch.device) -> Callable[[], int]:
     """A training step of `micro_batch` images, which it returns."""
     torch.manual_seed(0)
-    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
-    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else Peer(layout)
-    net = net.to(device).train()
+    net = make_net(rung, device)
     forward = torch.compile(net, mode=rung.compile, dynamic=False) if rung.compile else net
-    precision = resolve_precision("auto" if rung.amp else "fp32", device)
+    precision = precision_of(rung, device)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     image = torch.randint(0, 256, (micro_batch, 1, scale, scale), dtype=torch.uint8, device=device)
@@ -232,7 +244,7 @@ def rates(scale: int, micro_batch: int, device: str, rungs: list[str], seconds: 
 def alone(
     scale: int, micro_batch: int, device: str, rung: str, start: int, with_profile: bool
 ) -> dict[str, int | dict[str, float] | None]:
-    """Peak memory of a step, time by kind of kernel, and the largest micro-batch, sought from `start` on."""
+    """Memory of a step, time by kind of kernel, and the largest micro-batch, sought from `start` on."""
     where = pick_device(device)
     limit_memory(where)
     is_gpu = where.type == "cuda"
@@ -245,8 +257,15 @@ def alone(
     peak = torch.cuda.max_memory_allocated(where) if is_gpu else peak_resident_bytes()
     kinds = by_kind(step, where) if with_profile else None
     del step  # and its memory
+    saved = None if climbed.compile else saved_by(climbed, scale, where)
     fitting = largest(lambda n: make_step(climbed, scale, n, where), start) if is_gpu else None
-    return {"peak_bytes": peak, "kinds": kinds, "largest": fitting}
+    return {"peak_bytes": peak, "saved_bytes": saved, "kinds": kinds, "largest": fitting}
+
+
+def saved_by(rung: Rung, scale: int, device: torch.device) -> int:
+    """Bytes an image that autograd keeps; without autocast, which needs real tensors, nothing is computed."""
+    with autocast(device, precision_of(rung, device)):
+        return saved_bytes(make_net(rung, device if rung.amp else torch.device("meta")), scale)
 
 
 def largest(make: Callable[[int], Callable[[], int]], start: int) -> int | None:
@@ -325,6 +344,7 @@ NOTES = {
     "images/s": "a training step of a batch that is on the device already: median of the rounds",
     "× first": "ratio to the first rung, round by round",
     "peak GiB": "of a step, in a process of its own: torch's allocator on a GPU, the whole process on a CPU",
+    "saved MiB": "an image: what autograd keeps between forward and backward",
     "largest": "micro-batch that fits, and its double does not",
     "of H200": f"rate / {H200_BANDWIDTH / 1e12} TB/s over the bytes that an eager or a compiled step in bf16 moves",
 }
@@ -340,6 +360,7 @@ def sections(result: Result) -> list[Section]:
         "images/s": ["-" if line.rounds is None else f"{Figure(line.rounds).median:,.1f}" for line in result.lines],
         "× first": ["-" if line.ratio is None else f"{line.ratio:.2f}" for line in result.lines],
         "peak GiB": ["-" if line.peak_bytes is None else f"{line.peak_bytes / 2**30:.2f}" for line in result.lines],
+        "saved MiB": ["-" if line.saved_bytes is None else f"{line.saved_bytes / 2**20:,.1f}" for line in result.lines],
         "largest": ["-" if line.largest is None else str(line.largest) for line in result.lines],
         "of H200": ["-" if line.bound is None else f"{line.bound:.2f}" for line in result.lines],
     }

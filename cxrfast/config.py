@@ -19,6 +19,9 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 
+VALIDATION_COST = 1 / 3
+"""Of a validation image in training images: a forward pass without the backward one."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -133,6 +136,17 @@ class TrainConfig:
                 return side
             epoch -= epochs
         return self.scale
+
+    def area_at(self, epoch: int) -> float:
+        """Of a training image of an epoch, as a share of that at `scale`: what it costs."""
+        return (self.size_at(epoch) / self.scale) ** 2
+
+    def work(self, done: int, images: int, validated: int) -> float:
+        """Training images at `scale` that take as long as all epochs but the first `done`, at most.
+
+        `images`: trained on in an epoch; `validated`: rows of the validation part.
+        """
+        return sum(images * self.area_at(epoch) + VALIDATION_COST * validated for epoch in range(done, self.epochs))
 
     @property
     def hash(self) -> str:

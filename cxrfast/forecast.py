@@ -36,9 +36,6 @@ from cxrfast.train import read_subset, refuse_other_fold, select_rows, train_ord
 NOTICE_SECONDS = 120
 """Before the end of a job at which it is told to save: that much of each job's time is not counted on."""
 
-VALIDATION_COST = 1 / 3
-"""Of a validation image in training images: a forward pass without the backward one."""
-
 CHECKPOINT_COPIES = 7
 """Weights a run needs room for: last.pt with Adam's two moments (3), its successor while that is written (3), the best (1)."""
 
@@ -62,16 +59,21 @@ class Outlook:
     """Trained on in an epoch."""
     weights: str = ""
     """Where the first weights come from."""
+    work: float = 0.0
+    """Training images at its scale that take as long as all epochs that are left; see `TrainConfig.work`."""
     images_per_s: float | None = None
     """Of all ranks."""
-    seconds: float | None = None
-    """For all epochs that are left, at most: patience may end a run earlier."""
     room: int = 0
     """Bytes that its checkpoints will take beside what is there."""
 
     @property
     def is_done(self) -> bool:
         return self.what == "done"
+
+    @property
+    def seconds(self) -> float | None:
+        """For all epochs that are left, at most: patience may end a run earlier. None if the rate is not known."""
+        return self.work / self.images_per_s if self.work and self.images_per_s else None if self.work else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +164,13 @@ def _look(
         return replace(outlook, refusals=tuple(refusals))
     assert found is not None
     what, finished = found
-    rate = pace.of(folder, config)
-    epochs = 0 if what == "done" else max(0, config.epochs - finished)
-    work = epochs * (outlook.images + VALIDATION_COST * outlook.rows["val"])
     there = sum(path.stat().st_size for name in ("last.pt", "best.safetensors") if (path := folder / name).exists())
     return replace(
         outlook,
         what=what,
         weights=weights or "",
-        images_per_s=rate,
-        seconds=0.0 if not epochs else work / rate if rate else None,
+        work=0.0 if what == "done" else config.work(finished, outlook.images, outlook.rows["val"]),
+        images_per_s=pace.of(folder, config),
         room=0 if what == "done" else max(0, CHECKPOINT_COPIES * weight_bytes - there),
     )
 
@@ -260,12 +259,12 @@ class Pace:
         self.by_folder: dict[Path, float] = {}
         self.by_scale: dict[tuple[str, int], float] = {}
         for path in sorted(runs.glob("*/fold-*/config.json")):
-            rates = [line["images_per_s"] for line in read_metrics(path.parent) if line.get("images_per_s")]
             try:
                 config = read_run(path.parent).config
             except CxrfastError:
                 continue
-            if rates:
+            lines = [line for line in read_metrics(path.parent) if line.get("images_per_s")]
+            if rates := [line["images_per_s"] * config.area_at(line["epoch"]) for line in lines]:
                 self.by_folder[path.parent] = self.by_scale[config.arch, config.scale] = median(rates)
 
     def of(self, folder: Path, config: TrainConfig) -> float | None:
@@ -281,6 +280,21 @@ def _existing_parent(path: Path) -> Path:
 
 
 # For people
+
+
+def projection(left: list[Outlook], ranks: int, rate: float) -> str:
+    """One line on the runs that are `left`, now that the first of them is known to train `rate` images/s."""
+    scale = left[0].scale
+    runs = [replace(o, images_per_s=rate) if o.scale == scale else o for o in left]
+    hours = sum(o.seconds or 0.0 for o in runs) / 3600
+    unknown = [o for o in runs if o.seconds is None]
+    many = f"{len(runs)} runs take" if len(runs) > 1 else "1 run takes"
+    known = f"{len(runs) - len(unknown)} of {many}" if unknown else many
+    scales = ", ".join(f"{side}" for side in sorted({o.scale for o in unknown}))
+    return (
+        f"study: {rate:,.3g} images/s at {scale} px: {known} {hours:,.2f} h at most, {hours * ranks:,.2f} GPU-hours"
+        + (f"; the rate at {scales} px is not known yet" if unknown else "")
+    )
 
 
 def parse_walltime(text: str) -> int:

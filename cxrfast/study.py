@@ -7,7 +7,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from cxrfast import ensemble, evaluate
 from cxrfast.distributed import pick_device, world
 from cxrfast.erf import erf, has_erf
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.forecast import Outlook, forecast
+from cxrfast.forecast import Outlook, forecast, projection
 from cxrfast.gradcam import figure_path, gradcam_run, save_figure
 from cxrfast.launch import Stopped, call
 from cxrfast.plan import Plan, make_plan
@@ -30,6 +33,9 @@ from cxrfast.stopping import TORCHRUN_SIGNALS, Preempted
 from cxrfast.store import has_predictions
 from cxrfast.synth import synth
 from cxrfast.train import train
+
+POLL_SECONDS = 1.0
+"""Between two looks at the state of a run that has not said yet how fast it is."""
 
 ERF_IMAGES, CAM_IMAGES, CAM_FINDINGS = 64, 6, 2
 
@@ -68,9 +74,10 @@ def study(
     prospect.check()
     done: list[Run] = []
     failures: list[str] = []
-    for outlook in prospect.outlooks:
+    for number, outlook in enumerate(prospect.outlooks):
         try:
-            done.append(_run(plan, outlook))
+            with _projected(plan, prospect.outlooks[number:]):
+                done.append(_run(plan, outlook))
         except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
             if not keep_going:
                 raise
@@ -114,6 +121,27 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
     return run
 
 
+@contextmanager
+def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
+    """Tell once, as soon as the first run of `left` knows how fast it is, how long all of them take."""
+    folder, started, ended = plan.place.runs / left[0].name, int(time.time()), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            state = read_run(folder).state() if (folder / "config.json").exists() else {}
+            if state.get("images_per_s") and state["time"] >= started:
+                print(projection(left, plan.ranks, state["images_per_s"]), file=sys.stderr, flush=True)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
     try:
         train(plan.config(outlook.scale, outlook.fold, plan.place.device, measure=True), plan.place)
@@ -143,7 +171,8 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
 
 def failed(failures: list[str]) -> str:
     """One message of all runs that failed, for the end of a study."""
-    return f"{len(failures)} runs failed; mend them and run the study again:" + "".join(f"\n  {f}" for f in failures)
+    count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+    return f"{count} failed; mend them and run the study again:" + "".join(f"\n  {f}" for f in failures)
 
 
 def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device: str) -> None:

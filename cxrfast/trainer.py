@@ -31,10 +31,10 @@ from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.predict import complete, score
-from cxrfast.progress import progress
+from cxrfast.progress import duration, progress
 from cxrfast.runs import Run, part_rows
 from cxrfast.stopping import Preempted, StopRequest, Votes, is_lost_rank
-from cxrfast.watch import NEVER, Timed, Watch, profiled
+from cxrfast.watch import NEVER, RATE_STEPS, Timed, Watch, profiled
 
 BEAT_SECONDS = 30.0
 """Between two heartbeats in state.json."""
@@ -104,6 +104,7 @@ class Trainer:
         self.stop = StopRequest()
         self.votes = Votes(ranks, questions=3)
         self._beat = 0.0
+        self.is_rate_told = False
 
     def _put_labels(self, rows: pd.DataFrame, images: int) -> None:
         """Targets and mask by row, (images, L): on the device for the loss, on the host for the counts."""
@@ -253,7 +254,8 @@ class Trainer:
         self.begun, self.spent = time.monotonic(), 0.0
         self.loss.zero_()
         self.save()
-        self._set_state("running", images_per_s=measured["images_per_s"])
+        if measured["images_per_s"]:
+            self.beat(measured["images_per_s"], seldom=False)
 
     def _seconds(self) -> float:
         """Spent on this epoch so far, before a stop, too."""
@@ -375,11 +377,27 @@ class Trainer:
                 **more,
             )
 
-    def beat(self, images_per_s: float) -> None:
-        """Say in state.json that the run lives, now and then."""
-        if self.ranks.is_first and time.monotonic() - self._beat > BEAT_SECONDS:
-            left = (self.config.epochs - self.epoch) * self.order.steps * self.config.global_batch - self.consumed
-            self._set_state("running", images_per_s=images_per_s, eta_seconds=left / images_per_s)
+    def beat(self, images_per_s: float, seldom: bool = True) -> float:
+        """Say in state.json that the run lives; if `seldom`, now and then. Returns the seconds left, at most."""
+        images, area = self.order.steps * self.config.global_batch, self.config.area_at(self.epoch)
+        left = self.config.work(self.epoch, images, len(self.val_rows)) - self.consumed * area
+        seconds = left / (images_per_s * area)
+        if self.ranks.is_first and not (seldom and time.monotonic() - self._beat < BEAT_SECONDS):
+            self._set_state("running", images_per_s=images_per_s, eta_seconds=seconds)
+        return seconds
+
+    def tell_rate(self, images_per_s: float) -> None:
+        """What the first steps let expect of the rest, once."""
+        self.is_rate_told = True
+        seconds = self.beat(images_per_s, seldom=False)
+        if not self.place.quiet:
+            epochs = f"{self.config.epochs - self.epoch} epochs are left"
+            print(
+                f"{self.run.name}: {images_per_s:,.3g} images/s after {RATE_STEPS[1]} steps; {epochs}, {duration(seconds)} "
+                "at most",
+                file=sys.stderr,
+                flush=True,
+            )
 
     # Checkpoints
 

@@ -17,6 +17,9 @@ LOOK_SECONDS = 5.0
 NEVER = 2**62
 """Number of a step that never comes."""
 
+RATE_STEPS = (10, 50)
+"""Steps of a training after which its rate is measured from, and told."""
+
 PROFILE_STEPS = (10, 5)
 """Steps left out before a profile, and steps in it."""
 
@@ -28,6 +31,8 @@ class Watch:
         self.trainer, self.batches, self.steps = trainer, batches, steps
         self.begun = self.saved = self.looked = time.monotonic()
         self.first = trainer.consumed
+        self.warm = (self.begun, self.first)
+        """When the first steps, which warm everything up, were over, and the images until then."""
         self.is_bad = 0
 
     def note(self) -> str:
@@ -47,6 +52,11 @@ class Watch:
     def after(self, done: int) -> None:
         """After step number `done` of this call. Raises Preempted, or RunError for a bad loss."""
         trainer, place = self.trainer, self.trainer.place
+        if done == RATE_STEPS[0]:
+            self.warm = (time.monotonic(), trainer.consumed)
+        elif done == RATE_STEPS[1] and trainer.ranks.is_first and not trainer.is_rate_told:
+            begun, images = self.warm
+            trainer.tell_rate((trainer.consumed - images) / (time.monotonic() - begun))
         # rank 0's clock decides
         is_late = trainer.ranks.is_first and time.monotonic() - self.saved > 60 * place.checkpoint_minutes
         stop, late, bad = trainer.votes.cast(trainer.stop.number, int(is_late), self.is_bad)

@@ -26,6 +26,8 @@ def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, monkey
         assert max(line.kinds, key=lambda name: line.kinds[name]) in ("convolution", "other")  # type: ignore[index]
         assert min(line.kinds.values()) > 0
         assert (line.largest, line.bound) == (None, None), "of GPUs"
+    _, theirs, checkpointed = (line.saved_bytes or 0 for line in result.lines)
+    assert 0 < checkpointed < 0.6 * theirs
     assert result.lines[0].ratio == 1
     assert json.loads((tmp_path / "ladder.json").read_text())["provenance"]["torch"]
     assert (tmp_path / "ladder.md").read_text().startswith("## Ladder of training densenet121")
@@ -44,7 +46,7 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
 
     def run(options: dict) -> dict:
         if options["what"] == "alone":
-            return {"peak_bytes": 1, "kinds": None, "largest": 8}
+            return {"peak_bytes": 1, "saved_bytes": 1, "kinds": None, "largest": 8}
         if second in options["rungs"]:
             raise RunError("exit code -11")
         return {rung: {"rounds": [2.0] if rung == RUNGS[0].name else [6.0]} for rung in options["rungs"]}

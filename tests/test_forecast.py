@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from cxrfast.cli import cli
 from cxrfast.errors import RunError
-from cxrfast.forecast import Forecast, forecast, jobs, parse_walltime
+from cxrfast.forecast import Forecast, forecast, jobs, parse_walltime, projection
 from cxrfast.plan import Plan, make_plan
 from cxrfast.runs import Run, start_run
 from cxrfast.shards.rows import read_rows
@@ -174,3 +174,27 @@ def test_a_refused_study_has_exit_code_2_and_its_reasons_on_stderr(tiny_set: Pat
     assert not list(tmp_path.iterdir())
     assert "48=fast" in CliRunner().invoke(cli, [*arguments, "--rate", "48=fast"]).stderr
     assert "belong to --dry-run" in CliRunner().invoke(cli, [*arguments, "--rate", "48=3"]).stderr
+
+
+def test_the_first_steps_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: Path) -> None:
+    runs = forecast(planned(tiny_set, tmp_path, [32, 64], [0, 3])).outlooks
+    hours = (runs[0].work + runs[1].work) / 10.0 / 3600
+    text = projection(runs, 2, 10.0)
+    assert text == (
+        f"study: 10 images/s at 32 px: 2 of 4 runs take {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours; the rate at 64 "
+        "px is not known yet"
+    )
+    last = projection(runs[3:], 1, 10.0)
+    assert last.startswith("study: 10 images/s at 64 px: 1 run takes")
+    assert "not known" not in last
+
+
+def test_smaller_sizes_cost_their_area(tiny_set: Path, tmp_path: Path) -> None:
+    whole = forecast(planned(tiny_set, tmp_path, [64], [0])).outlooks[0]
+    resized = forecast(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))).outlooks[0]
+    assert whole.work == pytest.approx(10 * whole.images + 10 * whole.rows["val"] / 3)
+    assert resized.work == pytest.approx(7 * whole.images + 10 * whole.rows["val"] / 3)
+    run = started(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),)), scale=64)
+    run.add_metrics({"epoch": 3, "size": 32, "images_per_s": 400.0})
+    plan = planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))
+    assert forecast(plan).outlooks[0].images_per_s == 100.0, "what 400 at half the side are worth at the whole one"

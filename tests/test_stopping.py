@@ -108,15 +108,32 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def make_trainer(shards: Path, runs: Path, **options: object) -> Trainer:
+def make_trainer(shards: Path, runs: Path, quiet: bool = True, **options: object) -> Trainer:
     """One rank in this process."""
     config = make_config(shards, 32, device="cpu", **{**OPTIONS, **options})
     torch.manual_seed(0)
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = start_run(runs / "run" / "fold-0", config, shards, rows)
-    place = Place(shards=shards, runs=runs, quiet=True)
+    place = Place(shards=shards, runs=runs, quiet=quiet)
     return Trainer(run, World(torch.device("cpu")), Classifier("densenet121", len(config.labels)), reader, place)
+
+
+def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cxrfast.watch.RATE_STEPS", (2, 5))
+    trainer = make_trainer(tiny_set, tmp_path, quiet=False, epochs=3)
+    trainer.train_epoch()
+    assert capsys.readouterr().err.count("3 epochs are left, ") == 1
+    state = trainer.run.state()
+    images, steps = trainer.order.steps * 8, 5
+    left = 3 * (images + len(trainer.val_rows) / 3) - steps * 8
+    assert state["eta_seconds"] == pytest.approx(left / state["images_per_s"])
+    assert state["consumed"] == steps * 8
+    trainer.epoch, trainer.consumed = 1, 0
+    trainer.train_epoch()
+    assert "are left" not in capsys.readouterr().err, "told once"
 
 
 def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(tiny_set: Path, tmp_path: Path) -> None:

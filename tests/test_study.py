@@ -1,3 +1,4 @@
+import re
 import signal
 import subprocess
 import sys
@@ -34,9 +35,11 @@ def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_
     assert list(tmp_path.glob("*/fold-0/gradcam-*.png"))
 
 
-def test_a_study_trains_with_several_processes(tiny_set: Path, tmp_path: Path) -> None:
-    study(
-        tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe={**RECIPE, "micro_batch": 4, "views": ("AP", "PA")}
+def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    recipe = {**RECIPE, "micro_batch": 4, "views": ("AP", "PA"), "epochs": 8}
+    study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe=recipe)
+    assert re.search(
+        r"study: [\d.]+ images/s at 32 px: 1 run takes 0.\d\d h at most, 0.\d\d GPU-hours\n", capsys.readouterr().err
     )
     (run,) = find_runs(tmp_path)
     assert run.is_done
@@ -74,7 +77,7 @@ def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set:
     assert done.exit_code == 2, done.output
     assert "AUROC, test rows" in done.stdout
     assert (tmp_path / "report.html").exists()
-    assert "1 runs failed" in done.stderr.strip().splitlines()[-2]
+    assert "1 run failed" in done.stderr.strip().splitlines()[-2]
     assert "fold-0/last.pt is damaged" in done.stderr.strip().splitlines()[-1]
 
 
