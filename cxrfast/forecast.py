@@ -288,11 +288,10 @@ def projection(left: list[Outlook], ranks: int, rate: float) -> str:
     runs = [replace(o, images_per_s=rate) if o.scale == scale else o for o in left]
     hours = sum(o.seconds or 0.0 for o in runs) / 3600
     unknown = [o for o in runs if o.seconds is None]
-    many = f"{len(runs)} runs take" if len(runs) > 1 else "1 run takes"
-    known = f"{len(runs) - len(unknown)} of {many}" if unknown else many
+    known = f"{len(runs) - len(unknown)} of {len(runs)} runs left"
     scales = ", ".join(f"{side}" for side in sorted({o.scale for o in unknown}))
     return (
-        f"study: {rate:,.3g} images/s at {scale} px: {known} {hours:,.2f} h at most, {hours * ranks:,.2f} GPU-hours"
+        f"study: {rate:,.3g} images/s at {scale} px; {known}: {hours:,.2f} h at most, {hours * ranks:,.2f} GPU-hours"
         + (f"; the rate at {scales} px is not known yet" if unknown else "")
     )
 

@@ -181,11 +181,11 @@ def test_the_first_steps_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: 
     hours = (runs[0].work + runs[1].work) / 10.0 / 3600
     text = projection(runs, 2, 10.0)
     assert text == (
-        f"study: 10 images/s at 32 px: 2 of 4 runs take {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours; the rate at 64 "
+        f"study: 10 images/s at 32 px; 2 of 4 runs left: {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours; the rate at 64 "
         "px is not known yet"
     )
     last = projection(runs[3:], 1, 10.0)
-    assert last.startswith("study: 10 images/s at 64 px: 1 run takes")
+    assert last.startswith("study: 10 images/s at 64 px; 1 of 1 runs left: ")
     assert "not known" not in last
 
 

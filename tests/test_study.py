@@ -39,7 +39,8 @@ def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set:
     recipe = {**RECIPE, "micro_batch": 4, "views": ("AP", "PA"), "epochs": 8}
     study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe=recipe)
     assert re.search(
-        r"study: [\d.]+ images/s at 32 px: 1 run takes 0.\d\d h at most, 0.\d\d GPU-hours\n", capsys.readouterr().err
+        r"study: [\d.]+ images/s at 32 px; 1 of 1 runs left: 0.\d\d h at most, 0.\d\d GPU-hours\n",
+        capsys.readouterr().err,
     )
     (run,) = find_runs(tmp_path)
     assert run.is_done
