@@ -44,7 +44,6 @@ from cxrfast.synth import synth
 from cxrfast.train import Place, Trainer, make_config, select_rows
 from cxrfast.watch import Timed, Watch
 
-ROUNDS = 3
 PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
 PHANTOMS = 200
 
@@ -96,6 +95,7 @@ def bench(
     *,
     arch: str = "densenet121",
     seconds: float = 10.0,
+    rounds: int = 5,
     micro_batch: int | None = None,
     device: str = "auto",
     engine: str = "auto",
@@ -124,6 +124,7 @@ def bench(
                 "scale": scale,
                 "arch": arch,
                 "seconds": seconds,
+                "rounds": rounds,
                 "device": device,
                 "engine": one,
                 "threads": threads,
@@ -159,7 +160,15 @@ def _in_own_process(options: dict[str, Any], micro_batch: int) -> Line:
 
 
 def measure(
-    shards: Path, scale: int, arch: str, seconds: float, device: str, engine: str, threads: int | None, micro_batch: int
+    shards: Path,
+    scale: int,
+    arch: str,
+    seconds: float,
+    rounds: int,
+    device: str,
+    engine: str,
+    threads: int | None,
+    micro_batch: int,
 ) -> Line:
     """One scale, in this process."""
     ranks = World(pick_device(device))
@@ -173,7 +182,7 @@ def measure(
         run = start_run(Path(folder) / "run", config, shards, rows)
         place = Place(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
         trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, place)
-        figures = interleave(_measurements(trainer), seconds / ROUNDS, ROUNDS)
+        figures = interleave(_measurements(trainer), seconds / rounds, rounds)
     is_gpu = ranks.device.type == "cuda"
     free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
     process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None

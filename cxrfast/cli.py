@@ -796,6 +796,10 @@ RESULTS = click.option(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
 )
 
+ROUNDS = click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them."
+)
+
 
 @bench.command()
 @click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
@@ -809,6 +813,7 @@ RESULTS = click.option(
     show_default=True,
     help="Measured time a figure.",
 )
+@ROUNDS
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
@@ -861,7 +866,7 @@ def ladder(scales: tuple[int, ...], out: Path, **options: Any) -> None:
     show_default=True,
     help="Measured time a figure and round.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them.")
+@ROUNDS
 @click.option("--workers", type=click.IntRange(min=1), help="Of the build beside one worker's. [default: usable cores]")
 @click.option("--memory", "with_memory", is_flag=True, help="Memory of whole builds, too: minutes more.")
 @RESULTS
@@ -885,7 +890,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
     show_default=True,
     help="Measured time a figure and round.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them.")
+@ROUNDS
 @click.option("--workers", type=click.IntRange(min=1), help="Threads or processes of each. [default: usable cores]")
 @click.option("--device", default="auto", show_default=True, help="Of our own engines: auto, cpu or cuda.")
 @click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Other loaders, too.")
