@@ -73,7 +73,9 @@ class Outlook:
     @property
     def seconds(self) -> float | None:
         """For all epochs that are left, at most: patience may end a run earlier. None if the rate is not known."""
-        return self.work / self.images_per_s if self.work and self.images_per_s else None if self.work else 0.0
+        if not self.work:
+            return 0.0
+        return self.work / self.images_per_s if self.images_per_s else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +285,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def projection(left: list[Outlook], ranks: int, rate: float) -> str:
-    """One line on the runs that are `left`, now that the first of them is known to train `rate` images/s."""
+    """One line on the runs that are `left`, now that the first of them is known to train `rate` images/s at its scale."""
     scale = left[0].scale
     runs = [replace(o, images_per_s=rate) if o.scale == scale else o for o in left]
     hours = sum(o.seconds or 0.0 for o in runs) / 3600

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,11 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
-            state = read_run(folder).state() if (folder / "config.json").exists() else {}
-            if state.get("images_per_s") and state["time"] >= started:
-                print(projection(left, plan.ranks, state["images_per_s"]), file=sys.stderr, flush=True)
-                return
+            with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
+                state = read_run(folder).state()
+                if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
+                    print(projection(left, plan.ranks, rate), file=sys.stderr, flush=True)
+                    return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

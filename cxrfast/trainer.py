@@ -250,12 +250,13 @@ class Trainer:
             if better:
                 self.run.save_best(self.model.state_dict())
             self._report(result, measured, better)
+        area = self.config.area_at(self.epoch)
         self.epoch, self.consumed = self.epoch + 1, 0
         self.begun, self.spent = time.monotonic(), 0.0
         self.loss.zero_()
         self.save()
         if measured["images_per_s"]:
-            self.beat(measured["images_per_s"], seldom=False)
+            self.beat(measured["images_per_s"], area, seldom=False)
 
     def _seconds(self) -> float:
         """Spent on this epoch so far, before a stop, too."""
@@ -377,13 +378,17 @@ class Trainer:
                 **more,
             )
 
-    def beat(self, images_per_s: float, seldom: bool = True) -> float:
-        """Say in state.json that the run lives; if `seldom`, now and then. Returns the seconds left, at most."""
-        images, area = self.order.steps * self.config.global_batch, self.config.area_at(self.epoch)
-        left = self.config.work(self.epoch, images, len(self.val_rows)) - self.consumed * area
-        seconds = left / (images_per_s * area)
+    def beat(self, images_per_s: float, area: float | None = None, seldom: bool = True) -> float:
+        """Say in state.json that the run lives; if `seldom`, now and then. Returns the seconds left, at most.
+
+        `area`: of the images that the rate is of, see `TrainConfig.area_at`; default: those of this epoch.
+        """
+        this = self.config.area_at(self.epoch)
+        at_scale = images_per_s * (area or this)
+        images = self.order.steps * self.config.global_batch
+        seconds = (self.config.work(self.epoch, images, len(self.val_rows)) - self.consumed * this) / at_scale
         if self.ranks.is_first and not (seldom and time.monotonic() - self._beat < BEAT_SECONDS):
-            self._set_state("running", images_per_s=images_per_s, eta_seconds=seconds)
+            self._set_state("running", images_per_s=images_per_s, images_per_s_at_scale=at_scale, eta_seconds=seconds)
         return seconds
 
     def tell_rate(self, images_per_s: float) -> None:

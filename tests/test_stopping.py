@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -108,11 +109,11 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def make_trainer(shards: Path, runs: Path, quiet: bool = True, **options: object) -> Trainer:
+def make_trainer(shards: Path, runs: Path, quiet: bool = True, scale: int = 32, **options: Any) -> Trainer:
     """One rank in this process."""
-    config = make_config(shards, 32, device="cpu", **{**OPTIONS, **options})
+    config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
     torch.manual_seed(0)
-    reader = Reader(shards, 32)
+    reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = start_run(runs / "run" / "fold-0", config, shards, rows)
     place = Place(shards=shards, runs=runs, quiet=quiet)
@@ -134,6 +135,17 @@ def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
     trainer.epoch, trainer.consumed = 1, 0
     trainer.train_epoch()
     assert "are left" not in capsys.readouterr().err, "told once"
+
+
+def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3)
+    images, validated = trainer.order.steps * 8, len(trainer.val_rows)
+    assert trainer.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), "400 small images cost as 100"
+    trainer.end_epoch(*trainer.train_epoch())
+    state, rate = trainer.run.state(), trainer.run.metrics()[0]["images_per_s"]
+    assert (state["epoch"], state["images_per_s"]) == (1, rate)
+    assert state["images_per_s_at_scale"] == rate / 4, "though the next epoch is at the whole scale"
+    assert state["eta_seconds"] == pytest.approx((2 * images + 2 / 3 * validated) / (rate / 4))
 
 
 def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(tiny_set: Path, tmp_path: Path) -> None:
