@@ -229,12 +229,12 @@ def all_end(mark: str) -> bool:
 
 @pytest.mark.parametrize("codec", ["jpeg", "raw"])
 def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
-    tree = many(tmp_path / "mimic", 6 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
+    tree = many(tmp_path / "mimic", 8 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
     out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
     build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=Recipe(codec=codec))
     command = shard_command(tree, out, scales, "--codec", codec)
     killed = 0
-    for whole in (0, 1, 4, 7):  # of 12 tars; the run that follows meets the orphans of this one
+    for whole in (0, 1, 4, 7):  # of 16 tars; the run that follows meets the orphans of this one
         pause = rng.random() * 0.04
 
         def ready(whole: int = whole, pause: float = pause) -> bool:
