@@ -433,7 +433,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--sizes", type=Sizes(), help="Train on smaller images first: side x epochs, such as 64x2,96x2."
             ),
-            click.option("--precision", help="auto, bf16, fp16 or fp32. [default: auto]"),
+            click.option("--precision", help="auto, bf16, fp16, tf32 or fp32. [default: auto]"),
             click.option("--sync-bn", is_flag=True, help="BatchNorm over all ranks' micro-batches; GPUs only."),
             click.option(
                 "--order",
@@ -504,8 +504,8 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--compile",
-                type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
-                help="torch.compile, in this mode.",
+                metavar="MODE",
+                help=f"torch.compile: {' or '.join(config.COMPILE_MODES)}.",
             ),
             click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard into the run, too."),
             click.option("--profile", is_flag=True, help="Write a trace of a few steps: profile.json in the run."),

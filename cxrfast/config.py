@@ -15,7 +15,9 @@ DATA = os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg")  # text: it may be a
 SHARDS = Path(os.environ.get("CXRFAST_SHARDS", "data/shards"))
 RUNS = Path("runs")
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+"""Modes of torch.compile that are right with gradient accumulation; see `Place.compile`."""
 SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 
@@ -91,7 +93,7 @@ class TrainConfig:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     precision: str = "auto"
-    """bf16 or fp16 autocast, or fp32; resolved before the run starts."""
+    """bf16 or fp16 autocast, or float32 with (tf32, GPUs only) or without (fp32) TF32; resolved before the run starts."""
     sync_bn: bool = False
     """BatchNorm over the micro-batches of all ranks (GPUs only); the weights then depend on the number of ranks."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -114,7 +116,7 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")
         if not 0 <= self.flip <= 1:
-            raise RunError(f"flip {self.flip} is no probability")
+            raise RunError(f"flip must be between 0 and 1, not {self.flip}")
         for label, policy in self.label_policies:
             if label not in self.labels or policy not in POLICIES:
                 raise RunError(
@@ -194,7 +196,7 @@ class Place:
     dist_timeout: float = 10.0
     """Minutes that a rank waits for the others before it gives up."""
     compile: str | None = None
-    """torch.compile's mode: default, reduce-overhead (CUDA graphs) or max-autotune."""
+    """torch.compile's mode, one of COMPILE_MODES."""
     recompute: bool = False
     """Keep less for the backward pass and compute it again (activation checkpointing): the same function, less memory."""
     tensorboard: bool = False
@@ -204,6 +206,15 @@ class Place:
     deterministic: bool = False
     """Bitwise the same on a GPU, at some cost; a CPU is so anyway."""
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compile in ("reduce-overhead", "max-autotune"):
+            raise RunError(
+                f"--compile {self.compile} captures CUDA graphs, which fail when gradients are accumulated over "
+                f"micro-batches and when DALI frees memory during the capture: use {' or '.join(COMPILE_MODES)}"
+            )
+        if self.compile is not None and self.compile not in COMPILE_MODES:
+            raise RunError(f"--compile {self.compile} is unknown: use {' or '.join(COMPILE_MODES)}")
 
 
 def _frozen(value: Any) -> Any:

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from torch import fx, nn
 
 from cxrfast.errors import RunError
-from cxrfast.model import Classifier
+from cxrfast.model import Classifier, without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.predict import load_model, open_reader
@@ -169,7 +169,7 @@ def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     output of `normalise`, since integers have none, and summed over its three channels before it is squared,
     because they are copies of one grey level and move together. That sum is our reading of the study.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), without_tf32():
         pixels = model.normalise(images).detach().requires_grad_()
         features = model.feature_layers(pixels)
         centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]

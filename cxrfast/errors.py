@@ -26,6 +26,20 @@ class DeviceError(CxrfastError):
     """A GPU, a driver or a library that was asked for cannot be used here."""
 
 
+MEMORY_WORDS = ("out of memory", "outofmemory", "not enough memory", "allocat", "could not create", "could not execute")
+"""In the messages of torch, CUDA's libraries, oneDNN and DALI when memory runs out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did memory run out, of the machine or of a GPU? torch, CUDA's libraries and DALI say so in RuntimeErrors of all kinds."""
+    if isinstance(error, CxrfastError):
+        return False
+    words = f"{type(error).__name__}: {error}".lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in words for word in MEMORY_WORDS)
+    )
+
+
 def is_disk_full(error: OSError) -> bool:
     """True if no space or no quota is left; network file systems say so at write, fsync or close."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from cxrfast import __version__
 from cxrfast.distributed import pick_device
-from cxrfast.errors import CxrfastError, RunError
+from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.model import Classifier, autocast, check_arch, resolve_precision
+from cxrfast.model import Classifier, autocast, check_arch, compiled, resolve_precision, use_tf32
 
 RESERVE = 0.10
 """Share of the memory left to what a trial has not: the loader, NCCL, the buckets of DistributedDataParallel."""
@@ -41,9 +41,6 @@ CPU_LARGEST = 64
 
 KILLED = {-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
 """How a trial ends that the memory killer took, or whose libraries do not expect a failed allocation."""
-
-SHORT = ("memory", "alloc", "could not create", "could not execute")
-"""In the messages of torch, CUDA's libraries and oneDNN when memory runs out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +176,7 @@ def _in_own_process(step: Step, size: int) -> Trial:
     if done.returncode == 0:
         return Trial(**json.loads(done.stdout.splitlines()[-1]))
     tail = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    if done.returncode in KILLED or any(word in tail.lower() for word in SHORT):
+    if done.returncode in KILLED or is_out_of_memory(RuntimeError(tail)):
         return Trial(fits=False)
     raise RunError(f"--micro-batch auto: the trial of {size} images failed, give a number instead: {tail}")
 
@@ -209,10 +206,10 @@ def try_step(step: Step, size: int) -> Trial:
 def _train(step: Step, size: int, device: torch.device) -> None:
     """Two micro-batches and a step after the first: the second finds gradients and Adam's moments in memory."""
     more: dict[str, Any] = {"checkpoint": True} if step.checkpoint else {}
+    use_tf32(step.precision)
+    torch.backends.cudnn.benchmark = True  # as in training: its workspaces count
     model = Classifier(step.arch, step.outputs, **more).to(device).train()
-    forward: Callable[[torch.Tensor], torch.Tensor] = (
-        torch.compile(model, mode=step.compile, dynamic=False) if step.compile else model
-    )
+    forward = compiled(model, step.compile) if step.compile else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=step.precision == "fp16")
     image = torch.zeros((size, 1, step.scale, step.scale), dtype=torch.uint8, device=device)

@@ -21,7 +21,7 @@ from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
-from cxrfast.model import Classifier
+from cxrfast.model import Classifier, without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.predict import load_model, open_reader
 from cxrfast.progress import progress
@@ -37,7 +37,7 @@ def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.T
     bilinearly and divided by its maximum. A map is zero where no position speaks for the finding. Evaluation
     mode, no autocast.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), without_tf32():
         features, logits = _features_and_logits(model, image)
         # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
         (gradient,) = torch.autograd.grad(logits[:, label].sum(), features)

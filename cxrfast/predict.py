@@ -7,7 +7,7 @@ import torch
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
-from cxrfast.model import Classifier, autocast
+from cxrfast.model import Classifier, autocast, use_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
@@ -78,6 +78,7 @@ def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, 
     Puts the model into eval mode, with rank 0's BatchNorm statistics on every rank.
     """
     model.eval()
+    use_tf32(precision)
     world.broadcast_buffers(model)
     rows, logits = [], []
     with torch.inference_mode(), autocast(world.device, precision):

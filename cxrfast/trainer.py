@@ -26,7 +26,7 @@ from cxrfast.errors import RunError
 from cxrfast.labels import positive_weights, targets
 from cxrfast.machine import resident_bytes
 from cxrfast.metrics import auroc, bce
-from cxrfast.model import Classifier, autocast
+from cxrfast.model import Classifier, autocast, compiled, use_tf32
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
@@ -68,6 +68,8 @@ class Trainer:
     def __init__(self, run: Run, ranks: World, model: Classifier, reader: Reader, place: Place) -> None:
         config = run.config
         self.run, self.config, self.ranks, self.place = run, config, ranks, place
+        use_tf32(config.precision)
+        torch.backends.cudnn.benchmark = not place.deterministic  # shapes are fixed
         rows = run.rows()
         self.val_rows = part_rows(rows, "val")
         self._put_labels(rows, reader.info.images)
@@ -135,10 +137,8 @@ class Trainer:
             quiet = {SYNC_BUFFERS: False}
             self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **quiet)  # type: ignore[arg-type]
             self.unsynced = self.forward.no_sync
-        if self.place.compile == "max-autotune":
-            torch._inductor.config.conv_1x1_as_mm = True  # two thirds of the convolutions here are matrix products
         if self.place.compile:
-            self.forward = torch.compile(self.forward, mode=self.place.compile, dynamic=False)  # type: ignore[assignment]
+            self.forward = compiled(self.forward, self.place.compile)
 
     # The loop
 
