@@ -14,6 +14,7 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
+from cxrfast.shards.grid import grid, pack
 from cxrfast.shards.images import BadImage, decode_grey, encode
 from cxrfast.shards.manifest import SetInfo, ShardManifest, versions
 from cxrfast.shards.plan import PLANNING, permutation, rows_per_shard
@@ -97,7 +98,7 @@ def tiny_images(folder: Path, images: int, scale: int) -> Path:
     (folder / str(scale)).mkdir(parents=True)
     info.write(folder)
     noise = np.random.Philox(0).random_raw(64 * scale * scale).astype(np.uint8).reshape(64, scale, scale)
-    jpegs = [encode(image, 95) for image in noise]
+    jpegs, grids = [encode(image, 95) for image in noise], np.stack([grid(image) for image in noise])
     for shard in range(info.shards):
         writer, rows = TarWriter(folder, scale, shard, info.codec), list(info.rows_of(shard))
         for row in rows:
@@ -113,6 +114,7 @@ def tiny_images(folder: Path, images: int, scale: int) -> Path:
             crc32=writer.crc32,
             sizes=[[scale, scale]] * len(rows),
             quarantined={},
+            grids=pack(grids[np.array(rows) % 64]),
         ).write(folder)
     return folder
 

@@ -15,6 +15,7 @@ from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.shards.codec import pgm_header
+from cxrfast.shards.grid import SIDE, unpack
 from cxrfast.shards.manifest import built, read_manifest, read_set, scales_in, shard_path
 from cxrfast.shards.tar import read_index
 
@@ -51,6 +52,8 @@ class Reader:
         self._offset, self._size = np.zeros((2, self.info.images), np.int64)
         self.crc32 = np.zeros(self.info.images, np.uint32)
         """uint32 (images,), of the bytes of each row; 0 for rows that this scale does not hold."""
+        self.grids = np.full((self.info.images, SIDE, SIDE), -1, np.int16)
+        """int16 (images, 4, 4): see `grid`; -1 for rows that this scale does not hold and where a shard has no grids."""
         for shard in shards:
             self._open_index(shard)
         self._header = pgm_header(scale, scale)
@@ -76,6 +79,8 @@ class Reader:
             raise LoadError(f"the index of {tar} belongs to another tar: {self._advice}")
         self._tar[rows], self._offset[rows], self._size[rows] = shard, offsets, sizes
         self.crc32[rows] = manifest.crc32
+        if manifest.grids:
+            self.grids[rows] = unpack(manifest.grids, len(rows))
 
     @property
     def _advice(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from cxrfast import __version__
 from cxrfast.errors import ShardError
 from cxrfast.files import json_bytes, sha256, write_bytes
+from cxrfast.shards.grid import unpack
 from cxrfast.shards.recipe import Recipe
 
 SCHEMA = 2
@@ -121,6 +122,8 @@ class ShardManifest:
     """[height, width] of each row's source image as it was decoded, px."""
     quarantined: dict[str, str]
     """Rows that are left out (JSON keys are text) and why."""
+    grids: str = ""
+    """`grid.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
 
     def to_json(self) -> str:
         """The content of the file."""
@@ -146,6 +149,8 @@ def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
         m = ShardManifest(**json.loads(path.read_bytes()))
         if not len(m.rows) == len(m.crc32) == len(m.sizes):
             raise ValueError("lists of different lengths")
+        if m.grids:
+            unpack(m.grids, len(m.rows))
         if not all(isinstance(row, int) for row in (*m.rows, *map(int, m.quarantined))):
             raise ValueError("rows that are no numbers")
         return m

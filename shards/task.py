@@ -15,6 +15,7 @@ import numpy as np
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.codec import encode_member
+from cxrfast.shards.grid import grid, pack
 from cxrfast.shards.images import BadImage, Reason, at_scales, decode
 from cxrfast.shards.manifest import ShardManifest, shard_path
 from cxrfast.shards.tar import TarWriter
@@ -66,6 +67,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
     quarantined = dict(task.quarantined)
     rows: list[int] = []
     sizes: list[list[int]] = []
+    grids: dict[int, list[np.ndarray]] = {scale: [] for scale in task.scales}
     try:
         for scale in task.scales:
             writers[scale] = TarWriter(task.out, scale, task.shard, task.codec)
@@ -86,6 +88,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             sizes.append(list(source.shape))
             meta = meta_json(image, *source.shape)
             for scale, picture in at_scales(source, task.scales, task.resize).items():
+                grids[scale].append(grid(picture))
                 writers[scale].add(image.row, encode_member(picture, task.codec, task.quality), meta)
         for scale in task.scales:  # one that is replaced is not whole for a while, at any scale
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
@@ -101,6 +104,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                 crc32=writers[scale].crc32,
                 sizes=sizes,
                 quarantined=quarantined,
+                grids=pack(grids[scale]),
             ).write(task.out)
     finally:
         for writer in writers.values():

@@ -64,6 +64,19 @@ def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
     sign(folder)
 
 
+def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> Path:
+    """Make the set, or (scale, shard) of it, what it was before there were grids, and sign it. Returns `folder`."""
+    if shards is None:
+        shards = [(scale, shard) for scale in scales_in(folder) for shard in built(folder, scale)]
+    for scale, shard in shards:
+        path = shard_path(folder, scale, shard, "json")
+        value = json.loads(path.read_bytes())
+        del value["grids"]
+        path.write_text(json.dumps(value) + "\n")
+    sign(folder)
+    return folder
+
+
 def sign(folder: Path) -> None:
     """Write SHA256SUMS anew, so that only contradictions between files remain to be found."""
     manifests = [
