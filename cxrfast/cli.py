@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cxrfast import __version__, config
-from cxrfast.errors import CxrfastError, is_disk_full
+from cxrfast.errors import CxrfastError, is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,6 +128,11 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("cxrfast: interrupted; what was finished is kept, the same command goes on", err=True)
             sys.exit(130)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = (str(error).splitlines() or [type(error).__name__])[0]
+            fail(f"memory ran out ({words}): use a smaller scale, or a machine or GPU with more memory that is free")
         except OSError as error:
             if is_disk_full(error):
                 fail(

@@ -2,17 +2,20 @@
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cxrfast.errors import DeviceError
 from cxrfast.machine import usable_cores
@@ -105,6 +108,21 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
         if size > 1:
             gc.collect()
             dist.destroy_process_group()
+
+
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)  # its name before torch 2.14
+
+
+def parallel(model: nn.Module) -> DistributedDataParallel:
+    """`model` with gradients that are averaged over the ranks; their buffers are left apart, see `World.broadcast_buffers`."""
+    # 1×1 convolutions in channels last have gradients of other strides than torch expects, which is harmless (pytorch#157862)
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    apart = {SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **apart)  # type: ignore[arg-type]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -26,8 +26,13 @@ class DeviceError(CxrfastError):
     """A GPU, a driver or a library that was asked for cannot be used here."""
 
 
-MEMORY_WORDS = ("out of memory", "outofmemory", "not enough memory", "allocat", "could not create", "could not execute")
-"""In the messages of torch, CUDA's libraries, oneDNN and DALI when memory runs out."""
+MEMORY_WORDS = (
+    *("out of memory", "out_of_memory", "outofmemory", "not enough memory", "memoryerror", "memoryallocation"),
+    *("bad_alloc", "alloc_failed", "allocation failed", "allocation_failed"),
+    *("can't allocate", "cannot allocate", "failed to allocate", "unable to allocate"),
+    *("could not create a", "could not execute a"),
+)
+"""In the messages of torch, CUDA's libraries, NumPy, DALI and oneDNN (the last line) when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional as F
 
 from cxrfast import __version__
-from cxrfast.distributed import pick_device
+from cxrfast.config import TrainConfig
+from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
@@ -223,6 +224,31 @@ def _train(step: Step, size: int, device: torch.device) -> None:
         scaler.update()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# Running out of it
+
+
+@contextmanager
+def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
+    """Turn running out of memory in here into a RunError that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if ranks.device.type == "cuda":
+            total = torch.cuda.get_device_properties(ranks.device).total_memory
+            peak = torch.cuda.max_memory_allocated(ranks.device)
+            room = f"the GPU has {total / 2**30:.1f} GiB, training took {peak / 2**30:.1f} of them"
+        else:
+            room = f"the machine has {memory_bytes() / 2**30:.1f} GiB, {ranks.local_size} processes share it"
+        smaller = [n for n in shareable(config.global_batch, ranks.size, config.micro_batch) if n < config.micro_batch]
+        sizes = f"--micro-batch {smaller[-1]}, --micro-batch auto" if smaller else "a smaller --scale"
+        raise RunError(
+            f"memory ran out with micro-batches of {config.micro_batch} images of {config.scale} px in "
+            f"{config.precision} ({room}): use {sizes} or --recompute"
+        ) from error
 
 
 # Remembering

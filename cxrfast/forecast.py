@@ -201,7 +201,10 @@ def _found(plan: Plan, config: TrainConfig, folder: Path) -> tuple[str, int]:
     run = read_run(folder)
     if run.config.set_id != config.set_id:
         raise RunError(_other_set(run, plan, config.set_id))
-    if differences := plan.differences(config, run.config):
+    differences = plan.differences(config, run.config)
+    if differences and run.has_nothing_to_lose:
+        return "start", 0
+    if differences:
         raise RunError(
             f"{folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
             "same options to resume it"

@@ -73,6 +73,12 @@ class Run:
     def is_done(self) -> bool:
         return self.state().get("state") == "done"
 
+    @property
+    def has_nothing_to_lose(self) -> bool:
+        """True if it failed before anything was trained: its folder may take another configuration."""
+        results = ("last.pt", "best.safetensors", "metrics.jsonl")
+        return self.state().get("state") == "failed" and not any((self.folder / name).exists() for name in results)
+
     # metrics
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -153,16 +159,18 @@ def run_folder(runs: Path, config: TrainConfig, name: str | None = None) -> Path
 def start_run(folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> Run:
     """Create the run, or take up the one that is there if its configuration is the same.
 
-    Raises RunError naming the differences if it is not.
+    Raises RunError naming the differences if it is not; but a run that failed with nothing to lose takes the new one.
     """
     if (folder / "config.json").exists():
         run = read_run(folder)
-        if differences := config.differences(run.config):
+        differences = config.differences(run.config)
+        if differences and not run.has_nothing_to_lose:
             raise RunError(
                 f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                 "choose another --runs or --name, or give the same options to resume it"
             )
-        return Run(folder, config, shards)
+        if not differences:
+            return Run(folder, config, shards)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "rows.parquet") as file:
         rows.to_parquet(file, index=False)

@@ -21,7 +21,7 @@ from cxrfast import config as presets
 from cxrfast.config import Place, TrainConfig
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import RunError
-from cxrfast.fit import largest_micro_batch
+from cxrfast.fit import largest_micro_batch, memory_explained
 from cxrfast.model import Classifier, load_weights, resolve_precision
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs import Run, read_run, run_folder, start_run
@@ -153,9 +153,10 @@ def train(config: TrainConfig, place: Place) -> Run:
     """
     if place.stage:
         place = replace(place, shards=staged(place.shards, place.stage, config.scale, quiet=place.quiet))
+    if place.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     with world(place.device, timeout=timedelta(minutes=place.dist_timeout)) as ranks:
-        if place.deterministic:
-            torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
         # where each machine measured its own `auto`
         smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
@@ -177,7 +178,10 @@ def train(config: TrainConfig, place: Place) -> Run:
             return start_run(folder, config, place.shards, rows)
 
         run = ranks.on_first(start)
-        trainer = Trainer(run, ranks, model, reader, place)
+        if ranks.rank:  # else all ranks would drop the same units of different images
+            torch.manual_seed(config.seed + ranks.rank)
+        with memory_explained(config, ranks):
+            trainer = Trainer(run, ranks, model, reader, place)
         if not run.is_done:
             trainer.fit()
         elif ranks.is_first and not place.quiet:

@@ -10,19 +10,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from cxrfast.boards import Board
 from cxrfast.config import Place, TrainConfig
-from cxrfast.distributed import World
-from cxrfast.errors import RunError
+from cxrfast.distributed import World, parallel
+from cxrfast.errors import LoadError, RunError
+from cxrfast.fit import memory_explained
 from cxrfast.labels import positive_weights, targets
 from cxrfast.machine import resident_bytes
 from cxrfast.metrics import auroc, bce
@@ -41,12 +40,6 @@ BEAT_SECONDS = 30.0
 
 EXPLODED = 100.0
 """Mean BCE of a step above which training ends; chance is 0.69."""
-
-SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)  # its name before torch 2.14
 
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:
@@ -133,9 +126,7 @@ class Trainer:
         self.forward: torch.nn.Module = self.model
         self.unsynced: Callable[[], AbstractContextManager[None]] = nullcontext
         if ranks.size > 1:
-            # Statistics are broadcast before they are used (see `score`), not before every forward pass.
-            quiet = {SYNC_BUFFERS: False}
-            self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **quiet)  # type: ignore[arg-type]
+            self.forward = parallel(self.model)
             self.unsynced = self.forward.no_sync
         if self.place.compile:
             self.forward = compiled(self.forward, self.place.compile)
@@ -150,13 +141,17 @@ class Trainer:
         """
         self.restore()
         self._set_state("running")
+        if self.ranks.is_first and not self.place.quiet and self.place.engine == "auto":
+            loader = self.train_loader
+            print(f"{self.run.name}: engine {loader.engine}: {loader.why}", file=sys.stderr, flush=True)
         if self.place.tensorboard and self.ranks.is_first:
             self.board = Board(self.run.folder, self.epoch)
         try:
             with self.stop:  # to the end of the last word: torchrun sends SIGTERM when another rank has ended
                 try:
-                    while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
-                        self.end_epoch(*self.train_epoch())
+                    with memory_explained(self.config, self.ranks):
+                        while self.epoch < self.config.epochs and self.stale < self.config.stop_after:
+                            self.end_epoch(*self.train_epoch())
                 except Preempted as end:
                     self._set_state("preempted", signal=end.signal)
                     raise
@@ -169,13 +164,13 @@ class Trainer:
         self._set_state("done")
 
     def train_epoch(self) -> tuple[int, float]:
-        """The optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""
+        """Take the optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""
         self.begun = time.monotonic()
         self.model.train()
         self.forward.train()
         steps = self.order.global_batches(self.epoch, self.consumed)
         size = self.config.size_at(self.epoch)
-        batches = Timed(self.train_loader.epoch(self.epoch, self.consumed, scale=size))
+        batches = Timed(self.train_loader.epoch(self.epoch, self.consumed, scale=size), self.ranks.device)
         watch = Watch(self, batches, len(steps))
         label = f"{self.run.name} epoch {self.epoch + 1}"
         quiet = (
@@ -225,7 +220,7 @@ class Trainer:
     def end_epoch(self, steps: int, waited: float) -> None:
         """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start."""
         losses = self.ranks.gather(float(self.loss))
-        self.refuse_bad_loss()
+        self.refuse_bad()
         trained = time.monotonic()
         result = self._validate(losses)
         seconds = trained - self.begun
@@ -317,17 +312,31 @@ class Trainer:
     # Ends
 
     @property
-    def _last_good(self) -> str:
+    def _held(self) -> str:
         path = self.run.folder / "last.pt"
-        held = f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
-        return f"{held}: lower --learning-rate or use --precision fp32, under another --name"
+        return f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
 
-    def refuse_bad_loss(self) -> None:
-        """Raises RunError on rank 0, and ends the others, where a step's loss was not finite; to be called by all ranks."""
-        steps = self.ranks.gather(int(self.bad_step))
+    @property
+    def _last_good(self) -> str:
+        return f"{self._held}: lower --learning-rate or use --precision fp32, under another --name"
+
+    def is_bad(self) -> bool:
+        """Has a step's loss exploded, or an image been decoded wrong, on this rank? Waits for the device."""
+        return int(self.bad_step) != NEVER or self._wrong_pixels() is not None
+
+    def _wrong_pixels(self) -> str | None:
+        return self.train_loader.problem() or self.val_loader.problem()
+
+    def refuse_bad(self) -> None:
+        """To be called by all ranks. Raises on rank 0, and ends the others: RunError where a step's loss was not finite,
+        LoadError where an image was decoded wrong."""
+        found = self.ranks.gather((int(self.bad_step), self._wrong_pixels()))
 
         def check() -> None:
-            if steps and (step := min(steps)) != NEVER:
+            steps, problems = zip(*found or [(NEVER, None)], strict=True)
+            if wrong := next((problem for problem in problems if problem), None):
+                raise LoadError(f"{self.run.name}: {wrong}; {self._held}, the same command goes on from there")
+            if (step := min(steps)) != NEVER:
                 rows = self.order.global_batches(self.epoch)[step]
                 raise RunError(
                     f"{self.run.name}: the loss was not finite, or above {EXPLODED:g}, in step {step + 1} of epoch "
@@ -408,8 +417,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write last.pt: all that the rest of the run depends on. Raises RunError, and writes nothing, for a bad loss."""
-        self.refuse_bad_loss()
-        losses = self.ranks.gather(self.loss.item())
+        self.refuse_bad()
+        losses, rng = self.ranks.gather(self.loss.item()), self.ranks.gather(self._rng())
 
         def write() -> None:
             if not all(torch.isfinite(tensor).all() for tensor in self.model.parameters()):
@@ -430,11 +439,19 @@ class Trainer:
                     "best_auroc": self.best_auroc,
                     "losses": losses,
                     "spent": self._seconds(),
-                    "rng": torch.get_rng_state(),
+                    "rng": rng,
                 }
             )
 
         self.ranks.on_first(write)
+
+    def _rng(self) -> dict[str, torch.Tensor | None]:
+        """States of this rank's generators, which dropout and stochastic depth draw from."""
+        device = self.ranks.device
+        return {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -451,7 +468,11 @@ class Trainer:
         losses = checkpoint["losses"]
         same = len(losses) == self.ranks.size
         self.loss.fill_(losses[self.ranks.rank] if same else sum(losses) if self.ranks.is_first else 0.0)
-        torch.set_rng_state(checkpoint["rng"])
+        # another number of ranks cannot go on bitwise: each takes one that is there
+        rng = checkpoint["rng"][self.ranks.rank % len(checkpoint["rng"])]
+        torch.set_rng_state(rng["cpu"])
+        if self.ranks.device.type == "cuda" and rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"], self.ranks.device)
         if self.ranks.is_first:
             self.run.cut_metrics(self.epoch)
             if not self.place.quiet:

@@ -1,6 +1,7 @@
 """What accompanies the steps of an epoch: looks at the loss, heartbeats, checkpoints, votes to stop, a profile."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from cxrfast.machine import resident_bytes
 from cxrfast.pipelines.loader import Batch
+
+CPU = torch.device("cpu")
 
 LOOK_SECONDS = 5.0
 """Between two looks at the losses on the device, each of which waits for it."""
@@ -40,7 +43,7 @@ class Watch:
         trainer, now = self.trainer, time.monotonic()
         if now - self.looked < LOOK_SECONDS:
             return ""
-        self.is_bad = int(int(trainer.bad_step) != NEVER)
+        self.is_bad = int(trainer.is_bad())
         share = self.batches.waited / (now - self.begun)
         memory = (trainer.gpu_peak() or resident_bytes()) / 2**30
         # rank 0's share, of all steps since the epoch began
@@ -61,7 +64,7 @@ class Watch:
         is_late = trainer.ranks.is_first and time.monotonic() - self.saved > 60 * place.checkpoint_minutes
         stop, late, bad = trainer.votes.cast(trainer.stop.number, int(is_late), self.is_bad)
         if bad:
-            trainer.refuse_bad_loss()
+            trainer.refuse_bad()
         if stop:
             trainer.preempt(stop)
         if done == self.steps:
@@ -82,19 +85,48 @@ def profiled(path: Path) -> Iterator[Callable[[], None]]:
 
 
 class Timed(Iterator[Batch]):
-    """Batches, and the seconds that their consumer waited for them."""
+    """Batches, and the seconds that whoever computes on them had nothing to do but wait for one.
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches, self.waited = batches, 0.0
+    On a GPU that is the time between the last kernel that was queued before a batch was asked for and the batch's arrival:
+    a host that runs ahead of the GPU may wait in `next` all the time and cost nothing.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device = CPU) -> None:
+        self.batches, self.device = batches, device
+        self._waited = 0.0
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        """Begin and end of each wait that the GPU may not have reached yet."""
 
     def __next__(self) -> Batch:
-        start = time.monotonic()
+        start, asked = time.monotonic(), self._now()
         try:
             return next(self.batches)
         finally:
-            self.waited += time.monotonic() - start
+            arrived = self._now()
+            if asked is None or arrived is None:
+                self._waited += time.monotonic() - start
+            else:
+                self._waits.append((asked, arrived))
+
+    def _now(self) -> torch.cuda.Event | None:
+        """A mark in the GPU's queue; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @property
+    def waited(self) -> float:
+        """Seconds, of the batches that the GPU has come to."""
+        while self._waits and self._waits[0][1].query():
+            asked, arrived = self._waits.popleft()
+            self._waited += asked.elapsed_time(arrived) / 1000
+        return self._waited
 
     def close(self) -> None:
-        """Of a generator."""
+        """Close a generator, and wait until the GPU has come to the last batch."""
         if isinstance(self.batches, Generator):
             self.batches.close()
+        if self._waits:
+            self._waits[-1][1].synchronize()

@@ -15,14 +15,18 @@ import numpy as np
 import simplejpeg
 import torch
 
-from cxrfast.errors import LoadError
+from cxrfast.errors import LoadError, is_out_of_memory
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Work
+from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.readahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 DEPTH = 2
 """Batches decoded ahead of the consumer, and again as many read ahead of the decoder."""
+
+OLDEST = (2, 1)
+"""Before this version of DALI, giving back a buffer waits for the device, which is an error while a stream is captured."""
 
 Fed = tuple[Any, ...]
 """Of a batch: encoded images or pixels, then angles and flips if there are any."""
@@ -32,11 +36,26 @@ def available() -> bool:
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
+def check_version() -> None:
+    """Raises LoadError where DALI is not installed, or too old."""
+    if not available():
+        raise LoadError("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120`, or use --engine host")
+    from nvidia.dali import __version__
+
+    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise LoadError(
+            f"NVIDIA DALI {__version__} is installed, {oldest} or newer is needed: `pip install -U nvidia-dali-cuda120`, "
+            "or use --engine host"
+        )
+
+
 class DaliEngine:
     """Decode grey (on a GPU: its JPEG engines, `mixed`), resize where the size differs, flip and rotate.
 
     Raw images, and whatever comes from or goes into a `cache`, are made by the CPU and only flipped and rotated here.
-    `hw_decoder_load`: share of the images that a GPU's JPEG engines get; None is DALI's own default.
+    `hw_decoder_load`: share of the images that a GPU's JPEG engines get; None is DALI's own default. `proof` is shown every
+    image at the stored scale, as it was decoded. Raises LoadError where DALI is not installed, or too old.
     """
 
     def __init__(
@@ -47,13 +66,14 @@ class DaliEngine:
         threads: int,
         cache: Path | str | None = None,
         hw_decoder_load: float | None = None,
+        proof: Proof | None = None,
     ) -> None:
-        if not available():
-            raise LoadError("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120`, or use --engine host")
+        check_version()
         self.reader, self.size, self.device, self.threads = reader, size, device, threads
         self.hw_decoder_load = hw_decoder_load
         self._host = HostEngine(reader, size, device, threads, cache)
         self._decodes = not (reader.is_raw or cache)
+        self.proof = proof if self._decodes or size == reader.scale else None
         self._pipe: tuple[tuple[int, bool], _Feed, Any] | None = None
         """With its largest batch, whether it turns images and its feed; None where there is none that can go on."""
 
@@ -68,6 +88,11 @@ class DaliEngine:
                     yield batch
                 return
             except (RuntimeError, LoadError) as error:  # DALI's pipeline is dead now: host decodes, a new one is built
+                if is_out_of_memory(error):
+                    raise LoadError(
+                        f"memory ran out while DALI decoded batches of {len(items[done].rows)} images of {self.size} px: "
+                        f"use a smaller --micro-batch, or --engine host. DALI says: {error}"
+                    ) from error
                 yield from self._host.batches(items[done : done + 1])
                 done, refused = done + 1, refused + isinstance(error, RuntimeError)
                 if refused == 2:  # host found nothing wrong with the images, twice in a row
@@ -92,16 +117,30 @@ class DaliEngine:
             else:
                 feed = _Feed()
                 pipe = self._pipeline(*key, feed)
-            feed.batches = self._encoded(pool, upcoming) if self._decodes else self._made(pool, upcoming)
-            for _ in items:
+            expected: deque[Future[np.ndarray]] = deque()
+            noted = self._note_expected(pool, upcoming, expected)
+            feed.batches = self._encoded(pool, noted) if self._decodes else self._made(pool, noted)
+            for item in items:
                 if self.device.type == "cuda":
                     outputs = pipe.run(torch.cuda.current_stream(self.device).cuda_stream)
                 else:
                     outputs = pipe.run()
                 # the default executor leaves tensors alone that were handed out: no copy
-                yield torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2)
+                images = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+                if self.proof:
+                    self.proof.compare(images[-1], item.rows, expected.popleft().result())
+                yield images[0]
             pipe.reset()
             self._pipe = key, feed, pipe
+
+    def _note_expected(
+        self, pool: ThreadPoolExecutor, items: Iterable[Work], expected: deque[Future[np.ndarray]]
+    ) -> Iterator[Work]:
+        """`items`, while the means that their images should have are put into `expected`, in order."""
+        for item in items:
+            if self.proof:
+                expected.append(pool.submit(self.proof.expected, item.rows))
+            yield item
 
     def _encoded(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
         """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
@@ -143,7 +182,7 @@ class DaliEngine:
             batch_size=batch,
             num_threads=self.threads,
             prefetch_queue_depth=DEPTH,
-            device_id=(self.device.index or 0) if gpu else None,
+            device_id=self.device.index if gpu else None,
         )
         def graph() -> Any:
             sources = fn.external_source(
@@ -153,23 +192,26 @@ class DaliEngine:
                 no_copy=True,
                 dtype=[types.UINT8, types.FLOAT, types.INT32][: 3 if augmented else 1],
             )
-            image = self._decoded(sources[0])
+            decoded = image = self._decoded(sources[0])
+            if self._decodes and self.size != self.reader.scale:
+                side = (self.size, self.size)
+                image = fn.resize(image, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
             if augmented:
                 image = fn.flip(image, horizontal=sources[2])
                 image = fn.rotate(
                     image, angle=sources[1], keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR
                 )
-            return image
+            return (image, decoded) if self.proof and image is not decoded else image
 
         pipe = graph()
         pipe.build()
         return pipe
 
     def _decoded(self, source: Any) -> Any:
-        """Nodes of the graph: what the feed gives → pixels of our size, on the pipeline's device."""
+        """Node of the graph: what the feed gives → pixels on the pipeline's device; those of JPEGs are of the stored size."""
         from nvidia.dali import fn, types
 
-        gpu, stored, size = self.device.type == "cuda", self.reader.scale, self.size
+        gpu, stored = self.device.type == "cuda", self.reader.scale
         if not self._decodes:
             return source.gpu() if gpu else source
         options: dict[str, Any] = {}
@@ -177,10 +219,7 @@ class DaliEngine:
             options = {"preallocate_width_hint": stored, "preallocate_height_hint": stored}
             if self.hw_decoder_load is not None:
                 options["hw_decoder_load"] = self.hw_decoder_load
-        image = fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.GRAY, **options)
-        if size != stored:
-            image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
-        return image
+        return fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.GRAY, **options)
 
 
 class _Feed:

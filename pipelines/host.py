@@ -84,7 +84,8 @@ class HostEngine:
         self.size, self.device, self.threads = size, device, threads
         self.cache = PixelCache(cache, reader, size) if cache else None
         self.pixels = Pixels(reader, size, self.cache)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: torch.cuda.Stream | None = None
+        """Of a GPU, from the first batch on."""
         self._memory = Memory(threads + KEPT)
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
@@ -92,6 +93,8 @@ class HostEngine:
 
         Raises LoadError naming the row that cannot be decoded.
         """
+        if self.device.type == "cuda" and self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
         pending: deque[tuple[torch.Tensor | np.ndarray, list[Future[None]]]] = deque()
         held = 0
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cxrfast-host")

@@ -20,9 +20,11 @@ import torch
 from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
 from cxrfast.pipelines import dali
+from cxrfast.pipelines.choice import choose
 from cxrfast.pipelines.dali import DaliEngine
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Augment, Order, Work
+from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 
 ENGINES = ("auto", "dali", "host")
@@ -48,10 +50,12 @@ class Loader:
     """Iterate the micro-batches that `order` gives this rank.
 
     `scale`: side of the images handed out, px; need not be the reader's. `augment`: None for evaluation.
-    `engine`: `auto` is DALI on a GPU where it is installed, else host threads, which beat DALI's CPU engine by far.
+    `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` is what `choice.choose` says; `why` tells its reason.
     `threads`: default: the usable cores, divided by `local_ranks`.
     `cache`: a folder on a local disk in which decoded pixels are kept, see `pipelines.cache`; may be shared and deleted.
     `hw_decoder_load`: of the dali engine. `order` may be replaced between epochs.
+    `prove`: compare all that DALI decodes with the means in the set's manifests (see `proof`); default: on a GPU. Wrong
+    pixels are found by `check`, which the end of each epoch calls, too. The host engine is the oracle and proves nothing.
     Raises LoadError for an unknown engine and, while iterating, for rows that cannot be read or decoded.
     """
 
@@ -68,21 +72,30 @@ class Loader:
         local_ranks: int = 1,
         cache: Path | str | None = None,
         hw_decoder_load: float | None = None,
+        prove: bool | None = None,
     ) -> None:
         self.reader, self.order, self.augment = reader, order, augment
         self.device = torch.device(device)
+        is_gpu = self.device.type == "cuda"
+        if is_gpu and self.device.index is None:  # else every rank would decode on GPU 0
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if engine not in ENGINES:
             raise LoadError(f"engine {engine!r} is unknown: use one of {', '.join(ENGINES)}")
-        if engine == "auto":
-            engine = "dali" if self.device.type == "cuda" and dali.available() else "host"
-        self.engine = engine
         self.threads = threads or max(1, usable_cores() // local_ranks)
+        self.engine, self.why = engine, "as asked"
+        if engine == "auto":
+            gpu = torch.cuda.get_device_name(self.device) if is_gpu else None
+            self.engine, self.why = choose(gpu, dali.available(), scale or reader.scale, self.threads)
+        proves = is_gpu if prove is None else prove
+        self.proof = Proof(reader, self.device) if proves and self.engine == "dali" else None
         self.cache, self.hw_decoder_load = cache, hw_decoder_load
         self._engine = self._make(scale or reader.scale)
 
     def _make(self, size: int) -> Engine:
         given = (self.reader, size, self.device, self.threads, self.cache)
-        return DaliEngine(*given, self.hw_decoder_load) if self.engine == "dali" else HostEngine(*given)
+        if self.engine == "host":
+            return HostEngine(*given)
+        return DaliEngine(*given, hw_decoder_load=self.hw_decoder_load, proof=self.proof)
 
     def epoch(self, epoch: int = 0, consumed: int = 0, scale: int | None = None) -> Generator[Batch]:
         """The batches of an epoch; `consumed` samples of it (over all ranks) are already behind.
@@ -95,6 +108,19 @@ class Loader:
         micro_batches = self.order.micro_batches(epoch, consumed)
         for rows, image in zip(micro_batches, self._engine.batches(self._work(epoch, micro_batches)), strict=True):
             yield Batch(image, self._on_device(rows))
+        self.check()
+
+    def problem(self) -> str | None:
+        """What is wrong with the images that DALI has decoded so far, naming a row; None if nothing is known to be.
+
+        Waits for the device.
+        """
+        return self.proof.problem() if self.proof else None
+
+    def check(self) -> None:
+        """Raises LoadError where there is a `problem`."""
+        if problem := self.problem():
+            raise LoadError(problem)
 
     def _work(self, epoch: int, micro_batches: list[np.ndarray]) -> Iterator[Work]:
         if not self.augment or not micro_batches:

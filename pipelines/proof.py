@@ -1,0 +1,95 @@
+"""Proof of decoded pixels: batches come in, are compared with the grids of means in the set's manifests on their device,
+and what differs is counted there. Nobody waits for the device until somebody asks.
+
+Hardware JPEG decoders have been reported to overwrite memory that was still in use, without an error (pytorch/vision#9606,
+meta-pytorch/torchcodec#1634), so what a GPU decoded is not taken on trust.
+"""
+
+import numpy as np
+import torch
+
+from cxrfast.pipelines.pixels import Pixels
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.grid import SIDE, STEPS, edges, grid, tolerance
+
+EVERY = 16
+"""Where a set holds no grids, the rows whose number this divides are decoded by the CPU, too, and compared."""
+
+NONE = 2**62
+"""Number of a row that does not exist."""
+
+UNKNOWN = -1
+"""Instead of a mean: nothing to compare with."""
+
+
+class Proof:
+    """Compares images at the stored scale of `reader` with its grids.
+
+    `compare` costs one read of the batch and never waits for the device; `problem` does.
+    """
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self.reader, self.device = reader, device
+        info = reader.info
+        self.tolerance = tolerance(info.codec, info.quality, reader.scale)
+        """Grey levels by which the mean of a cell may differ."""
+        self._pixels = Pixels(reader, reader.scale)
+        self._compared = 0
+        self._found = torch.tensor([0, NONE], dtype=torch.int64)
+        """Number of rows that differ and the smallest of them; moves to the device with the first batch."""
+
+    def expected(self, rows: np.ndarray) -> np.ndarray:
+        """int16 (N, 16): the means that the images of `rows` should have, in steps of 1/128; UNKNOWN where nothing is known.
+
+        Without grids in the set, some rows are decoded here. Raises LoadError for one that does not decode.
+        """
+        means = self.reader.grids[rows].reshape(len(rows), -1)
+        for i in np.flatnonzero((means[:, 0] == UNKNOWN) & (rows % EVERY == 0)).tolist():
+            means[i] = grid(self._pixels.get(int(rows[i]))).ravel()
+        return means
+
+    def compare(self, images: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
+        """Compare uint8 (N, 1, scale, scale), before it is turned, with what `expected` gave for the same rows."""
+        if self._found.device != self.device:
+            self._found = self._found.to(self.device)
+        table = torch.from_numpy(np.column_stack([rows, expected]))  # int64: one small copy to the device
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        row, means = table[:, 0], table[:, 1:]
+        bad = ((cell_means(images) * STEPS - means).abs() > self.tolerance * STEPS) & (means != UNKNOWN)
+        bad = bad.any(1)
+        first = torch.where(bad, row, NONE).min()
+        self._found = torch.stack([self._found[0] + bad.sum(), torch.minimum(self._found[1], first)])
+        self._compared += int((expected[:, 0] != UNKNOWN).sum())
+
+    def problem(self) -> str | None:
+        """What is wrong with the images compared so far, for people; None if nothing is. Waits for the device."""
+        count, first = self._found.tolist()
+        if not count:
+            return None
+        return (
+            f"{count:,} of {self._compared:,} images that DALI decoded and that were compared are not those of the set, "
+            f"first row {first} of {self.reader.folder} at {self.reader.scale} px: this GPU's JPEG decoder cannot be "
+            "trusted: use --engine host"
+        )
+
+
+def cell_means(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 1, H, W) → float32 (N, 16): mean grey of each cell of the 4 × 4 grid, row by row, on the images' device."""
+    if images.device.type != "cpu":
+        return means_by_torch(images)
+    # OpenCV takes a fraction of torch's time
+    return torch.from_numpy(np.stack([grid(image).ravel() for image in images[:, 0].numpy()])).float() / STEPS
+
+
+def means_by_torch(images: torch.Tensor) -> torch.Tensor:
+    """`cell_means` on any device, in one read of the images where 4 divides their sides."""
+    n, _, height, width = images.shape
+    if height % SIDE == 0 and width % SIDE == 0:
+        cells = images.reshape(n, SIDE, height // SIDE, SIDE, width // SIDE)
+        return cells.sum((2, 4), dtype=torch.int32).reshape(n, -1) / (height * width // SIDE**2)
+    y, x = edges(height), edges(width)
+    means = [
+        images[:, 0, y[i] : y[i + 1], x[j] : x[j + 1]].float().mean((1, 2)) for i in range(SIDE) for j in range(SIDE)
+    ]
+    return torch.stack(means, 1)
