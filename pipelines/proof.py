@@ -37,6 +37,7 @@ class Proof:
         self._compared = 0
         self._found = torch.tensor([0, NONE], dtype=torch.int64)
         """Number of rows that differ and the smallest of them; moves to the device with the first batch."""
+        self._largest = torch.zeros(())
 
     def expected(self, rows: np.ndarray) -> np.ndarray:
         """int16 (N, 16): the means that the images of `rows` should have, in steps of 1/128; UNKNOWN where nothing is known.
@@ -51,16 +52,22 @@ class Proof:
     def compare(self, images: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
         """Compare uint8 (N, 1, scale, scale), before it is turned, with what `expected` gave for the same rows."""
         if self._found.device != self.device:
-            self._found = self._found.to(self.device)
+            self._found, self._largest = self._found.to(self.device), self._largest.to(self.device)
         table = torch.from_numpy(np.column_stack([rows, expected]))  # int64: one small copy to the device
         if self.device.type == "cuda":
             table = table.pin_memory().to(self.device, non_blocking=True)
         row, means = table[:, 0], table[:, 1:]
-        bad = ((cell_means(images) * STEPS - means).abs() > self.tolerance * STEPS) & (means != UNKNOWN)
-        bad = bad.any(1)
+        apart = torch.where(means != UNKNOWN, (cell_means(images) - means / STEPS).abs(), 0)
+        self._largest = torch.maximum(self._largest, apart.max())
+        bad = (apart > self.tolerance).any(1)
         first = torch.where(bad, row, NONE).min()
         self._found = torch.stack([self._found[0] + bad.sum(), torch.minimum(self._found[1], first)])
         self._compared += int((expected[:, 0] != UNKNOWN).sum())
+
+    @property
+    def largest(self) -> float:
+        """Largest difference of a cell's mean so far, grey levels. Waits for the device."""
+        return self._largest.item()
 
     def problem(self) -> str | None:
         """What is wrong with the images compared so far, for people; None if nothing is. Waits for the device."""

@@ -64,6 +64,7 @@ def test_real_radiographs_raise_no_alarm(real_set: Path, scale: int) -> None:
     loader = load(real_set, scale)
     assert read_all(loader) == 237
     assert loader.proof._compared == 237
+    assert 0 < loader.proof.largest < loader.proof.tolerance
 
 
 def shifted(images: torch.Tensor) -> torch.Tensor:
