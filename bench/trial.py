@@ -1,0 +1,179 @@
+"""What a trial of a GPU found: `python -m cxrfast.bench.trial RESULTS RUNS`, which `bench/gpu_trial.sh` ends with.
+
+The folder of the steps' results comes in; trial.json and trial.md, with the tables of all benchmarks and what they say about
+`pipelines/choice.py`, go out. Exit code 1 if a step failed or a comparison came out wrong.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from cxrfast.bench.harness import provenance
+from cxrfast.distributed import pick_device
+from cxrfast.errors import CxrfastError
+from cxrfast.files import sha256, write_bytes, write_json
+from cxrfast.markdown import markdown_table
+from cxrfast.pipelines.choice import Rates
+from cxrfast.runs import Run, find_runs
+
+LOSSES_APART = 0.01
+"""Share by which the losses of the same epoch may differ between the engines: same rows and draws, almost the same pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    call: int
+    name: str
+    outcome: str
+    """ok, skipped (the call's time was over), timeout or failed."""
+    seconds: int
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    what: str
+    found: str
+    is_right: bool
+
+
+def read_steps(path: Path) -> list[Step]:
+    """The steps that the script noted: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
+    outcomes = {"0": "ok", "skipped": "skipped", "124": "timeout", "137": "timeout"}
+    with open(path, newline="") as file:
+        return [
+            Step(
+                call=int(call),
+                name=name,
+                outcome=outcomes.get(code, "failed"),
+                seconds=int(seconds),
+                command=" ".join(word.rsplit("/", 1)[-1] for word in command.split()),  # no folders of this machine
+            )
+            for call, name, code, seconds, command in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        ]
+
+
+def compare_runs(runs: dict[str, Run]) -> list[Finding]:
+    """What two runs of the same rows must have in common. `runs`: by the name that the script gave; absent ones say nothing."""
+    found = []
+    if {"train-host", "train-dali"} <= runs.keys():
+        host, dali = ([m["train_loss"] for m in runs[f"train-{engine}"].metrics()] for engine in ("host", "dali"))
+        apart = [abs(a - b) / a for a, b in zip(host, dali, strict=True)]
+        found.append(
+            Finding(
+                what=f"training losses with host and with dali, within {LOSSES_APART:.0%}",
+                found=", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(host, dali, strict=True)),
+                is_right=bool(apart) and max(apart) <= LOSSES_APART,
+            )
+        )
+    if {"deterministic-1", "deterministic-2"} <= runs.keys():
+        hashes = {sha256(runs[f"deterministic-{n}"].folder / "best.safetensors") for n in (1, 2)}
+        found.append(
+            Finding(
+                what="weights of two runs with --deterministic, bitwise",
+                found="the same" if len(hashes) == 1 else "different",
+                is_right=len(hashes) == 1,
+            )
+        )
+    return found
+
+
+def rates(results: dict[str, Any]) -> list[Rates]:
+    """What `pipelines/choice.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran."""
+    steps: dict[int, float] = {}
+    for name, result in results.items():
+        if name.startswith(("ladder", "compiled")):
+            for line in result["lines"]:
+                if line["rounds"]:
+                    steps[line["scale"]] = max(steps.get(line["scale"], 0), median(line["rounds"]))
+    loads = [result for name, result in results.items() if name.startswith("load")]
+    return [
+        Rates(
+            scale=engines["scale"],
+            host=round(engines["host"]["B"] / load["workers"], 1),
+            dali=round(max(engines["dali"]["B"].values()), 1),
+            step=round(steps[engines["scale"]], 1),
+        )
+        for load in loads
+        for engines in load["engines"]
+        if engines["scale"] in steps
+    ]
+
+
+def trial(folder: Path, runs_folder: Path) -> bool:
+    """Write trial.json and trial.md into `folder`. Returns whether every step and every comparison came out right."""
+    steps = read_steps(folder / "steps.tsv")
+    files = [path for path in sorted(folder.glob("*/*.json"))]
+    results = {path.parent.name: json.loads(path.read_bytes()) for path in files}
+    try:
+        runs = {run.folder.parent.name: run for run in find_runs(runs_folder) if run.is_done}
+    except CxrfastError:
+        runs = {}
+    findings, measured = compare_runs(runs), rates(results)
+    where = provenance(pick_device("auto"))
+    epochs = {name: run.metrics() for name, run in runs.items()}
+    write_json(
+        folder / "trial.json",
+        {
+            "steps": [asdict(step) for step in steps],
+            "findings": [asdict(finding) for finding in findings],
+            "rates": [asdict(line) for line in measured],
+            "epochs": epochs,
+            "results": results,
+            "provenance": where,
+        },
+    )
+    tables = "\n".join(path.with_suffix(".md").read_text() for path in files)
+    text = "\n".join(
+        [
+            f"# Trial on {where['gpu'] or where['processor']}\n",
+            *(f"- {what}: {value}" for what, value in where.items() if value is not None),
+            "\n## Steps\n",
+            markdown_table(
+                ["call", "step", "outcome", "s", "command"],
+                [[str(s.call), s.name, s.outcome, str(s.seconds), s.command] for s in steps],
+            ),
+            "## Findings\n",
+            *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
+            "\n## Epochs\n",
+            _epochs(epochs),
+            "## For pipelines/choice.py\n",
+            *(f"    {line}," for line in measured),
+            "",
+        ]
+    )
+    write_bytes(folder / "trial.md", f"{text}\n{tables}".encode())
+    print(text)
+    return all(s.outcome in ("ok", "skipped") for s in steps) and all(f.is_right for f in findings)
+
+
+def _epochs(epochs: dict[str, list[dict[str, Any]]]) -> str:
+    def gib(size: int | None) -> str:
+        return "-" if size is None else f"{size / 2**30:.2f}"
+
+    rows = [
+        [
+            name,
+            str(m["epoch"] + 1),
+            f"{m['train_loss']:.4f}",
+            f"{m['val_loss']:.4f}",
+            f"{m['images_per_s']:,.0f}",
+            f"{m['waiting_share']:.1%}",
+            gib(m["gpu_peak_bytes"]),
+        ]
+        for name, lines in epochs.items()
+        for m in lines
+    ]
+    head = ["run", "epoch", "train loss", "validation loss", "images/s", "waiting", "torch GiB"]
+    return markdown_table(head, rows)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(0 if trial(Path(sys.argv[1]), Path(sys.argv[2])) else 1)
