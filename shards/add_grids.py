@@ -37,7 +37,7 @@ def add_grids(folder: Path, codec: str, workers: int, quiet: bool = False) -> tu
         for scale, shard, _ in without:
             name, m = shard_name(scale, shard, "json"), read_manifest(folder, scale, shard)
             assert m is not None  # it was there a moment ago
-            places = [(offset, size) for _, offset, size in read_index(folder, scale, shard)]
+            places = read_index(folder, scale, shard)
             try:
                 grids = take_grids(shard_path(folder, scale, shard, "tar"), places, codec, workers, advance)
             except ShardError as error:
@@ -52,33 +52,26 @@ def add_grids(folder: Path, codec: str, workers: int, quiet: bool = False) -> tu
 
 def take_grids(
     tar: Path,
-    places: list[tuple[int, int]],
+    places: list[tuple[int, int, int]],
     codec: str,
     workers: int,
     advance: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """The grids of the decoded images of a tar at these (offset, bytes), int16 (n, 4, 4). Threads: decoding releases the GIL.
+    """The grids of the decoded images of a tar at these (row, offset, bytes), int16 (n, 4, 4).
 
-    Raises ShardError naming an image that cannot be decoded.
+    Threads: decoding releases the GIL. Raises ShardError naming a row that cannot be decoded.
     """
-    grids = np.empty((len(places), SIDE, SIDE), np.int16)
 
-    def take(place: tuple[int, int]) -> np.ndarray | BadImage:
+    def take(place: tuple[int, int, int]) -> np.ndarray:
+        row, offset, size = place
         try:
-            return grid(decode_member(os.pread(descriptor, place[1], place[0]), codec))
+            return grid(decode_member(os.pread(file.fileno(), size, offset), codec))
         except BadImage as error:
-            return error
+            raise ShardError(f"row {row} in {tar} is {error.reason}: restore the tar from a copy") from error
 
-    descriptor = os.open(tar, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for number, taken in enumerate(pool.map(take, places)):
-                if isinstance(taken, BadImage):
-                    raise ShardError(
-                        f"image {number} of {tar} cannot be decoded ({taken.reason}): restore the tar from a copy"
-                    )
-                grids[number] = taken
-                advance()
-    finally:
-        os.close(descriptor)
+    grids = np.empty((len(places), SIDE, SIDE), np.int16)
+    with open(tar, "rb") as file, ThreadPoolExecutor(workers) as pool:
+        for number, taken in enumerate(pool.map(take, places)):
+            grids[number] = taken
+            advance()
     return grids

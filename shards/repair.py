@@ -38,8 +38,9 @@ def repair(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Repair:
-    """Mend what `verify` finds, and add grids where shards have none. `tree` is the source, needed where a tar or the plan is broken.
+    """Mend what `verify` finds, and then add grids where shards have none.
 
+    `tree` is the source, needed where a tar or the plan is broken, and for the old bytes of a lost manifest of JPEGs.
     A file that comes out with other bytes than it had, because libraries or images have changed, is left as it is
     unless `accept_new_bytes`. Foreign files are left alone. Raises ShardError where there is nothing to go by.
     """

@@ -46,7 +46,7 @@ class Repair:
         return name not in self.sums or self.is_good(name)
 
     def put(self, name: str, data: bytes, how: str, is_new: bool = False) -> None:
-        """Write a file made again, if it differs; but not one that contradicts SHA256SUMS, unless it must (`is_new`)."""
+        """Write a file made again, if it differs; one that contradicts SHA256SUMS only if it is known to be new."""
         path = self.folder / name
         try:
             if path.is_file() and path.read_bytes() == data:
@@ -67,7 +67,7 @@ class Repair:
         return sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
 
     def report(self) -> list[str]:
-        """A line a file."""
+        """One line per file."""
         done = [f"mended: {problem.path}: {problem.what}" for problem in self.done]
         return done + [f"not mended: {name}: {why}" for name, why in self.failed.items()]
 
@@ -87,6 +87,7 @@ def manifest_of(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardMan
 
 
 def readable(work: Repair, info: SetInfo) -> Iterator[ShardManifest]:
+    """All manifests that can be read and belong where they are."""
     for scale in manifest.scales_in(work.folder):
         for shard in manifest.built(work.folder, scale):
             if m := manifest_of(work, info, scale, shard):

@@ -73,7 +73,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_other_shards_get_their
     replace_image(old, 32, 70, image_bytes(old, 32, 70)[:300])
     failed = repair(old, quiet=True).failed
     assert list(failed) == ["32/000001.json"]
-    assert "image 6 in" in failed["32/000001.json"]
+    assert "row 70 in" in failed["32/000001.json"]
     assert "32/000001.tar is truncated: restore the tar" in failed["32/000001.json"]
     assert [(m.scale, m.shard) for m in read_manifests(old) if m.lacks_grids] == [(32, 1)]
     assert verify(old, quiet=True).problems == []
