@@ -330,9 +330,13 @@ def describe(shards: Path, out: Path) -> None:
 
 @cli.command()
 @click.argument("shards", type=FOLDER, metavar="SET")
-@click.option("--deep", is_flag=True, help="Decode every image too.")
+@click.option("--deep", is_flag=True, help="Decode every image too, and compare it with its grid.")
 @click.option("--source", is_flag=True, help="Compare the source tree with its SHA256SUMS.txt too.")
-@click.option("--repair", is_flag=True, help="Give what is broken back the bytes it had, and say how.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Give what is broken back the bytes it had, shards without grids theirs, and say how.",
+)
 @click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
 @click.option("--accept-new-bytes", is_flag=True, help="With --repair: keep other bytes where the old cannot be had.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that repair. [default: usable cores]")

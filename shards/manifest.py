@@ -125,9 +125,16 @@ class ShardManifest:
     grids: str = ""
     """`grid.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
 
+    @property
+    def lacks_grids(self) -> bool:
+        return bool(self.rows) and not self.grids
+
     def to_json(self) -> str:
-        """The content of the file."""
-        return json.dumps(asdict(self)) + "\n"
+        """The content of the file. Without grids it is what earlier versions wrote, byte for byte."""
+        fields = asdict(self)
+        if not self.grids:
+            del fields["grids"]
+        return json.dumps(fields) + "\n"
 
     def write(self, folder: Path) -> None:
         write_bytes(shard_path(folder, self.scale, self.shard, "json"), self.to_json().encode())

@@ -89,6 +89,8 @@ class Contents:
     index: bytes
     """Of its .idx file."""
     rows: list[int]
+    places: list[tuple[int, int, int]]
+    """Row, offset and bytes of each image, as `read_index` gives them."""
     image_ids: list[str]
     crc32: list[int]
     sizes: list[list[int]]
@@ -98,6 +100,7 @@ def read_contents(path: Path) -> Contents:
     """Everything about a sound tar that its index and manifest repeat."""
     lines: list[str] = []
     rows: list[int] = []
+    places: list[tuple[int, int, int]] = []
     image_ids: list[str] = []
     crc32: list[int] = []
     sizes: list[list[int]] = []
@@ -109,11 +112,12 @@ def read_contents(path: Path) -> Contents:
             )
             data, meta = (tar.extractfile(m).read() for m in (image, text))  # type: ignore[union-attr]
             rows.append(int(Path(image.name).stem))
+            places.append((rows[-1], image.offset_data, image.size))
             crc32.append(zlib.crc32(data))
             values = json.loads(meta)
             image_ids.append(values["image_id"])
             sizes.append([values["height"], values["width"]])
-    return Contents(index=index_bytes(lines), rows=rows, image_ids=image_ids, crc32=crc32, sizes=sizes)
+    return Contents(index=index_bytes(lines), rows=rows, places=places, image_ids=image_ids, crc32=crc32, sizes=sizes)
 
 
 def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:

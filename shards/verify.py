@@ -15,6 +15,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards import manifest
 from cxrfast.shards.codec import decode_member
+from cxrfast.shards.grid import STEPS, grid, tolerance, unpack
 from cxrfast.shards.manifest import (
     SetInfo,
     ShardManifest,
@@ -47,6 +48,8 @@ class Verdict:
     rows: dict[int, int]
     """Rows held a scale; empty where files have changed."""
     quarantined: int
+    without_grids: int
+    """Manifests, of all scales; earlier versions took no grids."""
     bytes: int
     """Read and hashed."""
     seconds: float
@@ -72,6 +75,7 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
     held: dict[int, int] = {}
     quarantined: dict[int, int] = {}
+    without_grids = 0
     if info and not problems:  # what follows reads files that are known to be as they were signed
         try:
             problems += _plan_problems(folder, info)
@@ -79,16 +83,18 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
                 manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
                 held[scale] = sum(len(m.rows) for m in manifests)
                 quarantined[scale] = sum(len(m.quarantined) for m in manifests)
+                without_grids += sum(m.lacks_grids for m in manifests)
                 problems += _misplaced(folder, scale, manifests, sums)
                 problems += _shard_problems(folder, info, manifests)
                 if deep:
-                    problems += _image_problems(folder, info.codec, manifests, quiet)
+                    problems += _image_problems(folder, info, manifests, quiet)
         except ShardError as error:  # a file that makes no sense, and was signed so
             problems.append(Problem(".", str(error)))
     return Verdict(
         info=info,
         rows=held,
         quarantined=max(quarantined.values(), default=0),
+        without_grids=without_grids,
         bytes=sum((folder / name).stat().st_size for name in there - irregular if name in sums),
         seconds=seconds,
         problems=problems,
@@ -101,6 +107,8 @@ def describe(verdict: Verdict, folder: Path, deep: bool = False) -> str:
     planned = verdict.info.images if verdict.info else 0
     partly = [f"{scale} px" for scale, n in verdict.rows.items() if n + verdict.quarantined < planned]
     rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
+    if verdict.without_grids:
+        rest += f"; shards that hold no grids: {verdict.without_grids:,} (`cxrfast verify --repair` adds them)"
     return (
         f"{folder}: {held}; {planned:,} planned, {verdict.quarantined:,} quarantined; "
         f"{_speed(verdict.bytes, verdict.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
@@ -196,13 +204,13 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
             yield Problem(name, str(error))
 
 
-def _image_problems(folder: Path, codec: str, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
-    """Images that do not decode to scale × scale pixels or differ from their crc32, a shard a thread."""
+def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
+    """Images that do not decode to scale × scale pixels or differ from their crc32 or grid, a shard a thread."""
     scale = manifests[0].scale if manifests else 0
     ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
 
     def look(m: ShardManifest) -> list[Problem]:
-        return _decode_shard(folder, codec, m, ids[m.rows].tolist())
+        return _decode_shard(folder, info, m, ids[m.rows].tolist())
 
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
@@ -213,24 +221,29 @@ def _image_problems(folder: Path, codec: str, manifests: list[ShardManifest], qu
             advance(len(m.rows))
 
 
-def _decode_shard(folder: Path, codec: str, m: ShardManifest, ids: list[str]) -> list[Problem]:
+def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> list[Problem]:
     path = shard_path(folder, m.scale, m.shard, "tar")
     name = str(path.relative_to(folder))
     problems = []
     if read_contents(path).image_ids != ids:
         return [Problem(name, "holds other images than the plan says")]
+    grids = unpack(m.grids, len(m.rows)) / STEPS if m.grids else None
     with open(path, "rb") as tar:
-        for (row, offset, size), crc in zip(read_index(folder, m.scale, m.shard), m.crc32, strict=True):
+        for n, (row, offset, size) in enumerate(read_index(folder, m.scale, m.shard)):
             tar.seek(offset)
             data = tar.read(size)
             try:
-                shape = decode_member(data, codec).shape
+                image = decode_member(data, info.codec)
             except BadImage as error:
                 problems.append(Problem(name, f"row {row}: {error.reason}"))
                 continue
-            if shape != (m.scale, m.scale):
-                problems.append(Problem(name, f"row {row} is {shape[1]} × {shape[0]} px"))
-            if zlib.crc32(data) != crc:
+            if image.shape != (m.scale, m.scale):
+                problems.append(Problem(name, f"row {row} is {image.shape[1]} × {image.shape[0]} px"))
+            elif grids is not None:
+                off = abs(grid(image) / STEPS - grids[n]).max()
+                if off > tolerance(info.codec, info.quality, m.scale):
+                    problems.append(Problem(name, f"row {row} differs from its grid, by up to {off:.1f} grey levels"))
+            if zlib.crc32(data) != m.crc32[n]:
                 problems.append(Problem(name, f"row {row} differs from its crc32"))
     return problems
 

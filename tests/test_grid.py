@@ -3,6 +3,7 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
+import simplejpeg
 from damage import copy_set, without_grids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,15 @@ def test_decoded_radiographs_are_well_within_the_tolerance_and_others_are_not(re
         assert np.abs(deviations(reader)).max() < room
         of_others = np.roll(reader.grids, 1, axis=0) / STEPS - reader.grids / STEPS
         assert (np.abs(of_others).max(axis=(1, 2)) > tolerance("jpeg", 95, scale)).all()
+
+
+@pytest.mark.parametrize("scale", [64, 256, 1024])
+def test_a_decoder_with_another_inverse_dct_stays_within_the_tolerance(real_set, scale):
+    with Reader(real_set, scale) as reader:
+        for row in reader.rows.tolist():
+            decoded = simplejpeg.decode_jpeg(bytes(reader.read(row)), "GRAY", fastdct=True)[:, :, 0]
+            off = np.abs(cell_means(decoded) - reader.grids[row] / STEPS).max()
+            assert off < tolerance("jpeg", 95, scale)
 
 
 @pytest.mark.parametrize("quality", [20, 50, 75, 95])

@@ -4,13 +4,15 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from damage import contents, copy_set, flip_bit
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build as build_set
+from cxrfast.shards.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.lease import Lease
-from cxrfast.shards.manifest import shard_path
+from cxrfast.shards.manifest import read_set, shard_path
 from cxrfast.shards.recipe import Recipe
 from cxrfast.shards.relabel import relabel
 from cxrfast.shards.repair import Repair
@@ -30,6 +32,13 @@ def repair(folder: Path, tree: Path | None = None, **options) -> Repair:
 
 def problems(folder: Path) -> list[str]:
     return [f"{problem.path}: {problem.what}" for problem in verify(folder, quiet=True).problems]
+
+
+def requantise(path: Path) -> None:
+    """Give a JPEG other pixels, in as many bytes."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\xff\xdb") + 8] += 3
+    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -68,9 +77,85 @@ def test_lists_indexes_and_manifests_are_made_again_without_the_source(corrupt, 
             repair(folder)
         return
     work = repair(folder)
+    if path.match("32/*.json") and read_set(folder).codec == "jpeg":
+        assert_same_but_for_grids(folder, corrupt[1], "32/000001.json")
+        assert work.report() == [
+            "mended: 32/000001.json: made again from its tar, its grids from its images",
+            "mended: SHA256SUMS: written anew",
+        ]
+        return
     assert contents(folder) == contents(corrupt[1])
     assert [problem.path for problem in work.done] == [str(path.relative_to(folder))]
     assert not work.failed
+
+
+def assert_same_but_for_grids(folder: Path, whole: Path, *manifests: str) -> None:
+    """Every file has its old bytes, but for the grids of JPEGs in these manifests, and their hashes; and all agree."""
+    there, then = contents(folder), contents(whole)
+    for name in manifests:
+        new, old = json.loads(there.pop(name)), json.loads(then.pop(name))
+        now, before = (unpack(m.pop("grids"), len(m["rows"])).astype(int) for m in (new, old))
+        assert new == old
+        assert 0 < np.abs(now - before).max() < STEPS * tolerance("jpeg", 95, new["scale"])
+    sums = [
+        dict(line.split("  ")[::-1] for line in files.pop("SHA256SUMS").decode().splitlines())
+        for files in (there, then)
+    ]
+    assert there == then
+    assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == set(manifests)
+    assert sums[0].keys() == sums[1].keys()
+    assert verify(folder, deep=True, quiet=True).problems == []
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_with_the_source_a_manifest_has_its_very_bytes_again(corrupt, tmp_path, how):
+    folder = copy_set(corrupt[1], tmp_path / "set")
+    path = shard_path(folder, 32, 1, "json")
+    if how == "changed":
+        flip_bit(path, path.stat().st_size - 30)  # in its grids: it can be read, and all else agrees with the tar
+    else:
+        path.unlink()
+    repair(folder, corrupt[0])
+    assert contents(folder) == contents(corrupt[1])
+
+
+def test_where_the_source_has_changed_a_manifest_is_made_from_its_tar_and_the_tar_stays(
+    phantoms, folder, tiny_set, tmp_path
+):
+    tree = shutil.copytree(phantoms, tmp_path / "mimic")
+    requantise(tree / read_rows(folder / "rows.parquet")["path"][3])
+    shard_path(folder, 32, 0, "json").unlink()
+    gone = copy_set(folder, tmp_path / "gone")
+    repair(folder, tree, accept_new_bytes=True)
+    assert_same_but_for_grids(folder, tiny_set, "32/000000.json")
+    (tree / read_rows(gone / "rows.parquet")["path"][3]).unlink()
+    repair(gone, tree)
+    assert_same_but_for_grids(gone, tiny_set, "32/000000.json")
+
+
+def test_a_manifest_whose_line_is_lost_keeps_its_grids_if_its_images_agree_with_them(folder, tiny_set):
+    lines = (tiny_set / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000001.json" not in line))
+    repair(folder)
+    assert contents(folder) == contents(tiny_set)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000001.json" not in line))
+    path = shard_path(folder, 64, 1, "json")
+    value = json.loads(path.read_bytes())
+    grids = unpack(value["grids"], 64).copy()
+    grids[9] += 5 * STEPS
+    path.write_text(json.dumps({**value, "grids": pack(grids)}) + "\n")
+    repair(folder)
+    assert_same_but_for_grids(folder, tiny_set, "64/000001.json")
+
+
+def test_a_tar_made_again_does_not_change_the_grids_that_were_signed(phantoms, folder, tmp_path):
+    shard_path(folder, 32, 1, "json").unlink()
+    repair(folder)
+    with_grids_of_images = contents(folder)
+    flip_bit(shard_path(folder, 32, 1, "tar"), 700)
+    work = repair(folder, phantoms)
+    assert [problem.path for problem in work.done] == ["32/000001.tar"]
+    assert contents(folder) == with_grids_of_images
 
 
 def test_a_wrong_line_in_the_sums_does_not_condemn_the_file_it_names(folder, tiny_set):
@@ -125,10 +210,7 @@ def test_the_plan_made_again_remembers_what_was_missing(corrupt, tmp_path):
 def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unasked(phantoms, folder, tiny_set, tmp_path):
     tree = shutil.copytree(phantoms, tmp_path / "mimic")
     rows = read_rows(folder / "rows.parquet")
-    path = tree / rows["path"][3]
-    data = bytearray(path.read_bytes())
-    data[data.index(b"\xff\xdb") + 8] += 3  # of the quantisation table: other pixels, as many bytes
-    path.write_bytes(data)
+    requantise(tree / rows["path"][3])
     flip_bit(shard_path(folder, 32, 0, "tar"), 5000)
     before = contents(folder)
     work = repair(folder, tree)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import copy_set, flip_bit, image_bytes, replace_image, sign
+from damage import copy_set, flip_bit, image_bytes, replace_image, sign, without_grids
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
-from cxrfast.shards.codec import pgm_header
+from cxrfast.shards.codec import encode_member, pgm_header
+from cxrfast.shards.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.images import encode
 from cxrfast.shards.manifest import read_set, shard_path
 from cxrfast.shards.rows import read_rows, write_rows
-from cxrfast.shards.verify import Problem, Verdict, verify
+from cxrfast.shards.verify import Problem, Verdict, describe, verify
 
 
 def check(folder: Path, deep: bool = False) -> Verdict:
@@ -115,7 +116,8 @@ def test_a_shard_lost_between_others_is_found(folder):
 def test_rows_that_are_neither_held_nor_quarantined_are_found(folder):
     path = shard_path(folder, 64, 1, "json")
     value = json.loads(path.read_bytes())
-    change(path, rows=value["rows"][:-1], crc32=value["crc32"][:-1], sizes=value["sizes"][:-1])
+    shorter = {name: value[name][:-1] for name in ("rows", "crc32", "sizes")}
+    change(path, **shorter, grids=pack(unpack(value["grids"], 64)[:-1]))
     sign(folder)
     assert {p.what for p in check(folder).problems} == {
         "does not account for the rows 64 to 127",
@@ -170,6 +172,35 @@ def test_deep_finds_a_checksum_of_another_image(either_set, tmp_path):
     change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
     sign(folder)
     assert check(folder, deep=True).problems == [Problem("64/000000.tar", "row 5 differs from its crc32")]
+
+
+def test_deep_finds_an_image_that_decodes_and_is_another(either_set, tmp_path):
+    folder = copy_set(either_set, tmp_path / "set")
+    codec = read_set(folder).codec
+    replace_image(
+        folder, 32, 70, encode_member(np.full((32, 32), 90, np.uint8), codec, 95 if codec == "jpeg" else None)
+    )
+    assert check(folder).problems == []
+    (problem,) = check(folder, deep=True).problems
+    assert problem.path == "32/000001.tar"
+    assert re.fullmatch(r"row 70 differs from its grid, by up to \d+\.\d grey levels", problem.what)
+
+
+def test_deep_finds_a_grid_that_is_off_by_more_than_decoding_may_be(folder):
+    path = shard_path(folder, 64, 1, "json")
+    grids = unpack(json.loads(path.read_bytes())["grids"], 64).copy()
+    grids[6, 3, 0] += np.int16(1.5 * STEPS * tolerance("jpeg", 95, 64))
+    change(path, grids=pack(grids))
+    sign(folder)
+    assert [p.what[:28] for p in check(folder, deep=True).problems] == ["row 70 differs from its grid"]
+
+
+def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no_grids(folder):
+    assert "grids" not in describe(check(folder), folder)
+    without_grids(folder, [(64, 1)])
+    verdict = check(folder, deep=True)
+    assert (verdict.problems, verdict.without_grids) == ([], 1)
+    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in describe(verdict, folder)
 
 
 @pytest.mark.parametrize("what", ["empty folder", "folder in the place of a file", "dangling link", "pipe"])
