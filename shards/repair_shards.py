@@ -44,11 +44,14 @@ class Derived:
     is_exact: bool
     """False where the grids are of decoded images, and were of others."""
 
-    def put(self, work: Repair) -> None:
+    def put(self, work: Repair, why: str = "") -> None:
+        """Write index and manifest. `why`: what kept the shard from being built again from the source."""
         _, index, text = files_of(self.manifest.scale, self.manifest.shard)
         work.put(index, self.index, "made again from its tar")
         if not work.is_good(text):
             how = "made again from its tar" + ("" if self.is_exact else ", its grids from its images")
+            if why and work.tree:
+                how += f", since from the source it could not be ({why})"
             work.put(text, self.manifest.to_json().encode(), how, is_new=not self.is_exact)
 
 
@@ -79,8 +82,8 @@ def restore_shards(work: Repair, plan: Plan) -> list[ShardManifest]:
                     inexact[scale, shard] = derived
     manifests += _build_again(work, plan, rebuild)
     for (scale, shard), derived in inexact.items():
-        if work.failed.pop(files_of(scale, shard)[0], None):
-            derived.put(work)
+        if why := work.failed.pop(files_of(scale, shard)[0], None):
+            derived.put(work, why)
             manifests.append(derived.manifest)
     return [m for m in manifests if m]
 
