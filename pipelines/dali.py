@@ -74,6 +74,7 @@ class DaliEngine:
         self._host = HostEngine(reader, size, device, threads, cache)
         self._decodes = not (reader.is_raw or cache)
         self.proof = proof if self._decodes or size == reader.scale else None
+        self._lent = _Lent(device) if device.type == "cuda" else None
         self._pipe: tuple[tuple[int, bool], _Feed, Any] | None = None
         """With its largest batch, whether it turns images and its feed; None where there is none that can go on."""
 
@@ -101,6 +102,8 @@ class DaliEngine:
                     ) from error
 
     def close(self) -> None:
+        if self._lent:
+            self._lent.give_back()
         self._pipe = None
         self._host.close()
 
@@ -121,15 +124,12 @@ class DaliEngine:
             noted = self._note_expected(pool, upcoming, expected)
             feed.batches = self._encoded(pool, noted) if self._decodes else self._made(pool, noted)
             for item in items:
-                if self.device.type == "cuda":
-                    outputs = pipe.run(torch.cuda.current_stream(self.device).cuda_stream)
-                else:
-                    outputs = pipe.run()
-                # the default executor leaves tensors alone that were handed out: no copy
+                outputs = pipe.run(torch.cuda.current_stream(self.device)) if self._lent else pipe.run()
+                # the default executor leaves tensors alone that were handed out and are still held
                 images = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
                 if self.proof:
                     self.proof.compare(images[-1], item.rows, expected.popleft().result())
-                yield images[0]
+                yield self._lent.copy(images) if self._lent else images[0]
             pipe.reset()
             self._pipe = key, feed, pipe
 
@@ -230,6 +230,35 @@ class _Feed:
 
     def next(self) -> Fed:
         return next(self.batches)
+
+
+class _Lent:
+    """DALI's memory of batches on a GPU, held until torch's stream has come past the kernels that read it.
+
+    DALI takes back what nobody refers to in the order of its own stream, which knows nothing of torch's kernels, and writes
+    the next images there. So batches are copied into torch's memory, which moves 0.02 % of the bytes of a training step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
+
+    def copy(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """The first of `images`, in memory of its own; all of them may be read by kernels that are queued already."""
+        copied = images[0].clone()
+        read = torch.cuda.Event()
+        read.record(torch.cuda.current_stream(self.device))
+        self._held.append((read, images))
+        while self._held and (self._held[0][0].query() or len(self._held) > 2 * DEPTH):
+            event, _ = self._held.popleft()
+            event.synchronize()  # waits only for a host that runs far ahead
+        return copied
+
+    def give_back(self) -> None:
+        """Wait for the kernels, then hold nothing."""
+        for event, _ in self._held:
+            event.synchronize()
+        self._held.clear()
 
 
 def _ahead(items: Iterable[Work], begin: Any) -> Iterator[tuple[Work, Any]]:
