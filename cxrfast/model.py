@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,8 +203,10 @@ def use_tf32(precision: str) -> None:
     torch computes float32 convolutions in TF32 (10 bits of mantissa) by default, so that fp32 would not be float32 on a GPU.
     """
     # the older of torch's two settings: inductor reads it, and fails where the newer one was set
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
 @contextmanager
