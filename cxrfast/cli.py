@@ -784,12 +784,21 @@ def ahead(
         click.echo(f"{len(scripts)} job scripts in {sbatch}; read one, then queue them all: {submit}")
 
 
+BENCH_MINUTES = 2.0
+"""How long `cxrfast bench` takes without a command."""
+
+
 @cli.group(invoke_without_command=True)
+@click.option("--full", is_flag=True, help="Without a command: take all the time that `step` needs.")
 @click.pass_context
-def bench(ctx: click.Context) -> None:
-    """How fast, and with how much memory. Without a command: `step`."""
+def bench(ctx: click.Context, full: bool) -> None:
+    """How fast, and with how much memory. Without a command: `step`, in two minutes."""
     if ctx.invoked_subcommand is None:
-        ctx.invoke(step)
+        limit = "as long as it takes" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
+        click.echo(f"cxrfast bench: memory and images/s of training by resolution, {limit}", err=True)
+        ctx.invoke(step, minutes=None if full else BENCH_MINUTES)
+    elif full:
+        fail("--full belongs to `cxrfast bench` without a command: leave out --minutes instead")
 
 
 RESULTS = click.option(
@@ -799,6 +808,16 @@ RESULTS = click.option(
 ROUNDS = click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them."
 )
+
+MINUTES = click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End after about so long: fewer rounds, and what does not fit is left out. [default: no limit]",
+)
+
+
+def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--only", metavar="NAME", multiple=True, help=f"This {what} only; may be given again.")
 
 
 @bench.command()
@@ -814,6 +833,7 @@ ROUNDS = click.option(
     help="Measured time a figure.",
 )
 @ROUNDS
+@MINUTES
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
