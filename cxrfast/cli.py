@@ -862,14 +862,16 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--compile", "with_compile", is_flag=True, help="torch.compile, too: minutes more a scale.")
 @click.option("--profile", "with_profile", is_flag=True, help="Time by kind of kernel at the largest scale, too.")
+@only_option("rung")
+@MINUTES
 @RESULTS
-def ladder(scales: tuple[int, ...], out: Path, **options: Any) -> None:
+def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
     from cxrfast.bench.ladder import bench as measure
     from cxrfast.bench.ladder import sections
     from cxrfast.bench.tables import to_tables
 
-    show(*to_tables(sections(measure(list(scales), out, **options))))
+    show(*to_tables(sections(measure(list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 
