@@ -919,14 +919,16 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @click.option("--engines", "with_engines", is_flag=True, help="host against dali on the device, in detail, too.")
 @click.option("--cold", "with_cold", is_flag=True, help="Passes with an empty page cache, too.")
 @click.option("--large", "with_large", is_flag=True, help="A set of 377,110 rows, too: a minute more.")
+@only_option("way of loading")
+@MINUTES
 @RESULTS
-def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
     from cxrfast.bench.load import bench as measure
     from cxrfast.bench.load import sections
     from cxrfast.bench.tables import to_tables
 
-    show(*to_tables(sections(measure(shards, list(scales), out, **options))))
+    show(*to_tables(sections(measure(shards, list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 
