@@ -1,16 +1,19 @@
-"""How to measure: interleaved rounds in one process, medians with their spread, and where it all ran."""
+"""How to measure: interleaved rounds in one process, medians with their spread, a time to end, and where it all ran."""
 
 import json
+import math
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,10 @@ import torch
 from matplotlib.figure import Figure as Plot
 
 from cxrfast.distributed import dali_build, nvidia_driver
-from cxrfast.errors import CxrfastError, RunError
+from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.progress import progress
+from cxrfast.progress import Advance, duration, progress
 from cxrfast.shards.manifest import versions
 
 
@@ -41,68 +44,215 @@ class Figure:
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
-def interleave(measurements: Mapping[str, Callable[[float], float]], seconds: float, rounds: int) -> dict[str, Figure]:
+# Time
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time until which work may be started, or a share of it. Without an end there is always enough."""
+
+    end: float = math.inf
+    """On `clock`, which is the same for all processes of a machine."""
+    last: float = math.inf
+    """The end of the whole, where this is a share."""
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def of(cls, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> "Budget":
+        """So many minutes from now on; None: no end."""
+        end = math.inf if minutes is None else clock() + 60 * minutes
+        return cls(end, end, clock)
+
+    @property
+    def left(self) -> float:
+        """Seconds, at least 0."""
+        return max(0.0, self.end - self.clock())
+
+    @property
+    def left_of_all(self) -> float:
+        """Seconds, at least 0, until the whole is over."""
+        return max(0.0, self.last - self.clock())
+
+    def share(self, least: list[float]) -> "Budget | None":
+        """The part of the first of several pieces of work, each of which takes at least so many seconds.
+
+        Those that fit, in this order, get their least and equal parts of the rest. None if not even the first fits.
+        """
+        left, needed, fitting = self.left, 0.0, 0
+        for seconds in least:
+            if left <= 0 or needed + seconds > left:
+                break
+            needed, fitting = needed + seconds, fitting + 1
+        return replace(self, end=self.clock() + least[0] + (left - needed) / fitting) if fitting else None
+
+
+def least_seconds(wall: float, rounds: int, steps: list[float], seconds: float, growth: float = 1.0) -> float:
+    """How long one round at another scale takes at least, judging by a scale that took `wall` seconds for `rounds` rounds.
+
+    `steps`: seconds of one step of each measurement there; a turn is a step to warm up, then `seconds` or one step.
+    `growth`: how much longer a step takes at the other scale. What came before and after the rounds stays as it was.
+    """
+
+    def turns(growth: float, rounds: int) -> float:
+        return sum(
+            (rounds + 1) * growth * step + max(seconds / 4, growth * step) + rounds * max(seconds, growth * step)
+            for step in steps
+        )
+
+    return max(0.0, wall - turns(1.0, rounds)) + turns(growth, 1)
+
+
+def announce(title: str, minutes: float | None, seconds: float, *lines: str) -> None:
+    """Print the plan of a benchmark on stderr, before it starts: what is measured, how long that takes, what is left out.
+
+    `seconds`: what it takes without a limit, at least.
+    """
+    limit = "--minutes N ends it sooner"
+    if minutes is not None:
+        limit = f"with --minutes {minutes:g}, rounds end early and what does not fit is left out and named"
+    print("\n  ".join([title, *lines, f"time: {duration(seconds)} or more; {limit}"]), file=sys.stderr, flush=True)
+
+
+def no_time(needed: float, left: float) -> str:
+    """Why something was left out, and what to do."""
+    took = f"about {duration(needed)} needed, {duration(left)} left" if needed else "no time left"
+    return f"{took}: give more --minutes, or ask for less"
+
+
+# Rounds
+
+
+def interleave(
+    measurements: Mapping[str, Callable[[float], float]],
+    seconds: float,
+    rounds: int,
+    budget: Budget | None = None,
+    told: Callable[[str], object] = lambda name: None,
+) -> dict[str, Figure]:
     """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
 
-    A measurement takes the seconds it may use and returns images/s.
+    A measurement takes the seconds it may use and returns images/s; `told` hears its name each time. Rounds that would
+    go beyond the budget are left out, all but the first.
     """
-    for measure in measurements.values():
+    budget = budget or Budget()
+    for name, measure in measurements.items():
         measure(seconds / 4)
+        told(name)
     results: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in range(rounds):
+        begun = budget.clock()
         for name, measure in measurements.items():
             results[name].append(measure(seconds))
+            told(name)
+        if budget.left < (budget.clock() - begun) / 2:
+            break
     return {name: Figure(values) for name, values in results.items()}
 
 
 def take_turns(
-    label: str, measurements: Mapping[str, Callable[[float], float]], seconds: float, rounds: int
+    label: str,
+    measurements: Mapping[str, Callable[[float], float]],
+    seconds: float,
+    rounds: int,
+    budget: Budget | None = None,
 ) -> dict[str, Figure]:
     """`interleave`, with a progress bar."""
     with progress(label, len(measurements) * (rounds + 1), unit="figures") as advance:
-
-        def shown(measure: Callable[[float], float]) -> Callable[[float], float]:
-            def measure_and_show(seconds: float) -> float:
-                found = measure(seconds)
-                advance()
-                return found
-
-            return measure_and_show
-
-        return interleave({name: shown(measure) for name, measure in measurements.items()}, seconds, rounds)
+        return interleave(measurements, seconds, rounds, budget, lambda name: advance(note=name))
 
 
 def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float:
     """Images/s of `step`, which handles some images and returns how many, repeated until `seconds` are over; once at least."""
+    _wait_for(device)  # what is still running was not counted
     images, start = 0, time.perf_counter()
     while True:
         images += step()
         if time.perf_counter() - start >= seconds:
             break
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait_for(device)
     return images / (time.perf_counter() - start)
 
 
-def in_own_process(module: str, options: dict[str, Any]) -> Any:
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Processes
+
+
+GRACE = 30.0
+"""Seconds after the end of the whole budget that a process gets before it is killed."""
+
+
+def in_own_process(
+    module: str, options: dict[str, Any], budget: Budget | None = None, advance: Advance | None = None
+) -> Any:
     """What `answer` in `python -m module` makes of `options`, with memory of its own and no way to take others down.
 
-    Raises MemoryError if memory ran short there, else RunError with the last line that the process wrote.
+    With a `budget` it is told its `end`, and killed `GRACE` after the whole is over. `advance` counts what it measures, as
+    `tell` says. Raises MemoryError if memory ran short there, else RunError with the last line that the process wrote.
     """
-    done = subprocess.run([sys.executable, "-m", module, json.dumps(options)], capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    raise MemoryError(last) if done.returncode == -9 or "memory" in last.lower() else RunError(last)
+    options = options | ({"end": budget.end} if budget else {}) | ({"telling": True} if advance else {})
+    limit = budget.left_of_all + GRACE if budget else math.inf
+    killed: list[int] = []
+    result = ""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(options)], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), lambda: killed.append(_kill(process.pid)))
+        timer.daemon = True
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                result = line
+                if advance and line.startswith(TOLD):
+                    advance(note=line.removeprefix(TOLD).strip())
+            process.wait()
+        except BaseException:
+            _kill(process.pid)
+            raise
+        finally:
+            timer.cancel()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if process.returncode == 0:
+        return json.loads(result)
+    if killed:
+        raise RunError(f"it did not end within {duration(limit)} and was killed")
+    last = said[-1] if said else f"exit code {process.returncode}"
+    raise MemoryError(last) if process.returncode == -9 or is_out_of_memory(RuntimeError(last)) else RunError(last)
+
+
+def _kill(pid: int) -> int:
+    """A process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    return pid
+
+
+TOLD = "measured: "
+
+
+def tell(figure: str) -> None:
+    """In the process that `in_own_process` starts: say that one more figure was measured."""
+    print(f"{TOLD}{figure}", flush=True)
 
 
 def answer(work: Callable[..., Any]) -> None:
-    """Of the process that `in_own_process` starts: print what `work(**options)` returns, or exit with its error."""
+    """In the process that `in_own_process` starts: print what `work(**options)` returns, or exit with its error."""
     try:
         print(json.dumps(work(**json.loads(sys.argv[1]))))
     except (CxrfastError, RuntimeError, MemoryError) as error:
         lines = str(error).strip().splitlines()
-        sys.exit(f"{type(error).__name__}: {lines[0] if lines else 'out of memory'}")
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        sys.exit(": ".join([kind, *lines[:1]]))
 
 
 def limit_memory(device: torch.device) -> None:

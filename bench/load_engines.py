@@ -1,4 +1,4 @@
-"""The two engines beside each other on one device: rates, share of a GPU's JPEG engines, memory, agreement of pixels.
+"""The two engines side by side on one device: rates, share of a GPU's JPEG engines, memory, agreement of pixels.
 
 What a machine with a GPU has to tell before `auto` can be decided; without one it runs on the CPU all the same.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cxrfast.bench.harness import interleave
+from cxrfast.bench.harness import Budget, take_turns
 from cxrfast.bench.load_measure import Measurement, measurement, ours
 from cxrfast.bench.load_peers import Job
 from cxrfast.pipelines.loader import Loader
@@ -40,7 +40,7 @@ class Engines:
     """GPU memory that the dali engine took, as the driver reports it."""
 
 
-def compare_engines(job: Job, device: torch.device, seconds: float, rounds: int) -> Engines:
+def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job, budget: Budget) -> Engines:
     loads = {f"{load:g}": load for load in HARDWARE} if device.type == "cuda" else {"-": None}
     host: dict[str, float] = {}
     dali: dict[str, dict[str, float]] = {}
@@ -49,7 +49,8 @@ def compare_engines(job: Job, device: torch.device, seconds: float, rounds: int)
         each: dict[str, Measurement] = {"host": measurement(ours(here, "host", device), device)}
         for name, load in loads.items():
             each[name] = measurement(ours(here, "dali", device, hw_decoder_load=load), device)
-        figures = interleave(each, seconds, rounds)
+        share = budget.share([0.0] * (2 if task == "A" else 1))
+        figures = take_turns(f"engines, {job.scale} px, task {task}", each, seconds, rounds, share or budget)
         host[task] = figures.pop("host").median
         dali[task] = {name: figure.median for name, figure in figures.items()}
     counts, taken = _differences(job, device)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,15 @@ import numpy as np
 import simplejpeg
 import torch
 
+from cxrfast.bench.data import LongOrder, endless
 from cxrfast.bench.harness import rate
 from cxrfast.bench.load_peers import Job
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import WARP, warp_matrix
 from cxrfast.pipelines.loader import Loader
-from cxrfast.pipelines.order import Augment, TrainOrder
+from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.manifest import built, shard_path
-
-LONG = 100_000
-"""Images of an epoch here, however few a set has, so that the ends of epochs do not count."""
 
 MIMIC_ROWS = 377_110
 
@@ -36,35 +33,22 @@ Measurement = Callable[[float], float]
 """Takes the seconds it may use and returns images/s."""
 
 
-@dataclass(frozen=True)
-class LongOrder:
-    """Epochs of a TrainOrder one after the other, as one."""
-
-    order: TrainOrder
-    seed: int = 0
-
-    def micro_batches(self, epoch: int, consumed: int) -> list[np.ndarray]:
-        times = -(-LONG // len(self.order.rows))
-        return [rows for i in range(times) for rows in self.order.micro_batches(epoch * times + i)]
-
-
 def ours(job: Job, engine: str, device: torch.device, cache: Path | None = None, **options: Any) -> "Batches":
     """Our Loader over the rows of a job. `cache` is filled first. `options`: of the Loader."""
 
     @contextmanager
     def open_loader() -> Iterator[Iterator[Any]]:
-        batch = min(job.batch, len(job.rows))
-        order = TrainOrder(rows=job.rows, global_batch=batch, micro_batch=batch)
+        order = LongOrder(rows=job.rows, micro_batch=min(job.batch, len(job.rows)))
         augment = Augment() if job.turn else None
         given = {"device": device, "threads": job.workers, **options}
         with Reader(job.shards, job.scale) as reader:
-            loader = Loader(reader, LongOrder(order), augment=augment, engine=engine, cache=cache, **given)
+            loader = Loader(reader, order, augment=augment, engine=engine, cache=cache, **given)
             if cache:
-                loader.order = order
+                loader.order = EvalOrder(rows=job.rows, micro_batch=order.micro_batch)
                 for _ in loader.epoch():
                     pass
-                loader.order = LongOrder(order)
-            images = (batch.image for epoch in count() for batch in loader.epoch(epoch))
+                loader.order = order
+            images = (batch.image for batch in endless(loader))
             with closing(loader), closing(images):
                 yield images
 
@@ -207,7 +191,7 @@ PASS = """
 import json, sys
 from pathlib import Path
 from cxrfast.pipelines.loader import Loader
-from cxrfast.pipelines.order import Augment, TrainOrder
+from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 
 def anonymous():

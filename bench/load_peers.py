@@ -1,14 +1,15 @@
 """What loading is compared with: which other loaders can be run here, and why those that cannot are left out."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 
 from cxrfast.bench import load_libraries as libraries
 from cxrfast.bench import load_torch as torch_only
 from cxrfast.bench.load_job import Job, Peer, files
 
-__all__ = ["Job", "Peer", "peer_versions", "peers"]
+__all__ = ["Job", "Peer", "peer_names", "peer_versions", "peers"]
 
 KERNELS = Peer(
     "torch's DataLoader over our reader, decoder and warp: whole batches, made in memory that its processes share",
@@ -113,10 +114,19 @@ ADVICE = {
 PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "spdl-core", "ffcv", "pillow", "simplejpeg")
 
 
-def peers() -> tuple[dict[str, Peer], dict[str, str]]:
-    """Loaders by name; and those that cannot be run here, with the reason."""
-    found, left_out = dict(OURS), dict[str, str]()
-    for module, ways in LIBRARIES.items():
+def peer_names() -> list[str]:
+    """All loaders, installed or not."""
+    return [*OURS, *chain.from_iterable(LIBRARIES.values())]
+
+
+def peers(names: Collection[str] | None = None) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Loaders by name, of these `names` or all; and those that cannot be run here, with the reason."""
+    wanted = set(peer_names() if names is None else names)
+    found, left_out = {name: peer for name, peer in OURS.items() if name in wanted}, dict[str, str]()
+    for module, peers_of in LIBRARIES.items():
+        ways = {name: peer for name, peer in peers_of.items() if name in wanted}
+        if not ways:
+            continue
         try:
             import_module(module)
         except (ImportError, OSError) as error:  # OSError: the Python package without a library that it loads

@@ -793,12 +793,21 @@ def ahead(
         click.echo(f"{len(scripts)} job scripts in {sbatch}; read one, then queue them all: {submit}")
 
 
+BENCH_MINUTES = 2.0
+"""How long `cxrfast bench` takes without a command."""
+
+
 @cli.group(invoke_without_command=True)
+@click.option("--full", is_flag=True, help="Without a command: take all the time that `step` needs.")
 @click.pass_context
-def bench(ctx: click.Context) -> None:
-    """How fast, and with how much memory. Without a command: `step`."""
+def bench(ctx: click.Context, full: bool) -> None:
+    """How fast, and with how much memory. Without a command: `step`, in two minutes."""
     if ctx.invoked_subcommand is None:
-        ctx.invoke(step)
+        limit = "as long as it takes" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
+        click.echo(f"cxrfast bench: memory and images/s of training by resolution, {limit}", err=True)
+        ctx.invoke(step, minutes=None if full else BENCH_MINUTES)
+    elif full:
+        fail("--full belongs to `cxrfast bench` without a command: leave out --minutes instead")
 
 
 RESULTS = click.option(
@@ -808,6 +817,16 @@ RESULTS = click.option(
 ROUNDS = click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them."
 )
+
+MINUTES = click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End after about so long: fewer rounds, and what does not fit is left out. [default: no limit]",
+)
+
+
+def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--only", metavar="NAME", multiple=True, help=f"This {what} only; may be given again.")
 
 
 @bench.command()
@@ -823,6 +842,7 @@ ROUNDS = click.option(
     help="Measured time a figure.",
 )
 @ROUNDS
+@MINUTES
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
 @place_options
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
@@ -851,14 +871,16 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--compile", "with_compile", is_flag=True, help="torch.compile, too: minutes more a scale.")
 @click.option("--profile", "with_profile", is_flag=True, help="Time by kind of kernel at the largest scale, too.")
+@only_option("rung")
+@MINUTES
 @RESULTS
-def ladder(scales: tuple[int, ...], out: Path, **options: Any) -> None:
+def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
     from cxrfast.bench.ladder import bench as measure
     from cxrfast.bench.ladder import sections
     from cxrfast.bench.tables import to_tables
 
-    show(*to_tables(sections(measure(list(scales), out, **options))))
+    show(*to_tables(sections(measure(list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 
@@ -906,14 +928,16 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @click.option("--engines", "with_engines", is_flag=True, help="host against dali on the device, in detail, too.")
 @click.option("--cold", "with_cold", is_flag=True, help="Passes with an empty page cache, too.")
 @click.option("--large", "with_large", is_flag=True, help="A set of 377,110 rows, too: a minute more.")
+@only_option("way of loading")
+@MINUTES
 @RESULTS
-def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
+def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
     from cxrfast.bench.load import bench as measure
     from cxrfast.bench.load import sections
     from cxrfast.bench.tables import to_tables
 
-    show(*to_tables(sections(measure(shards, list(scales), out, **options))))
+    show(*to_tables(sections(measure(shards, list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 

@@ -4,18 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from cxrfast.bench import ladder
-from cxrfast.bench.ladder import RUNGS, Line, bench, bound, kind, largest
+from cxrfast.bench import harness, ladder
+from cxrfast.bench.ladder import Line, bench, bound
+from cxrfast.bench.ladder_measure import RUNGS, kind, largest, make_step, pick_rungs, rates, rungs_of
+from cxrfast.cli import cli
 from cxrfast.errors import RunError
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
-def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ladder, "RUNGS", RUNGS[::2]
-    )  # of those that a CPU can be asked for, three: each takes a process
-    result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True)
-    assert [line.rung for line in result.lines] == [rung.name for rung in RUNGS[:5:2]]
+
+def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["channels-last", "recompute"]  # each takes a process
+    result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True, only=only)
+    assert [line.rung for line in result.lines] == ["torchvision", *only]
+    assert result.left_out == {}
+    said = capsys.readouterr().err
+    assert said.startswith("bench ladder: training steps of densenet121 on a synthetic batch (cpu)\n  scales: 32 px")
+    assert "rungs: torchvision, channels-last, recompute; ratios are to torchvision, which is always measured" in said
+    assert "left out: autocast, ours, compile, autotune (" in said
+    assert "32 px: 21/21 figures" in said
     for line in result.lines:
         assert line.failed is None
         assert line.rounds is not None
@@ -25,7 +34,7 @@ def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, monkey
         assert line.kinds is not None
         assert max(line.kinds, key=lambda name: line.kinds[name]) in ("convolution", "other")  # type: ignore[index]
         assert min(line.kinds.values()) > 0
-        assert (line.largest, line.bound) == (None, None), "of GPUs"
+        assert (line.largest, line.bound, line.gpu_used_bytes) == (None, None, None), "of GPUs"
     _, theirs, checkpointed = (line.saved_bytes or 0 for line in result.lines)
     assert 0 < checkpointed < 0.6 * theirs
     assert result.lines[0].ratio == 1
@@ -34,15 +43,59 @@ def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, monkey
     assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus() -> None:
+    assert list(rungs_of(GPU))[:3] == ["torchvision", "tf32", "autocast"]
+    assert [rung.name for rung in RUNGS if rung.name not in rungs_of(CPU)] == ["tf32"]
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        step = make_step(RUNGS[0], 32, 2, CPU)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # as another rung may leave it
+        step()
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (False, False)
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
+def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    for name in ("tf32", "fast"):
+        options = ["--device", "cpu", "--only", name, "--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(cli, ["bench", "ladder", *options])
+        assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
+        assert (
+            f"rung {name!r} does not exist on a cpu device: use one of torchvision, autocast, channels-last, ours"
+            in done.stderr
+        )
+    assert [rung.name for rung in pick_rungs(["tf32", "autotune"], GPU)] == ["tf32", "autotune"]
+
+
+def test_no_rung_is_begun_when_the_time_is_over_but_the_first() -> None:
+    found = rates(32, 2, "cpu", ["torchvision", "autocast"], 0.01, end=0.0)
+    assert len(found["torchvision"]["rounds"]) == 1
+    assert found["autocast"] == {"failed": "no time left: give more --minutes, or ask for less"}
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is over after one round at the first scale."""
+    monkeypatch.setattr(harness, "GRACE", 600.0)
+    result = bench([32, 64], tmp_path, seconds=2.0, micro_batch=2, device="cpu", only=["torchvision"], minutes=0.04)
+    assert [(line.scale, len(line.rounds or []), line.peak_bytes) for line in result.lines] == [(32, 1, None)]
+    assert list(result.left_out) == ["64 px", "memory at 32 px"]
+    assert list(json.loads((tmp_path / "ladder.json").read_text())["left_out"]) == ["64 px", "memory at 32 px"]
+    text = (tmp_path / "ladder.md").read_text()
+    assert "Left out: 64 px (" in text
+    assert "Left out: memory at 32 px (torchvision: " in text
+
+
 def jobs(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict], dict]) -> None:
     """Have `run` answer in the place of processes."""
-    monkeypatch.setattr(ladder, "in_own_process", lambda module, options: run(options))
+    monkeypatch.setattr(ladder, "in_own_process", lambda module, options, budget, advance=None: run(options))
 
 
 def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = RUNGS[1].name
+    second = "autocast"
 
     def run(options: dict) -> dict:
         if options["what"] == "alone":

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxrfast.bench.load_measure import LongOrder, large
+from cxrfast.bench.data import LONG, LongOrder
+from cxrfast.bench.load_measure import large
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.cli import cli
 from cxrfast.pipelines import dali
-from cxrfast.pipelines.order import TrainOrder
 from cxrfast.pipelines.pixels import Pixels
 from cxrfast.pipelines.reader import Reader
 
@@ -85,6 +85,7 @@ def test_the_report_is_printed_and_written_with_where_it_ran_and_a_plot(
     [
         (["--scale", "4096"], "no shards at 4096 px (scales there: 32, 64)"),
         (["--device", "gpu"], "--device gpu is unknown"),
+        (["--only", "hots"], "no such way of loading, use one of host, dali, host-1-thread, host-cache, host-raw"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(
@@ -102,12 +103,74 @@ def test_a_raw_set_and_a_folder_that_is_none_are_refused(raw_set: Path, tmp_path
     assert "is not a shard set" in run("--shards", tmp_path, "--out", tmp_path / "out", *QUICK).stderr
 
 
-def test_a_long_epoch_is_whole_epochs_in_different_orders() -> None:
-    order = TrainOrder(rows=np.arange(1000), global_batch=50, micro_batch=50)
-    rows = np.concatenate(LongOrder(order).micro_batches(0, 0)).reshape(-1, 1000)
-    assert len(rows) == 100
-    assert all(np.array_equal(np.sort(epoch), np.arange(1000)) for epoch in rows)
-    assert not np.array_equal(rows[0], rows[1])
+@pytest.mark.parametrize("micro_batch", [1, 50, 5000])
+def test_a_long_epoch_is_permutations_of_all_rows_in_full_micro_batches(micro_batch: int) -> None:
+    order = LongOrder(rows=np.arange(7, 1007), micro_batch=micro_batch)
+    batches = order.micro_batches(0)
+    assert {len(batch) for batch in batches} == {micro_batch}
+    permutations = np.concatenate(batches).reshape(-1, 1000)
+    assert permutations.size == LONG
+    assert (np.sort(permutations) == np.arange(7, 1007)).all()
+    assert len(np.unique(permutations, axis=0)) == len(permutations)
+    assert np.array_equal(
+        np.concatenate(order.micro_batches(0, consumed=2 * micro_batch)), permutations.ravel()[2 * micro_batch :]
+    )
+    assert not np.array_equal(order.micro_batches(1)[0], batches[0])
+
+
+def test_ways_are_chosen_by_names_that_can_be_typed_and_those_that_ratios_need_stay(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    done = run("--shards", tiny_set, "--out", tmp_path, "--scale", 32, "--only", "limit", "--only", "host-raw", *QUICK)
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert {line["way"] for line in result["lines"]} == {"host", "host, cache", "host, raw", "limit"}
+    assert result["left_out"] == {}
+    assert "ways: host, host-cache, host-raw, limit; host is always measured" in done.stderr
+    assert "dataloader-pillow" in done.stderr, "the plan says what is left out"
+
+
+def test_without_the_limit_there_is_no_share_of_it(tiny_set: Path, tmp_path: Path) -> None:
+    assert (
+        run("--shards", tiny_set, "--out", tmp_path, "--scale", 32, "--only", "host", "--engines", *QUICK).exit_code
+        == 0
+    )
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert {(line["way"], line["of_limit"]) for line in result["lines"]} == {("host", None)}
+    assert not (tmp_path / "load.png").exists()
+    assert result["engines"] == []
+    assert "--only dali" in result["left_out"]["engines"]
+
+
+def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path) -> None:
+    """The time is over after a burn-in and one round of two ways at the first scale."""
+    options = [
+        "--only",
+        "limit",
+        "--seconds",
+        "1.5",
+        "--rounds",
+        "5",
+        "--minutes",
+        "0.05",
+        "--device",
+        "cpu",
+        "--workers",
+        "2",
+        "--cold",
+    ]
+    done = run("--shards", tiny_set, "--out", tmp_path, *options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert [(line["scale"], line["task"], len(line["rounds"])) for line in result["lines"]] == [(32, "A", 1)] * 2
+    others = ["32 px, task B", "64 px, task A", "64 px, task B", "cold storage, 32 px", "cold storage, 64 px"]
+    assert list(result["left_out"]) == others
+    text = (tmp_path / "load.md").read_text()
+    assert all(f"Left out: {what} (" in text for what in others)
+    plan = done.stderr.splitlines()
+    assert plan[0].startswith("bench load: ")
+    assert any("scales: 32, 64 px" in line for line in plan)
+    assert any("with --minutes 0.05, rounds end early" in line for line in plan)
 
 
 def test_an_uncompressed_copy_of_a_set_has_its_pixels(tiny_set: Path, tmp_path: Path) -> None:

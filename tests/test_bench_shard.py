@@ -172,7 +172,7 @@ def test_one_core_is_held_and_given_back() -> None:
     assert os.sched_getaffinity(0) == before
 
 
-def test_bench_alone_measures_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_alone_measures_steps_in_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
     def stand_in(*arguments: Any, **options: Any) -> None:  # the real one takes minutes with its defaults
@@ -181,6 +181,9 @@ def test_bench_alone_measures_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step, "bench", stand_in)
     runner = CliRunner()
-    assert [runner.invoke(cli, words).exit_code for words in (["bench"], ["bench", "step"])] == [2, 2]
-    assert given[0] == given[1]
-    assert given[0][0] == (None, [], Path("bench-results"))
+    for words in (["bench"], ["bench", "--full"], ["bench", "step"]):
+        assert runner.invoke(cli, words).exit_code == 2
+    alone, full, steps = given
+    assert full == steps
+    assert alone == (steps[0], steps[1] | {"minutes": 2.0})
+    assert alone[0] == (None, [], Path("bench-results"))
