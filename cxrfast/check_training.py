@@ -212,7 +212,10 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def _distributed_difference(model: nn.Module, micro_batches: int) -> float:
-    """Of the gradient of DistributedDataParallel, accumulated without synchronisation but in the last micro-batch."""
+    """Relative difference of a gradient under DistributedDataParallel, all but the last micro-batch not synchronised.
+
+    Raises RunError if it is above SAME.
+    """
     quiet = {SYNC_BUFFERS: False}
     ddp = DistributedDataParallel(copy.deepcopy(model), gradient_as_bucket_view=True, **quiet)  # type: ignore[arg-type]
     found = _accumulated(ddp, micro_batches, ddp.no_sync)[1]

@@ -96,7 +96,7 @@ def checks(reader: Reader, device: torch.device) -> list[Check]:
 
 def carry_out(check: Check) -> Outcome:
     """Make one check and print it: its name first, so that one that hangs or kills the process is known."""
-    print(f"{check.name:<34}", end="", flush=True)
+    print(f"{check.name:<37}", end="", flush=True)
     begun = time.monotonic()
     state, measured = OK, ""
     try:

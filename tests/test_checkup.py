@@ -130,6 +130,17 @@ def test_an_opencv_that_turns_inexactly_is_not_compared_with(reader, monkeypatch
     assert "turned left out: OpenCV" in dali_pixels(reader, CPU)
 
 
+@needs_dali
+def test_a_dali_that_always_fails_is_not_covered_by_the_host(reader, monkeypatch) -> None:
+    def fail(self, batch, augmented, feed):
+        raise RuntimeError("nvJPEG: CUDA error")
+
+    monkeypatch.setattr(DaliEngine, "_pipeline", fail)
+    monkeypatch.setattr(check_pixels, "_rows", lambda reader: reader.rows[:3])
+    with pytest.raises(LoadError, match="DALI fails on images that are whole"):
+        dali_pixels(reader, CPU)
+
+
 # Gradients
 
 
