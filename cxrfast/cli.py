@@ -953,11 +953,23 @@ def demo(out: Path) -> None:
 
 
 @cli.command()
-def doctor() -> None:
+@click.option("--deep", is_flag=True, help="Prove pixels, gradients, streams and memory, too: about a minute.")
+@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: phantoms made for the purpose]")
+@click.option("--scale", type=click.IntRange(min=1), help="With --deep: side, px. [default: the smallest of --shards]")
+def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
     """What this machine has, what it lacks, and what to do about it."""
     from cxrfast.doctor import examine, to_table
 
+    if not deep and (shards or scale):
+        fail("--shards and --scale belong to --deep")
     findings = examine()
     show(to_table(findings))
+    problems = []
     if any(f.is_problem for f in findings):
-        fail("this machine lacks something that cxrfast needs: see the advice above")
+        problems.append("this machine lacks something that cxrfast needs: see the advice above")
+    if deep:
+        from cxrfast.checkup import checkup, failed
+
+        problems.append(failed(checkup(shards, scale)))
+    if any(problems):
+        fail("; ".join(filter(None, problems)))

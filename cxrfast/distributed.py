@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,42 @@ def nvidia_driver() -> str | None:
         return "of unknown version"
 
 
+@dataclass(frozen=True)
+class Dali:
+    """An installed NVIDIA DALI."""
+
+    version: str
+    cuda: str
+    """Version of the CUDA runtime it brings: `12.9`, or only `12` where it is known from the package's name."""
+
+    def __str__(self) -> str:
+        return f"{self.version} (CUDA {self.cuda})"
+
+
+def find_dali(load: bool = False) -> Dali | None:
+    """What DALI is installed, None if none is. `load`: import it, which proves that it loads and takes a second.
+
+    It is also imported where its package left no metadata. Raises DeviceError if the import fails.
+    """
+    if not load:
+        for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+            try:
+                return Dali(version(package), package[-3:-1])
+            except PackageNotFoundError:
+                continue
+    if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+        return None
+    try:
+        from nvidia import dali
+    except Exception as error:  # whatever a library raises that does not load
+        raise DeviceError(f"DALI is installed and does not load ({error}): install it again") from error
+    digits = str(dali.__cuda_version__)  # CUDA 12.9.86 is 12986
+    return Dali(dali.__version__, f"{digits[:2]}.{digits[2]}")
+
+
 def dali_build() -> str:
-    """`2.4.0 (cuda120)`, or `not installed`."""
-    for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
-        try:
-            return f"{version(package)} ({package.rsplit('-', 1)[1]})"
-        except PackageNotFoundError:
-            continue
-    return "not installed"
+    """`2.4.0 (CUDA 12)`, `not installed` or `does not load`."""
+    try:
+        return str(find_dali() or "not installed")
+    except DeviceError:
+        return "does not load"

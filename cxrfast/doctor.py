@@ -12,12 +12,16 @@ import torch
 from rich.table import Table
 
 from cxrfast import config
-from cxrfast.distributed import dali_build, nvidia_driver, pick_device
-from cxrfast.errors import CxrfastError
+from cxrfast.distributed import Dali, find_dali, nvidia_driver, pick_device
+from cxrfast.errors import CxrfastError, DeviceError
 from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.model import imagenet_file, resolve_precision
-from cxrfast.pipelines import dali
 from cxrfast.shards.manifest import read_set, scales_in
+
+DRIVERS = {12: 525, 13: 580}
+"""First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
+
+OLDEST_DALI = 2, 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [*_software(), *_machine(), *_device(), *_data()]
+    return [*_software(), *_machine(), *_dali(), *_device(), *_data()]
 
 
 def _software() -> Iterator[Finding]:
@@ -57,12 +61,74 @@ def _machine() -> Iterator[Finding]:
         )
 
 
-def _device() -> Iterator[Finding]:
+def _dali() -> Iterator[Finding]:
+    driver = _branch(nvidia_driver())
+    try:
+        dali = find_dali(load=True)
+    except DeviceError as error:
+        yield Finding("DALI", "does not load", f"{error}, or use --engine host", is_problem=True)
+        dali = None
+    else:
+        yield about_dali(dali, driver)
+    yield from about_cuda(torch.version.cuda, dali, driver, torch.cuda.is_available())
+
+
+def about_dali(dali: Dali | None, driver: int | None) -> Finding:
+    wheel = "nvidia-dali-cuda130" if driver and driver >= DRIVERS[13] else "nvidia-dali-cuda120"
+    if dali is None:
+        return Finding("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
+    if tuple(map(int, dali.version.split(".")[:2])) < OLDEST_DALI:
+        return Finding(
+            "DALI",
+            str(dali),
+            f"pip install --upgrade {wheel}: before 2.1 it waits for the whole GPU when it frees a buffer, which "
+            "breaks CUDA graphs that are being captured",
+            is_problem=True,
+        )
+    return Finding("DALI", str(dali))
+
+
+def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, torch_works: bool) -> Iterator[Finding]:
+    """The CUDA versions of torch and DALI, and whether the driver serves each of them.
+
+    `driver`: its branch, None where it is not known. `torch_works`: torch can use a GPU, so that whatever the driver's
+    version is, CUDA's forward-compatibility package included, it serves that CUDA version.
+    """
+    versions = {"torch": torch_cuda, "DALI": dali.cuda if dali else None}
+    needed = {name: (version, DRIVERS.get(_major(version), 0)) for name, version in versions.items() if version}
+    if not needed:
+        return
+    newest = max(needed.values(), key=lambda need: need[1])[1]
+    differ = len({_major(cuda) for cuda, _ in needed.values()}) > 1
     yield Finding(
-        "DALI",
-        dali_build(),
-        "" if dali.available() else "pip install nvidia-dali-cuda120; the host engine serves meanwhile",
+        "CUDA",
+        ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()),
+        f"a GPU's driver must be {newest} or newer"
+        + ("; that they differ does not matter: each brings its own CUDA runtime" if differ else ""),
     )
+    if driver is None:
+        return
+    for name, (cuda, least) in needed.items():
+        advice = ""
+        is_served = driver >= least or (torch_works and _major(torch_cuda or "0") >= _major(cuda))
+        if not is_served:
+            advice = f"update the driver to {least} or newer, or install {name} for an older CUDA version"
+        elif driver < least:
+            advice = "torch can use it all the same, by CUDA's forward-compatibility package"
+        yield Finding(f"driver for {name}", f"{driver}; CUDA {cuda} needs {least}", advice, not is_served)
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def _branch(driver: str | None) -> int | None:
+    """`580.65.06` → 580; None for a driver that is absent or does not tell its version."""
+    number = (driver or "").split(".")[0]
+    return int(number) if number.isdecimal() else None
+
+
+def _device() -> Iterator[Finding]:
     try:
         device = pick_device("auto")
     except CxrfastError as error:

@@ -70,6 +70,10 @@ class Trial:
     """Bytes: of the GPU, other processes and the context included; on a CPU, resident."""
     shared: bool = False
     """Another process held a good part of the GPU meanwhile."""
+    own: int = 0
+    """Bytes of the steps alone: on a GPU, torch's peak; on a CPU, by how much resident memory grew."""
+    whole: int = 0
+    """Bytes in use on the whole GPU after the steps, by all processes; 0 on a CPU."""
 
 
 def largest_micro_batch(
@@ -146,7 +150,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     tried: dict[int, Trial] = {}
 
     def fits(size: int) -> bool:
-        trial = tried[size] = _in_own_process(step, size)
+        trial = tried[size] = in_own_process(step, size)
         peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.fits else "does not fit"
         print(
             f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)",
@@ -170,7 +174,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     return sizes[low], not any(trial.shared for trial in tried.values())
 
 
-def _in_own_process(step: Step, size: int) -> Trial:
+def in_own_process(step: Step, size: int) -> Trial:
     """Try `size` images in a new process. Raises RunError if it fails for want of anything but memory."""
     argument = json.dumps({"step": asdict(step), "size": size, "parent": os.getpid()})
     done = subprocess.run([sys.executable, "-m", "cxrfast.fit", argument], capture_output=True, text=True)
@@ -198,10 +202,18 @@ def try_step(step: Step, size: int) -> Trial:
     else:
         torch.set_num_threads(step.threads)
         resource.setrlimit(resource.RLIMIT_DATA, (room, room))
+    before = _peak_resident()
     _train(step, size, device)
     if device.type == "cuda":
-        return Trial(True, others + torch.cuda.max_memory_allocated(device), shared)
-    return Trial(True, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        free, own = torch.cuda.mem_get_info(device)[0], torch.cuda.max_memory_allocated(device)
+        return Trial(True, others + own, shared, own, total - free)
+    peak = _peak_resident()
+    return Trial(True, peak, own=peak - before)
+
+
+def _peak_resident() -> int:
+    """Bytes: the most that this process has been resident with."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _train(step: Step, size: int, device: torch.device) -> None:

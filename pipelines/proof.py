@@ -34,7 +34,8 @@ class Proof:
         self.tolerance = tolerance(info.codec, info.quality, reader.scale)
         """Grey levels by which the mean of a cell may differ."""
         self._pixels = Pixels(reader, reader.scale)
-        self._compared = 0
+        self.compared = 0
+        """Number of images whose means were known."""
         self._found = torch.tensor([0, NONE], dtype=torch.int64)
         """Number of rows that differ and the smallest of them; moves to the device with the first batch."""
         self._largest = torch.zeros(())
@@ -62,7 +63,7 @@ class Proof:
         bad = (apart > self.tolerance).any(1)
         first = torch.where(bad, row, NONE).min()
         self._found = torch.stack([self._found[0] + bad.sum(), torch.minimum(self._found[1], first)])
-        self._compared += int((expected[:, 0] != UNKNOWN).sum())
+        self.compared += int((expected[:, 0] != UNKNOWN).sum())
 
     @property
     def largest(self) -> float:
@@ -75,7 +76,7 @@ class Proof:
         if not count:
             return None
         return (
-            f"{count:,} of {self._compared:,} images that DALI decoded and that were compared are not those of the set, "
+            f"{count:,} of {self.compared:,} images that DALI decoded and that were compared are not those of the set, "
             f"first row {first} of {self.reader.folder} at {self.reader.scale} px: this GPU's JPEG decoder cannot be "
             "trusted: use --engine host"
         )

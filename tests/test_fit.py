@@ -31,7 +31,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tried.append(size)
         return Trial(fits=size <= 12)
 
-    monkeypatch.setattr(fit, "_in_own_process", in_own_process)
+    monkeypatch.setattr(fit, "in_own_process", in_own_process)
     return tried
 
 
@@ -91,7 +91,7 @@ def test_less_memory_means_a_smaller_divisor_and_the_second_call_measures_nothin
 
 
 def test_a_cpu_takes_64_images_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "_in_own_process", lambda step, size: Trial(fits=True))
+    monkeypatch.setattr(fit, "in_own_process", lambda step, size: Trial(fits=True))
     assert largest_micro_batch(**TINY, global_batch=256) == 64
     assert largest_micro_batch(**TINY, global_batch=96) == 48
 
@@ -157,7 +157,7 @@ def test_the_largest_divisor_is_found_by_halves(trials: list[int]) -> None:
 
 
 def test_what_other_processes_left_of_a_gpu_is_not_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "_in_own_process", lambda step, size: Trial(size < 4, shared=True))
+    monkeypatch.setattr(fit, "in_own_process", lambda step, size: Trial(size < 4, shared=True))
     assert largest_micro_batch(**TINY, global_batch=8) == 2
     assert not cache.exists()
 

@@ -120,8 +120,8 @@ def test_the_study_opens_no_tar(module):
     assert not roots(module) & {"tarfile", "webdataset"}
 
 
-MAY_IMPORT_DALI = ("cxrfast.pipelines.dali", "cxrfast.bench.load_libraries")
-"""Within functions: the engine, and the benchmark of DALI's own reader."""
+MAY_IMPORT_DALI = ("cxrfast.pipelines.dali", "cxrfast.distributed", "cxrfast.bench.load_libraries")
+"""Within functions: the engine, what tells its version, and the benchmark of DALI's own reader."""
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -63,7 +63,7 @@ def test_sound_decoding_raises_no_alarm(either_set: Path, augment: Augment | Non
 def test_real_radiographs_raise_no_alarm(real_set: Path, scale: int) -> None:
     loader = load(real_set, scale)
     assert read_all(loader) == 237
-    assert loader.proof._compared == 237
+    assert loader.proof.compared == 237
     assert 0 < loader.proof.largest < loader.proof.tolerance
 
 
@@ -118,11 +118,11 @@ def test_wrong_pixels_are_found_before_the_epoch_ends_by_whoever_asks(real_set: 
 
 
 @needs_dali
-def test_a_set_without_grids_is_compared_with_the_host_on_some_rows(real_set: Path, tmp_path: Path) -> None:
+def test_a_set_without_grids_iscompared_with_the_host_on_some_rows(real_set: Path, tmp_path: Path) -> None:
     old = without_grids(real_set, tmp_path / "old")
     loader = load(old, 256)
     assert read_all(loader) == 237
-    assert loader.proof._compared == len(range(0, 237, EVERY))
+    assert loader.proof.compared == len(range(0, 237, EVERY))
     with pytest.raises(LoadError, match="first row 0 of"):
         read_all(load(old, 256, zeros))
 
