@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from cxrfast import check_pixels, check_training, checkup
-from cxrfast.check_pixels import dali_pixels, host_pixels, slow_reader
+from cxrfast.check_pixels import dali_pixels, host_pixels, proven_pixels, slow_reader
 from cxrfast.check_training import compiled_step, gradients, memory, new_trainer, no_compiler, process_group, waiting_in
 from cxrfast.checkup import FAILED, LEFT_OUT, OK, Check, Outcome, carry_out, checks, failed
 from cxrfast.cli import cli
@@ -21,6 +21,7 @@ from cxrfast.model import Classifier
 from cxrfast.pipelines import dali, loader
 from cxrfast.pipelines.dali import DaliEngine
 from cxrfast.pipelines.host import HostEngine
+from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
@@ -122,6 +123,14 @@ def test_dali_pixels_that_are_a_little_off_everywhere_or_far_off_anywhere_are_re
     monkeypatch.setattr(loader, "DaliEngine", OffDali)
     with pytest.raises(LoadError, match="use --engine host"):
         dali_pixels(reader, CPU)
+
+
+@needs_dali
+def test_pixels_that_are_not_those_of_the_manifests_are_refused(reader, monkeypatch) -> None:
+    compare = Proof.compare
+    monkeypatch.setattr(Proof, "compare", lambda self, images, *known: compare(self, images.flip(2), *known))
+    with pytest.raises(LoadError, match="images that DALI decoded .* are not those of the set"):
+        proven_pixels(reader, CPU)
 
 
 @needs_dali
@@ -330,6 +339,7 @@ def test_a_gpu_is_checked_at_each_share_of_its_jpeg_engines(reader) -> None:
         "DALI's pixels, 0% by JPEG engines",
         "DALI's pixels, 65% by JPEG engines",
         "DALI's pixels, 100% by JPEG engines",
+        "DALI's pixels, the set's means",
     ]
 
 
