@@ -16,6 +16,7 @@
 set -u
 call=${1:?usage: bench/gpu_trial.sh 1|2 [OUT]} out=${2:-${OUT:-bench/results/gpu-trial}}
 cd "$(dirname "$0")/.." || exit 2
+for part in shards pipelines bench; do [[ -e cxrfast/$part ]] || ln -s "../$part" "cxrfast/$part"; done # copies may lose links
 python=${PYTHON:-python3} work=${TRIAL_WORK:-/tmp/cxrfast-trial}
 results=$work/results sets=$work/sets runs=$work/runs packages=$work/packages
 mkdir -p "$results" "$sets" "$runs" "$packages" "$out"
@@ -66,7 +67,7 @@ short="--epochs 1 --limit 64 --global-batch 32 --micro-batch 16 --engine host"
 ladder() { # NAME SECONDS MINUTES OPTIONS…
   local name=$1 limit=$2 given=$3
   shift 3
-  step "$name" "$limit" $(cxrfast bench ladder --device $device $(budget "$given") --out "$results/$name" "$@")
+  step "$name" "$limit" $(cxrfast bench ladder --device $device --seconds 0.5 $(budget "$given") --out "$results/$name" "$@")
 }
 
 first() {
@@ -76,21 +77,21 @@ first() {
   setsid bash -c make_sets >"$results/sets.txt" 2>&1 &
   step versions 20 "$python" -c "import torch, torchvision, cv2, numpy; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), torchvision.__version__, cv2.__version__, numpy.__version__)"
   step doctor 30 $(cxrfast doctor)
-  local rungs="--only channels-last --only ours --only recompute" scales="--scale $small --scale $large"
+  local scales="--scale $small --scale $large"
   [[ $device == cuda ]] && scales="--scale 256 --scale 512 --scale 1024 --scale 2048"
-  ladder ladder 110 1.5 $scales $rungs
+  ladder ladder 120 1.7 $scales --only channels-last --only ours --only recompute
   wait_for "$sets/small"
   step checkup-host 75 $(cxrfast doctor --deep --shards "$sets/small")
   train train-host 60 --engine host --epochs $epochs
-  ladder ladder-large-batch 40 0.5 --scale $small --micro-batch 128 --only ours
-  if [[ $device == cuda ]]; then # minutes on a CPU
-    ladder compiled-512 100 1.5 --scale 512 --only ours --only compile
-    ladder compiled-256 100 1.5 --scale 256 --only ours --only compile
-    ladder compiled-2048 100 1.5 --scale 2048 --only ours --only compile
-  fi
   train deterministic-1 30 $short --deterministic
   train deterministic-2 30 $short --deterministic
-  [[ $device == cuda ]] && train fp16 30 $short --precision fp16
+  ladder ladder-large-batch 40 0.4 --scale $small --micro-batch 128 --only ours
+  if [[ $device == cuda ]]; then # compiling takes minutes on a CPU, and fp16 is of GPUs
+    train fp16 30 $short --precision fp16
+    ladder compiled-512 100 1.5 --scale 512 --only ours --only compile
+    ladder compiled-2048 100 1.5 --scale 2048 --only ours --only compile
+    ladder compiled-256 100 1.5 --scale 256 --only ours --only compile
+  fi
 }
 
 second() {

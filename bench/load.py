@@ -30,7 +30,20 @@ from cxrfast.bench.harness import (
 from cxrfast.bench.load_engines import compare_engines
 from cxrfast.bench.load_measure import MIMIC_ROWS, Large, Measurement, large, limit, measurement, ours, pass_rate
 from cxrfast.bench.load_peers import Job, Peer, peer_names, peer_versions, peers
-from cxrfast.bench.load_result import CACHE, HOST, LIMIT, ONE_THREAD, RAW, TASKS, Cold, Line, Result, plot, sections
+from cxrfast.bench.load_result import (
+    CACHE,
+    HOST,
+    LIMIT,
+    ONE_THREAD,
+    RAW,
+    TASKS,
+    UNPROVEN,
+    Cold,
+    Line,
+    Result,
+    plot,
+    sections,
+)
 from cxrfast.bench.tables import to_markdown
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
@@ -57,7 +70,8 @@ T = TypeVar("T")
 
 WHAT = {
     HOST: "Loader(engine='host')",
-    "dali": "Loader(engine='dali')",
+    "dali": "Loader(engine='dali', prove=True), the default on a GPU",
+    UNPROVEN: "Loader(engine='dali', prove=False), the default on a CPU",
     ONE_THREAD: "Loader(engine='host', threads=1)",
     CACHE: "Loader(engine='host', cache=…), filled before",
     RAW: "Loader(engine='host') of a set made with --codec raw",
@@ -145,8 +159,9 @@ def pick_ways(only: list[str], with_peers: bool, workers: int) -> tuple[list[str
     found, left_out = peers(picked)
     if RAW in picked or any(peer.pixels for peer in found.values()):
         picked.add(CACHE)
-    if "dali" in picked and not dali.available():
-        left_out["dali"] = "NVIDIA DALI is not installed: pip install nvidia-dali-cuda120"
+    if not dali.available():
+        missing = "NVIDIA DALI is not installed: pip install nvidia-dali-cuda120"
+        left_out |= {way: missing for way in ("dali", UNPROVEN) if way in picked}
     if workers == 1:
         picked.discard(ONE_THREAD)
     return [way for way in known.values() if way in picked | {HOST} and way not in left_out], found, left_out
@@ -281,7 +296,8 @@ def _ways(job: Job, device: torch.device, ways: list[str], found: dict[str, Peer
     """Those of `ways` that the job can be given to."""
     own = {
         HOST: partial(ours, job, "host", device),
-        "dali": partial(ours, job, "dali", device),
+        "dali": partial(ours, job, "dali", device, prove=True),
+        UNPROVEN: partial(ours, job, "dali", device, prove=False),
         ONE_THREAD: partial(ours, job, "host", device, threads=1),
         CACHE: partial(ours, job, "host", device, cache=job.folder / "cache"),
     }

@@ -14,7 +14,7 @@ from cxrfast.bench.tables import Section
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
 
 HOST, CACHE, LIMIT = "host", "host, cache", "limit"
-ONE_THREAD, RAW = "host, 1 thread", "host, raw"
+ONE_THREAD, RAW, UNPROVEN = "host, 1 thread", "host, raw", "dali, unproven"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     except CxrfastError:
         runs = {}
     findings, measured = compare_runs(runs), rates(results)
-    where = provenance(pick_device("auto"))
+    where = {**provenance(pick_device("auto")), "command": "bench/gpu_trial.sh 1; bench/gpu_trial.sh 2"}
     epochs = {name: run.metrics() for name, run in runs.items()}
     write_json(
         folder / "trial.json",

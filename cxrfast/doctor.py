@@ -5,7 +5,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,14 +13,15 @@ from rich.table import Table
 from cxrfast import config
 from cxrfast.distributed import Dali, find_dali, nvidia_driver, pick_device
 from cxrfast.errors import CxrfastError, DeviceError
-from cxrfast.machine import memory_bytes, processor, usable_cores
+from cxrfast.machine import installed, memory_bytes, processor, usable_cores
 from cxrfast.model import imagenet_file, resolve_precision
+from cxrfast.pipelines.dali import OLDEST
 from cxrfast.shards.manifest import read_set, scales_in
 
 DRIVERS = {12: 525, 13: 580}
 """First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
 
-OLDEST_DALI = 2, 1
+OPENCV = "opencv-python-headless"
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,18 @@ def examine() -> list[Finding]:
 
 def _software() -> Iterator[Finding]:
     yield Finding("Python", platform.python_version())
-    for package in ("torch", "torchvision", "opencv-python-headless", "simplejpeg", "zarr", "webdataset"):
-        try:
-            yield Finding(package, version(package))
-        except PackageNotFoundError:
-            yield Finding(package, "not installed", f"pip install {package}", is_problem=True)
+    for package in ("torch", "torchvision", "simplejpeg", "zarr", "webdataset"):
+        found = installed(package, package)
+        yield Finding(package, found or "not installed", "" if found else f"pip install {package}", not found)
+    yield about_opencv(installed(OPENCV, "cv2"))
+
+
+def about_opencv(found: str | None) -> Finding:
+    if not found:
+        return Finding(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
+    is_old = int(found.split(".")[0]) < 5
+    advice = f"turns images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
+    return Finding(OPENCV, found, advice)
 
 
 def _machine() -> Iterator[Finding]:
@@ -77,7 +84,7 @@ def about_dali(dali: Dali | None, driver: int | None) -> Finding:
     wheel = "nvidia-dali-cuda130" if driver and driver >= DRIVERS[13] else "nvidia-dali-cuda120"
     if dali is None:
         return Finding("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
-    if tuple(map(int, dali.version.split(".")[:2])) < OLDEST_DALI:
+    if tuple(map(int, dali.version.split(".")[:2])) < OLDEST:
         return Finding(
             "DALI",
             str(dali),

@@ -3,6 +3,8 @@
 import math
 import os
 import platform
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,17 @@ def resident_bytes() -> int:
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def installed(package: str, module: str) -> str | None:
+    """Version of a package, as pip knows it, or else as its module says (another package's, or copied here); None: absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        try:
+            return str(import_module(module).__version__)
+        except ImportError:
+            return None
 
 
 def processor() -> str:

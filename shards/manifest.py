@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cxrfast import __version__
 from cxrfast.errors import ShardError
 from cxrfast.files import json_bytes, sha256, write_bytes
+from cxrfast.machine import installed
 from cxrfast.shards.grid import unpack
 from cxrfast.shards.recipe import Recipe
 
@@ -340,5 +340,10 @@ def parse_sums(data: bytes) -> tuple[dict[str, str], list[str]]:
 
 def versions() -> dict[str, str]:
     """Of cxrfast and of the libraries that decide the bytes of a set."""
-    packages = {"numpy": "numpy", "opencv": "opencv-python-headless", "pyarrow": "pyarrow", "simplejpeg": "simplejpeg"}
-    return {"cxrfast": __version__, **{name: version(package) for name, package in packages.items()}}
+    packages = {
+        "numpy": ("numpy", "numpy"),
+        "opencv": ("opencv-python-headless", "cv2"),
+        "pyarrow": ("pyarrow", "pyarrow"),
+        "simplejpeg": ("simplejpeg", "simplejpeg"),
+    }
+    return {"cxrfast": __version__, **{name: installed(*names) or "unknown" for name, names in packages.items()}}
