@@ -113,8 +113,8 @@ if [[ ${PACKAGES:-} ]]; then
   for archive in "$PACKAGES"/*.tar.xz; do
     "$python" -c "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='tar')" "$archive" "$packages"
   done
-  export LD_LIBRARY_PATH=$packages/nvidia/cu13/lib:${LD_LIBRARY_PATH:-}
 fi
+[[ -d $packages/nvidia/cu13/lib ]] && export LD_LIBRARY_PATH=$packages/nvidia/cu13/lib:${LD_LIBRARY_PATH:-}
 if [[ $call == 1 ]]; then first; else second; fi
 "$python" -m cxrfast.bench.trial "$results" "$runs"
 code=$?
