@@ -166,11 +166,15 @@ def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[t
     assert set(counted.values()) == {3}, "all but the last norm are computed again"
 
 
+KERNELS = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward")
+"""What computes a convolution on a CPU; which of them, size, threads and torch's version decide."""
+
+
 def test_no_convolution_runs_twice() -> None:
     def convolutions(net: DenseNet) -> int:
         with profile(activities=[ProfilerActivity.CPU]) as found:
             net(images()).sum().backward()
-        return sum(event.name == "aten::convolution" for event in found.events())
+        return sum(event.name in KERNELS for event in found.events())
 
     assert convolutions(small(checkpoint=True)) == convolutions(small()) == 1 + 2 * 7 + 2
 
