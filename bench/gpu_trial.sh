@@ -9,6 +9,7 @@
 # the results of the benchmarks; the second call's holds the first's, too. Exit code 1 if a step failed.
 #
 #   TREE=DIR            source tree in the layout of MIMIC-CXR-JPG, for 512 and 256 px [phantoms]
+#   MAKE_TREE=COMMAND   makes that tree, while the first steps run [it is there]
 #   PACKAGES=DIR        archives *.tar.xz of Python packages that the machine lacks, unpacked first [none]
 #   TRIAL_WORK=DIR      shard sets, runs and results, kept from the first call to the second [/tmp/cxrfast-trial]
 #   TRIAL_REHEARSAL=1   the same on a CPU, at 64 and 32 px, in a few minutes
@@ -50,6 +51,7 @@ wait_for() { while [[ ! -e $1/SHA256SUMS ]] && ((SECONDS < end - 60)); do sleep 
 
 make_sets() { # in a session of its own and on half of the cores, since it goes on while other steps run
   local cores=$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1)) tree=${TREE:-}
+  [[ ${MAKE_TREE:-} ]] && $MAKE_TREE
   [[ $tree ]] || { tree=$work/films && $(cxrfast synth "$tree" --images 600 --size $((2 * small)) --workers $cores); }
   $(cxrfast shard --data "$tree" --out "$sets/small" --scale $small --scale $((2 * small)) --workers $cores)
   $(cxrfast synth "$work/large-films" --images $images --size $side --workers $cores)
@@ -73,7 +75,7 @@ ladder() { # NAME SECONDS MINUTES OPTIONS…
 first() {
   rm -rf "$results" "$runs" && mkdir -p "$results" "$runs"
   export -f make_sets cxrfast
-  export python work sets small large images side TREE
+  export python work sets small large images side TREE MAKE_TREE
   setsid bash -c make_sets >"$results/sets.txt" 2>&1 &
   step versions 20 "$python" -c "import torch, torchvision, cv2, numpy; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), torchvision.__version__, cv2.__version__, numpy.__version__)"
   step doctor 30 $(cxrfast doctor)
