@@ -5,8 +5,8 @@
 #   bench/gpu_trial.sh 2 [OUT]   doctor --deep with DALI, training with dali, bench step and bench load with both engines
 #
 # Steps stand in the order of their worth, each under a timeout of its own, and none is begun once the call's time is over.
-# OUT (default: the environment's OUT, else bench/results/gpu-trial) gets trial.md and trial.json, what each step printed and
-# the results of the benchmarks; the second call's holds the first's, too. Exit code 1 if a step failed.
+# OUT (default: the environment's OUT, else bench/results/gpu-trial) gets trial.md, trial.json and all.tar.gz, which holds what
+# each step printed and the results of the benchmarks; the second call's hold the first's, too. Exit code 1 if a step failed.
 #
 #   TREE=DIR            source tree in the layout of MIMIC-CXR-JPG, for 512 and 256 px [phantoms]
 #   MAKE_TREE=COMMAND   makes that tree, while the first steps run [it is there]
@@ -120,5 +120,6 @@ fi
 if [[ $call == 1 ]]; then first; else second; fi
 "$python" -m cxrfast.bench.trial "$results" "$runs"
 code=$?
-cp -r "$results/." "$out"
+cp "$results"/trial.* "$out"
+tar -C "$results" -czf "$out/all.tar.gz" .
 exit $code

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,12 @@ def test_a_rehearsal_goes_through_every_step_without_a_failing_line(rehearsal: t
     assert "Rates(scale=32, host=" in text
     assert str(folder) not in text + json.dumps(found), "no folder of this machine"
     assert "right: training losses with host and with dali, within 1%" in printed[1]
-    for name in ("checkup-host", "checkup-dali", "checkup-large"):
-        assert "FAILED" not in (folder / "out" / f"{name}.txt").read_text()
+    with tarfile.open(folder / "out" / "all.tar.gz") as everything:
+        for name in ("checkup-host", "checkup-dali", "checkup-large"):
+            said = everything.extractfile(f"./{name}.txt")
+            assert said is not None
+            assert b"FAILED" not in said.read()
+        assert "./load-32/load.png" in everything.getnames()
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
