@@ -105,9 +105,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def _eight(reader: Reader, largest: int) -> torch.Tensor:
-    """uint8 (8, 1, H, W) on the CPU, of at most `largest` px."""
-    side = min(reader.scale, largest)
+def _eight(reader: Reader, side: int) -> torch.Tensor:
+    """uint8 (8, 1, side, side) on the CPU: of 32 px, BatchNorm would see too few pixels for bf16 to be near float32."""
     order = EvalOrder(rows=np.resize(reader.rows, 8), micro_batch=8)
     with closing(Loader(reader, order, scale=side, engine="host")) as loader:
         return next(iter(loader)).image
