@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from cxrfast import __version__
 from cxrfast.config import TrainConfig
+from cxrfast.densenet import SHAPES
 from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import write_json
@@ -256,10 +257,12 @@ def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
         else:
             room = f"the machine has {memory_bytes() / 2**30:.1f} GiB, {ranks.local_size} processes share it"
         smaller = [n for n in shareable(config.global_batch, ranks.size, config.micro_batch) if n < config.micro_batch]
-        sizes = f"--micro-batch {smaller[-1]}, --micro-batch auto" if smaller else "a smaller --scale"
+        helps = [f"--micro-batch {smaller[-1]}", "--micro-batch auto"] if smaller else ["a smaller --scale"]
+        if config.arch in SHAPES:
+            helps.append("--recompute")
         raise RunError(
             f"memory ran out with micro-batches of {config.micro_batch} images of {config.scale} px in "
-            f"{config.precision} ({room}): use {sizes} or --recompute"
+            f"{config.precision} ({room}): use {' or '.join(helps)}"
         ) from error
 
 

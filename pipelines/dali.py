@@ -92,7 +92,7 @@ class DaliEngine:
                 if is_out_of_memory(error):
                     raise LoadError(
                         f"memory ran out while DALI decoded batches of {len(items[done].rows)} images of {self.size} px: "
-                        f"use a smaller --micro-batch, or --engine host. DALI says: {error}"
+                        f"use a smaller --micro-batch, or --engine host. DALI says: {' '.join(str(error).split())[:300]}"
                     ) from error
                 yield from self._host.batches(items[done : done + 1])
                 done, refused = done + 1, refused + isinstance(error, RuntimeError)

@@ -87,7 +87,10 @@ def test_the_report_is_printed_and_written_with_where_it_ran_and_a_plot(
     [
         (["--scale", "4096"], "no shards at 4096 px (scales there: 32, 64)"),
         (["--device", "gpu"], "--device gpu is unknown"),
-        (["--only", "hots"], "no such way of loading, use one of host, dali, dali-unproven, host-1-thread, host-cache, host-raw"),
+        (
+            ["--only", "hots"],
+            "no such way of loading, use one of host, dali, dali-unproven, host-1-thread, host-cache, host-raw",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(

@@ -173,7 +173,7 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "memory ran out with micro-batches of 80 images of 64 px in fp32 (the machine has" in done.stderr
-    assert "use --micro-batch 40, --micro-batch auto or --recompute" in done.stderr
+    assert "use --micro-batch 40 or --micro-batch auto or --recompute" in done.stderr
     run = read_run(tmp_path / "densenet121-64" / "fold-0")
     assert run.state()["state"] == "failed"
     # what it advises is accepted, though it is another configuration
