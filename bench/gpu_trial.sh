@@ -15,28 +15,38 @@
 #   TRIAL_REHEARSAL=1   the same on a CPU, at 64 and 32 px, in a few minutes
 #   PYTHON=FILE         [python3]
 set -u
-call=${1:?usage: bench/gpu_trial.sh 1|2 [OUT]} out=${2:-${OUT:-bench/results/gpu-trial}}
-cd "$(dirname "$0")/.." || exit 2
-for part in shards pipelines bench; do [[ -e cxrfast/$part ]] || ln -s "../$part" "cxrfast/$part"; done # copies may lose links
-python=${PYTHON:-python3} work=${TRIAL_WORK:-/tmp/cxrfast-trial}
+refuse() { echo "gpu_trial.sh: $*" >&2; exit 2; }
+call=${1:-} out=$(realpath -m "${2:-${OUT:-$(dirname "$0")/results/gpu-trial}}")
+[[ $call == [12] ]] || refuse "usage: bench/gpu_trial.sh 1|2 [OUT]"
+[[ ${TREE:-} ]] && TREE=$(realpath -m "$TREE")
+[[ ${PACKAGES:-} ]] && PACKAGES=$(realpath -m "$PACKAGES")
+python=$(command -v "${PYTHON:-python3}") || refuse "${PYTHON:-python3} is no program: give PYTHON"
+work=$(realpath -m "${TRIAL_WORK:-/tmp/cxrfast-trial}")
 results=$work/results sets=$work/sets runs=$work/runs packages=$work/packages
-mkdir -p "$results" "$sets" "$runs" "$packages" "$out"
+cd "$(dirname "$0")/.." || exit 2
+[[ ! -e $work || -e $work/.gpu-trial ]] || refuse "$work holds something else: give another TRIAL_WORK"
+mkdir -p "$results" "$sets" "$runs" "$packages" "$out" && touch "$work/.gpu-trial" "$out/.written" && rm "$out/.written" ||
+  refuse "$work or $out cannot be written: give another TRIAL_WORK or OUT"
+for part in shards pipelines bench; do [[ -e cxrfast/$part ]] || ln -s "../$part" "cxrfast/$part"; done # copies may lose links
 export PYTHONPATH=$packages:$PWD PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore::DeprecationWarning
+trap 'kill -- "-$(<"$work/sets.pid")" 2>/dev/null; exit 1' INT TERM
 
 if [[ ${TRIAL_REHEARSAL:-} ]]; then
   device=cpu call_seconds=3600 patience=5 # a busy CPU takes its time
-  small=32 large=64 images=160 side=64 epochs=1 minutes=0.05 ways="--rounds 1 --seconds 0.05"
+  small=32 large=64 images=160 side=64 batches="--epochs 1" rounds="--rounds 1 --seconds 0.1"
 else
-  device=cuda call_seconds=$((call == 1 ? 310 : 250)) patience=1
-  small=256 large=2048 images=240 side=2048 epochs=2 minutes="" ways="--rounds 2 --seconds 0.5"
+  device=cuda call_seconds=300 patience=1
+  small=256 large=2048 images=240 side=2048 batches="--epochs 2 --global-batch 64 --micro-batch 32" rounds="--rounds 2 --seconds 1.5"
 fi
 end=$((SECONDS + call_seconds))
+
+cxrfast() { echo "$python" -m cxrfast "$@"; }
 
 step() { # NAME SECONDS COMMAND…: run it for so long at most, keep what it prints, note how it ended
   local name=$1 limit=$(($2 * patience)) begun=$SECONDS code=skipped
   shift 2
   ((limit > end - SECONDS)) && limit=$((end - SECONDS))
-  if ((limit >= 5)); then
+  if ((limit >= 15)); then
     timeout -k 5 "$limit" "$@" >"$results/$name.txt" 2>&1
     code=$?
   fi
@@ -45,17 +55,14 @@ step() { # NAME SECONDS COMMAND…: run it for so long at most, keep what it pri
   [[ $code == 0 || $code == skipped ]] || tail -n 5 "$results/$name.txt"
 }
 
-cxrfast() { echo "$python" -m cxrfast "$@"; }
-budget() { echo "--minutes ${minutes:-$1}"; } # of a benchmark, at most
-wait_for() { while [[ ! -e $1/SHA256SUMS ]] && ((SECONDS < end - 60)); do sleep 1; done; }
-
-make_sets() { # in a session of its own and on half of the cores, since it goes on while other steps run
-  local cores=$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1)) tree=${TREE:-}
-  [[ ${MAKE_TREE:-} ]] && $MAKE_TREE
-  [[ $tree ]] || { tree=$work/films && $(cxrfast synth "$tree" --images 600 --size $((2 * small)) --workers $cores); }
-  $(cxrfast shard --data "$tree" --out "$sets/small" --scale $small --scale $((2 * small)) --workers $cores)
-  $(cxrfast synth "$work/large-films" --images $images --size $side --workers $cores)
-  $(cxrfast shard --data "$work/large-films" --out "$sets/large" --scale $large --scale $((large / 2)) --workers $cores)
+bench() { # NAME SECONDS ARGUMENTS…: a benchmark, which writes its results only at its end: so it is given the time that is left
+  local name=$1 seconds=$2
+  shift 2
+  ((seconds > end - SECONDS - 45)) && seconds=$((end - SECONDS - 45))
+  [[ ${TRIAL_REHEARSAL:-} ]] && seconds=3
+  local minutes limit=$((seconds >= 3 ? seconds + 55 : 0))
+  printf -v minutes '%d.%02d' $((seconds / 60)) $((seconds % 60 * 100 / 60))
+  step "$name" $limit $(cxrfast bench "$@" --device $device --minutes "$minutes" --out "$results/$name")
 }
 
 train() { # NAME SECONDS OPTIONS…
@@ -66,60 +73,74 @@ train() { # NAME SECONDS OPTIONS…
 }
 short="--epochs 1 --limit 64 --global-batch 32 --micro-batch 16 --engine host"
 
-ladder() { # NAME SECONDS MINUTES OPTIONS…
-  local name=$1 limit=$2 given=$3
-  shift 3
-  step "$name" "$limit" $(cxrfast bench ladder --device $device --seconds 0.5 $(budget "$given") --out "$results/$name" "$@")
+make_sets() { # on half of the cores, behind whatever else runs
+  local cores=$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1)) tree=${TREE:-}
+  [[ ${MAKE_TREE:-} ]] && $MAKE_TREE
+  [[ $tree ]] || { tree=$work/films && $(cxrfast synth "$tree" --images 600 --size $((2 * small)) --workers $cores); }
+  $(cxrfast shard --data "$tree" --out "$sets/small" --scale $small --scale $((2 * small)) --workers $cores)
+  $(cxrfast synth "$work/large-films" --images $images --size $side --workers $cores)
+  $(cxrfast shard --data "$work/large-films" --out "$sets/large" --scale $large --scale $((large / 2)) --workers $cores)
+}
+
+begin_sets() { # in a session of its own, since it may go on into the second call
+  export -f make_sets cxrfast
+  export python work sets small large images side TREE MAKE_TREE
+  setsid nice -n 19 bash -c make_sets >"$results/sets.txt" 2>&1 &
+  echo $! >"$work/sets.pid"
+}
+
+wait_for() { # SET: until it is there, or cannot be any more
+  while [[ ! -e $1/SHA256SUMS ]] && ((SECONDS < end - 60)) && kill -0 "$(<"$work/sets.pid")" 2>/dev/null; do sleep 1; done
+  [[ -e $1/SHA256SUMS ]] && return
+  echo "$1 could not be made; sets.txt in the results ends:"
+  tail -n 5 "$results/sets.txt"
+  return 1
 }
 
 first() {
   rm -rf "$results" "$runs" && mkdir -p "$results" "$runs"
-  export -f make_sets cxrfast
-  export python work sets small large images side TREE MAKE_TREE
-  setsid bash -c make_sets >"$results/sets.txt" 2>&1 &
+  begin_sets
   step versions 20 "$python" -c "import torch, torchvision, cv2, numpy; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), torchvision.__version__, cv2.__version__, numpy.__version__)"
-  step doctor 30 $(cxrfast doctor)
   local scales="--scale $small --scale $large"
   [[ $device == cuda ]] && scales="--scale 256 --scale 512 --scale 1024 --scale 2048"
-  ladder ladder 120 1.7 $scales --only channels-last --only ours --only recompute
-  wait_for "$sets/small"
+  bench ladder 90 ladder $scales --seconds 0.5 --only channels-last --only ours --only recompute
+  wait_for "$sets/small" || return 1
   step checkup-host 75 $(cxrfast doctor --deep --shards "$sets/small")
-  train train-host 60 --engine host --epochs $epochs
+  train train-host 60 $batches --engine host
   train deterministic-1 30 $short --deterministic
   train deterministic-2 30 $short --deterministic
-  ladder ladder-large-batch 40 0.4 --scale $small --micro-batch 128 --only ours
-  if [[ $device == cuda ]]; then # compiling takes minutes on a CPU, and fp16 is of GPUs
-    train fp16 30 $short --precision fp16
-    ladder compiled-512 100 1.5 --scale 512 --only ours --only compile
-    ladder compiled-2048 100 1.5 --scale 2048 --only ours --only compile
-    ladder compiled-256 100 1.5 --scale 256 --only ours --only compile
-  fi
+  [[ $device == cuda ]] && train fp16 30 $short --precision fp16
+  # compiling takes minutes on a CPU
+  [[ $device == cuda ]] && bench compiled-512 75 ladder --scale 512 --seconds 0.5 --only ours --only compile
+  bench ladder-large-batch 15 ladder --scale $small --micro-batch 128 --seconds 0.5 --only ours
+  [[ $device == cuda ]] && bench compiled-256 75 ladder --scale 256 --seconds 0.5 --only ours --only compile
+  [[ $device == cuda ]] && bench compiled-2048 75 ladder --scale 2048 --seconds 0.5 --only ours --only compile
+  return 0
 }
 
 second() {
-  step doctor-dali 30 $(cxrfast doctor)
-  wait_for "$sets/small"
+  kill -0 "$(cat "$work/sets.pid" 2>/dev/null)" 2>/dev/null || [[ -e $sets/large/SHA256SUMS ]] || begin_sets
+  wait_for "$sets/small" || return 1
   step checkup-dali 75 $(cxrfast doctor --deep --shards "$sets/small")
-  train train-dali 60 --engine dali --epochs $epochs
-  wait_for "$sets/large"
-  for scale in $large $small; do
-    local set=$sets/large
-    [[ $scale == "$small" ]] && set=$sets/small
-    step "step-$scale" 80 $(cxrfast bench step --shards "$set" --scale $scale --each-engine --device $device $(budget 1) --out "$results/step-$scale")
-    step "load-$scale" 60 $(cxrfast bench load --shards "$set" --scale $scale --engines --no-peers --device $device $ways $(budget 0.7) --out "$results/load-$scale")
-  done
+  train train-dali 60 $batches --engine dali
+  wait_for "$sets/large" || return 1
+  local loads="--engines --no-peers --only dali --only dali-unproven --rounds 1 --seconds 0.4"
+  bench load-$small 55 load --shards "$sets/small" --scale $small $loads
+  bench load-$large 55 load --shards "$sets/large" --scale $large $loads
+  bench step-$large 70 step --shards "$sets/large" --scale $large --each-engine $rounds
+  bench step-$small 60 step --shards "$sets/small" --scale $small --each-engine $rounds
   step checkup-large 45 $(cxrfast doctor --deep --shards "$sets/large" --scale $large)
 }
 
 if [[ ${PACKAGES:-} ]]; then
   for archive in "$PACKAGES"/*.tar.xz; do
-    "$python" -c "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='tar')" "$archive" "$packages"
+    "$python" -c "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='tar')" "$archive" "$packages" ||
+      refuse "$archive cannot be unpacked: PACKAGES is a folder of archives *.tar.xz"
   done
 fi
 [[ -d $packages/nvidia/cu13/lib ]] && export LD_LIBRARY_PATH=$packages/nvidia/cu13/lib:${LD_LIBRARY_PATH:-}
-if [[ $call == 1 ]]; then first; else second; fi
-"$python" -m cxrfast.bench.trial "$results" "$runs"
-code=$?
-cp "$results"/trial.* "$out"
-tar -C "$results" -czf "$out/all.tar.gz" .
+code=0
+if [[ $call == 1 ]]; then first || code=1; else second || code=1; fi
+"$python" -m cxrfast.bench.trial "$results" "$runs" || code=1
+cp "$results"/trial.* "$out" && tar -C "$results" -czf "$out/all.tar.gz" . || code=1
 exit $code

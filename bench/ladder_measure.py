@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,12 @@ def rates(
             steps.pop(rung.name, None)
             found[rung.name] = {"failed": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])}
         told(f"{rung.name}, first step")
-    turns = {name: lambda seconds, step=step: rate(step, seconds, where) for name, step in steps.items()}
+
+    def turn(step: Callable[[], int], seconds: float) -> float:
+        step()  # the rungs share one allocator: this one takes back what the last one had
+        return rate(step, seconds, where)
+
+    turns = {name: partial(turn, step) for name, step in steps.items()}
     figures = interleave(turns, seconds, ROUNDS, budget, told) if turns else {}
     return found | {name: {"rounds": figure.rounds} for name, figure in figures.items()}
 

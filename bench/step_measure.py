@@ -135,7 +135,7 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[floa
 
     def train_on(batches: Iterator[Batch], seconds: float) -> float:
         trainer.model.train()
-        source = Timed(batches)
+        source = Timed(batches, device)
         watch = Watch(trainer, source, steps=2**62)
 
         def step() -> int:

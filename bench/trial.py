@@ -85,7 +85,10 @@ def compare_runs(runs: dict[str, Run]) -> list[Finding]:
 
 
 def rates(results: dict[str, Any]) -> list[Rates]:
-    """What `pipelines/choice.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran."""
+    """What `pipelines/choice.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran.
+
+    The step is that of the fastest rung: compiled, if one was.
+    """
     steps: dict[int, float] = {}
     for name, result in results.items():
         if name.startswith(("ladder", "compiled")):
@@ -109,7 +112,9 @@ def rates(results: dict[str, Any]) -> list[Rates]:
 def trial(folder: Path, runs_folder: Path) -> bool:
     """Write trial.json and trial.md into `folder`. Returns whether every step and every comparison came out right."""
     steps = read_steps(folder / "steps.tsv")
-    files = [path for path in sorted(folder.glob("*/*.json"))]
+    files = [
+        path for path in sorted(folder.glob("*/*.json")) if path.with_suffix(".md").exists()
+    ]  # else it was stopped
     results = {path.parent.name: json.loads(path.read_bytes()) for path in files}
     try:
         runs = {run.folder.parent.name: run for run in find_runs(runs_folder) if run.is_done}

@@ -20,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,6 +45,9 @@ LIMITS = {"fp32": (1e-4, 1e-3), "tf32": (2e-3, 0.1), "bf16": (1e-2, 0.5), "fp16"
 
 On a CPU they are 1e-6 and 1e-5 in fp32, 2e-3 and 0.2 in bf16; 2e-4 and 0.04 where operands are rounded as TF32 does.
 """
+
+IMAGES = 8
+"""Of the batch whose gradients are compared; copies of fewer would leave BatchNorm nothing to normalise."""
 
 SCALING = 1024
 """A loss is multiplied by it for the backward pass, so that small gradients are not zero in fp16."""
@@ -107,7 +109,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _eight(reader: Reader, side: int) -> torch.Tensor:
     """uint8 (8, 1, side, side) on the CPU: of 32 px, BatchNorm would see too few pixels for bf16 to be near float32."""
-    order = EvalOrder(rows=np.resize(reader.rows, 8), micro_batch=8)
+    order = EvalOrder(rows=reader.rows[:IMAGES], micro_batch=IMAGES)
     with closing(Loader(reader, order, scale=side, engine="host")) as loader:
         return next(iter(loader)).image
 
@@ -351,6 +353,7 @@ def no_compiler() -> str:
 def memory(reader: Reader, device: torch.device) -> str:
     """One micro-batch of the scale's preset fits the memory, with a reserve for the loader; in a process of its own."""
     gpu = device.type == "cuda"
+    Classifier(ARCH, 1).check_size(reader.scale)  # says what is wrong with images that are too small
     size = preset(reader.scale).micro_batch
     precision = resolve_precision("auto", device)
     if gpu:

@@ -83,7 +83,13 @@ def checks(reader: Reader, device: torch.device) -> list[Check]:
         Check("DALI's pixels, the set's means", partial(check_pixels.proven_pixels, reader, device), no_dali),
         Check("host, slow reader", partial(check_pixels.slow_reader, reader, device, "host")),
         Check("DALI, slow reader", partial(check_pixels.slow_reader, reader, device, "dali"), no_dali),
-        Check("gradients", partial(check_training.gradients, reader, device)),
+        Check(
+            "gradients",
+            partial(check_training.gradients, reader, device),
+            ""
+            if len(reader.rows) >= check_training.IMAGES
+            else f"the set has fewer than {check_training.IMAGES} images",
+        ),
         Check("process group", partial(check_training.process_group, device)),
         Check(
             "synchronisations",

@@ -3,6 +3,7 @@
 Modules are imported inside the commands, so that `cxrfast --help` answers at once.
 """
 
+import math
 import os
 import sys
 import tomllib
@@ -62,6 +63,16 @@ class MicroBatch(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else super().convert(value, param, ctx)
+
+
+class Finite(click.FloatRange):
+    """A number in a range, which `nan` is in none of."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 class Sizes(click.ParamType):
@@ -128,8 +139,8 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("cxrfast: interrupted; what was finished is kept, the same command goes on", err=True)
             sys.exit(130)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError, ImportError) as error:
+            if not (is_out_of_memory(error) or "failed to map segment" in str(error)):  # of a library, while loading it
                 raise
             words = (str(error).splitlines() or [type(error).__name__])[0]
             fail(f"memory ran out ({words}): use a smaller scale, or a machine or GPU with more memory that is free")
@@ -374,6 +385,11 @@ def verify(
         click.echo(f"{problem.path}: {problem.what}", err=True)
     if problems:
         advice = "" if repair else "; `cxrfast verify --repair` mends what it can"
+        if all(problem.is_signed for problem in problems):
+            advice = (
+                "; SHA256SUMS says the same, so nothing in the set tells what was right: restore these shards from a copy, or "
+                "delete their files and run the same `cxrfast shard` command again"
+            )
         fail(f"{shards}: {len(problems):,} problems, named above{advice if verdict.problems else ''}")
     click.echo(describe(verdict, shards, deep))
 
@@ -820,7 +836,7 @@ ROUNDS = click.option(
 
 MINUTES = click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="End after about so long: fewer rounds, and what does not fit is left out. [default: no limit]",
 )
 
@@ -836,7 +852,7 @@ def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None
 @click.option("--arch", default="densenet121", show_default=True)
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.1, max=3600),
+    type=Finite(min=0.1, max=3600),
     default=10.0,
     show_default=True,
     help="Measured time a figure.",
@@ -862,7 +878,7 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: by device]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.01, max=3600),
+    type=Finite(min=0.01, max=3600),
     default=2.0,
     show_default=True,
     help="Measured time a figure and round.",
@@ -892,7 +908,7 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.01, max=3600),
+    type=Finite(min=0.01, max=3600),
     default=20.0,
     show_default=True,
     help="Measured time a figure and round.",
@@ -916,7 +932,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.01, max=3600),
+    type=Finite(min=0.01, max=3600),
     default=2.0,
     show_default=True,
     help="Measured time a figure and round.",

@@ -36,13 +36,17 @@ MEMORY_WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did memory run out, of the machine or of a GPU? torch, CUDA's libraries and DALI say so in RuntimeErrors of all kinds."""
+    """Did memory run out, of the machine or of a GPU? torch, CUDA's libraries and DALI say so in RuntimeErrors of all kinds.
+
+    Also true for what another error became of it, as where torch cannot write to a buffer that cannot grow.
+    """
     if isinstance(error, CxrfastError):
         return False
     words = f"{type(error).__name__}: {error}".lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in words for word in MEMORY_WORDS)
-    )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in words for w in MEMORY_WORDS)):
+        return True
+    before = error.__cause__ or error.__context__
+    return isinstance(error, RuntimeError) and before is not None and is_out_of_memory(before)
 
 
 def is_disk_full(error: OSError) -> bool:

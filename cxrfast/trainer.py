@@ -28,6 +28,7 @@ from cxrfast.metrics import auroc, bce
 from cxrfast.model import Classifier, autocast, compiled, use_tf32
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
+from cxrfast.pipelines.proof import EVERY
 from cxrfast.pipelines.reader import Reader
 from cxrfast.predict import complete, score
 from cxrfast.progress import duration, progress
@@ -141,9 +142,8 @@ class Trainer:
         """
         self.restore()
         self._set_state("running")
-        if self.ranks.is_first and not self.place.quiet and self.place.engine == "auto":
-            loader = self.train_loader
-            print(f"{self.run.name}: engine {loader.engine}: {loader.why}", file=sys.stderr, flush=True)
+        if self.ranks.is_first and not self.place.quiet:
+            self._tell_engine()
         if self.place.tensorboard and self.ranks.is_first:
             self.board = Board(self.run.folder, self.epoch)
         try:
@@ -162,6 +162,19 @@ class Trainer:
             if self.board:
                 self.board.close()
         self._set_state("done")
+
+    def _tell_engine(self) -> None:
+        """Say who decodes where nobody asked for an engine, and what of it cannot be proven."""
+        loader = self.train_loader
+        if self.place.engine == "auto":
+            print(f"{self.run.name}: engine {loader.engine}: {loader.why}", file=sys.stderr, flush=True)
+        if loader.proof and (unknown := loader.proof.unknown):
+            print(
+                f"{self.run.name}: the set holds no means of {unknown:,} rows, so that 1 in {EVERY} of them is decoded by the "
+                f"CPU, too, and compared: `cxrfast verify --repair {loader.reader.folder}` adds them",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def train_epoch(self) -> tuple[int, float]:
         """Take the optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""

@@ -88,7 +88,8 @@ class Timed(Iterator[Batch]):
     """Batches, and the seconds that whoever computes on them had nothing to do but wait for one.
 
     On a GPU that is the time between the last kernel that was queued before a batch was asked for and the batch's arrival:
-    a host that runs ahead of the GPU may wait in `next` all the time and cost nothing.
+    a host that runs ahead of the GPU may wait in `next` all the time and cost nothing. What an engine itself has the GPU do
+    for the batch on its consumer's stream, a copy and the proof of pixels, counts as waiting.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device = CPU) -> None:

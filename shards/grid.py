@@ -38,6 +38,8 @@ def pack(grids: list[np.ndarray] | np.ndarray) -> str:
 def unpack(text: str, rows: int) -> np.ndarray:
     """What `pack` wrote of so many rows → int16 (rows, 4, 4), read-only. Raises ValueError if it is not that."""
     grids = np.frombuffer(base64.b64decode(text, validate=True), "<i2").astype(np.int16, copy=False)
+    if len(grids) and not 0 <= grids.min() <= grids.max() <= 255 * STEPS:
+        raise ValueError("means that are no grey levels")
     return grids.reshape(rows, SIDE, SIDE)
 
 

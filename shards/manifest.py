@@ -156,6 +156,8 @@ def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
         m = ShardManifest(**json.loads(path.read_bytes()))
         if not len(m.rows) == len(m.crc32) == len(m.sizes):
             raise ValueError("lists of different lengths")
+        if not isinstance(m.grids, str):
+            raise ValueError("grids that are no text")
         if m.grids:
             unpack(m.grids, len(m.rows))
         if not all(isinstance(row, int) for row in (*m.rows, *map(int, m.quarantined))):
@@ -164,7 +166,10 @@ def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged: delete it and run `cxrfast shard` again to rebuild this shard") from error
+        raise ShardError(
+            f"{path} is damaged: `cxrfast verify --repair {folder}` makes it again from its tar, or delete it and run "
+            "`cxrfast shard` again to rebuild this shard"
+        ) from error
 
 
 def scales_in(folder: Path) -> list[int]:

@@ -80,7 +80,7 @@ def _trust_near_hashes(work: Repair) -> None:
     for name in work.suspects & work.sums.keys():
         if (work.folder / name).is_file():
             digest = sha256(work.folder / name)
-            if sum(a != b for a, b in zip(digest, work.sums[name], strict=True)) < NEAR:
+            if 0 < sum(a != b for a, b in zip(digest, work.sums[name], strict=True)) < NEAR:
                 work.sums[name] = digest
                 work.suspects.remove(name)
 

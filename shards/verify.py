@@ -39,6 +39,8 @@ class Problem:
     path: str
     """Relative to the set, or to the source tree."""
     what: str
+    is_signed: bool = False
+    """True where SHA256SUMS says the same: found in images alone, and nothing in the set tells what was right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,9 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     without_grids = 0
     if info and not problems:  # what follows reads files that are known to be as they were signed
         try:
-            problems += _plan_problems(folder, info)
-            for scale in manifest.scales_in(folder):
+            problems += _unreadable(folder)
+            problems += _plan_problems(folder, info) if not problems else []
+            for scale in manifest.scales_in(folder) if not problems else []:
                 manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
                 held[scale] = sum(len(m.rows) for m in manifests)
                 quarantined[scale] = sum(len(m.quarantined) for m in manifests)
@@ -153,6 +156,16 @@ def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Proble
                 yield Problem(name, what)
 
 
+def _unreadable(folder: Path) -> Iterator[Problem]:
+    """Manifests that make no sense, and were signed so."""
+    for scale in manifest.scales_in(folder):
+        for shard in manifest.built(folder, scale):
+            try:
+                read_manifest(folder, scale, shard)
+            except ShardError:
+                yield Problem(manifest.shard_name(scale, shard, "json"), "cannot be read, and was signed so")
+
+
 def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     rows = read_rows(folder / "rows.parquet")
     fold, block = deal(rows["patient_id"].tolist(), info.seed)
@@ -222,11 +235,17 @@ def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest],
 
 
 def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> list[Problem]:
+    """Problems of one shard, whose files are as they were signed."""
     path = shard_path(folder, m.scale, m.shard, "tar")
-    name = str(path.relative_to(folder))
-    problems = []
+    name = manifest.shard_name(m.scale, m.shard, "tar")
+    problems: list[Problem] = []
+
+    def found(what: str) -> None:
+        problems.append(Problem(name, what, is_signed=True))
+
     if read_contents(path).image_ids != ids:
-        return [Problem(name, "holds other images than the plan says")]
+        found("holds other images than the plan says")
+        return problems
     grids = unpack(m.grids, len(m.rows)) / STEPS if m.grids else None
     with open(path, "rb") as tar:
         for n, (row, offset, size) in enumerate(read_index(folder, m.scale, m.shard)):
@@ -235,16 +254,16 @@ def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str])
             try:
                 image = decode_member(data, info.codec)
             except BadImage as error:
-                problems.append(Problem(name, f"row {row}: {error.reason}"))
+                found(f"row {row}: {error.reason}")
                 continue
             if image.shape != (m.scale, m.scale):
-                problems.append(Problem(name, f"row {row} is {image.shape[1]} × {image.shape[0]} px"))
+                found(f"row {row} is {image.shape[1]} × {image.shape[0]} px")
             elif grids is not None:
                 off = abs(grid(image) / STEPS - grids[n]).max()
                 if off > tolerance(info.codec, info.quality, m.scale):
-                    problems.append(Problem(name, f"row {row} differs from its grid, by up to {off:.1f} grey levels"))
+                    found(f"row {row} differs from its grid, by up to {off:.1f} grey levels")
             if zlib.crc32(data) != m.crc32[n]:
-                problems.append(Problem(name, f"row {row} differs from its crc32"))
+                found(f"row {row} differs from its crc32")
     return problems
 
 

@@ -39,20 +39,18 @@ def test_a_rehearsal_goes_through_every_step_without_a_failing_line(rehearsal: t
     assert {step["outcome"] for step in found["steps"]} == {"ok"}
     assert [step["name"] for step in found["steps"]] == [
         "versions",
-        "doctor",
         "ladder",
         "checkup-host",
         "train-host",
         "deterministic-1",
         "deterministic-2",
         "ladder-large-batch",
-        "doctor-dali",
         "checkup-dali",
         "train-dali",
-        "step-64",
-        "load-64",
-        "step-32",
         "load-32",
+        "load-64",
+        "step-64",
+        "step-32",
         "checkup-large",
     ]
     assert found["results"].keys() == {"ladder", "ladder-large-batch", "step-64", "step-32", "load-64", "load-32"}
@@ -116,3 +114,28 @@ def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks() -> No
     found = rates({"load-256": load, "ladder": ladder, "compiled-256": compiled, "step-256": {}})
     assert found == [Rates(scale=256, host=1_750, dali=20_000, step=4_000)]
     assert rates({"load-256": load}) == [], "without a step's rate nothing can be compared"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "usage: bench/gpu_trial.sh 1|2"),
+        (["3"], {}, "usage: bench/gpu_trial.sh 1|2"),
+        (["1", "/proc/nowhere"], {}, "/proc/nowhere cannot be written"),
+        (["1"], {"TRIAL_WORK": "occupied"}, "occupied holds something else"),
+        (["1"], {"PACKAGES": "absent"}, "*.tar.xz cannot be unpacked"),
+        (["1"], {"PYTHON": "no-python"}, "no-python is no program"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "paper.md").touch()
+    given = {**os.environ, "OUT": "out", "TRIAL_WORK": "work", "PYTHON": sys.executable, **environment}
+    done = subprocess.run(
+        ["bash", SCRIPT, *arguments], env=given, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert (tmp_path / "occupied" / "paper.md").exists()

@@ -159,3 +159,9 @@ def test_grids_of_the_wrong_length_are_damage(tiny_set, tmp_path, change):
     path.write_text(json.dumps(value))
     with pytest.raises(ShardError, match=r"000001.json is damaged"):
         read_manifest(folder, 64, 1)
+
+
+@pytest.mark.parametrize("value", [-1, 255 * STEPS + 1])
+def test_means_that_are_no_grey_levels_are_refused(value: int) -> None:
+    with pytest.raises(ValueError, match="no grey levels"):
+        unpack(pack(np.full((2, SIDE, SIDE), value, np.int16)), 2)

@@ -99,7 +99,7 @@ def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, text):
     path = shard_path(tmp_path, 32, 3, "json")
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(ShardError, match=r"32/000003.json is damaged: delete it and run"):
+    with pytest.raises(ShardError, match=r"32/000003.json is damaged: `cxrfast verify --repair"):
         read_manifest(tmp_path, 32, 3)
 
 

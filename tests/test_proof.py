@@ -17,7 +17,7 @@ from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.proof import EVERY, UNKNOWN, Proof, cell_means, means_by_torch
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.grid import STEPS, grid
+from cxrfast.shards.grid import STEPS, grid, pack, unpack
 
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
@@ -123,8 +123,23 @@ def test_a_set_without_grids_iscompared_with_the_host_on_some_rows(real_set: Pat
     loader = load(old, 256)
     assert read_all(loader) == 237
     assert loader.proof.compared == len(range(0, 237, EVERY))
+    assert loader.proof.unknown == 237
     with pytest.raises(LoadError, match="first row 0 of"):
         read_all(load(old, 256, zeros))
+
+
+@needs_dali
+def test_wrong_means_in_a_manifest_are_not_blamed_on_the_decoder(real_set: Path, tmp_path: Path) -> None:
+    folder = copy_set(real_set, tmp_path / "set")
+    path = folder / "256" / "000001.json"
+    manifest = json.loads(path.read_bytes())
+    grids = unpack(manifest["grids"], len(manifest["rows"])).copy()
+    grids[3] = grids[4]
+    path.write_text(json.dumps({**manifest, "grids": pack(grids)}) + "\n")
+    with pytest.raises(
+        LoadError, match=rf"are not those of its images, first row {manifest['rows'][3]} at 256 px: `cxrfast"
+    ):
+        read_all(load(folder, 256))
 
 
 def test_rows_without_grids_are_unknown_but_for_some(real_set: Path, tmp_path: Path) -> None:

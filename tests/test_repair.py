@@ -9,6 +9,7 @@ import pytest
 from damage import contents, copy_set, flip_bit
 
 from cxrfast.errors import ShardError
+from cxrfast.files import sha256
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.lease import Lease
@@ -386,3 +387,16 @@ def test_the_copy_of_set_json_inside_the_plan_is_the_same(tiny_set):
 
     assert read_info(tiny_set / "rows.parquet").to_bytes() == (tiny_set / "set.json").read_bytes()
     assert json.loads((tiny_set / "set.json").read_bytes())["images"] == 150
+
+
+@pytest.mark.parametrize("grids", ["short", None, 5])
+def test_a_manifest_that_was_signed_without_sense_is_named_and_made_again(folder, phantoms, tiny_set, grids):
+    path = folder / "64" / "000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "grids": grids}) + "\n")
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    lines = [f"{sha256(path)}  64/000001.json" if line.endswith("64/000001.json") else line for line in sums]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    assert problems(folder) == ["64/000001.json: cannot be read, and was signed so"]
+    repair(folder, phantoms)
+    assert problems(folder) == []
+    assert contents(folder)["64/000001.json"] == contents(tiny_set)["64/000001.json"]

@@ -182,6 +182,14 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
     assert read_run(run.folder).config.micro_batch == 40
 
 
+def test_what_another_error_made_of_running_out_of_memory_is_that_too() -> None:
+    """torch.save raises a RuntimeError about a position where its buffer cannot grow."""
+    position = RuntimeError("unexpected pos 64871232 vs 64871120")
+    assert not is_out_of_memory(position)
+    position.__context__ = MemoryError()
+    assert is_out_of_memory(position)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -358,6 +366,8 @@ def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set: P
     with Reader(tiny_set, 32) as reader:
         order = TrainOrder(rows=reader.rows, global_batch=8, micro_batch=8)
         loader = Loader(reader, order, device="cuda", engine="host")
+        for _ in loader:  # pinned memory is got once, which may wait for the GPU
+            pass
         batches = Timed(slow(loader, 0.02), CUDA)
         with torch.cuda.stream(torch.cuda.Stream()) if not busy else nullcontext():
             for n in range(6):
@@ -368,7 +378,7 @@ def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set: P
                 if busy:
                     torch.cuda._sleep(10**9)  # half a second and more
         batches.close()
-    assert (batches.waited - first < 0.02) if busy else (batches.waited - first > 0.09)
+    assert (batches.waited - first < 0.05) if busy else (batches.waited - first > 0.09)
 
 
 # Warnings

@@ -171,7 +171,9 @@ def test_deep_finds_a_checksum_of_another_image(either_set, tmp_path):
     crc32 = json.loads(path.read_bytes())["crc32"]
     change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
     sign(folder)
-    assert check(folder, deep=True).problems == [Problem("64/000000.tar", "row 5 differs from its crc32")]
+    assert check(folder, deep=True).problems == [
+        Problem("64/000000.tar", "row 5 differs from its crc32", is_signed=True)
+    ]
 
 
 def test_deep_finds_an_image_that_decodes_and_is_another(either_set, tmp_path):
