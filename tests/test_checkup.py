@@ -23,6 +23,7 @@ from cxrfast.pipelines.dali import DaliEngine
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
 
@@ -331,6 +332,18 @@ def test_a_check_that_fails_is_a_line_and_the_others_are_made(capsys) -> None:
     assert lines[0].endswith("s  off by 3 grey levels")
     assert failed(made) == "2 of 4 checks failed (one; two): see their lines above"
     assert failed(made[2:]) == ""
+
+
+def test_gradients_of_fewer_than_eight_images_are_left_out(reader, monkeypatch) -> None:
+    monkeypatch.setattr(type(reader), "rows", reader.rows[:7])
+    (gradients_,) = [check for check in checks(reader, CPU) if check.name == "gradients"]
+    assert carry_out(gradients_).state == LEFT_OUT
+
+
+def test_images_that_are_too_small_to_train_on_are_named(phantoms: Path, tmp_path: Path) -> None:
+    build(phantoms, tmp_path / "set", [8], workers=1, quiet=True)
+    with Reader(tmp_path / "set", 8) as reader, pytest.raises(RunError, match="cannot be trained on images of 8 px"):
+        memory(reader, CPU)
 
 
 def test_a_gpu_is_checked_at_each_share_of_its_jpeg_engines(reader) -> None:

@@ -188,3 +188,11 @@ def test_a_full_disk_keeps_what_was_finished(phantoms: Path, tiny_set: Path, tmp
         accepted(*arguments)
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("command", [["bench", "load", "--minutes"], ["bench", "step", "--seconds"]])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none_are_refused(command: list[str], value: str) -> None:
+    done = CliRunner().invoke(cli, [*command, value])
+    assert done.exit_code == 2
+    assert "is not a finite number" in done.output or "is not in the range" in done.output
