@@ -66,7 +66,7 @@ def test_a_rehearsal_goes_through_every_step_without_a_failing_line(rehearsal: t
             said = everything.extractfile(f"./{name}.txt")
             assert said is not None
             assert b"FAILED" not in said.read()
-        assert "./load-32/load.png" in everything.getnames()
+        assert "./step-32/bench.png" in everything.getnames()
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
