@@ -263,7 +263,7 @@ def limit_memory(device: torch.device) -> None:
 
 
 def peak_resident_bytes() -> int:
-    """Of this process since it started."""
+    """Peak resident memory of this process since it started."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -317,7 +317,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of a source checkout; None in an installed package."""
+    """The commit of a source checkout; None in an installed package."""
     top = Path(__file__).resolve().parent.parent
     if not (top / "pyproject.toml").exists():
         return None

@@ -244,7 +244,7 @@ elementwise; but for `triton_tem`, the templates of convolutions and matrix prod
 
 
 def kind(name: str) -> str:
-    """Of KINDS, or `other`: pooling, reductions, the optimiser."""
+    """One of KINDS, or `other`: pooling, reductions, the optimiser."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
 
 

@@ -141,7 +141,7 @@ def pass_rate(job: Job, *, cold: bool, block: bool = False, ahead: bool = True) 
 
 @dataclass(frozen=True, kw_only=True)
 class Large:
-    """Of a set as large as MIMIC-CXR-JPG, of tiny images."""
+    """Figures of a set as large as MIMIC-CXR-JPG, of tiny images."""
 
     rows: int
     shards: int

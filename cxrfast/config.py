@@ -140,7 +140,7 @@ class TrainConfig:
         return self.scale
 
     def area_at(self, epoch: int) -> float:
-        """Of a training image of an epoch, as a share of that at `scale`: what it costs."""
+        """Area of a training image of an epoch, as a share of that at `scale`: what it costs."""
         return (self.size_at(epoch) / self.scale) ** 2
 
     def work(self, done: int, images: int, validated: int) -> float:
@@ -152,7 +152,7 @@ class TrainConfig:
 
     @property
     def hash(self) -> str:
-        """Of all fields: equal hashes train equal runs."""
+        """Hash of all fields: equal hashes train equal runs."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "TrainConfig") -> list[str]:

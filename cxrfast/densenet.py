@@ -35,7 +35,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a DenseNet-BC (Huang et al. 2017, table 1)."""
+    """Sizes of a DenseNet-BC (Huang et al. 2017, table 1)."""
 
     growth_rate: int
     """Channels that each dense layer adds, k in the paper."""

@@ -188,7 +188,7 @@ def built(folder: Path, scale: int) -> list[int]:
 
 
 def read_manifests(folder: Path) -> Iterator[ShardManifest]:
-    """Of all shards that have one, by scale and number."""
+    """Manifests of all shards that have one, by scale and number."""
     for scale in scales_in(folder):
         for shard in built(folder, scale):
             if m := read_manifest(folder, scale, shard):
@@ -344,7 +344,7 @@ def parse_sums(data: bytes) -> tuple[dict[str, str], list[str]]:
 
 
 def versions() -> dict[str, str]:
-    """Of cxrfast and of the libraries that decide the bytes of a set."""
+    """Versions of cxrfast and of the libraries that decide the bytes of a set."""
     packages = {
         "numpy": ("numpy", "numpy"),
         "opencv": ("opencv-python-headless", "cv2"),

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,20 +16,17 @@ from trainings import (
     command,
     is_in_second_epoch,
     kill_group,
+    make_trainer,
     run_to_the_end,
     start,
     wait_for,
 )
 
-from cxrfast.distributed import World
 from cxrfast.errors import RunError
-from cxrfast.model import Classifier
 from cxrfast.pipelines.order import TrainOrder
-from cxrfast.pipelines.reader import Reader
-from cxrfast.runs import read_run, start_run
-from cxrfast.shards.rows import read_rows
+from cxrfast.runs import read_run
 from cxrfast.stopping import Preempted, StopRequest
-from cxrfast.train import Place, Trainer, make_config, select_rows, train
+from cxrfast.train import Place, make_config, train
 
 RUN = Path("densenet121-32") / "fold-0"
 
@@ -109,22 +105,11 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def make_trainer(shards: Path, runs: Path, quiet: bool = True, scale: int = 32, **options: Any) -> Trainer:
-    """One rank in this process."""
-    config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
-    torch.manual_seed(0)
-    reader = Reader(shards, scale)
-    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = start_run(runs / "run" / "fold-0", config, shards, rows)
-    place = Place(shards=shards, runs=runs, quiet=quiet)
-    return Trainer(run, World(torch.device("cpu")), Classifier("densenet121", len(config.labels)), reader, place)
-
-
 def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cxrfast.watch.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, quiet=False, epochs=3)
+    trainer = make_trainer(tiny_set, tmp_path, place={"quiet": False}, epochs=3)
     trainer.train_epoch()
     assert capsys.readouterr().err.count("3 epochs are left, ") == 1
     state = trainer.run.state()

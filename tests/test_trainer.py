@@ -14,11 +14,11 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 from trainings import (
-    OPTIONS,
     assert_same,
     command,
     is_in_second_epoch,
     kill_group,
+    make_trainer,
     run_to_the_end,
     start,
     wait_for,
@@ -28,32 +28,19 @@ import cxrfast.train
 from cxrfast.cli import cli
 from cxrfast.config import COMPILE_MODES
 from cxrfast.densenet import DenseNet, Shape
-from cxrfast.distributed import World
 from cxrfast.errors import LoadError, RunError, is_out_of_memory
-from cxrfast.model import Classifier, compiled, resolve_precision, use_tf32, without_tf32
+from cxrfast.model import compiled, resolve_precision, use_tf32, without_tf32
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder, TrainOrder
 from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs import read_run, start_run
-from cxrfast.shards.rows import read_rows
-from cxrfast.train import Place, Trainer, make_config, select_rows, train
+from cxrfast.train import Place, make_config, train
 from cxrfast.watch import Timed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda", 0)
-
-
-def make_trainer(shards: Path, runs: Path, device: str = "cpu", place: dict | None = None, **options) -> Trainer:
-    """One rank in this process."""
-    config = make_config(shards, 32, device=device, **{**OPTIONS, **options})
-    reader = Reader(shards, 32)
-    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = start_run(runs / "run" / "fold-0", config, shards, rows)
-    where = Place(shards=shards, runs=runs, quiet=True, **(place or {}))
-    ranks = World(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    return Trainer(run, ranks, Classifier(config.arch, len(config.labels)), reader, where)
 
 
 # Compiling

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from cxrfast.runs import Run, read_run
+from cxrfast.distributed import World
+from cxrfast.model import Classifier
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs import Run, read_run, start_run
+from cxrfast.shards.rows import read_rows
+from cxrfast.train import Place, Trainer, make_config, select_rows
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
@@ -76,3 +81,16 @@ def assert_same(a: Path, b: Path) -> None:
 
 def metrics_without_timing(run: Run) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k not in TIMING} for line in run.metrics()]
+
+
+def make_trainer(
+    shards: Path, runs: Path, scale: int = 32, place: dict[str, Any] | None = None, **options: Any
+) -> Trainer:
+    """One rank in this process, on the CPU."""
+    config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
+    torch.manual_seed(0)
+    reader = Reader(shards, scale)
+    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
+    run = start_run(runs / "run" / "fold-0", config, shards, rows)
+    where = Place(shards=shards, runs=runs, **{"quiet": True, **(place or {})})
+    return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)
