@@ -20,8 +20,8 @@ from cxrfast.config import TrainConfig
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs import Run
-from cxrfast.train import Place, make_config, train
+from cxrfast.runs.run import Run
+from cxrfast.training.train import Place, make_config, train
 
 SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressive resizing"
 

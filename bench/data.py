@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cxrfast.phantoms.dataset import synth
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.shards.build import build
-from cxrfast.synth import synth
 
 PHANTOMS = 200
 

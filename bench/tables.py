@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from cxrfast.markdown import markdown_table
+from cxrfast.tables import markdown_table
 
 
 class Section(NamedTuple):

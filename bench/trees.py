@@ -14,14 +14,14 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.grid import grid, pack
-from cxrfast.shards.images import BadImage, decode_grey, encode
-from cxrfast.shards.manifest import SetInfo, ShardManifest, versions
-from cxrfast.shards.plan import PLANNING, permutation, rows_per_shard
-from cxrfast.shards.recipe import Recipe
-from cxrfast.shards.sources import read_source
-from cxrfast.shards.tar import TarWriter
-from cxrfast.shards.tree import Tree
+from cxrfast.shards.building.layout import PLANNING, permutation, rows_per_shard
+from cxrfast.shards.format.manifest import SetInfo, ShardManifest, versions
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.tar import TarWriter
+from cxrfast.shards.images.decode import BadImage, decode_grey, encode
+from cxrfast.shards.images.grid import grid, pack
+from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.storage import Tree
 
 SOURCE: dict[str, Any] = {"source": "table", "source_options": {"table": "images.csv", "label": list(MIMIC)}}
 """How `build` reads the trees that are made here."""

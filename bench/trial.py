@@ -18,9 +18,9 @@ from cxrfast.bench.harness import provenance
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
-from cxrfast.markdown import markdown_table
 from cxrfast.pipelines.choice import Rates
-from cxrfast.runs import Run, find_runs
+from cxrfast.runs.run import Run, find_runs
+from cxrfast.tables import markdown_table
 
 LOSSES_APART = 0.01
 """Share by which the losses of the same epoch may differ between the engines: same rows and draws, almost the same pixels."""

@@ -1,5 +1,5 @@
 """`python -m cxrfast` is the `cxrfast` command."""
 
-from cxrfast.cli import cli
+from cxrfast.cli.main import cli
 
 cli(prog_name="cxrfast")

@@ -19,7 +19,7 @@ from cxrfast.errors import LoadError, is_out_of_memory
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.proof import Proof
-from cxrfast.pipelines.readahead import read_ahead
+from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 DEPTH = 2

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cxrfast.pipelines.cache import PixelCache
+from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.order import Work
-from cxrfast.pipelines.pixels import Pixels
-from cxrfast.pipelines.readahead import read_ahead
+from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 PREFETCH_BYTES = 256 * 2**20

@@ -8,9 +8,9 @@ meta-pytorch/torchcodec#1634), so what a GPU decoded is not taken on trust.
 import numpy as np
 import torch
 
-from cxrfast.pipelines.pixels import Pixels
+from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.grid import SIDE, STEPS, edges, grid, tolerance
+from cxrfast.shards.images.grid import SIDE, STEPS, edges, grid, tolerance
 
 EVERY = 16
 """Where a set holds no grids, the rows whose number this divides are decoded by the CPU, too, and compared."""

@@ -14,10 +14,10 @@ import numpy as np
 from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
-from cxrfast.shards.codec import pgm_header
-from cxrfast.shards.grid import SIDE, unpack
-from cxrfast.shards.manifest import built, read_manifest, read_set, scales_in, shard_path
-from cxrfast.shards.tar import read_index
+from cxrfast.shards.format.codec import pgm_header
+from cxrfast.shards.format.manifest import built, read_manifest, read_set, scales_in, shard_path
+from cxrfast.shards.format.tar import read_index
+from cxrfast.shards.images.grid import SIDE, unpack
 
 OPEN_FILES = 512
 """Tars kept open; those beyond are opened for each read."""

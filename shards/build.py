@@ -21,17 +21,17 @@ from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import duration, progress, size
-from cxrfast.shards import manifest
-from cxrfast.shards.estimate import Estimate, check_room, estimate
-from cxrfast.shards.lease import Lease, Part, leased
-from cxrfast.shards.manifest import SetInfo, read_set
-from cxrfast.shards.plan import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
-from cxrfast.shards.recipe import Recipe
-from cxrfast.shards.rows import read_info, read_rows, write_rows
-from cxrfast.shards.sources import read_source, with_defaults
-from cxrfast.shards.todo import Plan, Todo, find_todo, make_task
-from cxrfast.shards.tree import Tree
-from cxrfast.shards.workers import run_here, run_on_dask, start_pool
+from cxrfast.shards.building.estimate import Estimate, check_room, estimate
+from cxrfast.shards.building.layout import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.building.todo import Plan, Todo, find_todo, make_task
+from cxrfast.shards.building.workers import run_here, run_on_dask, start_pool
+from cxrfast.shards.format import manifest
+from cxrfast.shards.format.lock import Lease, Part, leased
+from cxrfast.shards.format.manifest import SetInfo, read_set
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.rows import read_info, read_rows, write_rows
+from cxrfast.shards.sources.mimic import read_source, with_defaults
+from cxrfast.shards.storage import Tree
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""

@@ -15,8 +15,8 @@ from fsspec.spec import AbstractBufferedFile
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.manifest import NAMES
-from cxrfast.shards.tree import URL, as_oserror, connect
+from cxrfast.shards.format.manifest import NAMES
+from cxrfast.shards.storage import URL, as_oserror, connect
 
 CHUNK = 8 * 2**20
 """Bytes read, hashed and written at a time. S3 wants parts of at least 5 MiB, and 10,000 at most make an object."""

@@ -15,7 +15,7 @@ from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.order import Augment, Work
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.codec import decode_member
+from cxrfast.shards.format.codec import decode_member
 
 CPU = torch.device("cpu")
 ENGINES = [

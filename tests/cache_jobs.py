@@ -8,7 +8,7 @@ from threading import Barrier
 import numpy as np
 
 from cxrfast.pipelines.cache import PixelCache
-from cxrfast.pipelines.pixels import Pixels
+from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.reader import Reader
 
 

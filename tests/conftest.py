@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build
-from cxrfast.shards.recipe import Recipe
-from cxrfast.synth import synth
+from cxrfast.shards.format.recipe import Recipe
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cxrfast.files import sha256
-from cxrfast.shards.manifest import built, read_manifest, scales_in, shard_path, write_sums
-from cxrfast.shards.tar import read_index
+from cxrfast.shards.format.manifest import built, read_manifest, scales_in, shard_path, write_sums
+from cxrfast.shards.format.tar import read_index
 
 
 def contents(folder: Path) -> dict[str, bytes]:

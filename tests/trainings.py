@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from cxrfast.distributed import World
-from cxrfast.model import Classifier
+from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs import Run, read_run, start_run
-from cxrfast.shards.rows import read_rows
-from cxrfast.train import Place, Trainer, make_config, select_rows
+from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.training.train import Place, Trainer, make_config, select_rows
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}

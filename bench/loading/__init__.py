@@ -1,0 +1,1 @@
+"""How fast loading is, beside what users do instead."""

@@ -1,0 +1,261 @@
+"""Loaders of other libraries, each used as its documentation shows, on the same JPEGs. A library is imported when it is used."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, redirect_stderr, suppress
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from cxrfast.bench.loading.job import Job, Shuffled, Supply, endless, files, jpegs, pixels
+from cxrfast.bench.loading.torch_loaders import transform, turned
+from cxrfast.shards.format.tar import TarWriter
+
+LONG = 50_000
+"""Images of an epoch at least, where a library makes epochs: small sets are repeated, so that their ends do not count."""
+
+
+def decode_grey(jpeg: bytes) -> torch.Tensor:
+    """uint8 (1, H, W), by torchvision, in half of Pillow's time."""
+    return decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.GRAY)
+
+
+def decode_and_turn(jpeg: bytes) -> torch.Tensor:
+    return turned(Image.fromarray(decode_grey(jpeg)[0].numpy()))
+
+
+# webdataset, and DALI's reader of the same tars
+
+
+def write_tars(job: Job) -> None:
+    """As ours, with their indexes; four for each worker, so that none is without."""
+    folder = job.folder / "tars"
+    if folder.exists():
+        return
+    (folder / str(job.scale)).mkdir(parents=True)
+    count = min(4 * job.workers, len(job.rows))
+    tars = [TarWriter(folder, job.scale, n, "jpeg") for n in range(count)]
+    for n, data in enumerate(jpegs(job)):
+        tars[n % count].add(n, data, b"{}")
+    for tar in tars:
+        tar.close()
+
+
+def _tars(job: Job, suffix: str) -> list[str]:
+    return sorted(map(str, (job.folder / "tars" / str(job.scale)).glob(f"*.{suffix}")))
+
+
+def webdataset(job: Job) -> Supply:
+    import webdataset as wds
+
+    dataset = wds.WebDataset(_tars(job, "tar"), resampled=True, shardshuffle=False).shuffle(1000)
+    if job.turn:
+        dataset = dataset.decode("pill").to_tuple("jpg").map_tuple(turned)
+    else:
+        dataset = dataset.decode("torchl8").to_tuple("jpg")
+    loader = wds.WebLoader(dataset.batched(job.batch), batch_size=None, num_workers=job.workers)
+    return endless(loader, lambda batch: batch[0])
+
+
+def dali_tars(job: Job) -> Supply:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=min(job.batch, len(job.rows)), num_threads=job.workers, device_id=None)
+    def graph() -> Any:
+        jpeg = fn.readers.webdataset(
+            paths=_tars(job, "tar"), index_paths=_tars(job, "idx"), ext=["jpg"], random_shuffle=True
+        )
+        image = fn.decoders.image(jpeg, device="cpu", output_type=types.GRAY)
+        if job.turn:
+            image = fn.flip(image, horizontal=fn.random.coin_flip())
+            angle = fn.random.uniform(range=[-15.0, 15.0])
+            image = fn.rotate(image, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
+        return image
+
+    def batches() -> Generator[torch.Tensor]:
+        pipe = graph()
+        pipe.build()
+        while True:
+            yield torch.from_dlpack(pipe.run()[0].as_tensor())
+
+    return closing(batches())
+
+
+# LitData
+
+
+def write_litdata(job: Job) -> None:
+    _write_litdata(job.folder / "litdata", jpegs(job))
+
+
+def write_litdata_raw(job: Job) -> None:
+    _write_litdata(job.folder / "litdata-raw", pixels(job))
+
+
+def _write_litdata(folder: Path, samples: Iterator[Any]) -> None:
+    """What `litdata.optimize` writes, without the processes that it starts."""
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_bytes="64MB")
+    for n, sample in enumerate(samples):
+        writer.add_item(n, sample)
+    writer.done()
+    writer.merge()
+
+
+def litdata(job: Job) -> Supply:
+    return _litdata(job, "litdata", decode_and_turn if job.turn else decode_grey)
+
+
+def litdata_raw(job: Job) -> Supply:
+    return _litdata(job, "litdata-raw", turn_array if job.turn else torch.from_numpy)
+
+
+def turn_array(image: np.ndarray) -> torch.Tensor:
+    return turned(Image.fromarray(image))
+
+
+def _litdata(job: Job, name: str, transform: Any) -> Supply:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    dataset = StreamingDataset(
+        str(job.folder / name), shuffle=True, drop_last=True, transform=transform, subsample=_times(job)
+    )
+    return endless(StreamingDataLoader(dataset, batch_size=job.batch, num_workers=job.workers))
+
+
+def _times(job: Job) -> float:
+    return float(-(-LONG // len(job.rows)))
+
+
+# Streaming
+
+
+def write_mds(job: Job) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(job.folder / "mds"), columns={"image": "jpeg"}) as out:
+        for path in files(job):
+            with Image.open(path) as image:  # the writer copies the file
+                out.write({"image": image})
+
+
+def streaming(job: Job) -> Supply:
+    from streaming import StreamingDataset
+
+    to_tensor = transform(job)
+
+    class Images(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return to_tensor(super().__getitem__(at)["image"])
+
+    dataset = Images(local=str(job.folder / "mds"), shuffle=True, batch_size=job.batch, epoch_size=LONG)
+    return endless(DataLoader(dataset, batch_size=job.batch, num_workers=job.workers))
+
+
+# SPDL
+
+
+@contextmanager
+def spdl(job: Job) -> Iterator[Iterator[torch.Tensor]]:
+    from spdl.pipeline import PipelineBuilder
+
+    paths, decode = files(job), decode_and_turn if job.turn else decode_grey
+
+    def load(numbers: list[int]) -> torch.Tensor:
+        return torch.stack([decode(paths[n].read_bytes()) for n in numbers])
+
+    builder = PipelineBuilder().add_source(Shuffled(len(paths), job.batch)).pipe(load, concurrency=job.workers)
+    pipeline = builder.add_sink(4).build(num_threads=job.workers)
+    with pipeline.auto_stop():
+        yield iter(pipeline)
+
+
+# FFCV
+
+
+def write_beton(job: Job) -> None:
+    from ffcv.fields import RGBImageField
+
+    class Encoded(RGBImageField):
+        """Keeps the JPEG that it is given, where theirs would encode anew."""
+
+        def encode(self, destination: Any, field: bytes, malloc: Any) -> None:
+            destination["mode"], destination["height"], destination["width"] = 0, job.scale, job.scale
+            destination["data_ptr"], storage = malloc(len(field))
+            storage[:] = np.frombuffer(field, np.uint8)
+
+    _write_beton(job, "images.beton", Encoded(), list(jpegs(job)))
+
+
+def write_beton_raw(job: Job) -> None:
+    from ffcv.fields import NDArrayField
+
+    field = NDArrayField(np.dtype("uint8"), (job.scale, job.scale, 1))
+    _write_beton(job, "pixels.beton", field, [image[..., None] for image in pixels(job)])
+
+
+def _write_beton(job: Job, name: str, field: Any, samples: list[Any]) -> None:
+    from ffcv.writer import DatasetWriter
+
+    writer = DatasetWriter(str(job.folder / name), {"image": field}, num_workers=1)
+    with redirect_stderr(StringIO()):  # its progress bar
+        writer.from_indexed_dataset([(sample,) for sample in samples])
+
+
+def ffcv(job: Job) -> Supply:
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+
+    return _ffcv(job, "images.beton", SimpleRGBImageDecoder, RGBImageField)
+
+
+def ffcv_raw(job: Job) -> Supply:
+    from ffcv.fields.decoders import NDArrayDecoder
+
+    return _ffcv(job, "pixels.beton", NDArrayDecoder, None)
+
+
+def _ffcv(job: Job, name: str, decoder: Any, field: Any) -> Supply:
+    loader = _ffcv_loader(job.folder / name, min(job.batch, len(job.rows)), job.workers, decoder, field)
+
+    def batches() -> Generator[torch.Tensor]:
+        while True:
+            iterator = iter(loader)
+            try:
+                for (images,) in iterator:
+                    yield images[..., :1]  # of grey images all channels are alike
+            finally:
+                _end(iterator)
+
+    return closing(batches())
+
+
+def _end(iterator: Any) -> None:
+    """Its `close` unmaps what its thread may still read, and does not wait for it."""
+    iterator.terminate_event.set()
+    while iterator.is_alive():
+        with suppress(Empty):
+            iterator.output_queue.get(timeout=0.05)
+    iterator.close()
+
+
+@lru_cache(maxsize=2)
+def _ffcv_loader(path: Path, batch: int, workers: int, decoder: Any, field: Any) -> Any:
+    """Compiled once: it takes seconds, and holds no thread between epochs."""
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+
+    custom = {"image": field} if field else {}
+    options = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True, "custom_fields": custom}
+    images = int(Loader(str(path), batch, workers, **options).reader.num_samples)
+    indices = np.tile(np.arange(images), -(-LONG // images))
+    pipelines = {"image": [decoder(), ToTensor()]}
+    return Loader(str(path), batch, workers, indices=indices, pipelines=pipelines, **options)

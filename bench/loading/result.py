@@ -1,0 +1,195 @@
+"""The results of `cxrfast bench load`: rates and memory come in, tables and a plot go out."""
+
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure as Plot
+
+from cxrfast.bench.loading.engines import Engines
+from cxrfast.bench.loading.measure import Large
+from cxrfast.bench.tables import Section
+
+TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
+
+HOST, CACHE, LIMIT = "host", "host, cache", "limit"
+ONE_THREAD, RAW, UNPROVEN = "host, 1 thread", "host, raw", "dali, unproven"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One way of loading, one task, one scale."""
+
+    scale: int
+    task: str
+    way: str
+    rate: float
+    """Images/s, median of the rounds."""
+    ratio: float
+    """Ours / it: medians over the rounds of the ratio in a round. Ours is `host`, or `host, cache` among pixels."""
+    of_limit: float | None
+    """It / the limit of the task."""
+    pixels: bool
+    """It reads uncompressed pixels."""
+    rounds: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cold:
+    """Passes over all images of a scale, decoding only, images/s; medians of three."""
+
+    scale: int
+    images: int
+    warm: float
+    cold: float
+    """Every page of the tars dropped before."""
+    cold_block: float
+    """The same in block order."""
+    cold_unadvised: float
+    """The same in the global order, without reading ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    source: str
+    images: dict[int, int]
+    """By scale: how many were measured on."""
+    batch: dict[int, int]
+    workers: int
+    lines: list[Line]
+    left_out: dict[str, str]
+    """Ways that cannot be run here, and what there was no time for; with the reason."""
+    what: dict[str, str]
+    engines: list[Engines] = field(default_factory=list)
+    cold: list[Cold] = field(default_factory=list)
+    large: Large | None = None
+    provenance: dict[str, Any]
+
+
+def sections(result: Result) -> list[Section]:
+    """Everything that is printed."""
+    found = [_rates(result, task, pixels) for pixels in (False, True) for task in TASKS]
+    found = [section for section in found if section.lines]
+    ways = dict.fromkeys(line.way for line in result.lines)
+    found.append(
+        Section("The ways", ["way", "what it does"], [[way, result.what[way]] for way in ways], _left_out(result))
+    )
+    if result.engines:
+        found += [engines_section(result.engines)]
+    if result.cold:
+        found.append(_cold_section(result.cold))
+    if result.large:
+        found.append(_large_section(result.large))
+    return found
+
+
+def _left_out(result: Result) -> str:
+    return " ".join(f"Left out: {what} ({why})." for what, why in result.left_out.items())
+
+
+def _rates(result: Result, task: str, pixels: bool) -> Section:
+    lines = [line for line in result.lines if (line.task, line.pixels) == (task, pixels)]
+    scales = sorted({line.scale for line in lines})
+    at = {(line.way, line.scale): line for line in lines}
+
+    def cell(line: Line | None) -> str:
+        return f"{line.rate:,.0f} ({line.ratio:.2f})" if line else "-"
+
+    ways = sorted({line.way for line in lines}, key=lambda way: min(at[way, s].ratio for s in scales if (way, s) in at))
+    where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.workers} threads or workers"
+    sizes = ", ".join(f"{s} px: {result.images[s]:,} images, batches of {result.batch[s]}" for s in scales)
+    mine = CACHE if pixels else "host"
+    return Section(
+        f"Task {task}, {TASKS[task]}{', without JPEG' if pixels else ''}: images/s ({mine} / it), on {where}",
+        ["way", *(f"{s} px" for s in scales)],
+        [[way, *(cell(at.get((way, s))) for s in scales)] for way in ways],
+        f"Medians of the rounds; ratios are taken round by round. {sizes}. All in the page cache.",
+    )
+
+
+def engines_section(engines: list[Engines]) -> Section:
+    """What GPU machines differ in; see `load_engines`."""
+    return Section(
+        "The engines side by side",
+        [
+            "px",
+            "task",
+            "host/s",
+            *(f"dali/s, hardware {name}" for name in engines[0].dali["A"]),
+            "within 1",
+            "within 4",
+            "largest",
+            "GPU GiB",
+        ],
+        [
+            [
+                str(e.scale),
+                task,
+                f"{e.host[task]:,.0f}",
+                *(f"{rate:,.0f}" for rate in e.dali[task].values()),
+                f"{e.within_1:.5%}",
+                f"{e.within_4:.5%}",
+                str(e.largest),
+                "-" if e.gpu_bytes is None else f"{e.gpu_bytes / 2**30:.2f}",
+            ]
+            for e in engines
+            for task in TASKS
+        ],
+        "hardware: hw_decoder_load, the share of a batch that a GPU's JPEG engines get. within: pixels, of those that stay in the "
+        f"image, whose grey levels differ by at most so much between the engines, over {engines[0].images} images, turned.",
+    )
+
+
+def _cold_section(cold: list[Cold]) -> Section:
+    return Section(
+        "Cold storage: one pass, decoding only, images/s",
+        ["px", "images", "warm", "cold", "cold, block order", "cold, no readahead"],
+        [
+            [str(c.scale), f"{c.images:,}", *(f"{x:,.0f}" for x in (c.warm, c.cold, c.cold_block, c.cold_unadvised))]
+            for c in cold
+        ],
+        "Medians of three passes. Cold: every page of the tars was dropped from the page cache before.",
+    )
+
+
+def _large_section(found: Large) -> Section:
+    mb = [f"{n / 1e6:,.1f}" for n in found.anonymous]
+    return Section(
+        f"A set of {found.rows:,} rows in {found.shards} shards",
+        ["order, ms", "block order, ms", "draws, ms", "opening, s", "resident then, MB", "anonymous MB by tenths"],
+        [
+            [
+                f"{found.order_ms:.1f}",
+                f"{found.block_ms:.1f}",
+                f"{found.draws_ms:.1f}",
+                f"{found.open_seconds:.2f}",
+                f"{found.open_resident / 1e6:,.0f}",
+                " ".join(mb),
+            ]
+        ],
+        f"Tiny images. Medians of five. Memory: after each tenth of {found.images:,} images, turned by the host engine.",
+    )
+
+
+def plot(result: Result) -> Plot | None:
+    """Share of the limit by scale, one line per way with JPEGs, one panel per task; None where it was not measured."""
+    if all(line.of_limit is None for line in result.lines):
+        return None
+    figure = Plot(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    colours = dict(zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"](range(20)))))
+    for axes, task in zip(panels, TASKS, strict=True):
+        lines = [line for line in result.lines if line.task == task and line.of_limit is not None and line.way != LIMIT]
+        for way in dict.fromkeys(line.way for line in lines):
+            mine = [line for line in lines if line.way == way]
+            style = {"color": "black", "linewidth": 2.5} if way == HOST else {"color": colours[way]}
+            axes.plot([line.scale for line in mine], [line.of_limit for line in mine], "o-", label=way, **style)
+        axes.axhline(1, color="0.6", linestyle=":")
+        axes.set(xscale="log", xlabel="side, px", title=f"{task}: {TASKS[task]}", ylim=(0, None))
+        scales = sorted({line.scale for line in lines})
+        axes.set_xticks(scales, map(str, scales))
+        axes.minorticks_off()
+    panels[0].set_ylabel("images/s / those of the bare kernels")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure

@@ -1,0 +1,1 @@
+"""How fast sharding is, beside what users do instead."""

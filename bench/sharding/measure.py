@@ -1,0 +1,296 @@
+"""The measurements of `cxrfast bench shard`: radiographs on the disk come in, images/s and memory go out.
+
+Nothing is compared or printed here, and nothing outlasts the scratch folder.
+"""
+
+import cProfile
+import json
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from cxrfast.bench.harness import one_core
+from cxrfast.bench.sharding.peers import Peer, kernels
+from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
+from cxrfast.errors import ShardError
+from cxrfast.shards.build import build
+from cxrfast.shards.building.tasks import Task, build_shard
+from cxrfast.shards.building.todo import Plan, Todo, make_task
+from cxrfast.shards.building.workers import run_here, start_pool
+from cxrfast.shards.format.manifest import ShardManifest, read_set
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.format.tar import TarWriter
+from cxrfast.shards.images import decode as pixels
+from cxrfast.shards.storage import Tree
+
+SMALLEST, LARGEST = 64, 1024
+"""Rows of a shard in sets of up to 64 shards, and in large sets; see `shards.plan.rows_per_shard`."""
+
+STAGES = {
+    "read": [Tree.read.__code__],
+    "decode": [pixels.decode.__code__],
+    "resize": [pixels.at_scales.__code__],
+    "encode": [pixels.encode.__code__],
+    "tar, hash": [f.__code__ for f in (TarWriter.add, TarWriter.close, ShardManifest.write)],
+}
+"""What `build_shard` spends its time in, by the code that it calls. `sync` is taken out of the last, and what is
+left over is `rest`."""
+
+Measurement = Callable[[float], float]
+"""Takes the seconds it may use and returns images/s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all measurements work on."""
+
+    scratch: Path
+    images: list[Path]
+    scales: list[int]
+    workers: int
+    task: Task
+    """One shard of `LARGEST` rows, in which the images take turns."""
+    tree: Path
+    shard_rows: int
+    """Rows of a shard when the tree is built whole."""
+    each: int
+    """Shards of the tree for each worker."""
+    per_second: float
+    """Images/s and core, roughly: how many to take in the seconds given."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `build`."""
+
+    images: int
+    work_seconds: float
+    """From the last file of the plan to the last manifest: the start of the workers included."""
+    seconds: float
+    written_bytes: int
+
+
+@dataclass
+class Notes:
+    """What is seen beside the rates."""
+
+    stages: list[dict[str, float]] = field(default_factory=list)
+    """ms an image, a line for each run of `ours`."""
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+    """By the number of workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Peaks during one build, sampled from outside. USS is what a process alone holds: without shared libraries."""
+
+    rows: int
+    full_size: int
+    """Rows whose image is one of those measured; the others are small."""
+    workers: int
+    worker_rss: int
+    worker_uss: int
+    """Of the largest worker, bytes."""
+    parent_rss: int
+    parent_uss: int
+    seconds: float
+
+
+def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float, workers: int) -> Setup:
+    """Lay out a tree that keeps `workers` busy for about `seconds`, and plan it.
+
+    It has 1,024 rows at least, which are hard links to the images: what is read lies in the page cache.
+    """
+    start = time.perf_counter()
+    kernels([path.read_bytes() for path in images], scales)
+    per_second = len(images) / (time.perf_counter() - start)
+    each = max(1, min(round(seconds * per_second / SMALLEST), SMALLEST // workers))
+    rows = max(LARGEST, each * workers * (SMALLEST if each * workers <= SMALLEST else LARGEST))
+    tree = crowd(images, scratch / "tree", rows)
+    planned = scratch / "planned"
+    build(tree, planned, scales, workers=1, limit=1, quiet=True, **SOURCE)
+    info, table = read_set(planned), read_rows(planned / "rows.parquet")
+    todo = Todo(shard=0, scales=scales, rows=range(LARGEST), quarantined={}, held=None)
+    in_turn = table.sort_values("path")["row"].head(LARGEST).tolist()
+    return Setup(
+        scratch=scratch,
+        images=images,
+        scales=scales,
+        workers=workers,
+        task=make_task(Plan(tree=Tree(tree), out=planned, info=info, rows=table), todo, in_turn),
+        tree=tree,
+        shard_rows=info.rows_per_shard,
+        each=each,
+        per_second=per_second,
+    )
+
+
+def measurements(setup: Setup, peers: dict[str, Peer], notes: Notes) -> dict[str, Measurement]:
+    files = [path.read_bytes() for path in setup.images]
+
+    def write_all(peer: Peer, folder: Path) -> int:
+        for path in setup.images:
+            peer(path, setup.scales, folder)
+        return len(setup.images)
+
+    found: dict[str, Measurement] = {"ours": partial(_ours, setup, notes)}
+    found |= {name: partial(_passes, setup, partial(write_all, peer)) for name, peer in peers.items()}
+    found["kernels"] = partial(_passes, setup, lambda folder: kernels(files, setup.scales))
+    return found | {build_name(n): partial(_build, setup, notes, n) for n in sorted({1, setup.workers})}
+
+
+def build_name(workers: int) -> str:
+    return f"build, {workers} worker{'s' if workers > 1 else ''}"
+
+
+@contextmanager
+def _folder(setup: Setup) -> Iterator[Path]:
+    """A new folder with one for each scale, gone afterwards; neither takes measured time."""
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
+        for scale in setup.scales:
+            (Path(name) / str(scale)).mkdir()
+        yield Path(name)
+
+
+def _passes(setup: Setup, work: Callable[[Path], int], seconds: float) -> float:
+    """Whole passes over the images until the seconds are over."""
+    images, spent = 0, 0.0
+    with one_core():
+        while spent < seconds:
+            with _folder(setup) as folder:
+                start = time.perf_counter()
+                images += work(folder)
+                spent += time.perf_counter() - start
+    return images / spent
+
+
+def shard_rows(setup: Setup, seconds: float) -> int:
+    """Rows that take about so long, whole passes over the images as in `_passes`; at most as many as a shard holds."""
+    n = len(setup.images)
+    return max(1, min(round(seconds * setup.per_second), LARGEST) // n) * n
+
+
+def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
+    """One shard as a worker builds it. The profile costs it some hundred calls an image, well under 1 %."""
+    with one_core(), _folder(setup) as folder:
+        task = replace(setup.task, out=folder, rows=setup.task.rows[: shard_rows(setup, seconds)])
+        profile = cProfile.Profile()
+        start = time.perf_counter()
+        profile.runcall(build_shard, task)
+        spent = time.perf_counter() - start
+    notes.stages.append(_stages(profile, len(task.rows), spent))
+    return len(task.rows) / spent
+
+
+def _stages(profile: cProfile.Profile, images: int, spent: float) -> dict[str, float]:
+    """ms an image in each of `STAGES`, in fsync and in the rest; they add up to `spent` seconds for all images."""
+    stats: dict[tuple[str, int, str], tuple] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+
+    def ms(file: str, line: int, name: str) -> float:
+        return 1e3 / images * stats.get((file, line, name), (0, 0, 0.0, 0.0))[3]  # calls, more calls, own, cumulative
+
+    found = {
+        stage: sum(ms(code.co_filename, code.co_firstlineno, code.co_name) for code in codes)
+        for stage, codes in STAGES.items()
+    }
+    found["sync"] = ms("~", 0, "<built-in method posix.fsync>")
+    found["tar, hash"] -= found["sync"]
+    return {**found, "rest": 1e3 / images * spent - sum(found.values())}
+
+
+def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
+    """A whole `build` of as many shards a worker as fit into the seconds, one at least."""
+    each = max(1, min(setup.each, round(seconds * setup.per_second / setup.shard_rows)))
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
+        out = Path(name)
+        start = time.perf_counter()
+        report = build(
+            setup.tree,
+            out,
+            setup.scales,
+            workers=workers,
+            limit=each * workers * setup.shard_rows,
+            quiet=True,
+            **SOURCE,
+        )
+        spent = time.perf_counter() - start
+        manifests = [path.stat().st_mtime for scale in setup.scales for path in (out / str(scale)).glob("*.json")]
+        work = max(manifests) - (out / "set.json").stat().st_mtime
+    images = min(report.rows.values())
+    notes.calls.setdefault(workers, []).append(Call(images, work, spent, sum(report.bytes.values())))
+    return images / work
+
+
+def startup_seconds(setup: Setup) -> float:
+    """From nothing to a worker that has done a task without rows, and is gone."""
+    start = time.perf_counter()
+    with start_pool(1) as pool:
+        for _, error in run_here([replace(setup.task, rows=[], scales=[])], 1, lambda text: None, pool):
+            if error:
+                raise error
+    return time.perf_counter() - start
+
+
+def memory(setup: Setup, rows: int) -> Memory:
+    """Build a tree of so many rows, one in sixteen of full size, in a process of its own, and watch it and its workers."""
+    tree = crowd(setup.images, setup.scratch / f"tree-{rows}", rows, mixed=True)
+    code = "import json, sys; from cxrfast.shards.build import build; build(**json.loads(sys.argv[1]))"
+    with tempfile.TemporaryDirectory(dir=setup.scratch) as out:
+        options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers, "quiet": True}
+        command = [sys.executable, "-c", code, json.dumps({**options, **SOURCE})]
+        start = time.perf_counter()
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+            worker, parent = _peaks(child)
+            text = child.stderr.read() if child.stderr else ""
+        spent = time.perf_counter() - start
+    if child.returncode:
+        raise ShardError(f"the build of {rows:,} rows failed: {(text.strip().splitlines() or ['no message'])[-1]}")
+    return Memory(
+        rows=rows,
+        full_size=-(-rows // FULL_SIZE),
+        workers=setup.workers,
+        worker_rss=worker[0],
+        worker_uss=worker[1],
+        parent_rss=parent[0],
+        parent_uss=parent[1],
+        seconds=spent,
+    )
+
+
+def _peaks(child: subprocess.Popen[str]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Peak (RSS, USS) of the largest of its worker processes, and its own, until it ends; asked 20 times a second."""
+    parent = psutil.Process(child.pid)
+    worker, own = (0, 0), (0, 0)
+    while child.poll() is None:
+        for process in (parent, *_workers(parent)):
+            try:
+                used = process.memory_full_info()
+            except psutil.Error:  # it has just ended
+                continue
+            if process is parent:
+                own = max(own[0], used.rss), max(own[1], used.uss)
+            else:
+                worker = max(worker[0], used.rss), max(worker[1], used.uss)
+        time.sleep(0.05)
+    return worker, own
+
+
+def _workers(parent: psutil.Process) -> list[psutil.Process]:
+    """Its worker processes, without the helper that multiprocessing starts beside them."""
+    found = []
+    try:
+        for process in parent.children():
+            if any("spawn_main" in word for word in process.cmdline()):
+                found.append(process)
+    except psutil.Error:
+        pass
+    return found

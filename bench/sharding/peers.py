@@ -1,0 +1,89 @@
+"""What sharding is compared with: the ways in which radiographs are usually resized, and the codec's own limit.
+
+Each takes an image and writes it, at every scale and JPEG quality 95, to a file of its own. Nothing is synced.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import PIL
+import simplejpeg
+from PIL import Image
+
+from cxrfast.shards.images.decode import at_scales, encode
+
+QUALITY = 95
+
+Peer = Callable[[Path, list[int], Path], None]
+"""(image, scales, folder): writes folder/SCALE/NAME for each scale."""
+
+WHAT = {
+    "ours": "build_shard: read, decode, resize, encode, tar, sha256, crc32, fsync, rename",
+    "pillow_rgb": 'Pillow: open, convert("RGB"), resize BILINEAR from full size to each scale, save to files',
+    "pillow_grey": "Pillow: open, draft mode L, convert, resize BILINEAR to each scale, save to files",
+    "libvips": "pyvips: thumbnail (shrink-on-load) and jpegsave for each scale, grey, concurrency 1, to files",
+    "kernels": "our decode, resize and encode alone, bytes in memory, no files: the limit",
+}
+
+
+def pillow_rgb(path: Path, scales: list[int], folder: Path) -> None:
+    """As most scripts do it."""
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    _save(picture, path, scales, folder)
+
+
+def pillow_grey(path: Path, scales: list[int], folder: Path) -> None:
+    """As careful scripts do it.
+
+    The decoder skips colour and, where the largest scale is at most half of the shorter side, decodes at a half, a
+    quarter or an eighth; a largest scale of 2048 px leaves an image of 2500 × 3056 px at full size.
+    """
+    with Image.open(path) as file:
+        file.draft("L", (max(scales), max(scales)))
+        picture = file.convert("L")
+    _save(picture, path, scales, folder)
+
+
+def _save(picture: Image.Image, path: Path, scales: list[int], folder: Path) -> None:
+    for scale in scales:
+        resized = picture.resize((scale, scale), Image.Resampling.BILINEAR)
+        resized.save(folder / str(scale) / path.name, quality=QUALITY)
+
+
+def libvips(path: Path, scales: list[int], folder: Path) -> None:
+    """As `vipsthumbnail` does it: each scale is read anew, decoded at the smallest size that serves it, and streamed."""
+    import pyvips
+
+    for scale in scales:
+        picture = pyvips.Image.thumbnail(str(path), scale, height=scale, size="force").colourspace("b-w")
+        picture.jpegsave(str(folder / str(scale) / path.name), Q=QUALITY)
+
+
+def peers() -> tuple[dict[str, Peer], dict[str, str]]:
+    """What can be run here by name, each on one thread; and what cannot, with the reason."""
+    found: dict[str, Peer] = {"pillow_rgb": pillow_rgb, "pillow_grey": pillow_grey}
+    try:
+        import pyvips
+    except (ImportError, OSError) as error:  # OSError: the Python package without the library
+        return found, {"libvips": f"{error}: pip install 'cxrfast[bench]'"}
+    pyvips.concurrency_set(1)
+    pyvips.cache_set_max(0)  # or a second pass over the same files would find its results there
+    return {**found, "libvips": libvips}, {}
+
+
+def peer_versions() -> dict[str, str | None]:
+    try:
+        import pyvips
+    except (ImportError, OSError):
+        return {"pillow": PIL.__version__, "libvips": None}
+    return {"pillow": PIL.__version__, "libvips": ".".join(str(pyvips.version(n)) for n in range(3))}
+
+
+def kernels(files: Iterable[bytes], scales: list[int]) -> int:
+    """Decode, resize and encode JPEGs that lie in memory; returns how many."""
+    n = 0
+    for n, data in enumerate(files, 1):  # noqa: B007 - counted, not indexed
+        for picture in at_scales(simplejpeg.decode_jpeg(data, "GRAY")[:, :, 0], scales).values():
+            encode(picture, QUALITY)
+    return n

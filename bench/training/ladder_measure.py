@@ -1,0 +1,262 @@
+"""The measurements of `cxrfast bench ladder`: a rung, a scale and a micro-batch come in, rates and memory go out.
+
+Nothing is compared here, and nothing is loaded: a synthetic uint8 batch lies on the device. Each of `rates` and `alone`
+runs in a process of its own.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.distributed import pick_device
+from cxrfast.errors import RunError, is_out_of_memory
+from cxrfast.labels import MIMIC
+from cxrfast.models.classifier import Classifier, Normalise, autocast, compiled, resolve_precision, use_tf32
+from cxrfast.models.densenet import saved_bytes
+from cxrfast.training.trainer import masked_bce_sum
+
+ARCH = "densenet121"
+ROUNDS = 5
+PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to train: its predecessor's and one thing more, but for `recompute`, which trades time for memory."""
+
+    name: str
+    """Short, to be typed."""
+    what: str
+    precision: str = "auto"
+    """As `resolve_precision` takes it."""
+    channels_last: bool = True
+    ours: bool = True
+    """Our DenseNet, else torchvision's."""
+    checkpoint: bool = False
+    compile: str | None = None
+    """Mode of torch.compile."""
+
+
+RUNGS = (
+    Rung("torchvision", "torchvision's, float32, NCHW, eager", precision="fp32", channels_last=False, ours=False),
+    Rung("tf32", "+ TF32", precision="tf32", channels_last=False, ours=False),
+    Rung("autocast", "+ autocast to bf16 or fp16", channels_last=False, ours=False),
+    Rung("channels-last", "+ channels last", ours=False),
+    Rung("ours", "+ our DenseNet"),
+    Rung("recompute", "our DenseNet, activations computed again", checkpoint=True),
+    Rung("compile", "our DenseNet, compiled", compile="default"),
+    Rung("autotune", "our DenseNet, compiled, max-autotune-no-cudagraphs", compile="max-autotune-no-cudagraphs"),
+)
+
+
+def rungs_of(device: torch.device) -> dict[str, Rung]:
+    """Those that a device can be asked for, by name."""
+    return {rung.name: rung for rung in RUNGS if rung.precision != "tf32" or device.type == "cuda"}
+
+
+def pick_rungs(names: list[str], device: torch.device) -> list[Rung]:
+    """The rungs of these names, in the order of the ladder. Raises RunError for a name that the device has no rung for."""
+    known = rungs_of(device)
+    for name in names:
+        if name not in known:
+            raise RunError(f"rung {name!r} does not exist on a {device.type} device: use one of {', '.join(known)}")
+    return [rung for name, rung in known.items() if name in names]
+
+
+class Peer(nn.Module):
+    """torchvision's DenseNet121 as users train it, behind our normalisation: uint8 (N, 1, H, W) → logits (N, 14)."""
+
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.layout, self.normalise = layout, Normalise()
+        self.net = torchvision.models.get_model(ARCH, weights=None, num_classes=len(MIMIC))
+        self.to(memory_format=layout)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.net(self.normalise(image).contiguous(memory_format=self.layout))
+
+
+def make_net(rung: Rung, device: torch.device) -> nn.Module:
+    """In training mode, not compiled yet."""
+    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
+    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else Peer(layout)
+    return net.to(device).train()
+
+
+def make_step(rung: Rung, scale: int, micro_batch: int, device: torch.device) -> Callable[[], int]:
+    """A training step of `micro_batch` images, which it returns."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as in training
+    net = make_net(rung, device)
+    forward = compiled(net, rung.compile) if rung.compile else net
+    precision = resolve_precision(rung.precision, device)
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    image = torch.randint(0, 256, (micro_batch, 1, scale, scale), dtype=torch.uint8, device=device)
+    target = torch.randint(0, 2, (micro_batch, len(MIMIC)), device=device).float()
+    mask = torch.ones_like(target, dtype=torch.bool)
+
+    def step() -> int:
+        use_tf32(precision)  # a setting of the process, and rungs take turns in it
+        with autocast(device, precision):
+            logits = forward(image)
+        scaler.scale(masked_bce_sum(logits.float(), target, mask) / mask.numel()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return micro_batch
+
+    return step
+
+
+def rates(
+    scale: int,
+    micro_batch: int,
+    device: str,
+    rungs: list[str],
+    seconds: float,
+    end: float = math.inf,
+    telling: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Rung → its rounds, all timed in turn, or why it failed. After the `end`, on the monotonic clock, no rung is begun."""
+    where, budget, told = pick_device(device), Budget(end), tell if telling else lambda name: None
+    limit_memory(where)
+    found: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], int]] = {}
+    for rung in pick_rungs(rungs, where):
+        if steps and not budget.left:
+            found[rung.name] = {"failed": "no time left: give more --minutes, or ask for less"}
+            continue
+        try:
+            steps[rung.name] = make_step(rung, scale, micro_batch, where)
+            steps[rung.name]()  # compiles
+        except torch.AcceleratorError:  # the device is lost to this process: one rung per process then
+            raise
+        except (RuntimeError, MemoryError) as error:
+            steps.pop(rung.name, None)
+            found[rung.name] = {"failed": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])}
+        told(f"{rung.name}, first step")
+
+    def turn(step: Callable[[], int], seconds: float) -> float:
+        step()  # the rungs share one allocator: this one takes back what the last one had
+        return rate(step, seconds, where)
+
+    turns = {name: partial(turn, step) for name, step in steps.items()}
+    figures = interleave(turns, seconds, ROUNDS, budget, told) if turns else {}
+    return found | {name: {"rounds": figure.rounds} for name, figure in figures.items()}
+
+
+def alone(
+    scale: int,
+    micro_batch: int,
+    device: str,
+    rung: str,
+    start: int,
+    with_profile: bool,
+    end: float = math.inf,
+) -> dict[str, int | dict[str, float] | None]:
+    """Memory of a step, time by kind of kernel, and the largest micro-batch, sought from `start` on.
+
+    The search is left out after the `end`, and for compiled rungs, whose every size would be compiled.
+    """
+    where = pick_device(device)
+    limit_memory(where)
+    is_gpu = where.type == "cuda"
+    (climbed,) = pick_rungs([rung], where)
+    step = make_step(climbed, scale, micro_batch, where)
+    step()  # makes Adam's state, and compiles
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(where)
+    step()
+    peak = torch.cuda.max_memory_allocated(where) if is_gpu else peak_resident_bytes()
+    free, total = torch.cuda.mem_get_info(where) if is_gpu else (0, 0)
+    kinds = by_kind(step, where) if with_profile else None
+    del step  # and its memory
+    saved = None if climbed.compile else saved_by(climbed, scale, where)
+    is_sought = is_gpu and not climbed.compile and Budget(end).left > 0
+    fitting = largest(lambda n: make_step(climbed, scale, n, where), start) if is_sought else None
+    return {
+        "peak_bytes": peak,
+        "gpu_used_bytes": total - free if is_gpu else None,
+        "saved_bytes": saved,
+        "kinds": kinds,
+        "largest": fitting,
+    }
+
+
+def saved_by(rung: Rung, scale: int, device: torch.device) -> int:
+    """Bytes an image that autograd keeps; without autocast, which needs real tensors, nothing is computed."""
+    precision = resolve_precision(rung.precision, device)
+    with autocast(device, precision):
+        return saved_bytes(make_net(rung, device if rung.precision == "auto" else torch.device("meta")), scale)
+
+
+def largest(make: Callable[[int], Callable[[], int]], start: int) -> int | None:
+    """The largest of start · 2^k images whose steps fit, k any integer; None if not one does."""
+
+    def fits(images: int) -> bool:
+        torch.cuda.empty_cache()
+        try:
+            step = make(images)
+            step()
+            step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    size = start
+    if fits(size):
+        while fits(2 * size):
+            size *= 2
+        return size
+    while size > 1:
+        size //= 2
+        if fits(size):
+            return size
+    return None
+
+
+# Kinds of kernels
+
+KINDS = {
+    "copy": r"^(?!triton).*(memcpy|copy|nchwtonhwc|nhwctonchw|converttensor|catarray|::cat$)",
+    "convolution": r"^triton_tem|^(?!triton).*(conv|gemm|cutlass|xmma|wgrad|dgrad|winograd|nvjet|::addmm|::mm$)",
+    "batch norm": r"batch_?norm|bn_(fw|bw)",
+    "elementwise": r"elementwise|vectorized|relu|threshold|clamp|::(add|mul|div|sub)_?$|triton",
+}
+"""Kind → pattern of names of kernels (GPU) and operations (CPU), in lower case; the first that is found counts.
+
+Triton's kernels are named after all that was fused in them: a batch norm, with what goes before and after, or else
+elementwise; but for `triton_tem`, the templates of convolutions and matrix products.
+"""
+
+
+def kind(name: str) -> str:
+    """One of KINDS, or `other`: pooling, reductions, the optimiser."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
+
+
+def by_kind(step: Callable[[], int], device: torch.device) -> dict[str, float]:
+    """µs an image, on the device, of each kind."""
+    is_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as found:
+        images = sum(step() for _ in range(PROFILED_STEPS))
+        if is_gpu:
+            torch.cuda.synchronize(device)
+    times = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in found.key_averages():
+        if is_gpu == (event.device_type == DeviceType.CUDA):
+            times[kind(event.key)] += (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / images
+    return times

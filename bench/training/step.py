@@ -1,0 +1,256 @@
+"""`cxrfast bench step`: memory and images/s of loading, training and validation at each resolution.
+
+Each scale is measured in a process of its own, so that memory is its own and a crash costs one line. The training loop
+is the real one. A micro-batch that does not fit is halved until it does.
+"""
+
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+from rich.table import Table
+
+from cxrfast.bench.data import make_phantoms
+from cxrfast.bench.harness import (
+    Budget,
+    announce,
+    answer,
+    in_own_process,
+    least_seconds,
+    no_time,
+    provenance,
+    write_results,
+)
+from cxrfast.bench.training.step_measure import FIGURES, Line, measure
+from cxrfast.config import preset
+from cxrfast.distributed import pick_device
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import check_arch
+from cxrfast.pipelines.reader import Reader
+from cxrfast.progress import progress
+from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.tables import markdown_table
+
+PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
+
+START_SECONDS = 10.0
+"""A process that trains takes about so long to start and to end; for the plan alone."""
+
+
+@dataclass(frozen=True)
+class Result:
+    lines: list[Line]
+    failed: dict[int, str]
+    """Scales that could not be measured, and why."""
+    provenance: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What there was no time for, and what to do."""
+
+
+def bench(
+    shards: Path | None,
+    scales: list[int],
+    out: Path,
+    *,
+    arch: str = "densenet121",
+    seconds: float = 10.0,
+    rounds: int = 5,
+    micro_batch: int | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
+    each_engine: bool = False,
+    minutes: float | None = None,
+) -> Result:
+    """Measure every scale, smallest first, write bench.json, bench.md and bench.png into `out`.
+
+    `each_engine`: with either engine, whatever `engine` says; which of them trains faster decides what `auto` should be.
+    `minutes`: about so long; rounds end early, and scales that do not fit are left out.
+    """
+    budget, chosen = Budget.of(minutes), pick_device(device)
+    check_arch(arch)
+    scales = sorted(scales or (scales_in(shards) if shards and read_set(shards) else PHANTOM_SCALES[chosen.type]))
+    if shards:
+        for scale in scales:
+            Reader(shards, scale).close()  # says what is wrong before anything is measured
+    engines = ("host", "dali") if each_engine else (engine,)
+    announce(
+        f"bench step: {', '.join(FIGURES)} of {arch} ({chosen.type})",
+        minutes,
+        len(scales) * len(engines) * (START_SECONDS + len(FIGURES) * seconds * (1 + 1 / (4 * rounds))),
+        f"scales: {', '.join(map(str, scales))} px, one process each{'' if shards else ', of phantoms made for it'}",
+        f"{rounds} rounds × {seconds / rounds:g} s per figure, or one step where that takes longer",
+        f"left out: other scales (--scale){'' if each_engine else ', the other engine (--each-engine)'}",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as temporary:
+        options = {
+            "shards": str(shards or make_phantoms(Path(temporary), scales)),
+            "arch": arch,
+            "seconds": seconds,
+            "rounds": rounds,
+            "device": device,
+            "threads": threads,
+        }
+        todo = [
+            {**options, "scale": scale, "engine": one, "micro_batch": micro_batch or preset(scale).micro_batch}
+            for scale, one in product(scales, engines)
+        ]
+        lines, failed, left_out = _measure_all(todo, budget)
+    result = Result(lines, failed, provenance(chosen), left_out)
+    _write(result, out)
+    return result
+
+
+def _measure_all(todo: list[dict[str, Any]], budget: Budget) -> tuple[list[Line], dict[int, str], dict[str, str]]:
+    """Lines; scales that failed; and what there was no time for."""
+    lines: list[Line] = []
+    failed: dict[int, str] = {}
+    left_out: dict[str, str] = {}
+    wall = 0.0
+    for n, options in enumerate(todo):
+        least = [_least(lines[-1], wall, later) if lines else 0.0 for later in todo[n:]]
+        share = budget.share(least)
+        if share is None:
+            engine = "" if options["engine"] == "auto" else f", {options['engine']}"
+            left_out[f"{options['scale']} px{engine}"] = no_time(least[0], budget.left)
+            continue
+        begun = budget.clock()
+        try:
+            lines.append(_in_own_process(options, share))
+            wall = budget.clock() - begun
+        except RunError as error:
+            failed[options["scale"]] = str(error)
+    return lines, failed, left_out
+
+
+def _least(line: Line, wall: float, options: dict[str, Any]) -> float:
+    """Seconds that a measurement takes at least, judging by another one that took `wall` seconds."""
+    steps = [line.micro_batch / getattr(line, name) for name in FIGURES]
+    growth = options["scale"] ** 2 * options["micro_batch"] / (line.scale**2 * line.micro_batch)
+    turn = options["seconds"] / options["rounds"]
+    return least_seconds(wall, len(line.rounds["train"]), steps, turn, growth)
+
+
+def _in_own_process(options: dict[str, Any], budget: Budget) -> Line:
+    """Measure one scale in a new process, with ever smaller micro-batches until one fits."""
+    scale, micro_batch = options["scale"], options["micro_batch"]
+    while True:
+        try:
+            figures = len(FIGURES) * (options["rounds"] + 1)
+            with progress(f"{scale} px × {micro_batch} images", figures, unit="figures") as advance:
+                given = {**options, "micro_batch": micro_batch}
+                return Line(**in_own_process("cxrfast.bench.training.step", given, budget, advance))
+        except (RunError, MemoryError) as error:
+            if isinstance(error, RunError) or micro_batch == 1 or not budget.left_of_all:
+                raise RunError(f"{scale} px with micro-batch {micro_batch}: {error}") from error
+        print(f"{scale} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr)
+        micro_batch //= 2
+
+
+# Results
+
+
+def to_table(result: Result) -> Table:
+    where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.provenance['cores']} cores"
+    table = Table(title=f"Memory and images/s by resolution ({where})", padding=(0, 1, 0, 0))
+    columns = _columns(result)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    table.caption, table.caption_justify = "\n".join(_remarks(result)) or None, "left"
+    return table
+
+
+def _remarks(result: Result) -> list[str]:
+    """What is not in the table, and why."""
+    failed = [f"{scale} px: {why}" for scale, why in result.failed.items()]
+    return failed + [f"Left out: {what} ({why})." for what, why in result.left_out.items()]
+
+
+def _columns(result: Result) -> dict[str, list[str]]:
+    """Header → a cell for each line; the GPU's columns where there is one."""
+
+    def gib(size: int | None) -> str:
+        return "-" if size is None else f"{size / 2**30:.1f}"
+
+    def per_second(rates: list[float]) -> list[str]:
+        return [f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}" for rate in rates]
+
+    lines = result.lines
+    columns = {
+        "px": [str(line.scale) for line in lines],
+        "micro-batch": [str(line.micro_batch) for line in lines],
+        "load/s": per_second([line.load for line in lines]),
+        "train/s": per_second([line.train for line in lines]),
+        "cached/s": per_second([line.cached for line in lines]),
+        "bare/s": per_second([line.bare for line in lines]),
+        "fed": [f"{line.fed:.2f}" for line in lines],
+        "loop": [f"{line.loop:.2f}" for line in lines],
+        "validate/s": per_second([line.validate for line in lines]),
+        "saved MiB/image": [f"{line.saved_bytes_per_image / 2**20:,.1f}" for line in lines],
+        "process GiB": [gib(line.process_bytes) for line in lines],
+        "torch GiB": [gib(line.torch_peak_bytes) for line in lines],
+        "GPU GiB": [gib(line.gpu_used_bytes) for line in lines],
+        "engine": [line.engine for line in lines],
+        "precision": [line.precision for line in lines],
+    }
+    return (
+        columns if result.provenance["gpu"] else {k: v for k, v in columns.items() if k not in ("torch GiB", "GPU GiB")}
+    )
+
+
+def _write(result: Result, out: Path) -> None:
+    columns = _columns(result)
+    remarks = "".join(f"\n{remark}\n" for remark in _remarks(result))
+    text = markdown_table(list(columns), zip(*columns.values(), strict=True)) + remarks
+    write_results(out, "bench", asdict(result), text, plot(result) if result.lines else None)
+
+
+def plot(result: Result) -> Plot:
+    """Images/s (log) and memory against the side of the images."""
+    figure = Plot(figsize=(9, 3.6), layout="constrained")
+    rates, memory = figure.subplots(1, 2)
+    engines = list(dict.fromkeys(line.engine for line in result.lines))
+    for engine in engines:
+        mine = [line for line in result.lines if line.engine == engine]
+        more = {"fillstyle": "none"} if engine != engines[0] else {}
+        for n, (name, what) in enumerate(
+            {
+                "load": "loading",
+                "train": "training",
+                "cached": "training, cached batch",
+                "validate": "validation",
+            }.items()
+        ):
+            values = [getattr(line, name) for line in mine]
+            rates.plot(
+                [line.scale for line in mine],
+                values,
+                "o--" if name == "cached" else "o-",
+                color=f"C{n}",
+                label=f"{what}, {engine}" if len(engines) > 1 else what,
+                **more,
+            )
+    lines = {line.scale: line for line in result.lines if line.engine == engines[0]}
+    x = list(lines)
+    rates.set(xscale="log", yscale="log", xlabel="side, px", ylabel="images/s")
+    rates.legend(frameon=False)
+    memory.plot(x, [line.process_bytes / 2**30 for line in lines.values()], "o-", label="process, main memory")
+    if all(line.gpu_used_bytes is not None for line in lines.values()):
+        memory.plot(x, [(line.gpu_used_bytes or 0) / 2**30 for line in lines.values()], "s-", label="GPU")
+    memory.set(xscale="log", xlabel="side, px", ylabel="GiB", ylim=(0, None))
+    memory.legend(frameon=False)
+    for axes in (rates, memory):
+        axes.set_xticks(x, [f"{scale}\n×{line.micro_batch}" for scale, line in lines.items()])
+        axes.minorticks_off()
+    return figure
+
+
+if __name__ == "__main__":
+    answer(lambda shards, **options: asdict(measure(Path(shards), **options)))

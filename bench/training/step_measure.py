@@ -1,0 +1,196 @@
+"""The measurements of `cxrfast bench step`: a shard set, a scale and a micro-batch come in, rates and memory go out.
+
+`measure` runs in a process of its own, whose memory it reports. The training loop is the real one.
+"""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from cxrfast.bench.data import LongOrder, endless
+from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.distributed import World, pick_device
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.densenet import saved_bytes
+from cxrfast.pipelines.loader import Batch
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.run import start_run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.training.monitor import Timed, Watch
+from cxrfast.training.train import Place, Trainer, make_config, select_rows
+
+FIGURES = ("load", "train", "cached", "bare", "validate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Measured at one scale. Rates are images/s, medians of the rounds."""
+
+    scale: int
+    micro_batch: int
+    load: float
+    """The loader alone, with rotation and flip."""
+    train: float
+    """The training loop with real loading."""
+    cached: float
+    """The same loop with one batch that is on the device already."""
+    bare: float
+    """Forward pass, loss, backward pass and Adam on that batch, and nothing else."""
+    fed: float
+    """train / cached, round by round: 1 where the loop never waits for data."""
+    loop: float
+    """train / bare, round by round: 1 where loading and all that the loop looks after cost nothing."""
+    validate: float
+    saved_bytes_per_image: int
+    """That autograd keeps between forward and backward, in the run's precision: what limits the micro-batch."""
+    process_bytes: int
+    """Peak resident memory of the whole process."""
+    torch_peak_bytes: int | None
+    """Peak of torch's allocator on the GPU; None on a CPU."""
+    gpu_used_bytes: int | None
+    """GPU memory in use at the end, DALI's included, as the driver reports it; None on a CPU."""
+    engine: str
+    precision: str
+    rounds: dict[str, list[float]]
+
+
+def measure(
+    shards: Path,
+    scale: int,
+    arch: str,
+    seconds: float,
+    rounds: int,
+    device: str,
+    engine: str,
+    threads: int | None,
+    micro_batch: int,
+    end: float = math.inf,
+    telling: bool = False,
+) -> Line:
+    """One scale, in this process; after the `end`, on the monotonic clock, no round is begun but the first."""
+    ranks = World(pick_device(device))
+    limit_memory(ranks.device)
+    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
+        place = Place(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
+        trainer = make_trainer(place, scale, arch, micro_batch, ranks)
+        told = tell if telling else lambda name: None
+        figures = interleave(measurements(trainer, micro_batch), seconds / rounds, rounds, Budget(end), told)
+    is_gpu = ranks.device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
+    process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None
+    with trainer.autocast():  # after the peaks, to which it would add
+        saved = saved_bytes(trainer.model, scale)
+    return Line(
+        scale=scale,
+        micro_batch=micro_batch,
+        **{name: figure.median for name, figure in figures.items()},
+        fed=figures["train"].ratio(figures["cached"]),
+        loop=figures["train"].ratio(figures["bare"]),
+        saved_bytes_per_image=saved,
+        process_bytes=process,
+        torch_peak_bytes=peak,
+        gpu_used_bytes=total - free if is_gpu else None,
+        engine=trainer.train_loader.engine,
+        precision=trainer.config.precision,
+        rounds={name: figure.rounds for name, figure in figures.items()},
+    )
+
+
+def make_trainer(place: Place, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:
+    """A trainer whose steps are of one micro-batch and whose epochs, of training and of validation, hardly ever end."""
+    # batches of 1, since there may be fewer rows than `micro_batch`: the orders below say how many images a step has
+    config = make_config(
+        place.shards, scale, device=place.device, arch=arch, weights="none", global_batch=1, micro_batch=1
+    )
+    reader = Reader(place.shards, scale)
+    rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows)
+    run = start_run(place.runs / "run", config, place.shards, rows)
+    trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, place)
+    trainer.train_loader.order = LongOrder(rows=trainer.order.rows, micro_batch=micro_batch)
+    trainer.val_loader.order = LongOrder(rows=trainer.val_rows, micro_batch=micro_batch)
+    return trainer
+
+
+def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[float], float]]:
+    """FIGURES: each takes seconds and returns images/s. A pipeline starts before the clock does, and runs on until it stops."""
+    device = trainer.ranks.device
+    rows = np.resize(trainer.order.rows, micro_batch)
+    with closing(endless(trainer.train_loader)) as batches:
+        kept = next(batches)
+
+    def load(seconds: float) -> float:
+        with closing(endless(trainer.train_loader)) as batches:
+            for _ in range(3):
+                next(batches)
+            return rate(lambda: len(next(batches).row), seconds, device)
+
+    def train_on(batches: Iterator[Batch], seconds: float) -> float:
+        trainer.model.train()
+        source = Timed(batches, device)
+        watch = Watch(trainer, source, steps=2**62)
+
+        def step() -> int:
+            trainer.step(rows, source)
+            trainer.consumed += len(rows)
+            watch.note()
+            watch.after(1)
+            return len(rows)
+
+        step()
+        return rate(step, seconds, device)
+
+    def train(seconds: float) -> float:
+        with closing(endless(trainer.train_loader)) as batches:
+            return train_on(batches, seconds)
+
+    def cached(seconds: float) -> float:
+        return train_on(repeat(kept), seconds)
+
+    def bare(seconds: float) -> float:
+        return bare_rate(trainer, kept, seconds)
+
+    def validate(seconds: float) -> float:
+        with closing(endless(trainer.val_loader)) as batches:
+            return validation_rate(trainer, batches, seconds)
+
+    return dict(zip(FIGURES, (load, train, cached, bare, validate), strict=True))
+
+
+def bare_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
+    """Forward pass, loss, backward pass and Adam, on a copy of the model."""
+    model = copy.deepcopy(trainer.model).train()
+    optimizer, target = torch.optim.Adam(model.parameters(), fused=True), trainer.target[batch.row]
+
+    def step() -> int:
+        with trainer.autocast():
+            logits = model(batch.image)
+        binary_cross_entropy_with_logits(logits.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(batch.row)
+
+    step()
+    return rate(step, seconds, trainer.ranks.device)
+
+
+def validation_rate(trainer: Trainer, batches: Iterator[Batch], seconds: float) -> float:
+    trainer.model.eval()
+
+    @torch.inference_mode()
+    def step() -> int:
+        batch = next(batches)
+        with trainer.autocast():
+            trainer.model(batch.image)
+        return len(batch.row)
+
+    step()
+    return rate(step, seconds, trainer.ranks.device)

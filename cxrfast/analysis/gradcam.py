@@ -1,0 +1,222 @@
+"""Grad-CAM (Selvaraju et al. 2017, section 3): where in a radiograph a finding's logit comes from.
+
+In: a trained run and a finding. Out: one map an image, for a few positives, in the run's maps.zarr, and a
+figure that names images by their id alone. Nothing here changes a weight.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional
+
+from cxrfast.analysis.receptive_field import frozen, small_batches
+from cxrfast.errors import RunError
+from cxrfast.files import replacing
+from cxrfast.labels import targets
+from cxrfast.metrics import sigmoid
+from cxrfast.models.classifier import Classifier, without_tf32
+from cxrfast.pipelines.loader import Loader
+from cxrfast.progress import progress
+from cxrfast.runs.arrays import has_predictions, open_arrays, read_array, read_predictions, update_arrays
+from cxrfast.runs.run import Run
+from cxrfast.training.predict import load_model, open_reader
+
+
+def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps float32 (N, H, W) in [0, 1] for the logit of index `label`, and that logit (N,).
+
+    `image`: uint8 (N, 1, H, W). The gradient of the logit with respect to the last feature map, averaged over
+    positions, weighs the map's channels (equation 1); the positive part of their sum (equation 2) is enlarged
+    bilinearly and divided by its maximum. A map is zero where no position speaks for the finding. Evaluation
+    mode, no autocast.
+    """
+    with torch.enable_grad(), without_tf32():
+        features, logits = _features_and_logits(model, image)
+        # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
+        (gradient,) = torch.autograd.grad(logits[:, label].sum(), features)
+    weights = gradient.mean((2, 3), keepdim=True)
+    positive = functional.relu((weights * features.detach()).sum(1, keepdim=True))
+    maps = functional.interpolate(positive, size=image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    largest = maps.amax((1, 2), keepdim=True)
+    return torch.where(largest > 0, maps / largest, 0).float(), logits[:, label].detach()
+
+
+def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last feature map (N, C, h, w), where the graph starts, and the logits (N, L) computed from it."""
+    found: list[torch.Tensor] = []
+
+    def start_graph(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[0].clone()  # densenet121 goes on with an in-place ReLU, which would change the map
+
+    last = list(model.feature_layers.children())[-1]
+    hook = last.register_forward_hook(start_graph)
+    try:
+        with frozen(model), torch.autocast(image.device.type, enabled=False):
+            logits = model(image)
+        return found[0], logits
+    finally:
+        hook.remove()
+
+
+ARRAYS = ("rows", "maps", "logits")
+"""Of `Maps`, as they are called in maps.zarr."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Grad-CAM of one finding on a few of a run's images."""
+
+    rows: np.ndarray
+    """int64 (n,)"""
+    maps: np.ndarray
+    """float32 (n, H, W) in [0, 1]"""
+    logits: np.ndarray
+    """float32 (n,)"""
+    part: str
+    """Where the rows are from: train, val or test."""
+
+
+def gradcam_run(
+    run: Run,
+    label: str,
+    images: int = 8,
+    part: str = "test",
+    shards: Path | None = None,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> Maps:
+    """Maps of the `images` positives of `part` with the highest logits, stored in the run's maps.zarr.
+
+    The first positives where nothing has been predicted yet. Raises RunError for an unknown finding, without
+    positives, for a run without weights and for another shard set.
+    """
+    index = _index(run, label)
+    if images < 1:
+        raise RunError(f"Grad-CAM needs at least one image, {images} were asked for")
+    rows = positives(run, label, part)[:images]
+    model = load_model(run, device)
+    maps: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
+    with open_reader(run, shards) as reader, progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance:
+        for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
+            batch_maps, batch_logits = gradcam(model, batch.image, index)
+            maps.append(batch_maps.cpu().numpy())
+            logits.append(batch_logits.float().cpu().numpy())
+            advance(len(batch.row))
+    result = Maps(rows, np.concatenate(maps), np.concatenate(logits), part)
+    arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
+    known = {"part": part, "config_hash": run.config.hash}
+    update_arrays(run.folder / "maps.zarr", arrays, {_group(label): known})
+    return result
+
+
+def positives(run: Run, label: str, part: str) -> np.ndarray:
+    """int64: the rows of `part` with the finding, under the run's label policy. Raises RunError without any.
+
+    Highest logit first where the run has predictions, else as they come.
+    """
+    index = _index(run, label)
+    frame = run.rows()
+    frame = frame[frame["part"] == part]
+    raw = frame[list(run.config.labels)].to_numpy(np.float32)
+    target, mask = targets(raw, run.config.policies)
+    rows = frame["row"].to_numpy(np.int64, copy=True)[(target[:, index] == 1) & mask[:, index]]
+    if has_predictions(run):
+        predicted = read_predictions(run, part)
+        order = np.argsort(-predicted.logits[:, index], kind="stable")
+        rows = predicted.row[order][np.isin(predicted.row[order], rows)]
+    if not len(rows):
+        raise RunError(f"{run.name}: none of the {len(frame):,} images of its {part} part has {label}")
+    return rows
+
+
+def read_gradcam(run: Run, label: str) -> Maps:
+    """Raises RunError if there are no maps of this finding, or another configuration's."""
+    _index(run, label)
+    path, name = run.folder / "maps.zarr", _group(label)
+    advice = f"`cxrfast gradcam {run.folder} --label '{label}'`"
+    group: Any = open_arrays(path) if path.is_dir() else {}
+    if name not in group:
+        raise RunError(f"{run.name} has no Grad-CAM of {label} yet: {advice}")
+    attributes = group.attrs[name]
+    if attributes["config_hash"] != run.config.hash:
+        raise RunError(f"the Grad-CAM of {label} in {path} belongs to another run: make it with {advice}")
+    return Maps(**{array: read_array(group, f"{name}/{array}", advice) for array in ARRAYS}, part=attributes["part"])
+
+
+def _index(run: Run, label: str) -> int:
+    if label not in run.config.labels:
+        raise RunError(f"{run.name} knows no finding {label!r}: it knows {', '.join(run.config.labels)}")
+    return run.config.labels.index(label)
+
+
+def _group(label: str) -> str:
+    """Where a finding's maps lie in maps.zarr; a slash in its name must not open another level."""
+    return f"gradcam/{quote(label, safe=' ')}"
+
+
+# Figure
+
+
+def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
+    """Each image alone and, beside it, under its map; titled with the start of its id and its probability.
+
+    The images are read from the shard set. Raises RunError as `read_gradcam` does.
+    """
+    found = read_gradcam(run, label)
+    images = _read_images(run, found.rows, shards)
+    ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
+    probabilities = sigmoid(found.logits)
+    result, pairs = _pairs(len(ids))
+    for i, (alone, under) in enumerate(pairs):
+        for axes in (alone, under):
+            axes.imshow(images[i], cmap="gray", vmin=0, vmax=255)
+            axes.set_axis_off()
+        # Transparent where the map is low: the radiograph stays readable.
+        shown = under.imshow(found.maps[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6 * found.maps[i])
+        alone.set_title(f"{ids[i][:8]}…", fontsize="small")
+        empty = "" if found.maps[i].any() else ", map is zero"
+        under.set_title(f"probability {probabilities[i]:.2f}{empty}", fontsize="small")
+    bar = result.colorbar(shown, ax=result.axes, shrink=0.8, aspect=30)
+    bar.set_label("Grad-CAM / the image's maximum")
+    result.suptitle(f"{label}: {run.name}, {found.part} part", fontsize="medium")
+    return result
+
+
+def figure_path(run: Run, label: str) -> Path:
+    """Where the run keeps a finding's figure."""
+    return run.folder / f"gradcam-{quote(label, safe=' ')}.png"
+
+
+def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
+    """Write `figure` as a PNG to `figure_path`, which is returned."""
+    path = figure_path(run, label)
+    with replacing(path) as file:
+        figure(run, label, shards).savefig(file, format="png", dpi=150)
+    return path
+
+
+def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure with n pairs of axes, two pairs a line."""
+    columns = min(2, n)
+    lines = -(-n // columns)
+    result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")
+    widths = [1, 1, 0.1] * columns  # the narrow column keeps pairs apart
+    grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
+    places = [(i // columns, 3 * (i % columns)) for i in range(n)]
+    return result, [(result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])) for y, x in places]
+
+
+def _read_images(run: Run, rows: np.ndarray, shards: Path | None) -> np.ndarray:
+    """uint8 (n, H, W)"""
+    with open_reader(run, shards) as reader:
+        loader = Loader(reader, small_batches(rows, run.config.scale))
+        return np.concatenate([batch.image[:, 0].numpy() for batch in loader])

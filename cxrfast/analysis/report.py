@@ -1,0 +1,308 @@
+"""report.html: the tables and figures of a folder of runs in one file that opens anywhere. Needs runs only, no shards.
+
+Images are named by their id alone.
+"""
+
+import base64
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import ScalarFormatter
+
+from cxrfast import __version__
+from cxrfast.analysis import ensemble, evaluate
+from cxrfast.analysis import receptive_field as erf
+from cxrfast.analysis.evaluate import Evaluation, markdown_table
+from cxrfast.errors import RunError
+from cxrfast.files import write_bytes
+from cxrfast.metrics import mean_sd
+from cxrfast.runs.arrays import has_predictions
+from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
+from cxrfast.runs.run import Run, find_runs
+
+FIGURES = "figures"
+"""Folder of the report's figures, in the folder of the runs."""
+
+
+@dataclass
+class Section:
+    title: str
+    html: Markup = field(default_factory=Markup)
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    """(caption, data URL)"""
+
+
+def report(runs: Path) -> Path:
+    """Write RUNS/report.html from what the runs hold; a part that was not made yet says which command makes it."""
+    found = find_runs(runs)
+    predicted = any(has_predictions(run) for run in found)
+    sections = [_summary(found)]
+    if predicted:
+        sections += [_auroc(runs), _ensemble(runs, found)]
+    else:
+        sections.append(Section("AUROC", _markdown(f"Nothing predicted yet: `cxrfast predict {found[0].folder}`")))
+    sections += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
+    environment = Environment(loader=PackageLoader("cxrfast.analysis", "."), autoescape=select_autoescape(default=True))
+    html = environment.get_template("report.html.j2").render(sections=sections, version=__version__)
+    write_bytes(runs / "report.html", html.encode())
+    return runs / "report.html"
+
+
+def _markdown(text: str) -> Markup:
+    """HTML of our own Markdown; raw HTML in it is escaped."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
+
+
+def _png(figure: Figure, path: Path) -> str:
+    """Save the figure, for slides and papers, and return it as a data URL."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(exist_ok=True)
+    write_bytes(path, buffer.getvalue())
+    return _data_url(buffer.getvalue())
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _starts(runs: list[Run]) -> dict[str, str]:
+    """By name of a group of runs: where the first weights came from."""
+    names = dict.fromkeys(run.folder.parent.name for run in runs)
+    return {n: shared_start(start_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
+
+
+def _footnote(runs: list[Run]) -> str:
+    return footnote(_starts(runs))
+
+
+# Sections
+
+
+def _summary(runs: list[Run]) -> Section:
+    lines = []
+    for run in runs:
+        parts = run.rows()["part"].value_counts()
+        epochs = run.metrics()
+        best = min(epochs, key=lambda m: m["val_loss"], default=None)
+        lines.append(
+            [
+                mark(run.name, start_of(run.config)),
+                run.state().get("state", "not started"),
+                *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
+                str(len(epochs)),
+                f"{best['epoch'] + 1}" if best else "-",
+                f"{best['val_auroc']:.4f}" if best and best["val_auroc"] is not None else "undefined",
+            ]
+        )
+    head = ["Run", "State", "Train", "Validation", "Test", "Epochs", "Best epoch", "Validation AUROC"]
+    text = (
+        markdown_table(head, lines)
+        + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used. "
+        + _footnote(runs)
+    )
+    return Section("Runs", _markdown(text))
+
+
+def _auroc(runs: Path) -> Section:
+    evaluation = evaluate.evaluate(runs)
+    text = evaluate.to_markdown(evaluation).split("\n", 1)[1]  # without its heading
+    section = Section("AUROC on the test rows", _markdown(text))
+    if len(evaluation.names) > 1:
+        caption = f"AUROC by resolution, mean ± sd over folds. {footnote(evaluation.starts)}".strip()
+        section.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
+    return section
+
+
+def auroc_figure(evaluation: Evaluation) -> Figure:
+    """AUROC against the side of the images, a line a finding; findings that are undefined everywhere are left out."""
+    scales = evaluation.table.groupby("name")["scale"].first()
+    names = sorted(evaluation.names, key=lambda name: (int(scales[name]), name))
+    statistics = [mean_sd(evaluation.matrix(name)) for name in names]
+    mean, sd = (np.array([s[i] for s in statistics]) for i in (0, 1))
+    shown = [j for j in range(len(evaluation.labels)) if not np.isnan(mean[:, j]).all()]
+    shown.sort(key=lambda j: -mean[-1, j])
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20"]
+    x = np.arange(len(names))
+    for i, j in enumerate(shown):
+        offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars beside, not upon, each other
+        axes.errorbar(
+            x + offset,
+            mean[:, j],
+            np.nan_to_num(sd[:, j]),
+            marker="o",
+            capsize=2,
+            linewidth=1.5,
+            color=colours((2 * i) % 20 + (2 * i) // 20),
+            label=evaluation.labels[j],
+        )
+    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
+    axes.set_xticks(x, [mark(tick, evaluation.starts[name]) for tick, name in zip(ticks, names, strict=True)])
+    axes.set_ylabel("AUROC")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def _ensemble(runs: Path, found: list[Run]) -> Section:
+    if len({run.config.scale for run in found if has_predictions(run)}) < 2:
+        return Section("Ensemble of scales", _markdown("Needs predictions at two scales or more."))
+    try:
+        result = ensemble.ensemble(runs)
+    except RunError as error:
+        return Section("Ensemble of scales", _markdown(str(error)))
+    text = ensemble.to_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
+    return Section(
+        "Ensemble of scales",
+        _markdown(text),
+        [
+            (
+                "Weights of the scales, mean over folds",
+                _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png"),
+            )
+        ],
+    )
+
+
+def _learning(folder: Path, runs: list[Run]) -> Section:
+    trained = [run for run in runs if run.metrics()]
+    if not trained:
+        return Section("Learning curves", _markdown("No epoch has ended yet."))
+    caption = f"A line a fold, a colour a scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
+    return Section(
+        "Learning curves",
+        figures=[(caption.strip(), _png(learning_figure(trained), folder / FIGURES / "learning.png"))],
+    )
+
+
+CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
+
+
+def learning_figure(runs: list[Run]) -> Figure:
+    """Training loss, validation loss and validation AUROC against the epoch, and below against the time since the start."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey="col")
+    starts = _starts(runs)
+    shades = np.linspace(0, 0.9, len(starts))
+    colours = {name: colormaps["viridis"](shade) for name, shade in zip(starts, shades, strict=True)}
+    unit, seconds = (
+        ("hours", 3600) if max(sum(m["seconds"] for m in r.metrics()) for r in runs) > 3600 else ("minutes", 60)
+    )
+    for run in runs:
+        metrics, colour = run.metrics(), colours[run.folder.parent.name]
+        rates = np.array([m["learning_rate"] for m in metrics])
+        drops = np.flatnonzero(rates[1:] < rates[:-1]) + 1
+        epochs = np.array([m["epoch"] + 1 for m in metrics])
+        for line, x in zip(panels, (epochs, np.cumsum([m["seconds"] for m in metrics]) / seconds), strict=True):
+            for axes, key in zip(line, CURVES, strict=True):
+                values = np.array([np.nan if m[key] is None else m[key] for m in metrics])
+                axes.plot(x, values, ".-", markersize=3, linewidth=0.9, color=colour)
+                axes.plot(x[drops], values[drops], "|", markersize=10, markeredgewidth=1.2, color=colour)
+    for axes, title in zip(panels[0], CURVES.values(), strict=True):
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if "loss" in title:
+            axes.set_yscale("log")  # an early validation loss may be ten times the later ones
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+    for axes in panels[1]:
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+    handles = [Line2D([], [], color=colours[name], label=mark(name, start)) for name, start in starts.items()]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
+    )
+    return figure
+
+
+def _erf(folder: Path, runs: list[Run]) -> Section:
+    measured = [run for run in runs if erf.has_erf(run)]
+    if not measured:
+        return Section("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
+    text = "\n".join(f"- {erf.read_erf(run).describe()}" for run in measured)
+    return Section(
+        "Effective receptive fields",
+        _markdown(text),
+        [
+            (
+                "Squared gradient of the centre of the last feature map; the square has the field's area",
+                _png(erf.figure(measured), folder / FIGURES / "erf.png"),
+            )
+        ],
+    )
+
+
+def _gradcam(runs: list[Run]) -> Section:
+    """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
+    figures = [
+        (f"{path.stem.removeprefix('gradcam-')}, {run.name}", _data_url(path.read_bytes()))
+        for run in runs
+        for path in sorted(run.folder.glob("gradcam-*.png"))
+    ]
+    missing = "" if figures else f"Not made yet: `cxrfast gradcam {runs[0].folder} --label …`"
+    return Section("Grad-CAM", _markdown(missing), figures)
+
+
+def _resources(runs: list[Run]) -> Section:
+    lines = []
+    for run in runs:
+        metrics = run.metrics()
+        if metrics:
+
+            def median(key: str, metrics: list[dict[str, Any]] = metrics) -> float:  # None: a stop left no step to time
+                return float(np.median([m[key] for m in metrics if m[key] is not None] or [np.nan]))
+
+            gpu = metrics[-1]["gpu_peak_bytes"]
+            lines.append(
+                [
+                    mark(run.name, start_of(run.config)),
+                    str(run.config.global_batch),
+                    str(run.config.micro_batch),
+                    run.config.precision,
+                    f"{median('images_per_s'):,.1f}",
+                    f"{100 * median('waiting_share'):.1f} %",
+                    f"{median('seconds'):,.1f}",
+                    f"{metrics[-1]['resident_bytes'] / 2**30:.1f}",
+                    "-" if gpu is None else f"{gpu / 2**30:.1f}",
+                ]
+            )
+    head = [
+        "Run",
+        "Global batch",
+        "Micro-batch",
+        "Precision",
+        "Training images/s",
+        "Waiting for data",
+        "Seconds an epoch",
+        "Process GiB",
+        "torch peak GiB",
+    ]
+    return Section(
+        "Time and memory", _markdown(markdown_table(head, lines) + f"\nMedians over epochs. {_footnote(runs)}")
+    )
+
+
+def _configuration(runs: list[Run]) -> Section:
+    """What all runs share, then what tells them apart."""
+    configs = [asdict(run.config) for run in runs]
+    shared = [[name, str(value)] for name, value in configs[0].items() if all(c[name] == value for c in configs)]
+    differing = [name for name in configs[0] if name not in dict(shared)]
+    text = markdown_table(["Shared by all runs", ""], shared)
+    if differing:
+        text += "\n" + markdown_table(
+            ["Run", *differing],
+            [[run.name, *(str(c[n]) for n in differing)] for run, c in zip(runs, configs, strict=True)],
+        )
+    return Section("Configuration", _markdown(text))

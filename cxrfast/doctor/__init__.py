@@ -1,0 +1,1 @@
+"""What this machine has and lacks, and whether it computes what it should."""

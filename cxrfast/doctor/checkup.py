@@ -1,0 +1,143 @@
+"""`cxrfast doctor --deep`: proves in about a minute that this machine loads and trains as it should.
+
+A shard set comes in, or phantoms are made; one line per check goes out as soon as it is done. A check that fails does
+not keep the others from being made. Nothing is written but into temporary folders.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cxrfast.distributed import pick_device
+from cxrfast.doctor import pixels, training
+from cxrfast.errors import CxrfastError, LoadError
+from cxrfast.phantoms.dataset import synth
+from cxrfast.pipelines import dali
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build
+from cxrfast.shards.format.manifest import read_set, scales_in
+
+PHANTOMS, PHANTOM_SCALE = 128, 256
+"""Number of phantoms and their side, px."""
+
+HW_DECODER_LOADS = (0.0, 0.65, 1.0)
+"""Shares of the images that a GPU's JPEG engines get: none, DALI's default, all."""
+
+OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    make: Callable[[], str]
+    """Returns what was measured; raises where something is wrong."""
+    left_out: str = ""
+    """Why it cannot be made here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    state: str
+    """OK, FAILED or LEFT_OUT."""
+    measured: str
+    """What was measured, what is wrong, or why it was left out."""
+    seconds: float = 0.0
+
+
+def checkup(shards: Path | None = None, scale: int | None = None) -> list[Outcome]:
+    """Make all checks on the device that training would take, and print them.
+
+    `shards`: set whose images are used; None makes phantoms. `scale`: side of the images, px; default: the set's smallest.
+    Raises DeviceError, ShardError or LoadError where device or set cannot be used at all.
+    """
+    device = pick_device("auto")
+    with _given_or_phantoms(shards) as folder:
+        side = scale or _smallest(folder)
+        print(f"Checks on {device} with {shards or 'phantoms'} at {side} px", flush=True)
+        with Reader(folder, side) as reader:
+            return [carry_out(check) for check in checks(reader, device)]
+
+
+def checks(reader: Reader, device: torch.device) -> list[Check]:
+    """All checks, in the order in which they are made."""
+    gpu = device.type == "cuda"
+    no_dali = "" if dali.available() else "DALI is not installed"
+    of_dali = [
+        Check(
+            "DALI's pixels" + (f", {load:.0%} by JPEG engines" if load is not None else ""),
+            partial(pixels.dali_pixels, reader, device, load),
+            no_dali,
+        )
+        for load in (HW_DECODER_LOADS if gpu else (None,))
+    ]
+    return [
+        Check("host's pixels", partial(pixels.host_pixels, reader, device)),
+        *of_dali,
+        Check("DALI's pixels, the set's means", partial(pixels.proven_pixels, reader, device), no_dali),
+        Check("host, slow reader", partial(pixels.slow_reader, reader, device, "host")),
+        Check("DALI, slow reader", partial(pixels.slow_reader, reader, device, "dali"), no_dali),
+        Check(
+            "gradients",
+            partial(training.gradients, reader, device),
+            "" if len(reader.rows) >= training.IMAGES else f"the set has fewer than {training.IMAGES} images",
+        ),
+        Check("process group", partial(training.process_group, device)),
+        Check(
+            "synchronisations",
+            partial(training.synchronisations, reader, device),
+            "" if gpu else "no GPU",
+        ),
+        Check("compiled step", partial(training.compiled_step, device), training.no_compiler()),
+        Check("memory", partial(training.memory, reader, device)),
+    ]
+
+
+def carry_out(check: Check) -> Outcome:
+    """Make one check and print it: its name first, so that one that hangs or kills the process is known."""
+    print(f"{check.name:<37}", end="", flush=True)
+    begun = time.monotonic()
+    state, measured = OK, ""
+    try:
+        state, measured = (LEFT_OUT, check.left_out) if check.left_out else (OK, check.make())
+    except Exception as error:  # whatever is wrong with one, the others are made
+        first = (str(error).strip().splitlines() or [""])[0]
+        state = FAILED
+        measured = first if isinstance(error, CxrfastError) else f"{type(error).__name__}: {first}"
+    outcome = Outcome(check.name, state, measured, time.monotonic() - begun)
+    print(f"{state:<9}{outcome.seconds:5.1f} s  {measured}", flush=True)
+    return outcome
+
+
+def failed(outcomes: list[Outcome]) -> str:
+    """The closing message; empty if none failed."""
+    names = [outcome.name for outcome in outcomes if outcome.state == FAILED]
+    if not names:
+        return ""
+    return f"{len(names)} of {len(outcomes)} checks failed ({'; '.join(names)}): see their lines above"
+
+
+@contextmanager
+def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
+    """The folder of the set; one of phantoms goes when it is left."""
+    if shards is not None:
+        yield shards
+        return
+    with tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as place:
+        tree, folder = Path(place, "tree"), Path(place, "set")
+        synth(tree, images=PHANTOMS, size=PHANTOM_SCALE)
+        build(tree, folder, [PHANTOM_SCALE], quiet=True)
+        yield folder
+
+
+def _smallest(folder: Path) -> int:
+    read_set(folder)  # says so if it is none
+    if not (scales := scales_in(folder)):
+        raise LoadError(f"{folder} holds no shards: build them with `cxrfast shard`")
+    return scales[0]

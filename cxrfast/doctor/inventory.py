@@ -1,0 +1,185 @@
+"""What this machine has, what it lacks, what to do about it. Looks only; changes nothing."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from cxrfast import config
+from cxrfast.distributed import Dali, find_dali, nvidia_driver, pick_device
+from cxrfast.errors import CxrfastError, DeviceError
+from cxrfast.machine import installed, memory_bytes, processor, usable_cores
+from cxrfast.models.classifier import imagenet_file, resolve_precision
+from cxrfast.pipelines.dali import OLDEST
+from cxrfast.shards.format.manifest import read_set, scales_in
+
+DRIVERS = {12: 525, 13: 580}
+"""First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
+
+OPENCV = "opencv-python-headless"
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    found: str
+    advice: str = ""
+    is_problem: bool = False
+    """True where cxrfast cannot work before the advice is followed."""
+
+
+def examine() -> list[Finding]:
+    return [*_software(), *_machine(), *_dali(), *_device(), *_data()]
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("Python", platform.python_version())
+    for package in ("torch", "torchvision", "simplejpeg", "zarr", "webdataset"):
+        found = installed(package, package)
+        yield Finding(package, found or "not installed", "" if found else f"pip install {package}", not found)
+    yield about_opencv(installed(OPENCV, "cv2"))
+
+
+def about_opencv(found: str | None) -> Finding:
+    if not found:
+        return Finding(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
+    is_old = int(found.split(".")[0]) < 5
+    advice = f"turns images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
+    return Finding(OPENCV, found, advice)
+
+
+def _machine() -> Iterator[Finding]:
+    cores, memory = usable_cores(), memory_bytes()
+    yield Finding(
+        "processor",
+        f"{processor()}, {cores} usable cores",
+        "decoding at 256 px wants several cores a GPU" if cores < 4 else "",
+    )
+    yield Finding("memory", f"{memory / 2**30:,.0f} GiB")
+    shared = Path("/dev/shm")
+    if shared.exists():
+        yield Finding(
+            "/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders"
+        )
+
+
+def _dali() -> Iterator[Finding]:
+    driver = _branch(nvidia_driver())
+    try:
+        dali = find_dali(load=True)
+    except DeviceError as error:
+        yield Finding("DALI", "does not load", f"{error}, or use --engine host", is_problem=True)
+        dali = None
+    else:
+        yield about_dali(dali, driver)
+    yield from about_cuda(torch.version.cuda, dali, driver, torch.cuda.is_available())
+
+
+def about_dali(dali: Dali | None, driver: int | None) -> Finding:
+    wheel = "nvidia-dali-cuda130" if driver and driver >= DRIVERS[13] else "nvidia-dali-cuda120"
+    if dali is None:
+        return Finding("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
+    if tuple(map(int, dali.version.split(".")[:2])) < OLDEST:
+        return Finding(
+            "DALI",
+            str(dali),
+            f"pip install --upgrade {wheel}: before 2.1 it waits for the whole GPU when it frees a buffer, which "
+            "breaks CUDA graphs that are being captured",
+            is_problem=True,
+        )
+    return Finding("DALI", str(dali))
+
+
+def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, torch_works: bool) -> Iterator[Finding]:
+    """The CUDA versions of torch and DALI, and whether the driver serves each of them.
+
+    `driver`: its branch, None where it is not known. `torch_works`: torch can use a GPU, so that whatever the driver's
+    version is, CUDA's forward-compatibility package included, it serves that CUDA version.
+    """
+    versions = {"torch": torch_cuda, "DALI": dali.cuda if dali else None}
+    needed = {name: (version, DRIVERS.get(_major(version), 0)) for name, version in versions.items() if version}
+    if not needed:
+        return
+    newest = max(needed.values(), key=lambda need: need[1])[1]
+    differ = len({_major(cuda) for cuda, _ in needed.values()}) > 1
+    yield Finding(
+        "CUDA",
+        ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()),
+        f"a GPU's driver must be {newest} or newer"
+        + ("; that they differ does not matter: each brings its own CUDA runtime" if differ else ""),
+    )
+    if driver is None:
+        return
+    for name, (cuda, least) in needed.items():
+        advice = ""
+        is_served = driver >= least or (torch_works and _major(torch_cuda or "0") >= _major(cuda))
+        if not is_served:
+            advice = f"update the driver to {least} or newer, or install {name} for an older CUDA version"
+        elif driver < least:
+            advice = "torch can use it all the same, by CUDA's forward-compatibility package"
+        yield Finding(f"driver for {name}", f"{driver}; CUDA {cuda} needs {least}", advice, not is_served)
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def _branch(driver: str | None) -> int | None:
+    """`580.65.06` → 580; None for a driver that is absent or does not tell its version."""
+    number = (driver or "").split(".")[0]
+    return int(number) if number.isdecimal() else None
+
+
+def _device() -> Iterator[Finding]:
+    try:
+        device = pick_device("auto")
+    except CxrfastError as error:
+        yield Finding("GPU", f"driver {nvidia_driver()}", str(error), is_problem=True)
+        return
+    if device.type == "cpu":
+        yield Finding("GPU", "none", "training runs on the CPU: for small scales and trials only")
+    for i in range(torch.cuda.device_count() if device.type == "cuda" else 0):
+        properties = torch.cuda.get_device_properties(i)
+        yield Finding(
+            f"GPU {i}",
+            f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
+            f"CUDA {torch.version.cuda}",
+        )
+    yield Finding("precision", resolve_precision("auto", device))
+
+
+def _data() -> Iterator[Finding]:
+    _, weights = imagenet_file("densenet121")
+    yield Finding(
+        "ImageNet weights",
+        str(weights) if weights.exists() else "not on this machine",
+        "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
+    )
+    tables = any(Path(config.DATA).glob("mimic-cxr-2.*.csv*"))
+    yield Finding(
+        "source tree",
+        config.DATA if tables else f"none in {config.DATA}",
+        "" if tables else "set CXRFAST_DATA, or give --data",
+    )
+    try:
+        info = read_set(config.SHARDS)
+        yield Finding(
+            "shard set",
+            f"{config.SHARDS}: {info.images:,} images at {', '.join(map(str, scales_in(config.SHARDS)))} px",
+        )
+    except CxrfastError:
+        yield Finding("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
+    here = Path(os.getcwd())
+    yield Finding("free space", f"{shutil.disk_usage(here).free / 1e9:,.0f} GB in {here}")
+
+
+def to_table(findings: list[Finding]) -> Table:
+    table = Table("what", "found", "advice", title="cxrfast doctor")
+    for f in findings:
+        table.add_row(f.what, f.found, f.advice, style="bold red" if f.is_problem else None)
+    return table

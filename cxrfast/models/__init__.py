@@ -1,0 +1,1 @@
+"""The networks: uint8 grey batches in, logits out."""

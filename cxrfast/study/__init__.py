@@ -1,0 +1,1 @@
+"""Many runs as one: planned, forecast, carried out here or by SLURM."""

@@ -1,0 +1,122 @@
+"""A study's runs: which scales and folds of which set are trained, how and where, and the commands that train them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cxrfast.config import Place, TrainConfig
+from cxrfast.errors import RunError
+from cxrfast.runs.run import run_folder
+from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.splits import FOLDS
+from cxrfast.training.train import configure
+
+LEFT = {"precision": "auto", "micro_batch": None}
+"""What is not given."""
+
+OPTION_NAMES = {"subset": "rows", "views": "view", "label_policies": "label-policy"}
+"""Of fields that are called otherwise on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every scale × fold of a set, with the options of all of them."""
+
+    place: Place
+    scales: list[int]
+    """px, ascending."""
+    folds: list[int]
+    recipe: dict[str, Any]
+    """Fields of TrainConfig that were given; the others are the preset's."""
+    nproc: int = 1
+    """Processes a node."""
+    nodes: int = 1
+    """Of one training; more than one by SLURM only."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nproc * self.nodes
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(scale, fold) of every run."""
+        return [(scale, fold) for scale in self.scales for fold in self.folds]
+
+    def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
+        """Raises RunError or DeviceError for options that make no sense. `measure`: see `train.configure`."""
+        return configure(replace(self.place, device=device), scale, fold, self.recipe, measure)
+
+    def folder(self, scale: int, fold: int) -> Path:
+        return run_folder(self.place.runs, self.config(scale, fold, "cpu"))
+
+    def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
+        """What sets a run on disk apart, but for what was left to the machine to choose."""
+        left = [name for name in ("precision", "micro_batch") if self.recipe.get(name, LEFT[name]) == "auto"]
+        return [text for text in config.differences(other) if text.partition(":")[0] not in left]
+
+    def options(self) -> list[str]:
+        """Options that `train` and `study` share, as they were given."""
+        where = {
+            f.name: getattr(self.place, f.name) for f in fields(Place) if f.name not in ("shards", "runs", "quiet")
+        }
+        usual = {f.name: f.default for f in fields(Place)}
+        given = {name: value for name, value in where.items() if value != usual[name]}
+        return as_options({**given, **self.recipe})
+
+    def train_options(self, scale: int, fold: int) -> list[str]:
+        """Options of `cxrfast train` for one run."""
+        where = [f"--shards={self.place.shards}", f"--runs={self.place.runs}"]
+        return [*where, f"--scale={scale}", f"--fold={fold}", *self.options()]
+
+    def study_arguments(self) -> list[str]:
+        """Arguments of `cxrfast study` for all runs in single processes."""
+        runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
+        return [str(self.place.shards), str(self.place.runs), *runs, *self.options()]
+
+
+def as_options(values: Mapping[str, Any]) -> list[str]:
+    """Fields of TrainConfig and Place as options of `cxrfast train`; None, False and what is `auto` anyway are left out."""
+    options = []
+    for name, value in values.items():
+        option = f"--{OPTION_NAMES.get(name, name.replace('_', '-'))}"
+        if name == "sizes" and value:
+            value = ",".join(f"{side}x{epochs}" for side, epochs in value)
+        for one in value if isinstance(value, tuple) else [value]:
+            if one is True:
+                options.append(option)
+            elif one not in (None, False) and (one != "auto" or name == "micro_batch"):
+                options.append(f"{option}={'='.join(one) if isinstance(one, tuple) else one}")
+    return options
+
+
+def make_plan(
+    shards: Path,
+    runs: Path,
+    scales: list[int] | None = None,
+    folds: list[int] | None = None,
+    *,
+    nproc: int = 1,
+    nodes: int = 1,
+    recipe: dict[str, Any] | None = None,
+    **place: Any,
+) -> Plan:
+    """All `scales` of the set and all five folds where none are given; `place`: further fields of Place.
+
+    Raises ShardError if `shards` is no set, RunError if nothing is in it.
+    """
+    read_set(shards)
+    recipe = {name: value for name, value in (recipe or {}).items() if value is not None}
+    place.setdefault("subset", recipe.pop("subset", None))
+    scales = sorted(set(scales or scales_in(shards)))
+    if not scales:
+        raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
+    folds = sorted(set(folds or ([0] if recipe.get("split") == "official" else range(FOLDS))))
+    return Plan(
+        place=Place(shards=shards, runs=runs, **place),
+        scales=scales,
+        folds=folds,
+        recipe=recipe,
+        nproc=nproc,
+        nodes=nodes,
+    )

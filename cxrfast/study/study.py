@@ -1,0 +1,222 @@
+"""The whole study: every scale × fold trained and predicted, then tables, ensemble, receptive fields, Grad-CAM, report.
+
+Each step is skipped where its result is there already, so a study that was stopped goes on where it stopped.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cxrfast.analysis import ensemble, evaluate
+from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
+from cxrfast.analysis.receptive_field import erf, has_erf
+from cxrfast.analysis.report import report
+from cxrfast.distributed import pick_device, world
+from cxrfast.errors import CxrfastError, RunError
+from cxrfast.phantoms.dataset import synth
+from cxrfast.runs.arrays import has_predictions
+from cxrfast.runs.run import Run, read_run
+from cxrfast.shards.build import build
+from cxrfast.study.forecast import Outlook, forecast, projection
+from cxrfast.study.plan import Plan, make_plan
+from cxrfast.training.launch import Stopped, call
+from cxrfast.training.predict import predict
+from cxrfast.training.signals import TORCHRUN_SIGNALS, Preempted
+from cxrfast.training.train import train
+
+POLL_SECONDS = 1.0
+"""Between two looks at the state of a run that has not said yet how fast it is."""
+
+ERF_IMAGES, CAM_IMAGES, CAM_FINDINGS = 64, 6, 2
+
+
+@dataclass(frozen=True)
+class Study:
+    tables: list[Table]
+    """AUROC by finding and scale and, from two scales on, the ensemble's."""
+    report: Path
+    failures: list[str] = field(default_factory=list)
+    """Runs that failed, each with what it said; none unless the study was to keep going."""
+
+
+def study(
+    shards: Path,
+    runs: Path,
+    scales: list[int] | None = None,
+    folds: list[int] | None = None,
+    *,
+    nproc: int = 1,
+    recipe: dict[str, Any] | None = None,
+    keep_going: bool = False,
+    **place: Any,
+) -> Study:
+    """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
+
+    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
+    that failed, go on with the others. `place`: further fields of Place.
+
+    Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
+    run if one fails, and Stopped if a signal ended one.
+    """
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **place)
+    pick_device(plan.place.device)  # says what is wrong with it before anything is trained
+    prospect = forecast(plan)
+    prospect.check()
+    done: list[Run] = []
+    failures: list[str] = []
+    for number, outlook in enumerate(prospect.outlooks):
+        try:
+            with _projected(plan, prospect.outlooks[number:]):
+                done.append(_run(plan, outlook))
+        except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
+            if not keep_going:
+                raise
+            failures.append(str(error))
+            print(f"{error}; going on with the other runs", file=sys.stderr)
+    if not done:
+        raise RunError(failed(failures))
+    try:
+        return _results(plan, done, failures)
+    except CxrfastError as error:
+        raise RunError(failed([*failures, str(error)])) if failures else error from error
+
+
+def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
+    """Tables, ensemble, maps and report of the runs that are done."""
+    runs = plan.place.runs
+    evaluation = evaluate.evaluate(runs)
+    tables = [evaluate.to_table(evaluation)]
+    if len({run.config.scale for run in done}) > 1:
+        tables.append(ensemble.to_table(ensemble.ensemble(runs)))
+    first = min(run.config.fold for run in done)
+    _maps([run for run in done if run.config.fold == first], evaluation, plan.place.shards, plan.place.device)
+    return Study(tables, report(runs), failures)
+
+
+def _run(plan: Plan, outlook: Outlook) -> Run:
+    """Train one run, in this process or by torchrun, and predict with it; what is done is left as it is."""
+    place, folder = plan.place, plan.place.runs / outlook.name
+    if outlook.is_done:
+        print(f"{outlook.name} is done already; its weights are in {folder}", file=sys.stderr)
+    elif plan.nproc > 1:
+        _torchrun(plan, outlook, folder)
+    else:
+        _in_this_process(plan, outlook)
+    run = read_run(folder)
+    if not run.is_done:
+        raise RunError(f"{folder} ended before it was done, without a word: run the study again")
+    if not has_predictions(run):
+        with world(place.device) as ranks:
+            predict(run, ranks, shards=place.shards, engine=place.engine, threads=place.threads)
+    return run
+
+
+@contextmanager
+def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
+    """Tell once, as soon as the first run of `left` knows how fast it is, how long all of them take."""
+    folder, started, ended = plan.place.runs / left[0].name, int(time.time()), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
+                state = read_run(folder).state()
+                if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
+                    print(projection(left, plan.ranks, rate), file=sys.stderr, flush=True)
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _in_this_process(plan: Plan, outlook: Outlook) -> None:
+    try:
+        train(plan.config(outlook.scale, outlook.fold, plan.place.device, measure=True), plan.place)
+    except Preempted as end:
+        raise Stopped(outlook.name, end.number) from None
+    except CxrfastError as error:
+        raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
+
+
+def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
+    """Raises Stopped if a signal ended it, RunError if it failed."""
+    options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={TORCHRUN_SIGNALS}"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds to save in; older torchrun gives 30
+    training = ["-m", "cxrfast.train", *plan.train_options(outlook.scale, outlook.fold)]
+    started = time.time()
+    code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
+    if received is not None:
+        raise Stopped(outlook.name, received)
+    state = read_run(folder).state() if (folder / "config.json").exists() else {}
+    if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal that came from elsewhere
+        raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
+    if code:
+        raise RunError(
+            f"{folder} failed, its message stands above; mend it and run the study again: what is done is not done twice"
+        )
+
+
+def failed(failures: list[str]) -> str:
+    """One message of all runs that failed, for the end of a study."""
+    count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+    return f"{count} failed; mend them and run the study again:" + "".join(f"\n  {f}" for f in failures)
+
+
+def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device: str) -> None:
+    """Receptive field of each run, and Grad-CAM of the findings that the largest scale knows best."""
+    chosen = pick_device(device)
+    for run in runs:
+        try:
+            if not has_erf(run):
+                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+        except RunError as error:  # an architecture without a known feature map has tables all the same
+            print(error, file=sys.stderr)
+            return
+    largest = max(runs, key=lambda run: run.config.scale)
+    known = evaluation.table[
+        (evaluation.table["name"] == largest.folder.parent.name)
+        & (evaluation.table["fold"] == largest.config.fold)
+        & evaluation.table["auroc"].notna()
+        & (evaluation.table["label"] != "No Finding")
+    ]
+    for label in known.sort_values("auroc", ascending=False)["label"].head(CAM_FINDINGS):
+        if not figure_path(largest, label).exists():
+            gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
+            save_figure(largest, label, shards=shards)
+
+
+DEMO_SCALES, DEMO_FOLDS = [32, 64, 128], [0, 1]
+DEMO_RECIPE: dict[str, Any] = {
+    "weights": "none",
+    "epochs": 4,
+    "global_batch": 16,
+    "micro_batch": 16,
+    "learning_rate": 3e-4,  # at 1e-3 the statistics of BatchNorm lag behind the weights in so few steps
+}
+"""From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
+
+
+def demo(out: Path) -> Study:
+    """Phantoms of 512 px, shards at four small scales, two folds, every table and figure; minutes on two cores."""
+    source, shards = out / "mimic-cxr-jpg", out / "shards"
+    if not source.exists():
+        drawing = out / "drawing"
+        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
+        synth(drawing, images=600, size=512)
+        drawing.rename(source)
+    build(source, shards, DEMO_SCALES)
+    return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", recipe=DEMO_RECIPE)

@@ -1,0 +1,106 @@
+"""Logits of a trained run for its validation and test rows, into predictions.zarr. One process, or several by torchrun."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cxrfast.distributed import World
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import Classifier, autocast, use_tf32
+from cxrfast.pipelines.loader import Loader
+from cxrfast.pipelines.order import EvalOrder
+from cxrfast.pipelines.reader import Reader
+from cxrfast.progress import Advance, progress
+from cxrfast.runs.arrays import Predictions, write_predictions
+from cxrfast.runs.run import Run, part_rows
+
+PARTS = ("val", "test")
+
+
+def predict(
+    run: Run,
+    world: World,
+    *,
+    shards: Path | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Score the run's validation and test rows with its best weights.
+
+    `shards`: where the set lies now, if not where it lay in training. Raises RunError if it is another set.
+    """
+    reader = open_reader(run, shards)
+    model = load_model(run, world.device)
+    table = run.rows()
+    rows = {part: part_rows(table, part) for part in PARTS}
+    parts: dict[str, Predictions] = {}
+    total = sum(map(len, rows.values()))
+    with progress(f"predict {run.name}", total, quiet=quiet or not world.is_first) as advance:
+        for part in PARTS:
+            order = EvalOrder(rows=rows[part], micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
+            loader = Loader(
+                reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size
+            )
+            scores = score(model, loader, world, run.config.precision, advance)
+            if scores is not None:
+                parts[part] = complete(scores, rows[part], run.name)
+    if world.is_first:
+        write_predictions(run, parts)
+    world.barrier()
+
+
+def open_reader(run: Run, shards: Path | None = None) -> Reader:
+    """The run's shard set at its scale, wherever it lies now. Raises RunError if it is another set."""
+    reader = Reader(shards or run.shards, run.config.scale)
+    if reader.info.id != run.config.set_id:
+        raise RunError(
+            f"{run.name} was trained on set {run.config.set_id}, {reader.folder} is set {reader.info.id}: "
+            "give the right folder with --shards"
+        )
+    return reader
+
+
+def load_model(run: Run, device: torch.device | str) -> Classifier:
+    """The run's classifier with its best weights, in eval mode on the device."""
+    model = Classifier(run.config.arch, len(run.config.labels))
+    try:
+        model.load_state_dict(run.load_best())
+    except RuntimeError as error:
+        raise RunError(f"the weights of {run.name} do not fit {run.config.arch}: train it again") from error
+    return model.to(device).eval()
+
+
+def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:
+    """Every row of the loader's order and its logits float32 (n, L), gathered to rank 0; None on the others.
+
+    Puts the model into eval mode, with rank 0's BatchNorm statistics on every rank.
+    """
+    model.eval()
+    use_tf32(precision)
+    world.broadcast_buffers(model)
+    rows, logits = [], []
+    with torch.inference_mode(), autocast(world.device, precision):
+        for batch in loader:
+            logits.append(model(batch.image).float())  # stays on the device: no synchronisation in the loop
+            rows.append(batch.row)
+            advance(len(batch.row) * world.size)
+    mine = (torch.cat(rows).cpu().numpy(), torch.cat(logits).cpu().numpy()) if rows else None
+    gathered = world.gather(mine)
+    if gathered is None:
+        return None
+    pieces = [piece for piece in gathered if piece is not None]
+    row, logit = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    order = np.argsort(row)
+    return Predictions(row[order], logit[order])
+
+
+def complete(scores: Predictions, rows: np.ndarray, name: str) -> Predictions:
+    """`scores`, once it is sure that they are of exactly `rows`. Raises RunError if not."""
+    if not np.array_equal(scores.row, np.sort(rows)):
+        raise RunError(
+            f"{name}: {len(scores.row):,} rows were scored, {len(rows):,} were asked for; this is a bug, "
+            "no predictions are written"
+        )
+    return scores

@@ -1,0 +1,226 @@
+"""Train one classifier at one scale on one fold: `torchrun --nproc_per_node=6 -m cxrfast.train`, or `cxrfast train`.
+
+A shard set and a configuration come in; a run folder with checkpoints, metrics and the best weights goes out. Started
+again, it goes on where the last checkpoint left off, with the same rows in the same order.
+"""
+
+import fcntl
+import hashlib
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cxrfast import config as presets
+from cxrfast.config import Place, TrainConfig
+from cxrfast.distributed import pick_device, world
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import Classifier, load_weights, resolve_precision
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.run import Run, read_run, run_folder, start_run
+from cxrfast.shards.format.manifest import read_set
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.upkeep.stage import stage
+from cxrfast.splits import check_parts, official_masks, part_masks
+from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
+from cxrfast.training.trainer import Trainer, train_order
+
+__all__ = ["Place", "Trainer", "configure", "make_config", "select_rows", "train"]
+
+
+def configure(place: Place, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
+    """The configuration of a run in its place; see `make_config`.
+
+    A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
+    tried out, or, unless `measure`, the preset's.
+    """
+    if given.get("micro_batch") == "auto":
+        name = place.name or f"{given.get('arch') or TrainConfig.arch}-{scale}"
+        folder = place.runs / name / f"fold-{fold}"
+        if (folder / "config.json").exists():
+            given = {**given, "micro_batch": read_run(folder).config.micro_batch}
+        elif not measure:
+            given = {**given, "micro_batch": None}
+    return make_config(
+        place.shards,
+        scale,
+        device=place.device,
+        subset=place.subset,
+        recompute=place.recompute,
+        compile=place.compile,
+        fold=fold,
+        **given,
+    )
+
+
+def make_config(
+    shards: Path,
+    scale: int,
+    *,
+    device: str = "auto",
+    subset: Path | None = None,
+    recompute: bool = False,
+    compile: str | None = None,
+    **given: Any,
+) -> TrainConfig:
+    """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
+
+    `subset`: a file of row numbers, one a line, that the parts are cut down to. `recompute` and `compile` decide, as the
+    device does, what a micro-batch of `auto` is; see `fit`.
+    """
+    info = read_set(shards)
+    preset = presets.preset(scale)
+    given = {name: value for name, value in given.items() if value is not None}
+    global_batch = given.pop("global_batch", preset.global_batch)
+    given.setdefault("micro_batch", min(preset.micro_batch, global_batch))
+    given.setdefault("learning_rate", presets.learning_rate(global_batch))
+    if subset is not None:
+        given["subset"] = subset_hash(read_subset(subset))
+    given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
+    if given["micro_batch"] == "auto":
+        given["micro_batch"] = largest_micro_batch(
+            arch=given.get("arch", TrainConfig.arch),
+            scale=max([scale, *(side for side, _ in given.get("sizes", ()))]),
+            outputs=len(info.labels),
+            global_batch=global_batch,
+            precision=given["precision"],
+            checkpoint=recompute,
+            compile=compile,
+            device=device,
+        )
+    return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+
+
+def select_rows(
+    table: pd.DataFrame, config: TrainConfig, held: np.ndarray, subset: np.ndarray | None = None
+) -> pd.DataFrame:
+    """The rows a run uses: row, image_id, patient_id, part, raw labels; sorted by row.
+
+    Left out: rows that the set does not hold (`held`, int64, lists those it does), those outside `subset`, rows without
+    any label, other views.
+    Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
+    """
+    if absent := [name for name in config.labels if name not in table]:
+        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start the training again")
+    parts = (
+        official_masks(table["split"].to_numpy())
+        if config.split == "official"
+        else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold)
+    )
+    usable = table["row"].isin(held).to_numpy() & table[list(config.labels)].notna().any(axis=1).to_numpy()
+    if subset is not None:
+        if unknown := np.setdiff1d(subset, table["row"]).tolist():
+            raise RunError(
+                f"the set has no row {unknown[0]} that --rows names: its rows are 0 to {table['row'].max():,}"
+            )
+        usable &= table["row"].isin(subset).to_numpy()
+    if config.views:
+        usable &= table["view"].isin(config.views).to_numpy()
+    masks = {part: mask & usable for part, mask in parts.items()}
+    if config.limit is not None:
+        masks = {part: mask & (np.cumsum(mask) <= config.limit) for part, mask in masks.items()}
+    check_parts(masks, f"split {config.split}, fold {config.fold}")
+    part = np.select(list(masks.values()), list(masks), default="")
+    chosen = table.assign(part=part)[part != ""]
+    return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
+
+
+def read_subset(path: Path) -> np.ndarray:
+    """int64, ascending: the row numbers in a file, one a line. Raises RunError if it holds anything else, or nothing."""
+    try:
+        rows = np.unique([int(line) for line in path.read_text().split()])
+    except (OSError, ValueError) as error:
+        raise RunError(f"--rows {path}: give a text file with a row number a line ({error})") from error
+    if not len(rows):
+        raise RunError(f"--rows {path} is empty: give a text file with a row number a line")
+    return rows
+
+
+def subset_hash(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def train(config: TrainConfig, place: Place) -> Run:
+    """Train, or go on with, the run of this configuration. Returns it when it is done.
+
+    Raises Preempted (a SystemExit), with everything saved, when a signal asks for an end.
+    """
+    if place.stage:
+        place = replace(place, shards=staged(place.shards, place.stage, config.scale, quiet=place.quiet))
+    if place.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    with world(place.device, timeout=timedelta(minutes=place.dist_timeout)) as ranks:
+        torch.manual_seed(config.seed)
+        # where each machine measured its own `auto`
+        smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
+        config = replace(config, micro_batch=ranks.broadcast(smallest))
+        model = Classifier(config.arch, len(config.labels), checkpoint=place.recompute)
+        for side in {config.scale, *(side for side, _ in config.sizes)}:
+            model.check_size(side)
+        reader = Reader(place.shards, config.scale)
+        subset = None if place.subset is None else read_subset(place.subset)
+        rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows, subset)
+        # refuses sizes that do not fit before anything is written
+        train_order(config, rows, ranks, reader.info.rows_per_shard)
+        folder = run_folder(place.runs, config, place.name)
+
+        def start() -> Run:
+            if not (folder / "last.pt").exists():  # else the checkpoint brings its own weights
+                refuse_other_fold(config)
+                load_weights(model, config.weights)  # the other ranks get them from DistributedDataParallel
+            return start_run(folder, config, place.shards, rows)
+
+        run = ranks.on_first(start)
+        if ranks.rank:  # else all ranks would drop the same units of different images
+            torch.manual_seed(config.seed + ranks.rank)
+        with memory_explained(config, ranks):
+            trainer = Trainer(run, ranks, model, reader, place)
+        if not run.is_done:
+            trainer.fit()
+        elif ranks.is_first and not place.quiet:
+            print(f"{run.name} is done already; its weights are in {run.folder}", file=sys.stderr)
+        ranks.barrier()
+        return run
+
+
+def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
+    """A copy of one scale of the set in `folder`, a place of this machine; made once for all its ranks and jobs.
+
+    Raises ShardError where it cannot be made.
+    """
+    copy = folder / read_set(shards).id
+    folder.mkdir(parents=True, exist_ok=True)
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
+    with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes later waits
+        lock.seek(0)
+        if launch.startswith("none") or lock.read() != launch:  # else another rank of this launch has checked it
+            stage(shards, copy, [scale], quiet=quiet)
+            lock.truncate(0)
+            lock.write(launch)
+    return copy
+
+
+def refuse_other_fold(config: TrainConfig) -> None:
+    """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
+    if not (Path(config.weights) / "config.json").exists():
+        return
+    parent = read_run(Path(config.weights)).config
+    if parent.set_id != config.set_id:
+        raise RunError(
+            f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
+            f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
+            "path of its best.safetensors if you know that its patients are others"
+        )
+    if (parent.fold, parent.split) != (config.fold, config.split):
+        raise RunError(
+            f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
+            f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
+        )

@@ -1,0 +1,75 @@
+"""Which image gets which row, and which rows share a shard. Pure: tables in, tables out, no files."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.rows import COLUMNS, reference_names
+from cxrfast.splits import deal
+
+SMALLEST, LARGEST = 8, 4096
+"""Scales that are accepted, px."""
+
+
+def check_scales(scales: list[int]) -> list[int]:
+    """The scales, sorted, each once. Raises ShardError for one that is no sensible size."""
+    for scale in scales:
+        if not SMALLEST <= scale <= LARGEST:
+            raise ShardError(
+                f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: 256, 512, 1024, 2048)"
+            )
+    if not scales:
+        raise ShardError("no scale given: add --scale 256 (or 512, 1024, 2048), once for each scale wanted")
+    return sorted(set(scales))
+
+
+PLANNING = 2**63
+"""Second part of the key of the set's own permutation, so that no epoch's is like it."""
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of 0…n-1, int64, that depends on `key` (one or two whole numbers) alone.
+
+    The argsort of raw Philox words: numpy keeps bit streams across versions, but not its Generator's methods (NEP 19).
+    """
+    words = np.random.Philox(key=np.array((*key, 0)[:2], np.uint64)).random_raw(n)
+    return np.argsort(words)
+
+
+def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
+    """A source's images → the rows table without `bytes` known (0): permuted once, patients dealt to folds and blocks.
+
+    The order of the source's own tables does not matter: images are sorted by id before they are permuted.
+    """
+    rows = images.sort_values("image_id", ignore_index=True)
+    rows = rows.iloc[permutation(len(rows), seed, PLANNING)].reset_index(drop=True)
+    rows["row"] = np.arange(len(rows))
+    rows["bytes"] = 0
+    for side in ("height", "width"):
+        rows[side] = rows[side].fillna(0).astype(np.int32)
+    rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed)
+    return rows[[*COLUMNS, *labels, *reference_names(rows)]]
+
+
+def rows_per_shard(n: int) -> int:
+    """1,024 in large sets; fewer in small ones, so that all cores have shards to build and a kill costs little."""
+    return min(1024, max(64, -(-n // 64)))
+
+
+def set_id(rows: pd.DataFrame, recipe: Recipe) -> str:
+    """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, and the same patients."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for row, image, patient in zip(rows["row"], rows["image_id"], rows["patient_id"], strict=True):
+        digest.update(f"\n{row}\t{image}\t{patient}".encode())
+    return digest.hexdigest()[:32]
+
+
+def missing_by_folder(rows: pd.DataFrame) -> pd.DataFrame:
+    """Images listed and missing (`bytes` -1), a line for each of the two top folders of the paths."""
+    folder = rows["path"].str.split("/").str[:2].str.join("/")
+    return pd.DataFrame({"listed": 1, "missing": rows["bytes"].lt(0)}).groupby(folder).sum()

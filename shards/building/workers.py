@@ -1,0 +1,189 @@
+"""Who carries out the tasks of a build: processes of this machine, or the workers of a dask cluster.
+
+Tasks go in, (task, error or None) come out in the order in which they end. A worker that dies costs its open shards,
+which are built again; an image that crashes the decoder even alone is quarantined.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cv2
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.building.tasks import Task, build_shard, start_worker
+from cxrfast.shards.format.manifest import versions
+from cxrfast.shards.images.decode import Reason
+
+Outcome = tuple[Task, Exception | None]
+
+SPAWN = multiprocessing.get_context("spawn")
+
+CRASHES = {int(s) for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)}
+"""How a process ends that a decoder led astray; whatever else ends one came from outside."""
+
+TIMEOUT = 20.0
+"""Seconds until a dask scheduler counts as absent."""
+
+
+@contextmanager
+def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `run_here`, each started when there is something to do; ended at once if the block raises."""
+    before = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=start_worker)
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.terminate()  # what it was writing is cleared away
+                process.join()
+        raise
+
+
+def run_here(
+    tasks: Iterable[Task], workers: int, note: Callable[[str], None], pool: ProcessPoolExecutor
+) -> Generator[Outcome]:
+    """Build in `pool`, of `workers` processes. When one dies, the open shards are built again, and a new pool takes over."""
+    queue = iter(tasks)
+    lost: list[Task] = []
+    yield from _in_pool(queue, workers, lost, pool)
+    while lost:
+        note(f"a worker process died: {len(lost)} open shards are built again, each in a process of its own")
+        with ThreadPoolExecutor(max(1, workers // 2)) as threads:  # fewer, should it have been for lack of memory
+            yield from threads.map(_alone, lost)
+        lost.clear()
+        with start_pool(workers) as fresh:
+            yield from _in_pool(queue, workers, lost, fresh)
+
+
+def _in_pool(queue: Iterator[Task], workers: int, lost: list[Task], pool: ProcessPoolExecutor) -> Generator[Outcome]:
+    """Run tasks, a few more submitted than run, until there are none or a worker dies; then open ones go to `lost`."""
+    waiting: dict[Future[None], Task] = {}
+    while not lost:
+        while len(waiting) < 2 * workers and (task := next(queue, None)):
+            try:
+                waiting[pool.submit(build_shard, task)] = task
+            except BrokenProcessPool:
+                lost.append(task)
+                break
+        if not waiting:
+            return
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            task, error = waiting.pop(future), future.exception()
+            if isinstance(error, BrokenProcessPool):
+                lost.append(task)
+            else:
+                yield task, _as_exception(error)
+    for future, task in waiting.items():  # the pool is broken: all its futures end now
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            lost.append(task)
+        else:
+            yield task, _as_exception(error)
+
+
+def _as_exception(error: BaseException | None) -> Exception | None:
+    if error is None or isinstance(error, Exception):
+        return error
+    raise error
+
+
+def _alone(task: Task) -> Outcome:
+    """Build a shard in a process of its own; the image at which that one crashes is left out."""
+    while True:
+        ours, theirs = SPAWN.Pipe(duplex=False)
+        process = SPAWN.Process(target=_build_and_tell, args=(task, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        row, result = _listen(ours)
+        process.join()
+        code = process.exitcode or 0
+        if isinstance(result, Exception) or code == 0:
+            return task, result
+        if row is None or -code not in CRASHES:
+            advice = "if memory is short, use fewer --workers"
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            if code > 0:
+                advice = "see its output above; a script that builds needs `if __name__ == '__main__':`"
+            return task, ShardError(f"shard {task.shard}: its worker process died twice ({how}): {advice}")
+        if task.held is not None and row in task.held:
+            return task, ShardError(
+                f"shard {task.shard}: row {row} was fine at other scales and crashes the decoder now"
+            )
+        task = replace(task, quarantined={**task.quarantined, str(row): Reason.CRASHED.value})
+
+
+def _build_and_tell(task: Task, pipe: Connection) -> None:
+    """In the child: the row at hand before each image, the error at the end."""
+    start_worker()
+    try:
+        build_shard(task, pipe.send)
+    except Exception as error:
+        pipe.send(error)
+
+
+def _listen(pipe: Connection) -> tuple[int | None, Exception | None]:
+    """The last row that the child began, and its error."""
+    row: int | None = None
+    while True:
+        try:
+            message: Any = pipe.recv()
+        except EOFError:
+            return row, None
+        if isinstance(message, Exception):
+            return row, message
+        row = message
+
+
+def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
+    """Build on the workers of the dask scheduler at `address`, which must have this cxrfast and see the same folders.
+
+    dask gives a lost worker's open shards to others. Raises ShardError where there is no dask, scheduler or worker.
+    """
+    try:
+        from distributed import Client, KilledWorker, as_completed
+    except ImportError:
+        raise ShardError("--dask needs dask.distributed: pip install 'cxrfast[dask]'") from None
+    try:
+        client = Client(address, timeout=TIMEOUT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"no dask scheduler answers at {address} ({error}): start one with `dask scheduler`, "
+            "and workers with `dask worker ADDRESS`"
+        ) from error
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise ShardError(f"the dask scheduler at {address} has no workers: start some with `dask worker {address}`")
+        queue = iter(tasks)
+        waiting: dict[Any, Task] = {}
+        completed = as_completed(loop=client.loop)
+        while True:
+            while len(waiting) < 2 * threads and (task := next(queue, None)):
+                future = client.submit(_build_there, task, versions(), pure=False)
+                waiting[future] = task
+                completed.add(future)
+            if not waiting:
+                return
+            future = next(completed)
+            task, failure = waiting.pop(future), future.exception()
+            if isinstance(failure, KilledWorker):
+                failure = ShardError(f"shard {task.shard}: {failure.allowed_failures + 1} dask workers died of it")
+            yield task, _as_exception(failure)
+
+
+def _build_there(task: Task, expected: dict[str, str]) -> None:
+    """On a dask worker, whose libraries must be the client's, or the bytes might differ."""
+    if versions() != expected:
+        raise ShardError(f"shard {task.shard}: the dask worker has {versions()}, the set is built with {expected}")
+    cv2.setNumThreads(1)
+    build_shard(task)

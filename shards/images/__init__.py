@@ -1,0 +1,1 @@
+"""One image: bytes, pixels, and bytes again."""

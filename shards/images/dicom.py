@@ -1,0 +1,273 @@
+"""A DICOM file's bytes → uint8 grey pixels, low values dark; imported only where there is such a file, for it needs pydicom.
+
+What the header says is checked before anything is unpacked. The environment never decides which images exist: where a decoder
+is not installed the answer is an error that names it, not a refused image.
+"""
+
+import io
+import struct
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.images.bad_image import BadImage, Reason, check_size
+from cxrfast.shards.images.grey import as_mimic
+from cxrfast.shards.images.jpeg import BASELINE, EOI, EXTENDED, JPEG_LS, LOSSLESS, decode_grey, read_frame
+
+try:
+    from pydicom.dataelem import RawDataElement
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import generate_frames
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.processing import apply_modality_lut, apply_windowing
+    from pydicom.uid import UID
+except ImportError as missing:
+    raise ShardError("DICOM files need pydicom: pip install 'cxrfast[dicom]'") from missing
+
+RADIOGRAPHY = ("CR", "DX", "DR", "RG")
+"""Modality of a radiograph: computed, digital and film (PS3.3, section C.7.3.1.1.1); DR is in no standard but in files."""
+RADIOGRAPHS = {
+    "1.2.840.10008.5.1.4.1.1.1": "Computed Radiography",
+    "1.2.840.10008.5.1.4.1.1.1.1": "Digital X-Ray, for presentation",
+    "1.2.840.10008.5.1.4.1.1.1.1.1": "Digital X-Ray, for processing",
+    "1.2.840.10008.5.1.4.1.1.7": "Secondary Capture",
+}
+"""SOP classes (PS3.6, annex A) that are taken where the modality is not given; one that is in no annex says nothing."""
+
+IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)}
+"""Baseline, extended, lossless (two), JPEG-LS (two)."""
+JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 201, 202, 203)}
+"""JPEG 2000 and its high-throughput kind."""
+RLE = "1.2.840.10008.1.2.5"
+SYNTAXES = {IMPLICIT, EXPLICIT, BIG_ENDIAN, RLE, *JPEG, *JPEG_2000}
+"""Transfer syntaxes that are taken. Not so deflated files, which say nothing of their size before they are unpacked."""
+
+PIXEL_DATA = 0x7FE00010
+UNDEFINED = 0xFFFFFFFF
+"""Length of an element that ends with a delimiter."""
+AS_STORED: dict[str, Any] = {"correct_unused_bits": False}
+"""For pydicom, which would take the lowest bits for the stored ones."""
+TAGS: list = [
+    0x00080016,  # SOP class
+    0x00080060,  # modality
+    *(0x00280000 + n for n in (0x0002, 0x0004, 0x0008, 0x0010, 0x0011, 0x0100, 0x0101, 0x0102, 0x0103)),  # the pixels
+    *(0x00280000 + n for n in (0x1050, 0x1051, 0x1052, 0x1053, 0x1056, 0x3000, 0x3010)),  # what their values mean
+    PIXEL_DATA,
+]
+
+
+def decode_dicom(data: bytes, grey: str) -> np.ndarray:
+    """DICOM bytes → uint8 (H, W) by the grey transform `mimic` or `window`. Raises BadImage, or ShardError if a decoder is missing.
+
+    `mimic`: stored values, without modality or VOI LUT, as MIMIC-CXR-JPG was made of them (`grey.as_mimic`).
+    `window`: as a viewer shows it: modality LUT, then the VOI LUT or the first window; lowest to highest value where there is
+    neither. MONOCHROME1 is inverted. Colour, several frames and any modality but radiography are refused.
+    """
+    if grey not in ("mimic", "window"):
+        raise ShardError("DICOM files need a grey transform: --grey mimic (as MIMIC-CXR-JPG was made) or --grey window")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom warns of much that is refused here or harmless
+        try:
+            dataset = _read(data)
+            _check(dataset)
+            codes = _codes(dataset)
+            inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+            if grey == "mimic":
+                return as_mimic(_ordered(codes, dataset), inverted)
+            return _windowed(codes, dataset, inverted)
+        except (ShardError, MemoryError):
+            raise
+        except EOFError as error:
+            raise BadImage(Reason.TRUNCATED) from error
+        except Exception as error:  # a damaged element makes pydicom raise whatever its parsers come upon
+            raise BadImage(Reason.CORRUPT) from error
+
+
+def _read(data: bytes) -> Dataset:
+    """The elements of TAGS. Not pydicom's own `dcmread`, which inflates a deflated file whatever its size."""
+    file = io.BytesIO(data)
+    read_preamble(file, False)
+    meta = FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
+    _check_whole(meta)
+    if "TransferSyntaxUID" not in meta:
+        raise BadImage(Reason.CORRUPT, "no transfer syntax")
+    syntax = UID(meta.TransferSyntaxUID)
+    if syntax not in SYNTAXES:
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM, {syntax.name}")
+    implicit, little = syntax == IMPLICIT, syntax != BIG_ENDIAN
+    dataset = read_dataset(
+        file, implicit, little, stop_when=lambda tag, vr, length: tag > PIXEL_DATA, specific_tags=TAGS
+    )
+    _check_whole(dataset)
+    dataset.set_original_encoding(implicit, little, "iso8859")
+    dataset.file_meta = meta
+    return dataset
+
+
+def _check_whole(dataset: Dataset) -> None:
+    """Raises BadImage if the file ended within an element; pydicom hands out what there is of it."""
+    for element in map(dataset.get_item, dataset.keys()):
+        if (
+            isinstance(element, RawDataElement)
+            and element.length != UNDEFINED
+            and len(element.value or b"") < element.length
+        ):
+            raise BadImage(Reason.TRUNCATED)
+
+
+def _check(dataset: Dataset) -> None:
+    """Raises BadImage unless this is one grey radiograph of a sensible size, by its header."""
+    modality = str(dataset.get("Modality") or "").strip().upper()
+    kind = UID(str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""))
+    if modality and modality not in RADIOGRAPHY:
+        raise BadImage(Reason.NOT_A_RADIOGRAPH, f"modality {modality}")
+    if "PixelData" not in dataset:
+        raise BadImage(Reason.TRUNCATED, "no pixels")
+    if not modality and kind.name != kind and kind not in RADIOGRAPHS:
+        raise BadImage(Reason.NOT_A_RADIOGRAPH, kind.name)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise BadImage(Reason.MULTI_FRAME, f"{frames:,}")
+    if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM in colour ({dataset.PhotometricInterpretation})")
+    check_size(int(dataset.Rows), int(dataset.Columns))
+    allocated, stored, high = dataset.BitsAllocated, dataset.BitsStored, _high_bit(dataset)
+    if allocated not in (8, 16):
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM of {allocated} bits a pixel")
+    if not 1 <= stored <= high + 1 <= allocated or dataset.PixelRepresentation not in (0, 1):
+        raise BadImage(Reason.CORRUPT, f"{stored} bits stored in {allocated}, the highest is {high}")
+
+
+def _high_bit(dataset: Dataset) -> int:
+    return dataset.get("HighBit", dataset.BitsStored - 1)
+
+
+def _codes(dataset: Dataset) -> np.ndarray:
+    """The stored bits, uint8 or uint16 (H, W), neither sign nor what else shares their words (PS3.5, section 8.1.1)."""
+    pixels = _native(dataset) if not dataset.file_meta.TransferSyntaxUID.is_encapsulated else _unpacked(dataset)
+    if pixels.shape != (dataset.Rows, dataset.Columns) or pixels.dtype.kind not in "iu":
+        raise BadImage(Reason.CORRUPT, "pixels other than the header promises")
+    bits = pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(f"u{pixels.itemsize}")
+    stored = dataset.BitsStored
+    return (bits >> (_high_bit(dataset) + 1 - stored)) & bits.dtype.type(2**stored - 1)
+
+
+def _native(dataset: Dataset) -> np.ndarray:
+    expected, found = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8, len(dataset.PixelData)
+    if found < expected:
+        raise BadImage(Reason.TRUNCATED, f"{found:,} bytes of pixels, not {expected:,}")
+    if found > expected + expected % 2:
+        raise BadImage(Reason.CORRUPT, f"{found:,} bytes of pixels, not {expected:,}")
+    return get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, raw=True, **AS_STORED)[0]
+
+
+def _unpacked(dataset: Dataset) -> np.ndarray:
+    """Decodes the one frame. Its own header is read first: a decoder believes it, and would allocate what it says."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
+    size = dataset.Rows, dataset.Columns
+    if syntax == RLE:
+        return _run_lengths(frame, dataset)
+    if syntax in JPEG:
+        found = read_frame(frame)
+        if found is None or (found.height, found.width, found.components) != (*size, 1):
+            raise BadImage(Reason.CORRUPT, "a frame other than the header promises")
+        if found.process in (BASELINE, EXTENDED) and found.precision == 8:
+            return decode_grey(frame)
+        if found.process not in (EXTENDED, LOSSLESS, JPEG_LS):
+            raise BadImage(Reason.UNSUPPORTED, f"DICOM, JPEG process SOF{found.process - 0xC0}")
+    elif syntax in JPEG_2000 and (_jpeg_2000_size(frame) != size):
+        raise BadImage(Reason.CORRUPT, "a frame other than the header promises")
+    if not frame.rstrip(b"\0\xff").endswith(EOI):  # the same two bytes in all these formats
+        raise BadImage(Reason.TRUNCATED)
+    decoder = get_decoder(syntax)
+    if "pylibjpeg" not in decoder.available_plugins:
+        raise ShardError(f"no decoder for DICOM files in {syntax.name}: pip install 'cxrfast[dicom]'")
+    return decoder.as_array(dataset, index=0, raw=True, decoding_plugin="pylibjpeg", **AS_STORED)[0]
+
+
+def _run_lengths(frame: bytes, dataset: Dataset) -> np.ndarray:
+    """PackBits, a segment for each byte of a pixel, highest first (PS3.5, annex G).
+
+    By hand, for it must never unpack more than the image: pydicom unpacks whatever is there, and pylibjpeg-rle panics.
+    """
+    planes, size = dataset.BitsAllocated // 8, dataset.Rows * dataset.Columns
+    count, *starts = struct.unpack("<16L", frame[:64])
+    if count != planes:
+        raise BadImage(Reason.CORRUPT, f"{count} run-length segments, not {planes}")
+    pixels = np.zeros(size, f"u{planes}")
+    for start, end in pairwise([*starts[:planes], len(frame)]):
+        segment, plane, at = frame[start:end], bytearray(), 0
+        while len(plane) < size and at < len(segment):
+            run = segment[at]
+            if run < 128:
+                plane += segment[at + 1 : at + 2 + run]
+                at += 2 + run
+            else:
+                plane += segment[at + 1 : at + 2] * (257 - run if run > 128 else 0)
+                at += 2 if run > 128 else 1
+        if len(plane) < size:
+            raise BadImage(Reason.TRUNCATED)
+        pixels = (pixels << (8 * (planes - 1))) | np.frombuffer(plane, np.uint8, size)
+    return pixels.reshape(dataset.Rows, dataset.Columns)
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int] | None:
+    """(height, width) of a codestream of one component, from its SIZ segment (ISO 15444-1, section A.5.1)."""
+    if frame[:4] != b"\xff\x4f\xff\x51" or int.from_bytes(frame[40:42]) != 1:
+        return None
+    right, bottom, left, top, *_ = (int.from_bytes(frame[at : at + 4]) for at in range(8, 40, 4))
+    return bottom - top, right - left
+
+
+def _ordered(codes: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Codes in the order of the values they stand for: the sign bit of signed pixels is turned over."""
+    return codes ^ codes.dtype.type(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation else codes
+
+
+def _windowed(codes: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray:
+    """uint8 (H, W). All values a pixel can have go through the LUTs, and the pixels through what comes out."""
+    codes, stored = _ordered(codes, dataset), dataset.BitsStored
+    values = np.arange(2**stored) - (2 ** (stored - 1) if dataset.PixelRepresentation else 0)
+    item = (dataset.get("ModalityLUTSequence") or [None])[0]
+    values = _look_up(values, item, dataset) if item is not None else apply_modality_lut(values, dataset)
+    item = (dataset.get("VOILUTSequence") or [None])[0]
+    if item is not None:
+        shown = _look_up(np.rint(values).astype(int), item, dataset)
+        black, white = 0, shown.max()
+    elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
+        with np.errstate(over="ignore"):  # what lies beyond any window tells the values of black and white
+            shown = apply_windowing(np.concatenate(([-np.inf], values, [np.inf])), dataset)
+        black, shown, white = shown[0], shown[1:-1], shown[-1]
+        if black == white:
+            raise BadImage(Reason.CORRUPT, "a rescale slope of 0")
+    else:
+        shown, present = values, values[np.flatnonzero(np.bincount(codes.ravel()))]
+        black, white = present.min(), present.max()
+    shares = ((shown - black) / ((white - black) or 1)).clip(0, 1)
+    if not np.isfinite(shares).all():
+        raise BadImage(Reason.CORRUPT, "a window or a rescale slope that is no number")
+    table = (shares * 255 + 0.5).astype(np.uint8)
+    return (255 - table if inverted else table)[codes]
+
+
+def _look_up(values: np.ndarray, item: Dataset, dataset: Dataset) -> np.ndarray:
+    """Whole numbers through a modality or VOI LUT (PS3.3, sections C.11.1.1 and C.11.2.1.1).
+
+    Not by pydicom 3.0, whose index has the type of the entries: of a 12-bit LUT with 8-bit entries it uses the first 256.
+    """
+    count, first, _ = item.LUTDescriptor
+    count = count % 2**16 or 2**16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        little = dataset.file_meta.TransferSyntaxUID != BIG_ENDIAN
+        data = np.frombuffer(data, "u1" if len(data) < 2 * count else "<u2" if little else ">u2")
+    entries = np.atleast_1d(data).astype(int) % 2**16
+    if len(entries) < count:
+        raise BadImage(Reason.CORRUPT, f"a LUT of {len(entries):,} entries, not {count:,}")
+    return entries[(values - first).clip(0, count - 1)]

@@ -1,0 +1,1 @@
+"""Give a damaged set back the bytes it was built with."""

@@ -1,0 +1,100 @@
+"""The state of a repair: what SHA256SUMS says, which files are in doubt, what was done and what could not be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.files import write_bytes
+from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.format import manifest
+from cxrfast.shards.format.manifest import SetInfo, ShardManifest, read_manifest
+from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.verify import Problem
+
+ASK = "give the source tree with --data"
+
+
+@dataclass(kw_only=True)
+class Repair:
+    """A repair under way, and in the end what it did."""
+
+    folder: Path
+    tree: Tree | None
+    accept: bool
+    """Keep new bytes where the old ones cannot be had."""
+    workers: int
+    quiet: bool
+    sums: dict[str, str]
+    """SHA256SUMS as far as it can be read."""
+    suspects: set[str]
+    done: list[Problem] = field(default_factory=list)
+    """File, and how it was mended."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """File, and why it could not be mended."""
+
+    def is_good(self, name: str) -> bool:
+        """Has the file the hash that SHA256SUMS gives?"""
+        return name in self.sums and name not in self.suspects
+
+    def may_be_good(self, name: str) -> bool:
+        """Does SHA256SUMS at least not say otherwise? It may have lost the line."""
+        return name not in self.sums or self.is_good(name)
+
+    def put(self, name: str, data: bytes, how: str, is_new: bool = False) -> None:
+        """Write a file made again, if it differs; one that contradicts SHA256SUMS only if it is known to be new."""
+        path = self.folder / name
+        try:
+            if path.is_file() and path.read_bytes() == data:
+                return
+            contradicts = name in self.sums and new_sha256(data).hexdigest() != self.sums[name]
+            if contradicts and not (self.accept or is_new):
+                self.failed[name] = "made again, it is not what SHA256SUMS says: restore it from a copy"
+                return
+            write_bytes(path, data)
+        except OSError as error:
+            self.failed[name] = f"cannot be written ({error.strerror}): move what is there away"
+            return
+        self.done.append(Problem(name, how))
+
+    def shards(self) -> list[tuple[int, int]]:
+        """Scale and number of every shard that SHA256SUMS or a file names."""
+        names = {name for name in (*self.sums, *manifest.files_in(self.folder)) if manifest.NAMES.fullmatch(name)}
+        return sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
+
+    def report(self) -> list[str]:
+        """One line per file."""
+        done = [f"mended: {problem.path}: {problem.what}" for problem in self.done]
+        return done + [f"not mended: {name}: {why}" for name, why in self.failed.items()]
+
+
+def files_of(scale: int, shard: int) -> list[str]:
+    """Names of a shard's tar, index and manifest, relative to the set."""
+    return [manifest.shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
+
+
+def manifest_of(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
+    """A shard's manifest if it can be read and is the one that belongs there."""
+    try:
+        m = read_manifest(work.folder, scale, shard)
+    except ShardError:
+        return None
+    return m if m and (m.set, m.scale, m.shard) == (info.id, scale, shard) else None
+
+
+def readable(work: Repair, info: SetInfo) -> Iterator[ShardManifest]:
+    """All manifests that can be read and belong where they are."""
+    for scale in manifest.scales_in(work.folder):
+        for shard in manifest.built(work.folder, scale):
+            if m := manifest_of(work, info, scale, shard):
+                yield m
+
+
+def rows_of_source(tree: Tree, info: SetInfo) -> tuple[list[str], pd.DataFrame]:
+    """Labels and rows as the source's tables give them; `bytes` is 0."""
+    listed = read_source(info.source, tree, info.source_options)
+    return list(listed.labels), plan_rows(listed.images, listed.labels, info.seed)

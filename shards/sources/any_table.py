@@ -1,0 +1,113 @@
+"""The source for everything else: any table with a line an image goes in, the images and labels it lists come out.
+
+Names of columns are taken from the options; only the path's and the patient's may go without, if they are the usual ones.
+"""
+
+import posixpath
+from collections.abc import Sequence
+
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.sources.source import SPLITS, Source
+from cxrfast.shards.sources.tables import blank, columns_of, filled, lines, pixels, raw_labels, read_table
+from cxrfast.shards.storage import URL, Tree, relative
+
+
+def table(
+    tree: Tree,
+    *,
+    table: str,
+    label: Sequence[str],
+    path_column: str | None = None,
+    patient_column: str | None = None,
+    image_column: str | None = None,
+    study_column: str | None = None,
+    view_column: str | None = None,
+    split_column: str | None = None,
+    height_column: str | None = None,
+    width_column: str | None = None,
+) -> Source:
+    """Any CSV, TSV (or .gz) or Parquet table with a line an image.
+
+    `table`: its path in the tree, an absolute path or a URL; `label`: the label columns. Without `image_column` an
+    image's id is its path without suffix; without `study_column` each image is a study of its own.
+    """
+    labels = (label,) if isinstance(label, str) else tuple(label)
+    place, file = _locate(tree, table)
+    header = columns_of(place, file)
+    path_column = path_column or _usual(header, "path", ("path", "file", "filename"), table)
+    patient_column = patient_column or _usual(header, "patient", ("patient_id", "subject_id", "patient"), table)
+    ids = [c for c in (path_column, patient_column, image_column, study_column) if c]
+    other = [c for c in (view_column, split_column, height_column, width_column) if c]
+    rows = read_table(place, file, list(dict.fromkeys((*ids, *other, *labels))), ids=ids)
+    path = _below(tree, filled(rows[path_column], table))
+    image = filled(rows[image_column], table) if image_column else path.str.replace(r"\.[^./]*$", "", regex=True)
+    if (twice := image.duplicated(keep=False)).any():
+        raise ShardError(
+            f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): an image needs an id of its "
+            "own, name the column with --image-column"
+        )
+    frame = pd.DataFrame(
+        {
+            "image_id": image,
+            "study_id": filled(rows[study_column], table) if study_column else image,
+            "patient_id": filled(rows[patient_column], table),
+            "path": path,
+            **{name: raw_labels(rows[name], table) for name in labels},
+        }
+    )
+    if view_column:
+        frame["view"] = rows[view_column]
+    if split_column:
+        frame["split"] = _parts(rows[split_column], table)
+    for name, column in (("height", height_column), ("width", width_column)):
+        if column:
+            frame[name] = pixels(rows[column], table)
+    return Source(images=frame, labels=labels, counts={})
+
+
+def _locate(tree: Tree, table: str) -> tuple[Tree, str]:
+    """The tree that a table is read from, and its path there."""
+    if URL.match(table) or posixpath.isabs(table):
+        folder, _, name = table.rpartition("/")
+        return Tree(folder or "/"), name
+    return tree, table
+
+
+def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:
+    """The one column that is called as is usual for `what`, whatever the case."""
+    found = [c for c in header if c.lower() in names]
+    if len(found) != 1:
+        raise ShardError(
+            f"which column of {table} holds the {what} of an image? name it with --{what}-column "
+            f"(its columns: {', '.join(header)})"
+        )
+    return found[0]
+
+
+def _below(tree: Tree, column: pd.Series) -> pd.Series:
+    """Paths relative to the tree, from paths that are already, or absolute and inside it."""
+
+    def below(path: str, line: int) -> str:
+        inside = next((path.removeprefix(root) for root in tree.roots if path.startswith(root)), path)
+        try:
+            return relative(inside)
+        except ShardError:
+            raise ShardError(f"line {line} names {path}, which is not in {tree}: give paths inside --data") from None
+
+    return pd.Series(list(map(below, column, column.index)), column.index, dtype=object)
+
+
+def _parts(column: pd.Series, where: str) -> pd.Series:
+    """train, validate and test from the usual words for them."""
+    words = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+    words |= dict.fromkeys(("valid", "val", "validate", "validation", "dev"), "validate")
+    text = column.str.strip().str.lower().where(~blank(column))
+    known = text.map(words).astype(object)
+    if (wrong := known.isna() & text.notna()).any():
+        at = lines(column.index[wrong])
+        raise ShardError(
+            f"{where} holds {column[wrong].iloc[0]!r} for {column.name} in {at}: use {', '.join(SPLITS)} or blank"
+        )
+    return known

@@ -1,0 +1,121 @@
+"""What a source lists: a table of images with their labels comes in, and goes out complete, checked and in one form.
+
+Whoever wrote the source, no row that passes here fails in the plan.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
+from cxrfast.shards.storage import Tree
+
+IDS = ("image_id", "study_id", "patient_id", "path")
+SPLITS = ("train", "validate", "test")
+
+NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
+CONTROL = r"[\x00-\x1f]"
+"""Tabs and line breaks would tear the plan's hash and the lists of files apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a source tree lists."""
+
+    images: pd.DataFrame
+    """A line an image: image_id, study_id, patient_id and path (relative to the tree, POSIX) as text; a float column a
+    label with 1, 0, -1 or NaN; and where they are known view, height, width (px), split (train, validate, test) and
+    reference labels, `radiologist/<label>`. Other columns are left out."""
+    labels: tuple[str, ...]
+    counts: dict[str, int]
+    """What a person should know of the tables: for instance, how many studies have no labels."""
+
+
+def checked(source: Source, tree: Tree) -> Source:
+    """The source with all columns, in order and in their types. Raises ShardError for the first thing that is wrong."""
+    where = f"the tables in {tree}"
+    labels = _label_names(source, where)
+    images = source.images.reset_index(drop=True)
+    if absent := [c for c in (*IDS, *labels) if c not in images.columns]:
+        raise ShardError(f"{where} were listed without the columns {', '.join(absent)}: the source must give them")
+    if not len(images):
+        raise ShardError(f"{where} list no images")
+    columns = {name: _ids(images[name], where) for name in IDS}
+    for name, what in (("image_id", "image"), ("path", "the file")):
+        if (twice := columns[name].duplicated()).any():
+            raise ShardError(
+                f"{where} list {what} {columns[name][twice].iloc[0]} twice: every image needs one of its own"
+            )
+    pairs = pd.DataFrame(columns)[["study_id", "patient_id"]].drop_duplicates()
+    if (twice := pairs["study_id"].duplicated()).any():
+        study = pairs["study_id"][twice].iloc[0]
+        patients = pairs["patient_id"][pairs["study_id"] == study].iloc[:2]
+        raise ShardError(
+            f"{where} give study {study} to the patients {' and '.join(patients)}: a study is of one patient"
+        )
+    if (bad := columns["path"].str.contains(NOT_RELATIVE, regex=True)).any():
+        raise ShardError(
+            f"{where} list {columns['path'][bad].iloc[0]!r}: paths must be relative to the tree, without .."
+        )
+    nothing = pd.Series(None, images.index, dtype=object)
+    columns["view"] = _text(images.get("view", nothing), where)
+    columns |= {side: _size(images.get(side, nothing), where) for side in ("height", "width")}
+    columns["split"] = _text(images.get("split", nothing), where)
+    if (bad := columns["split"].notna() & ~columns["split"].isin(SPLITS)).any():
+        raise ShardError(f"{where} hold the split {columns['split'][bad].iloc[0]!r}: use {', '.join(SPLITS)} or null")
+    columns |= {name: _values(images[name], where) for name in (*labels, *reference_names(images))}
+    return Source(images=pd.DataFrame(columns), labels=labels, counts=dict(source.counts))
+
+
+def _label_names(source: Source, where: str) -> tuple[str, ...]:
+    labels = tuple(source.labels)
+    if not labels or not all(isinstance(name, str) and name.strip() for name in labels):
+        raise ShardError(f"{where} were listed with the labels {labels!r}: name one or more columns")
+    if twice := [name for name in labels if labels.count(name) > 1]:
+        raise ShardError(f"label {twice[0]!r} is named twice: name it once")
+    if taken := [name for name in labels if name in COLUMNS or name.startswith(REFERENCE)]:
+        raise ShardError(f"a label cannot be called {taken[0]!r}, as a column of rows.parquet is: rename it")
+    return labels
+
+
+def _ids(column: pd.Series, where: str) -> pd.Series:
+    if (empty := _text(column, where).isna()).any():
+        raise ShardError(f"{where} list {int(empty.sum()):,} images without {column.name}: give every image one")
+    if (bad := column.str.contains(CONTROL, regex=True)).any():
+        raise ShardError(f"{where} list the {column.name} {column[bad].iloc[0]!r}: it must hold no tabs or line breaks")
+    return column
+
+
+def _text(column: pd.Series, where: str) -> pd.Series:
+    """The column with null where nothing is written. Raises ShardError unless it is text."""
+    kind = pd.api.types.infer_dtype(column, skipna=True)
+    if kind == "empty" or column.isna().all():
+        return pd.Series(None, column.index, dtype=object)
+    if kind != "string":
+        raise ShardError(
+            f"{where} were listed with {kind} for {column.name}: it must be text, exactly as it is written there"
+        )
+    return column.where(column.str.strip() != "")
+
+
+def _size(column: pd.Series, where: str) -> pd.Series:
+    """float64 px, NaN where unknown."""
+    try:
+        values = column.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ShardError(f"{where} hold a {column.name} that is no number ({error})") from error
+    if (bad := values.notna() & ~((values >= 0) & (values % 1 == 0) & (values < 2**31))).any():
+        raise ShardError(f"{where} hold the {column.name} {values[bad].iloc[0]:g}: it must be whole pixels, or null")
+    return values
+
+
+def _values(column: pd.Series, where: str) -> pd.Series:
+    """float32 1, 0, -1 or NaN."""
+    known = column.isna() | column.isin((1.0, 0.0, -1.0))
+    if not known.all():
+        value = column[~known].iloc[0]
+        shown = repr(value) if isinstance(value, str) else value
+        raise ShardError(f"{where} hold {shown} for {column.name}: only 1, 0, -1 and blank are known")
+    return column.astype(np.float32)

@@ -1,0 +1,198 @@
+"""The tables of a source tree: CSV, TSV (packed or not) and Parquet files go in, columns of text and of numbers come out.
+
+Text stays as it is written, leading zeros included, and whatever cannot be read is named with its line; nothing is guessed.
+"""
+
+import csv
+import gzip
+import io
+import posixpath
+import warnings
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.storage import Tree
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+PACKED = ".gz"
+BLANK = ("", "na", "nan", "n/a", "null", "none")
+"""What stands for no value in columns of numbers, whatever the case; in columns of text only nothing at all does."""
+
+
+def find_table(tree: Tree, names: Iterable[str], folder: str = "") -> str | None:
+    """Path of the first of the tables `names` in a folder, unpacked rather than packed; None if it has none of them."""
+    there = set(tree.files(folder))
+    found = (name + suffix for name in names for suffix in ("", PACKED) if name + suffix in there)
+    first = next(found, None)
+    return None if first is None else posixpath.join(folder, first)
+
+
+def tables_in(tree: Tree, folder: str = "") -> str:
+    """The tables of a folder, for a message."""
+    kinds = (*SEPARATORS, *(kind + PACKED for kind in SEPARATORS), *PARQUET)
+    found = [name for name in tree.files(folder) if name.endswith(kinds)]
+    return ", ".join(found[:20]) + (f", … {len(found) - 20} more" if len(found) > 20 else "") or "none"
+
+
+def columns_of(tree: Tree, path: str) -> list[str]:
+    """Names of a table's columns. Raises ShardError for a file that cannot be read."""
+    with _reading(tree, path) as (data, kind):
+        return (
+            pq.ParquetFile(io.BytesIO(data)).schema_arrow.names if kind in PARQUET else _header(data, SEPARATORS[kind])
+        )
+
+
+def read_table(
+    tree: Tree,
+    path: str,
+    columns: Collection[str],
+    what: str = "",
+    *,
+    optional: Collection[str] = (),
+    ids: Collection[str] = (),
+) -> pd.DataFrame:
+    """The named columns of a table as text, NaN where there is nothing; of the `optional` ones those that it has.
+
+    The index is the line in the file, the header being line 1 (in Parquet, the row, from 1). `what` says in messages
+    what the table is taken for; `ids` are columns that make no sense as floating-point numbers. Raises ShardError for a
+    file that cannot be read or lacks a column.
+    """
+    where = posixpath.join(str(tree), path)
+    with _reading(tree, path) as (data, kind):
+        if kind not in PARQUET:
+            header = _header(data, SEPARATORS[kind])
+            wanted = _wanted(header, columns, optional, where, what)
+            return _read_text(data, SEPARATORS[kind], len(header))[wanted]
+        file = pq.ParquetFile(io.BytesIO(data))
+        wanted = _wanted(file.schema_arrow.names, columns, optional, where, what)
+        read = file.read(wanted)
+        text = {name: _as_text(name, read[name], where, name in ids) for name in wanted}
+        return pd.DataFrame(text).set_axis(pd.RangeIndex(1, read.num_rows + 1))
+
+
+@contextmanager
+def _reading(tree: Tree, path: str) -> Iterator[tuple[bytes, str]]:
+    """The unpacked bytes of a table and its suffix; whatever the block cannot read of them becomes a ShardError."""
+    kind = posixpath.splitext(path.removesuffix(PACKED))[1].lower()
+    if kind not in (*SEPARATORS, *PARQUET):
+        raise ShardError(f"{path} is no table that can be read: give a .csv or .tsv file (or .gz of it), or .parquet")
+    try:
+        data = tree.read(path)
+        yield gzip.decompress(data) if path.endswith(PACKED) else data, kind
+    except FileNotFoundError:
+        raise ShardError(f"no {path} in {tree} (its tables: {tables_in(tree)})") from None
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error, pd.errors.ParserWarning, pa.ArrowException) as error:
+        form = "Parquet" if kind in PARQUET else kind[1:].upper()
+        raise ShardError(
+            f"{posixpath.join(str(tree), path)} cannot be read as a {form} table ({error}): mend it or download it again"
+        ) from error
+
+
+def _header(data: bytes, separator: str) -> list[str]:
+    if not data.strip():
+        raise ValueError("it is empty")
+    return _fields(data[: data.find(b"\n") + 1] or data, separator)
+
+
+def _fields(line: bytes, separator: str) -> list[str]:
+    return next(csv.reader([line.decode("utf-8-sig").rstrip("\r\n")], delimiter=separator))
+
+
+def _read_text(data: bytes, separator: str, columns: int) -> pd.DataFrame:
+    if not data.endswith(b"\n") and len(_fields(data[data.rfind(b"\n") + 1 :], separator)) < columns:
+        raise ValueError("its last line is cut short")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a line has more fields than the header
+        # all columns: with `usecols` a line with a comma too many shifts them unseen
+        frame = pd.read_csv(
+            io.BytesIO(data),
+            sep=separator,
+            dtype=str,
+            index_col=False,
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+        )
+    return frame.set_axis(pd.RangeIndex(2, len(frame) + 2))
+
+
+def _as_text(name: str, column: pa.ChunkedArray, where: str, is_id: bool) -> pd.Series:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+    if not (is_text or is_number) or (is_id and pa.types.is_floating(kind)):
+        raise ShardError(f"{where} holds {kind} in column {name}: store it as text{'' if is_id else ' or numbers'}")
+    return pd.Series([None if v is None or v == "" else str(v) for v in column.to_pylist()], dtype=object)
+
+
+def _wanted(
+    header: Sequence[str], columns: Collection[str], optional: Collection[str], where: str, what: str
+) -> list[str]:
+    """The columns to read. Raises ShardError unless `columns` are all in the header, and none twice."""
+    if absent := [c for c in columns if c not in header]:
+        hint = f"is it {what}?" if what else f"its columns: {', '.join(header)}"
+        raise ShardError(f"{where} lacks the columns {', '.join(absent)}: {hint}")
+    wanted = [*columns, *(c for c in optional if c in header)]
+    if twice := [c for c in wanted if header.count(c) > 1]:
+        raise ShardError(f"{where} has the columns {', '.join(twice)} twice: rename one of them")
+    return wanted
+
+
+def blank(column: pd.Series) -> pd.Series:
+    """Bool: where a column of text holds nothing, or nothing but spaces."""
+    return column.isna() | column.str.strip().eq("")
+
+
+def filled(column: pd.Series, where: str) -> pd.Series:
+    """The column itself. Raises ShardError with the lines where it is blank."""
+    if (empty := blank(column)).any():
+        raise ShardError(f"{where}: {column.name} is blank in {lines(column.index[empty])}: give every image one")
+    return column
+
+
+def lines(index: pd.Index) -> str:
+    """`line 7`, or `lines 7, 9, 12, … (40 in all)`."""
+    first = ", ".join(map(str, index[:5]))
+    return (
+        f"line {first}" if len(index) == 1 else f"lines {first}" + (f", … ({len(index):,})" if len(index) > 5 else "")
+    )
+
+
+def raw_labels(column: pd.Series, where: str) -> pd.Series:
+    """Text → float32 1, 0, -1 or NaN; true and false are 1 and 0. Raises ShardError for anything else, with its line."""
+    return _numbers(column, where, {"true": 1.0, "false": 0.0}, (1.0, 0.0, -1.0), "1, 0, -1 and blank").astype(
+        np.float32
+    )
+
+
+def pixels(column: pd.Series, where: str) -> pd.Series:
+    """Text → float64 height or width in px, NaN where blank. Raises ShardError for anything else, with its line."""
+    return _numbers(column, where, {}, None, "whole numbers of pixels and blank")
+
+
+def _numbers(
+    column: pd.Series, where: str, words: dict[str, float], known: tuple[float, ...] | None, what: str
+) -> pd.Series:
+    """Each different text is looked at once, so that a column of a million lines costs a lookup."""
+    codes, texts = pd.factorize(column)
+    values = np.full(len(texts) + 1, np.nan)  # the last for code -1: nothing written
+    for code, text in enumerate(texts):
+        plain = text.strip().lower()
+        try:
+            number = np.nan if plain in BLANK else words[plain] if plain in words else float(plain)
+        except ValueError:
+            number = np.inf
+        is_known = number in known if known else number >= 0 and number % 1 == 0 and number < 2**31
+        if not (is_known or np.isnan(number)):
+            at = lines(column.index[codes == code])
+            raise ShardError(f"{where} holds {text!r} for {column.name} in {at}: only {what} are known")
+        values[code] = number
+    return pd.Series(values[codes], column.index, name=column.name)

@@ -1,0 +1,1 @@
+"""A set after it was built: verify, relabel, stage, describe."""

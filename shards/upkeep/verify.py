@@ -1,0 +1,328 @@
+"""Is a shard set what it was when it was built? Hashes, indexes, rows; every image decoded on request. Reads only."""
+
+import re
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+
+from cxrfast.errors import ShardError
+from cxrfast.files import sha256
+from cxrfast.machine import usable_cores
+from cxrfast.progress import megabytes, progress
+from cxrfast.shards.building.layout import set_id
+from cxrfast.shards.format import manifest
+from cxrfast.shards.format.codec import decode_member
+from cxrfast.shards.format.manifest import (
+    SetInfo,
+    ShardManifest,
+    quarantine_bytes,
+    read_manifest,
+    read_manifests,
+    read_set,
+    read_sums,
+    shard_path,
+)
+from cxrfast.shards.format.rows import label_names, read_info, read_rows
+from cxrfast.shards.format.tar import read_contents, read_index
+from cxrfast.shards.images.bad_image import BadImage
+from cxrfast.shards.images.grid import STEPS, grid, tolerance, unpack
+from cxrfast.shards.storage import Tree
+from cxrfast.splits import deal
+
+
+@dataclass(frozen=True)
+class Problem:
+    path: str
+    """Relative to the set, or to the source tree."""
+    what: str
+    is_signed: bool = False
+    """True where SHA256SUMS says the same: found in images alone, and nothing in the set tells what was right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    info: SetInfo | None
+    """None where set.json is damaged."""
+    rows: dict[int, int]
+    """Rows held a scale; empty where files have changed."""
+    quarantined: int
+    without_grids: int
+    """Manifests, of all scales; earlier versions took no grids."""
+    bytes: int
+    """Read and hashed."""
+    seconds: float
+    """That hashing took."""
+    problems: list[Problem]
+
+
+def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
+    """Compare every file of the set with SHA256SUMS, and the files with each other; `deep` decodes every image.
+
+    Raises ShardError only where nothing can be compared: no set, another schema version, never finished.
+    """
+    folder = Path(folder)
+    sums, problems = _read_sums(folder)
+    there = set(manifest.files_in(folder))
+    start = time.monotonic()
+    problems += [Problem(name, "missing") for name in sorted(sums.keys() - there)]
+    problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
+    irregular = {name for name in sums.keys() & there if not (folder / name).is_file()}
+    problems += [Problem(name, "is no regular file") for name in sorted(irregular)]
+    problems += _changed(folder, {name: sums[name] for name in sorted((sums.keys() & there) - irregular)}, quiet)
+    seconds = time.monotonic() - start
+    info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
+    held: dict[int, int] = {}
+    quarantined: dict[int, int] = {}
+    without_grids = 0
+    if info and not problems:  # what follows reads files that are known to be as they were signed
+        try:
+            problems += _unreadable(folder)
+            problems += _plan_problems(folder, info) if not problems else []
+            for scale in manifest.scales_in(folder) if not problems else []:
+                manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
+                held[scale] = sum(len(m.rows) for m in manifests)
+                quarantined[scale] = sum(len(m.quarantined) for m in manifests)
+                without_grids += sum(m.lacks_grids for m in manifests)
+                problems += _misplaced(folder, scale, manifests, sums)
+                problems += _shard_problems(folder, info, manifests)
+                if deep:
+                    problems += _image_problems(folder, info, manifests, quiet)
+        except ShardError as error:  # a file that makes no sense, and was signed so
+            problems.append(Problem(".", str(error)))
+    return Verdict(
+        info=info,
+        rows=held,
+        quarantined=max(quarantined.values(), default=0),
+        without_grids=without_grids,
+        bytes=sum((folder / name).stat().st_size for name in there - irregular if name in sums),
+        seconds=seconds,
+        problems=problems,
+    )
+
+
+def describe(verdict: Verdict, folder: Path, deep: bool = False) -> str:
+    """A whole set in one line for people."""
+    held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
+    planned = verdict.info.images if verdict.info else 0
+    partly = [f"{scale} px" for scale, n in verdict.rows.items() if n + verdict.quarantined < planned]
+    rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
+    if verdict.without_grids:
+        rest += f"; shards that hold no grids: {verdict.without_grids:,} (`cxrfast verify --repair` adds them)"
+    return (
+        f"{folder}: {held}; {planned:,} planned, {verdict.quarantined:,} quarantined; "
+        f"{_speed(verdict.bytes, verdict.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
+    )
+
+
+def _speed(n: int, seconds: float) -> str:
+    return f"{n / 1e6:,.0f} MB hashed at {n / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+
+
+def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
+    """SHA256SUMS as far as it can be read, and what is wrong with it. Raises ShardError where there is none."""
+    try:
+        sums, wrong = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+    except FileNotFoundError:
+        read_set(folder)
+        return read_sums(folder), []  # raises: never finished
+    if not sums:
+        read_set(folder)
+    problems = [Problem("SHA256SUMS", what) for what in wrong]
+    if "set.json" not in sums:
+        problems.append(Problem("SHA256SUMS", "does not list set.json"))
+    return sums, problems
+
+
+def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Problem]:
+    """Files whose bytes are not those in SHA256SUMS. Threads: hashing releases the GIL."""
+
+    def look(name: str) -> str:
+        try:
+            return "" if sha256(folder / name) == sums[name] else "its bytes have changed"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+
+    sizes = {name: (folder / name).stat().st_size for name in sums}
+    total = round(sum(sizes.values()) / 1e6)
+    with ThreadPoolExecutor(usable_cores()) as pool, progress("hashing", total, unit="MB", quiet=quiet) as advance:
+        count = megabytes(advance)
+        for name, what in zip(sums, pool.map(look, sums), strict=True):
+            count(sizes[name])
+            if what:
+                yield Problem(name, what)
+
+
+def _unreadable(folder: Path) -> Iterator[Problem]:
+    """Manifests that make no sense, and were signed so."""
+    for scale in manifest.scales_in(folder):
+        for shard in manifest.built(folder, scale):
+            try:
+                read_manifest(folder, scale, shard)
+            except ShardError:
+                yield Problem(manifest.shard_name(scale, shard, "json"), "cannot be read, and was signed so")
+
+
+def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
+    rows = read_rows(folder / "rows.parquet")
+    fold, block = deal(rows["patient_id"].tolist(), info.seed)
+    paths = dict(zip(rows["row"], rows["path"], strict=True))
+    if rows["row"].tolist() != list(range(info.images)):
+        yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
+    elif set_id(rows, info.recipe) != info.id:
+        yield Problem("rows.parquet", "does not match the set id in set.json")
+    elif (rows["fold"] != fold).any() or (rows["block"] != block).any():
+        yield Problem("rows.parquet", "deals patients to other folds than the seed in set.json does")
+    elif read_info(folder / "rows.parquet") != info or list(label_names(rows)) != info.labels:
+        yield Problem("set.json", "differs from its copy in rows.parquet, or from the labels there")
+    elif quarantine_bytes(paths, read_manifests(folder)) != (folder / "quarantine.csv").read_bytes():
+        yield Problem("quarantine.csv", "lists other rows than the manifests")
+
+
+def _misplaced(folder: Path, scale: int, manifests: list[ShardManifest], sums: dict[str, str]) -> Iterator[Problem]:
+    """Manifests of another scale or shard than their name says, or of another tar."""
+    for m, shard in zip(manifests, manifest.built(folder, scale), strict=True):
+        tar = shard_path(folder, scale, shard, "tar")
+        name = str(tar.with_suffix(".json").relative_to(folder))
+        if (m.scale, m.shard) != (scale, shard):
+            yield Problem(name, f"is the manifest of shard {m.shard} at {m.scale} px")
+        elif m.sha256 != sums.get(str(tar.relative_to(folder))) or m.bytes != tar.stat().st_size:
+            yield Problem(name, "is the manifest of another tar")
+
+
+def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest]) -> Iterator[Problem]:
+    """Manifests, indexes and tars that contradict each other, the plan, or the same shard at the first scale."""
+    for number, m in enumerate(manifests):
+        name = str(shard_path(folder, m.scale, m.shard, "json").relative_to(folder))
+        planned = info.rows_of(number)
+        if m.shard != number:
+            yield Problem(
+                name, f"shard {number} is missing at {m.scale} px: `cxrfast shard --scale {m.scale}` builds it"
+            )
+            return
+        if m.set != info.id:
+            yield Problem(name, "belongs to another set")
+        if sorted([*m.rows, *map(int, m.quarantined)]) != list(planned):
+            yield Problem(name, f"does not account for the rows {planned.start:,} to {planned.stop - 1:,}")
+        other = read_manifest(folder, manifest.scales_in(folder)[0], m.shard)
+        if other and other.rows != m.rows:
+            yield Problem(name, f"holds other rows than at {other.scale} px")
+        try:
+            if [row for row, *_ in read_index(folder, m.scale, m.shard)] != m.rows:
+                yield Problem(name, "lists other rows than its index")
+        except ShardError as error:
+            yield Problem(name, str(error))
+
+
+def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
+    """Images that do not decode to scale × scale pixels or differ from their crc32 or grid, a shard a thread."""
+    scale = manifests[0].scale if manifests else 0
+    ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
+
+    def look(m: ShardManifest) -> list[Problem]:
+        return _decode_shard(folder, info, m, ids[m.rows].tolist())
+
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests), quiet=quiet) as advance,
+    ):
+        for m, problems in zip(manifests, pool.map(look, manifests), strict=True):
+            yield from problems
+            advance(len(m.rows))
+
+
+def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> list[Problem]:
+    """Problems of one shard, whose files are as they were signed."""
+    path = shard_path(folder, m.scale, m.shard, "tar")
+    name = manifest.shard_name(m.scale, m.shard, "tar")
+    problems: list[Problem] = []
+
+    def found(what: str) -> None:
+        problems.append(Problem(name, what, is_signed=True))
+
+    if read_contents(path).image_ids != ids:
+        found("holds other images than the plan says")
+        return problems
+    grids = unpack(m.grids, len(m.rows)) / STEPS if m.grids else None
+    with open(path, "rb") as tar:
+        for n, (row, offset, size) in enumerate(read_index(folder, m.scale, m.shard)):
+            tar.seek(offset)
+            data = tar.read(size)
+            try:
+                image = decode_member(data, info.codec)
+            except BadImage as error:
+                found(f"row {row}: {error.reason}")
+                continue
+            if image.shape != (m.scale, m.scale):
+                found(f"row {row} is {image.shape[1]} × {image.shape[0]} px")
+            elif grids is not None:
+                off = abs(grid(image) / STEPS - grids[n]).max()
+                if off > tolerance(info.codec, info.quality, m.scale):
+                    found(f"row {row} differs from its grid, by up to {off:.1f} grey levels")
+            if zlib.crc32(data) != m.crc32[n]:
+                found(f"row {row} differs from its crc32")
+    return problems
+
+
+# The source tree
+
+
+LINE = re.compile(r"([0-9a-f]{64}) [ *]?(.+)")
+"""Of SHA256SUMS.txt: PhysioNet's has one space, sha256sum's two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceVerdict:
+    files: int
+    bytes: int
+    seconds: float
+    problems: list[Problem]
+
+    def describe(self, tree: Tree) -> str:
+        found = f"{len(self.problems):,} problems" if self.problems else "as listed in SHA256SUMS.txt"
+        return f"{tree}: {self.files:,} files, {_speed(self.bytes, self.seconds)}: {found}"
+
+
+def verify_source(folder: Path, tree: Tree, quiet: bool = False) -> SourceVerdict:
+    """Compare the source images of a set, and whatever else the tree's SHA256SUMS.txt lists, with that list.
+
+    Raises ShardError if there is no such list or it cannot be read.
+    """
+    read_set(folder)
+    rows = read_rows(folder / "rows.parquet")
+    try:
+        text = tree.read("SHA256SUMS.txt").decode()
+    except FileNotFoundError:
+        raise ShardError(f"{tree} has no SHA256SUMS.txt to compare it with: download it beside the tables") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"SHA256SUMS.txt in {tree} cannot be read ({error}): download it again") from error
+    matches = [LINE.fullmatch(line) for line in text.splitlines() if line.strip()]
+    if not all(matches) or not matches:
+        raise ShardError(f"SHA256SUMS.txt in {tree} is no list of hashes and names: download it again")
+    sums = {m[2].removeprefix("./"): m[1] for m in matches if m}
+    present = rows.loc[rows["bytes"] >= 0, "path"]
+    problems = [Problem(path, "not listed in SHA256SUMS.txt") for path in present if path not in sums]
+
+    def look(name: str) -> tuple[int, str]:
+        try:
+            data = tree.read(name)
+        except FileNotFoundError:
+            return 0, "missing"
+        except OSError as error:
+            return 0, f"cannot be read ({error.strerror or error})"
+        return len(data), "" if new_sha256(data).hexdigest() == sums[name] else "its bytes have changed"
+
+    total, start = 0, time.monotonic()
+    with (
+        ThreadPoolExecutor(2 * usable_cores()) as pool,
+        progress("hashing the source", len(sums), unit="files", quiet=quiet) as advance,
+    ):
+        for name, (size, what) in zip(sums, pool.map(look, sums), strict=True):
+            total += size
+            if what:
+                problems.append(Problem(name, what))
+            advance()
+    return SourceVerdict(files=len(sums), bytes=total, seconds=time.monotonic() - start, problems=problems)

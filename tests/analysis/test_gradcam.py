@@ -1,0 +1,229 @@
+"""Grad-CAM against captum, against networks whose map is known, and over runs."""
+
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from captum.attr import LayerGradCam
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional
+
+from cxrfast.analysis import gradcam as cams
+from cxrfast.analysis.receptive_field import erf, read_erf
+from cxrfast.config import TrainConfig
+from cxrfast.errors import RunError
+from cxrfast.labels import MIMIC
+from cxrfast.models.classifier import MEAN, STD, Classifier
+from cxrfast.runs.arrays import Predictions, write_predictions
+from cxrfast.runs.run import Run, read_run, start_run
+
+SMALL, LABEL = "mobilenet_v3_small", "Pneumonia"
+
+
+def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 1, side, side), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("densenet121", "features"), ("resnet50", "layer4"), ("mobilenet_v2", "features")]
+)
+def test_maps_are_captums(arch: str, layer: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(arch, 3).double().eval()
+    images = noise(2, 96)
+    pixels = model.normalise(images).requires_grad_()
+    shown = 0
+    for label in range(3):
+        oracle = LayerGradCam(model.net, getattr(model.net, layer)).attribute(pixels, label, relu_attributions=True)
+        oracle = functional.interpolate(oracle.detach(), size=(96, 96), mode="bilinear")[:, 0]
+        largest = oracle.amax((1, 2), keepdim=True)
+        maps, logits = cams.gradcam(model, images, label)
+        torch.testing.assert_close(maps, (oracle / largest.clamp(min=1e-300)).float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits, model(images)[:, label].detach())
+        shown += int(maps.flatten(1).any(1).sum())
+    assert shown >= 2  # the comparison was not of zeros alone
+
+
+def brightness(pool: int = 1, weight: float = 1.0) -> Classifier:
+    """One feature, three times the mean grey level of pool × pool pixels; the logits are ± its mean."""
+    conv = nn.Conv2d(3, 1, 1)
+    conv.weight.data = torch.tensor(STD).view(1, 3, 1, 1)
+    conv.bias.data = torch.tensor([sum(MEAN)])
+    head = nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[weight], [-weight]])
+    model = Classifier("squeezenet1_1", 2)
+    model.net = nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(conv, nn.AvgPool2d(pool)), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=head
+        )
+    )
+    return model
+
+
+def test_the_map_of_a_brightness_detector_is_the_image() -> None:
+    images = noise(3, 16) // 2 + 1
+    maps, logits = cams.gradcam(brightness(), images, 0)
+    grey = images[:, 0].float()
+    torch.testing.assert_close(maps, grey / grey.amax((1, 2), keepdim=True), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, 3 * grey.mean((1, 2)) / 255)
+    assert maps.dtype == torch.float32
+    assert maps.amax((1, 2)).tolist() == [1, 1, 1]
+
+
+def test_coarse_maps_are_enlarged_bilinearly_between_cell_centres() -> None:
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    images[:, :, :, 4:] = 200
+    maps, _ = cams.gradcam(brightness(pool=4), images, 0)
+    ramp = np.clip((np.arange(8) + 0.5 - 2) / 4, 0, 1)  # cells of 4 px have their centres at 2 and 6
+    np.testing.assert_allclose(maps[0], np.tile(ramp, (8, 1)), atol=1e-5)
+
+
+def test_evidence_against_a_finding_is_a_map_of_zeros_not_nan() -> None:
+    images = noise(2, 16) // 2 + 1
+    maps, logits = cams.gradcam(brightness(), images, 1)
+    assert not maps.any()
+    assert (logits < 0).all()
+
+
+def test_an_image_has_the_same_map_in_any_batch() -> None:
+    torch.manual_seed(0)
+    model, images = Classifier("resnet18", 3).double(), noise(4, 64)
+    together = cams.gradcam(model, images, 1)[0]
+    alone = torch.cat([cams.gradcam(model, image[None], 1)[0] for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert together.amin() >= 0
+    assert together.amax() <= 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Classifier(SMALL, 2).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():  # as a caller that evaluates would
+        cams.gradcam(model, noise(2, 64), 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# Runs
+
+
+def make_run(folder: Path, shards: Path, raw: list[float]) -> Run:
+    """A run of random weights whose test part is the first images of the set, with these raw values of LABEL."""
+    set_id = json.loads((shards / "set.json").read_bytes())["id"]
+    config = TrainConfig(
+        set_id=set_id, scale=64, labels=MIMIC, arch=SMALL, global_batch=4, micro_batch=4, learning_rate=1e-4
+    )
+    n = len(raw)
+    rows = pd.read_parquet(shards / "rows.parquet").iloc[: n + 4]
+    rows = rows.assign(part=["test"] * n + ["train"] * 2 + ["val"] * 2, **{LABEL: [*raw, 0, 0, 0, 0]})
+    run = start_run(
+        folder / f"{SMALL}-64" / "fold-0",
+        config,
+        shards,
+        rows[["row", "image_id", "patient_id", "part", *MIMIC]].astype({LABEL: np.float32}),
+    )
+    torch.manual_seed(0)
+    run.save_best(Classifier(SMALL, len(MIMIC)).state_dict())
+    return run
+
+
+RAW = [1, 0, 1, -1, 1, np.nan, 1, 1]
+"""Positive in rows 0, 2, 4, 6 and 7 of the test part."""
+
+
+def predict(run: Run, logits: list[float]) -> None:
+    """Store predictions of the test part, `logits` for LABEL."""
+    rows = run.rows().query("part == 'test'")["row"].to_numpy()
+    found = np.zeros((len(rows), len(MIMIC)), np.float32)
+    found[:, MIMIC.index(LABEL)] = logits
+    write_predictions(run, {"test": Predictions(rows, found)})
+
+
+def test_positives_come_highest_logit_first_once_predicted(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set, RAW)
+    assert cams.positives(run, LABEL, "test").tolist() == [0, 2, 4, 6, 7]
+    predict(run, [0.5, 9, -1, 9, 2, 9, 0.7, -3])
+    assert cams.positives(run, LABEL, "test").tolist() == [4, 6, 0, 2, 7]
+
+
+def test_uncertain_labels_follow_the_runs_policy(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set, RAW)
+    for policy, extra in (("u_ones", [3]), ("u_ignore", [])):
+        other = replace(run, config=replace(run.config, policy=policy))
+        assert cams.positives(other, LABEL, "test").tolist() == sorted([0, 2, 4, 6, 7, *extra])
+
+
+def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set, RAW)
+    with pytest.raises(RunError, match="cxrfast gradcam"):
+        cams.read_gradcam(run, LABEL)
+    field = erf(run, images=1, quiet=True)
+    made = cams.gradcam_run(run, LABEL, images=3, quiet=True)
+    stored = cams.read_gradcam(read_run(run.folder), LABEL)
+    assert made.rows.tolist() == stored.rows.tolist() == [0, 2, 4]
+    assert stored.part == "test"
+    assert (stored.maps.shape, stored.maps.dtype) == ((3, 64, 64), np.float32)
+    np.testing.assert_array_equal(stored.maps, made.maps)
+    np.testing.assert_array_equal(stored.logits, made.logits)
+    np.testing.assert_array_equal(read_erf(run).map, field.map)
+    erf(run, images=1, quiet=True)
+    np.testing.assert_array_equal(cams.read_gradcam(run, LABEL).maps, made.maps)
+    assert len(cams.gradcam_run(run, LABEL, images=99, quiet=True).rows) == 5  # all there are
+    with pytest.raises(RunError, match="another run"):
+        cams.read_gradcam(replace(run, config=replace(run.config, seed=1)), LABEL)
+
+
+def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set, [0, -1, np.nan])
+    with pytest.raises(RunError, match=r"'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
+        cams.gradcam_run(run, "Gout", quiet=True)
+    with pytest.raises(RunError, match=f"none of the 3 images of its test part has {LABEL}$"):
+        cams.gradcam_run(run, LABEL, quiet=True)
+    with pytest.raises(RunError, match="at least one image"):
+        cams.gradcam_run(run, LABEL, images=0, quiet=True)
+    other = replace(run, config=replace(run.config, set_id="0" * 32))
+    with pytest.raises(RunError, match="--shards"):
+        cams.gradcam_run(replace(other, folder=make_run(tmp_path / "b", tiny_set, RAW).folder), LABEL, quiet=True)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+
+
+def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set, RAW)
+    made = cams.gradcam_run(run, LABEL, images=3, quiet=True)
+    figure = cams.figure(run, LABEL)
+    written = " ".join([*texts(figure), figure.get_suptitle()])
+    table = pd.read_parquet(tiny_set / "rows.parquet").set_index("row").loc[made.rows]
+    for row, probability in zip(table.itertuples(), torch.sigmoid(torch.from_numpy(made.logits)), strict=True):
+        assert f"{row.image_id[:8]}…" in written
+        assert f"probability {probability:.2f}" in written
+        for secret in (row.image_id, row.patient_id, row.study_id, row.path, str(tiny_set), str(tmp_path)):
+            assert secret not in written
+    overlays = [axes for axes in figure.axes if len(axes.images) == 2]
+    np.testing.assert_array_equal(overlays[1].images[1].get_array(), made.maps[1])
+    path = cams.save_figure(run, LABEL)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path == cams.figure_path(run, LABEL)
+    assert path.parent == run.folder
+
+
+def test_a_slash_in_a_findings_name_opens_no_other_level(tiny_set: Path, tmp_path: Path) -> None:
+    name = "../Mass/Nodule"
+    run = make_run(tmp_path, tiny_set, RAW)
+    renamed = run.rows().rename(columns={LABEL: name})
+    labels = tuple(name if label == LABEL else label for label in MIMIC)
+    other = start_run(tmp_path / "x" / "fold-0", replace(run.config, labels=labels), tiny_set, renamed)
+    other.save_best(run.load_best())
+    made = cams.gradcam_run(other, name, images=1, quiet=True)
+    np.testing.assert_array_equal(cams.read_gradcam(other, name).maps, made.maps)
+    assert cams.save_figure(other, name).parent == other.folder

@@ -1,0 +1,178 @@
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from cxrfast.bench.loading import peers as load_peers
+from cxrfast.bench.loading.job import Job, Peer, Shuffled, files, pixels
+from cxrfast.bench.loading.peers import LIBRARIES, OURS, peer_versions, peers
+from cxrfast.bench.trees import SOURCE, crowd
+from cxrfast.cli.main import cli
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build
+from cxrfast.shards.images.decode import encode
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what others' code warns of is not ours to mend
+
+NAMES = [*OURS, *chain.from_iterable(LIBRARIES.values())]
+
+
+def make_job(shards: Path, folder: Path, **changes: Any) -> Job:
+    with Reader(shards, 64) as reader:
+        rows = reader.rows
+    job = Job(folder=folder, shards=shards, scale=64, rows=rows, batch=16, workers=2, turn=False)
+    return replace(job, **changes)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Peer]:
+    return peers()[0]
+
+
+@pytest.fixture(params=NAMES)
+def peer(request: pytest.FixtureRequest, found: dict[str, Peer]) -> Peer:
+    if request.param not in found:
+        pytest.skip(f"{request.param} is not installed")
+    return found[request.param]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 20 images of 64 px, all alike: the left half of grey level 200, the right one of 100."""
+    folder = tmp_path_factory.mktemp("halves")
+    image = np.full((64, 64), 200, np.uint8)
+    image[:, 32:] = 100
+    (folder / "image.jpg").write_bytes(encode(image, 95))
+    build(crowd([folder / "image.jpg"], folder / "tree", 20), folder / "set", [64], quiet=True, **SOURCE)
+    return folder / "set"
+
+
+def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_running(
+    peer: Peer, tiny_set: Path, tmp_path: Path
+) -> None:
+    job = make_job(tiny_set, tmp_path, rows=np.arange(20, 60))
+    wanted = np.stack(list(pixels(job))).astype(np.int16)
+    tolerance = 16 if peer is load_peers.FFCV else 0  # it asks its decoder to be fast
+    peer.prepare(job)
+    threads, seen = set(threading.enumerate()), set[int]()
+    for _ in range(2):  # it can be opened again
+        with peer.batches(job) as supply:
+            for batch in islice(supply, 500):
+                images = np.asarray(batch)
+                assert (images.dtype, len(images), images.size) == (np.uint8, 16, 16 * 64 * 64)
+                for image in images.reshape(-1, 64, 64):
+                    differences = abs(wanted - image).max(axis=(1, 2))
+                    assert differences.min() <= tolerance
+                    seen.add(int(differences.argmin()))
+                if len(seen) == 40:
+                    break
+    assert seen == set(range(40))
+    assert ended(lambda: set(threading.enumerate()) <= threads)
+    assert ended(lambda: not any(map(is_at_work, psutil.Process().children())))
+
+
+def ended(is_so: Callable[[], bool]) -> bool:
+    """Does it come true within 20 seconds? Queues of torch's DataLoader end their threads when they get to it."""
+    deadline = time.monotonic() + 20
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return is_so()
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+
+
+def test_every_loader_that_turns_images_flips_half_of_them_and_rotates_by_up_to_15_degrees(
+    peer: Peer, halves: Path, tmp_path: Path
+) -> None:
+    if not peer.turns:
+        pytest.skip("it cannot rotate")
+    job = make_job(halves, tmp_path, turn=True)
+    peer.prepare(job)
+    with peer.batches(job) as supply:
+        images = np.concatenate([np.array(batch).reshape(-1, 64, 64) for batch in islice(supply, 16)])
+    assert images.shape == (256, 64, 64)
+    is_flipped = images[:, 32, 20] < 150
+    assert 0.3 < is_flipped.mean() < 0.7
+    # where the bright half ends, at two heights where nothing was rotated in from outside
+    above, below = ((images[:, y, 16:48] > 150).sum(axis=1) for y in (16, 48))
+    angles = np.degrees(np.arctan((below - above) / 32))
+    assert -17 < angles.min() < -10
+    assert 10 < angles.max() < 17
+    assert abs(angles.mean()) < 3
+    assert 6 < angles.std() < 12, "of uniform ones: 8.7"
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners[abs(angles) > 4] == 0).all()
+
+
+def test_fewer_images_than_a_batch_are_no_obstacle(peer: Peer, tiny_set: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_set, tmp_path, rows=np.arange(5))
+    peer.prepare(job)
+    with peer.batches(job) as supply:
+        assert all(5 <= len(batch) <= 16 for batch in islice(supply, 3))
+
+
+def test_batches_are_drawn_from_ever_new_permutations() -> None:
+    batches = iter(Shuffled(10, 3))
+    rounds = [[next(batches) for _ in range(3)] for _ in range(20)]
+    assert all(len(set(chain.from_iterable(three))) == 9 for three in rounds)
+    assert len({str(three) for three in rounds}) == 20
+    assert {number for three in rounds for batch in three for number in batch} == set(range(10))
+    assert sorted(next(iter(Shuffled(2, 3)))) == [0, 1]
+
+
+def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in LIBRARIES:
+        monkeypatch.setitem(sys.modules, module, None)
+    found, left_out = peers()
+    assert list(found) == list(OURS)
+    assert list(left_out) == NAMES[len(OURS) :]
+    assert "pip install 'cxrfast[bench]'" in left_out["LitData"]
+    assert "libturbojpeg0-dev" in left_out["FFCV, raw"]
+
+
+def test_the_report_compares_with_those_that_are_there_and_names_the_others(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_peers, "LIBRARIES", {"webdataset": LIBRARIES["webdataset"], "ffcv": LIBRARIES["ffcv"]})
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    options = "--scale 32 --seconds 0.02 --rounds 1 --workers 2 --device cpu"
+    done = CliRunner().invoke(
+        cli, ["bench", "load", "--shards", str(tiny_set), "--out", str(tmp_path), *options.split()]
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    result, text = json.loads((tmp_path / "load.json").read_text()), (tmp_path / "load.md").read_text()
+    for task in "AB":
+        rates = {line["way"]: line["rate"] for line in result["lines"] if line["task"] == task}
+        assert rates.keys() >= {"host", "webdataset", "limit", *OURS}
+        assert min(rates.values()) > 0
+    assert {line["way"] for line in result["lines"] if line["pixels"]} == {"host, cache", "host, raw", "memmap"}
+    assert result["left_out"].keys() == {"FFCV", "FFCV, raw"}
+    assert "Left out: FFCV (" in text
+    assert f"| webdataset | {LIBRARIES['webdataset']['webdataset'].what} |" in text
+
+
+def test_versions_of_all_are_told() -> None:
+    assert {"webdataset", "litdata", "ffcv", "pillow"} < peer_versions().keys()
+    assert peer_versions()["pillow"]
+
+
+def test_files_are_written_once(tiny_set: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_set, tmp_path, rows=np.array([7, 3]))
+    paths = files(job)
+    with Reader(tiny_set, 64) as reader:
+        assert [path.read_bytes() for path in paths] == [bytes(reader.read(row)) for row in (7, 3)]
+    paths[0].write_bytes(b"")
+    assert files(job) == paths
+    assert paths[0].read_bytes() == b""

@@ -1,0 +1,141 @@
+"""bench/gpu_trial.sh, rehearsed whole on a CPU, and what its summary makes of results."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cxrfast.bench.trial import compare_runs, rates, read_steps, trial
+from cxrfast.pipelines import dali
+from cxrfast.pipelines.choice import Rates
+from cxrfast.runs.run import read_run
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_trial.sh"
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a rehearsal's results, and what its two calls printed."""
+    folder = tmp_path_factory.mktemp("trial")
+    environment = {**os.environ, "TRIAL_REHEARSAL": "1", "TRIAL_WORK": str(folder / "work"), "PYTHON": sys.executable}
+    printed = []
+    for call in ("1", "2"):
+        done = subprocess.run(
+            ["bash", SCRIPT, call, folder / "out"], env=environment, capture_output=True, text=True, timeout=1500
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed.append(done.stdout)
+    return folder, printed
+
+
+@pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
+def test_a_rehearsal_goes_through_every_step_without_a_failing_line(rehearsal: tuple[Path, list[str]]) -> None:
+    folder, printed = rehearsal
+    found = json.loads((folder / "out" / "trial.json").read_text())
+    assert {step["outcome"] for step in found["steps"]} == {"ok"}
+    assert [step["name"] for step in found["steps"]] == [
+        "versions",
+        "ladder",
+        "checkup-host",
+        "train-host",
+        "deterministic-1",
+        "deterministic-2",
+        "ladder-large-batch",
+        "checkup-dali",
+        "train-dali",
+        "load-32",
+        "load-64",
+        "step-64",
+        "step-32",
+        "checkup-large",
+    ]
+    assert found["results"].keys() == {"ladder", "ladder-large-batch", "step-64", "step-32", "load-64", "load-32"}
+    assert [finding["is_right"] for finding in found["findings"]] == [True, True]
+    assert found["rates"][0]["scale"] == 32
+    assert min(found["rates"][0].values()) > 0
+    text = (folder / "out" / "trial.md").read_text()
+    assert "Rates(scale=32, host=" in text
+    assert str(folder) not in text + json.dumps(found), "no folder of this machine"
+    assert "right: training losses with host and with dali, within 1%" in printed[1]
+    with tarfile.open(folder / "out" / "all.tar.gz") as everything:
+        for name in ("checkup-host", "checkup-dali", "checkup-large"):
+            said = everything.extractfile(f"./{name}.txt")
+            assert said is not None
+            assert b"FAILED" not in said.read()
+        assert "./step-32/bench.png" in everything.getnames()
+
+
+@pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
+def test_losses_that_differ_and_steps_that_failed_are_not_passed_over(
+    rehearsal: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    work = rehearsal[0] / "work"
+    runs = {name: read_run(work / "runs" / name / "fold-0") for name in ("train-host", "train-dali")}
+    assert [finding.is_right for finding in compare_runs(runs)] == [True]
+    metrics = runs["train-dali"].folder / "metrics.jsonl"
+    before = metrics.read_text()
+    line = json.loads(before)
+    metrics.write_text(json.dumps({**line, "train_loss": 1.02 * line["train_loss"]}) + "\n")
+    assert [finding.is_right for finding in compare_runs(runs)] == [False]
+    metrics.write_text(before)
+    results = tmp_path / "results"
+    results.mkdir()
+    steps = (work / "results" / "steps.tsv").read_text()
+    (results / "steps.tsv").write_text(steps)
+    assert trial(results, work / "runs")
+    for code in ("1", "124"):
+        (results / "steps.tsv").write_text(steps + f"2\tlast\t{code}\t3\tpython -m cxrfast doctor\n")
+        assert not trial(results, work / "runs")
+    assert "| 2 | last | timeout | 3 |" in (results / "trial.md").read_text()
+
+
+def test_steps_are_read_without_folders(tmp_path: Path) -> None:
+    path = tmp_path / "steps.tsv"
+    path.write_text(
+        "1\tone\t0\t12\t/usr/bin/python3 -m cxrfast --out /tmp/x/y\n2\ttwo\tskipped\t0\tx\n2\tthree\t137\t9\ty\n"
+    )
+    one, two, three = read_steps(path)
+    assert (one.call, one.name, one.outcome, one.seconds) == (1, "one", "ok", 12)
+    assert one.command == "python3 -m cxrfast --out y"
+    assert (two.outcome, three.outcome) == ("skipped", "timeout")
+
+
+def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks() -> None:
+    load = {
+        "workers": 8,
+        "engines": [{"scale": 256, "host": {"A": 9e4, "B": 14_000}, "dali": {"A": {}, "B": {"0": 9_000, "1": 2e4}}}],
+    }
+    ladder = {"lines": [{"scale": 256, "rounds": [2_000, 3_000, 2_500]}, {"scale": 512, "rounds": None}]}
+    compiled = {"lines": [{"scale": 256, "rounds": [4_000]}]}
+    found = rates({"load-256": load, "ladder": ladder, "compiled-256": compiled, "step-256": {}})
+    assert found == [Rates(scale=256, host=1_750, dali=20_000, step=4_000)]
+    assert rates({"load-256": load}) == [], "without a step's rate nothing can be compared"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "usage: bench/gpu_trial.sh 1|2"),
+        (["3"], {}, "usage: bench/gpu_trial.sh 1|2"),
+        (["1", "/proc/nowhere"], {}, "/proc/nowhere cannot be written"),
+        (["1"], {"TRIAL_WORK": "occupied"}, "occupied holds something else"),
+        (["1"], {"PACKAGES": "absent"}, "*.tar.xz cannot be unpacked"),
+        (["1"], {"PYTHON": "no-python"}, "no-python is no program"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "paper.md").touch()
+    given = {**os.environ, "OUT": "out", "TRIAL_WORK": "work", "PYTHON": sys.executable, **environment}
+    done = subprocess.run(
+        ["bash", SCRIPT, *arguments], env=given, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert (tmp_path / "occupied" / "paper.md").exists()

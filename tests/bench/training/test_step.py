@@ -1,0 +1,107 @@
+"""`cxrfast bench` and `bench step`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cxrfast.bench import harness
+from cxrfast.bench.training.step import bench
+from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
+from cxrfast.cli import main as cli
+from cxrfast.config import Place
+from cxrfast.distributed import World
+from cxrfast.errors import LoadError
+from cxrfast.pipelines.host import HostEngine
+
+
+def test_every_scale_is_measured_with_its_real_loop(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = bench(tiny_set, [], tmp_path, seconds=0.3, micro_batch=8, device="cpu")
+    assert (result.failed, result.left_out) == ({}, {})
+    assert [line.scale for line in result.lines] == [32, 64]
+    for line in result.lines:
+        assert min(line.load, line.train, line.cached, line.validate) > 0
+        assert 2**20 < line.saved_bytes_per_image < 2**26
+        assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 holds a good part of a GiB"
+        assert line.torch_peak_bytes is None
+        assert line.micro_batch == 8
+        assert {len(rounds) for rounds in line.rounds.values()} == {5}
+    assert json.loads((tmp_path / "bench.json").read_text())["provenance"]["torch"]
+    assert (tmp_path / "bench.md").read_text().startswith("| px | micro-batch |")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().err
+    assert said.startswith("bench step: load, train, cached, bare, validate of densenet121 (cpu)\n  scales: 32, 64 px,")
+    assert "32 px × 8 images: 30/30 figures" in said
+
+
+def test_an_absent_scale_is_refused_before_anything_is_measured(tiny_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="no shards at 4096 px"):
+        bench(tiny_set, [32, 4096], tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_set: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "set"
+    shutil.copytree(tiny_set, broken)
+    for tar in (broken / "32").glob("*.tar"):
+        data = tar.read_bytes()
+        tar.write_bytes(bytes(len(data)))
+    result = bench(broken, [], tmp_path / "out", arch="resnet18", seconds=0.1, rounds=1, micro_batch=4, device="cpu")
+    assert [line.scale for line in result.lines] == [64]
+    assert "`cxrfast verify" in result.failed[32]
+    assert f"32 px: {result.failed[32]}" in (tmp_path / "out" / "bench.md").read_text()
+
+
+def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[HostEngine] = []
+    batches = HostEngine.batches
+    monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
+    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", engine="host", quiet=True)
+    trainer = make_trainer(place, 32, "resnet18", 200, World(torch.device("cpu")))
+    assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
+    each = measurements(trainer, 200)
+    assert len(starts) == 1, "of the batch that is kept"
+    consumed = trainer.consumed
+    for name, expected in zip(FIGURES, (1, 1, 0, 0, 1), strict=True):
+        starts.clear()
+        assert each[name](0.01) > 0
+        assert len(starts) == expected, name
+    assert trainer.consumed == consumed + 2 * 2 * 200, "a step to warm up and one that counts, of `train` and `cached`"
+
+
+def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is over after a burn-in and one round at the first scale."""
+    monkeypatch.setattr(harness, "GRACE", 600.0)
+    given = {"seconds": 5.0, "rounds": 5, "micro_batch": 4, "device": "cpu"}
+    result = bench(tiny_set, [], tmp_path, arch="resnet18", minutes=0.1, **given)  # type: ignore[arg-type]
+    assert [(line.scale, len(line.rounds["train"])) for line in result.lines] == [(32, 1)]
+    assert list(result.left_out) == ["64 px"]
+    assert list(json.loads((tmp_path / "bench.json").read_text())["left_out"]) == ["64 px"]
+    assert "Left out: 64 px (" in (tmp_path / "bench.md").read_text()
+
+
+def test_without_a_command_it_says_at_once_what_it_does_and_names_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "BENCH_MINUTES", 0.001)  # not even the phantoms are made in that time
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.cli, ["bench"])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[0].startswith(
+        "cxrfast bench: memory and images/s of training by resolution, about 0.001"
+    )
+    assert "no scale could be measured" in done.stderr
+    assert next(iter(json.loads(Path("bench-results/bench.json").read_text())["left_out"])) in ("64 px", "256 px")
+    assert "Left out: " in done.stdout
+
+
+def test_full_belongs_to_no_command() -> None:
+    done = CliRunner().invoke(cli.cli, ["bench", "--full", "step"])
+    assert (done.exit_code, "leave out --minutes" in done.stderr) == (2, True)

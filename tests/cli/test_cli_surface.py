@@ -1,0 +1,64 @@
+"""The command line is a contract: a change of it is a change of `cli_surface.txt`, made on purpose.
+
+To accept one: python tests/test_cli_surface.py > tests/cli_surface.txt
+"""
+
+from pathlib import Path
+
+import click
+
+from cxrfast.cli.main import cli
+
+
+def commands(group: click.Group = cli, before: str = "") -> dict[str, click.Command]:
+    """Every command by its full name, those of groups behind their group."""
+    found: dict[str, click.Command] = {}
+    for name, command in sorted(group.commands.items()):
+        found[before + name] = command
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{before}{name} ")
+    return found
+
+
+def surface() -> str:
+    """Every command with its arguments and options, a line each."""
+    lines = []
+    for name, command in commands().items():
+        lines.append(name)
+        for parameter in sorted(command.params, key=lambda p: (p.param_type_name, p.name or "")):
+            kind = (
+                parameter.type.name
+                if not isinstance(parameter.type, click.Choice)
+                else "|".join(map(str, parameter.type.choices))
+            )
+            flags = [
+                f
+                for f, on in (
+                    ("required", parameter.required),
+                    ("multiple", getattr(parameter, "multiple", False)),
+                    ("flag", getattr(parameter, "is_flag", False)),
+                )
+                if on
+            ]
+            names = "/".join(parameter.opts) if isinstance(parameter, click.Option) else parameter.name
+            lines.append(" ".join(["   ", names or "", kind, *flags]))
+    return "\n".join(lines) + "\n"
+
+
+def test_the_command_line_is_what_was_agreed() -> None:
+    assert surface() == (Path(__file__).parents[1] / "cli_surface.txt").read_text()
+
+
+def test_every_command_and_option_has_help() -> None:
+    for name, command in commands().items():
+        assert command.help, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help or parameter.name in ("seed", "device", "fold", "arch", "part"), (
+                    name,
+                    parameter.name,
+                )
+
+
+if __name__ == "__main__":
+    print(surface(), end="")

@@ -1,0 +1,122 @@
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxrfast import distributed
+from cxrfast.distributed import Dali, dali_build, find_dali
+from cxrfast.doctor.inventory import Finding, about_cuda, about_dali, examine
+from cxrfast.pipelines import dali
+
+needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
+
+
+def cuda(torch_cuda: str | None, dali_cuda: str, driver: int | None, torch_works: bool) -> dict[str, Finding]:
+    return {f.what: f for f in about_cuda(torch_cuda, Dali("2.4.0", dali_cuda), driver, torch_works)}
+
+
+def problems(found: dict[str, Finding]) -> list[str]:
+    return [name for name, finding in found.items() if finding.is_problem]
+
+
+def test_the_doctor_names_what_matters_and_finds_this_machine_fit() -> None:
+    found = {f.what: f for f in examine()}
+    assert {
+        "Python",
+        "torch",
+        "DALI",
+        "processor",
+        "memory",
+        "precision",
+        "ImageNet weights",
+        "shard set",
+    } <= found.keys()
+    assert not any(f.is_problem for f in found.values())
+    assert found["torch"].found == torch.__version__.partition("+")[0]
+
+
+def test_the_doctor_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "cxrfast", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cxrfast doctor" in done.stdout
+
+
+@needs_dali
+def test_dali_is_found_without_its_packages_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_metadata, loaded = find_dali(), find_dali(load=True)
+
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(distributed, "version", absent)
+    assert find_dali() == loaded
+    assert by_metadata is not None
+    assert loaded is not None
+    assert by_metadata.version == loaded.version
+    assert loaded.cuda.startswith(f"{by_metadata.cuda}.")
+    assert dali_build() == f"{loaded.version} (CUDA {loaded.cuda})"
+
+
+def test_a_dali_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
+    broken = tmp_path / "nvidia" / "dali" / "__init__.py"
+    broken.parent.mkdir(parents=True)
+    (tmp_path / "nvidia" / "__init__.py").write_text("__path__ = __import__('pkgutil').extend_path(__path__, __name__)")
+    broken.write_text("raise ImportError('libdali.so: undefined symbol')")
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "cxrfast", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 2, done.stdout
+    assert "does not load" in done.stdout
+    assert "undefined symbol" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dali_before_2_1_is_a_problem() -> None:
+    assert about_dali(Dali("2.0.1", "12"), None).is_problem
+    assert not about_dali(Dali("2.1.0", "12"), None).is_problem
+    assert not about_dali(Dali("2.10.0", "12"), None).is_problem
+
+
+@pytest.mark.parametrize(("driver", "wheel"), [(None, "cuda120"), (535, "cuda120"), (580, "cuda130"), (590, "cuda130")])
+def test_the_dali_that_is_proposed_is_one_that_the_driver_serves(driver: int | None, wheel: str) -> None:
+    assert wheel in about_dali(None, driver).advice
+
+
+def test_cuda_versions_that_differ_are_no_problem_under_a_driver_for_both() -> None:
+    found = cuda("13.0", "12.9", 580, True)
+    assert problems(found) == []
+    assert "torch 13.0, DALI 12.9" in found["CUDA"].found
+    assert "580 or newer" in found["CUDA"].advice
+    assert "does not matter" in found["CUDA"].advice
+    assert "does not matter" not in cuda("12.8", "12.9", 580, True)["CUDA"].advice
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "dali_cuda", "driver", "too_old_for"),
+    [
+        ("12.8", "12.9", 525, []),
+        ("12.8", "12.9", 470, ["driver for torch", "driver for DALI"]),
+        ("13.0", "12.9", 570, ["driver for torch"]),
+        ("12.8", "13.0", 570, ["driver for DALI"]),
+        ("13.0", "13.0", 580, []),
+        (None, "13.0", 535, ["driver for DALI"]),
+        ("13.0", "12.9", None, []),
+    ],
+)
+def test_a_driver_too_old_for_torch_or_dali_is_a_problem(
+    torch_cuda: str | None, dali_cuda: str, driver: int | None, too_old_for: list[str]
+) -> None:
+    assert problems(cuda(torch_cuda, dali_cuda, driver, False)) == too_old_for
+
+
+def test_a_driver_that_torch_can_use_serves_dali_of_the_same_cuda_whatever_its_version() -> None:
+    assert problems(cuda("13.0", "13.0", 535, True)) == []
+    assert problems(cuda("12.8", "13.0", 535, True)) == ["driver for DALI"]

@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import Classifier, Normalise, load_weights
+from cxrfast.training.trainer import masked_bce_sum
+
+
+def images(n: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, size, size), np.uint8))
+
+
+def test_normalise_equals_torchvisions_transform_of_the_copied_grey_channel() -> None:
+    batch = images()
+    oracle = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(
+        batch.expand(-1, 3, -1, -1).float() / 255
+    )
+    ours = Normalise()(batch)
+    torch.testing.assert_close(ours, oracle)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation() -> None:
+    model = Classifier("densenet121", 3).eval()
+    oracle = torchvision.models.densenet121(num_classes=3).eval()
+    oracle.load_state_dict({k.removeprefix("net."): v for k, v in model.state_dict().items() if k.startswith("net.")})
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), oracle(Normalise()(images())), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "efficientnet_b4", "resnet50", "convnext_tiny"])
+def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(arch, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, "none")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, weight in model.named_parameters():
+        assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last), name
+    features: list[torch.Tensor] = []
+    list(model.feature_layers.children())[-1].register_forward_hook(lambda *given: features.append(given[-1]))
+    optimizer = torch.optim.Adam(model.parameters())
+    target = torch.tensor([[0.0, 1.0, 0.0]] * 3)
+    loss = masked_bce_sum(model(images(3)), target, torch.ones(3, 3, dtype=torch.bool))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.grad.any())
+    assert features[0].shape == (3, model.feature_layers(model.normalise(images(3))).shape[1], 2, 2), "stride 32"
+    assert features[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
+    plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, checkpoint=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    assert torch.equal(checkpointed(images()), plain(images()))
+    with pytest.raises(RunError, match="resnet50 knows no activation checkpointing: use densenet121, densenet161"):
+        Classifier("resnet50", 3, checkpoint=True)
+
+
+def test_the_normalisation_is_part_of_the_checkpoint() -> None:
+    assert {"normalise.mean", "normalise.std"} <= Classifier("densenet121", 2).state_dict().keys()
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(RunError, match="densenet999"):
+        Classifier("densenet999", 2)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_torchvision_file_loads_but_for_its_last_layer(tmp_path, suffix: str) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(1)
+    file = torchvision.models.densenet121(num_classes=1000).state_dict()
+    # as torchvision's published file spells them: denselayer1.norm.1.weight
+    old = {
+        k.replace(".norm1.", ".norm.1.")
+        .replace(".conv1.", ".conv.1.")
+        .replace(".norm2.", ".norm.2.")
+        .replace(".conv2.", ".conv.2."): v
+        for k, v in file.items()
+        if not k.endswith("num_batches_tracked")  # nor do they hold these
+    }
+    assert old.keys() != file.keys()
+    path = tmp_path / f"weights{suffix}"
+    save_file(old, path) if suffix == ".safetensors" else torch.save(old, path)
+    model = Classifier("densenet121", 5)
+    load_weights(model, str(path))
+    for name, value in file.items():
+        if not name.startswith("classifier."):
+            assert torch.equal(model.state_dict()["net." + name], value), name
+    assert model.net.classifier.out_features == 5
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "resnet.pth"
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), path)
+    with pytest.raises(RunError, match="does not fit densenet121"):
+        load_weights(Classifier("densenet121", 5), str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content: bytes, suffix: str) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="is no checkpoint"):
+        load_weights(Classifier("densenet121", 5), str(path))
+
+
+def test_a_path_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RunError, match="does not exist"):
+        load_weights(Classifier("densenet121", 5), "/nowhere/weights.pth")
+
+
+def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    done = subprocess.run(
+        [sys.executable, "-m", "cxrfast", "fetch-weights"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **nowhere, "TORCH_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert "cxrfast fetch-weights --arch densenet121 --to DIR" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pth"))

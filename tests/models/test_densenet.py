@@ -1,0 +1,249 @@
+"""Our DenseNet is torchvision's: same names, weights, logits, gradients and statistics; only what it keeps differs."""
+
+import copy
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from cxrfast.models.densenet import SHAPES, DenseNet, Shape, saved_bytes
+
+ODD = 7
+"""Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""
+
+
+def small(checkpoint: bool = False) -> DenseNet:
+    """Three blocks of two or three layers; the same weights each time."""
+    torch.manual_seed(0)
+    return DenseNet(Shape(8, (2, 3, 2), 16), 3, checkpoint)
+
+
+def images(n: int = 2, side: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    drawn = torch.randn((n, 3, side, side), generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return drawn.contiguous(memory_format=torch.channels_last)
+
+
+def step(net: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits of one training step, gradients of the image and of all parameters, running statistics afterwards."""
+    pixels = pixels.clone(memory_format=torch.preserve_format).requires_grad_()
+    logits = net(pixels)
+    logits.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    found = {"logits": logits.detach(), "image": pixels.grad, **gradients, **dict(net.named_buffers())}
+    return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+
+
+def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Fills with what layers put out, by name, in their first pass: convolutions, blocks, the whole."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            whole = torch.cat(output, 1) if isinstance(output, tuple) else output
+            found.setdefault(name, whole.detach().clone())
+
+        return hook
+
+    for name, module in net.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        inside = "transition" in name and "." in name.removeprefix("features.")  # averaged before, not after
+        if last.startswith(("conv", "dense", "transition", "features", "classifier")) and not inside:
+            module.register_forward_hook(keep(name))
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(checkpoint: bool) -> None:
+    torch.manual_seed(3)
+    oracle = torchvision.models.densenet121(num_classes=3).double()
+    ours = DenseNet(SHAPES["densenet121"], 3, checkpoint).double()
+    ours.load_state_dict(oracle.state_dict())
+    pixels = images(dtype=torch.float64)
+    theirs_layers, our_layers = outputs(oracle), outputs(ours)
+    theirs, mine = step(oracle, pixels), step(ours, pixels)
+    assert len(theirs_layers) == 3 + 3 * 58 + 4 + 3
+    for name, value in theirs_layers.items():
+        torch.testing.assert_close(our_layers[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == 2 + 364 + 3 * 121
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(pixels), oracle.eval()(pixels), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", SHAPES)
+def test_state_dicts_have_torchvisions_names_and_shapes(arch: str) -> None:
+    with torch.device("meta"):
+        ours, oracle = DenseNet(SHAPES[arch], 5), torchvision.models.get_model(arch, num_classes=5)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in oracle.named_parameters()], "order, for optimisers"
+
+
+def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_back() -> None:
+    torch.manual_seed(4)
+    oracle = torchvision.models.densenet121(num_classes=5)
+    torch.manual_seed(4)
+    ours = DenseNet(SHAPES["densenet121"], 5)
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in oracle.state_dict().items())
+    with torch.no_grad():
+        ours.features.conv0.weight.add_(1)
+    oracle.load_state_dict(ours.state_dict())
+    assert torch.equal(oracle.features.conv0.weight, ours.features.conv0.weight)
+
+
+# Memory
+
+
+def test_it_keeps_less_for_the_backward_pass_and_with_checkpointing_far_less() -> None:
+    with torch.device("meta"):
+        theirs = saved_bytes(torchvision.models.densenet121(), 256, channels=3)
+        plain, checkpointed = (saved_bytes(DenseNet(SHAPES["densenet121"], 1000, c), 256, 3) for c in (False, True))
+    assert plain < theirs
+    assert checkpointed < 0.6 * theirs
+
+
+def test_saved_bytes_are_those_of_a_network_that_can_be_counted_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    assert saved_bytes(net, 8) == 8 * 8 * (1 + 4) * 4, "the image and the map behind the ReLU, kept once, float32"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert saved_bytes(net, 8) == 8 * 8 * (1 + 4) * 2
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, training: bool) -> None:
+    def one(checkpoint: bool) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+            return step(small(checkpoint).train(training), images())
+
+    plain, checkpointed = one(False), one(True)
+    for name, value in plain.items():
+        assert torch.equal(checkpointed[name], value), name
+
+
+def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
+    net = small(checkpoint=True)
+    loss = net(images()).sum()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    loss.backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    assert {int(b) for name, b in net.named_buffers() if name.endswith("tracked")} == {1}
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), first, strict=True) if p.grad is not None)
+
+
+def calls(net: nn.Module) -> Counter[str]:
+    """Counts how often each norm is called."""
+    counted: Counter[str] = Counter()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_, name=name: counted.update([name]))
+    return counted
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[torch.no_grad]) -> None:
+    net = small(checkpoint=True)
+    counted = calls(net)
+    with without():
+        net(images())
+    assert set(counted.values()) == {1}
+    net(images()).sum().backward()
+    assert counted.pop("features.norm5") == 2
+    assert set(counted.values()) == {3}, "all but the last norm are computed again"
+
+
+KERNELS = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward")
+"""What computes a convolution on a CPU; which of them, size, threads and torch's version decide."""
+
+
+def test_no_convolution_runs_twice() -> None:
+    def convolutions(net: DenseNet) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            net(images()).sum().backward()
+        return sum(event.name in KERNELS for event in found.events())
+
+    assert convolutions(small(checkpoint=True)) == convolutions(small()) == 1 + 2 * 7 + 2
+
+
+def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient() -> None:
+    net = small(checkpoint=True)
+    loss = net(images()).sum()
+    net.eval()
+    with pytest.raises(RuntimeError, match="between a forward pass and its backward pass"):
+        loss.backward()
+
+
+# Company
+
+
+def test_a_copy_is_independent_and_equal() -> None:
+    net = small(checkpoint=True)
+    twin = copy.deepcopy(net)
+    a, b = step(twin, images()), step(net, images())
+    assert all(torch.equal(a[name], value) for name, value in b.items())
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_it_can_be_compiled(checkpoint: bool) -> None:
+    eager, compiled = step(small(checkpoint), images()), small(checkpoint)
+    logits = torch.compile(compiled, backend="aot_eager", fullgraph=True)(images())
+    logits.square().sum().backward()
+    torch.testing.assert_close(logits.detach(), eager["logits"])
+    for name, tensor in [(n, p.grad) for n, p in compiled.named_parameters()] + list(compiled.named_buffers()):
+        torch.testing.assert_close(tensor, eager[name], rtol=1e-4, atol=1e-5)
+
+
+def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        last = {"memory_format": torch.channels_last}
+        alone = step(small().to(**last), images())
+        wrapped = DistributedDataParallel(small(checkpoint=True).to(**last))
+        together = step(wrapped, images())
+        del wrapped
+    finally:
+        dist.destroy_process_group()
+    assert len(together) == len(alone)
+    for name, value in together.items():
+        assert torch.equal(value, alone[name.removeprefix("module.")]), name
+
+
+# Layout
+
+
+def copied(net: nn.Module, pixels: torch.Tensor) -> list[list[int]]:
+    """Shapes of the activations and gradients that a training step copies: to another layout, type or place."""
+    pixels = pixels.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        net(pixels).square().sum().backward()
+    shapes = [event.input_shapes[0] for event in found.events() if event.name == "aten::copy_"]
+    return [shape for shape in shapes if len(shape) == 4 and shape[0] == ODD]
+
+
+def test_a_channels_last_step_copies_no_activation() -> None:
+    net = DenseNet(SHAPES["densenet121"], 14).to(memory_format=torch.channels_last)
+    # a block's last layer alone has one reader: its gradient is cut out of that of the concatenation, not summed
+    last = [[ODD, 32, side, side] for side in (2, 4, 8, 16)]
+    assert copied(net, images(ODD)) == last
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_nchw_pixels_would_be_seen_as_copies_and_recomputation_makes_none(checkpoint: bool) -> None:
+    net = small(checkpoint).to(memory_format=torch.channels_last)
+    last = [[ODD, 8, side, side] for side in (4, 8, 16)]
+    assert copied(net, images(ODD)) == last
+    assert [ODD, 3, 64, 64] in copied(net, images(ODD).contiguous())

@@ -1,0 +1,290 @@
+import gzip
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast.errors import RunError
+from cxrfast.labels import MIMIC
+from cxrfast.phantoms import dataset as module
+from cxrfast.phantoms.anatomy import FINDINGS, Anatomy, Image, draw, heart, stream
+from cxrfast.phantoms.dataset import label_rows, plan, synth, tables
+
+LARGE = [name for name, finding in FINDINGS.items() if finding.kind == "large"]
+MIDDLE = [name for name, finding in FINDINGS.items() if finding.kind == "middle"]
+FINE = [name for name, finding in FINDINGS.items() if finding.kind == "fine"]
+
+
+def contents(tree: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+
+
+def table(tree: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(tree / f"mimic-cxr-2.0.0-{name}.csv.gz")
+
+
+def frame(made: list[Image], name: str, seed: int = 0) -> pd.DataFrame:
+    header, *rows = tables(made, seed)[name]
+    text = "\n".join(",".join(row) for row in [header, *rows])
+    return pd.read_csv(io.StringIO(text), dtype={"StudyTime": str})
+
+
+def pair(finding: str, view: str, patient: int, size: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """The same phantom without and with one finding."""
+    image = Image(patient, patient, patient, 0, 0, "", view, size, round(0.82 * size), (), 0, 0.0)
+    return draw(image, 5), draw(replace(image, present=(finding,)), 5)
+
+
+def difference(finding: str, view: str, patient: int, at: int, size: int = 512) -> np.ndarray:
+    """Absolute difference in grey levels, averaged over cells of an `at`×`at` image."""
+    without, present = (
+        cv2.resize(pixels.astype(np.float32), (at, at), interpolation=cv2.INTER_AREA)
+        for pixels in pair(finding, view, patient, size)
+    )
+    return np.abs(present - without)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "tree"
+    counts = synth(out, images=40, size=96, seed=3, corrupt=4, workers=1)
+    assert counts["images"] == 40
+    assert counts["corrupt"] == 4
+    assert counts["images"] > counts["studies"] > counts["patients"] > 1
+    return out
+
+
+def test_two_workers_and_another_run_give_the_same_bytes(tree, tmp_path):
+    synth(tmp_path / "again", images=40, size=96, seed=3, corrupt=4, workers=2)
+    assert contents(tmp_path / "again") == contents(tree)
+
+
+def test_another_seed_gives_other_images(tree, tmp_path):
+    synth(tmp_path / "other", images=4, size=96, seed=4, workers=1)
+    assert not set(contents(tmp_path / "other").values()) & set(contents(tree).values())
+
+
+def test_the_layout_is_that_of_mimic(tree):
+    metadata, split = table(tree, "metadata"), table(tree, "split")
+    paths = {
+        f"files/p{str(row.subject_id)[:2]}/p{row.subject_id}/s{row.study_id}/{row.dicom_id}.jpg"
+        for row in metadata.itertuples()
+    }
+    assert paths == {str(path.relative_to(tree)) for path in tree.rglob("*.jpg")}
+    assert sorted(paths) == (tree / "IMAGE_FILENAMES").read_text().splitlines()
+    assert list(split.columns) == ["dicom_id", "study_id", "subject_id", "split"]
+    assert set(split["split"]) == {"train", "validate", "test"}
+    assert (split.groupby("subject_id")["split"].nunique() == 1).all()
+    assert sorted(split["dicom_id"]) == sorted(metadata["dicom_id"])
+    assert list(metadata.columns) == module.METADATA
+    for name in ("chexpert", "negbio"):
+        assert list(table(tree, name).columns) == ["subject_id", "study_id", *MIMIC]
+
+
+def test_checksums_cover_the_files_as_written(tree):
+    lines = [line.split() for line in (tree / "SHA256SUMS.txt").read_text().splitlines()]
+    assert len(lines) == 40
+    for digest, path in lines:
+        assert hashlib.sha256((tree / path).read_bytes()).hexdigest() == digest
+
+
+def test_csvs_carry_no_clock_time(tree):
+    for path in tree.glob("*.csv.gz"):
+        assert path.read_bytes()[4:8] == bytes(4)
+        gzip.decompress(path.read_bytes())
+
+
+def test_sizes_and_pixels_agree_with_the_metadata(tree):
+    read = 0
+    for row in table(tree, "metadata").itertuples():
+        path = next(tree.rglob(f"{row.dicom_id}.jpg"))
+        try:
+            pixels = simplejpeg.decode_jpeg(path.read_bytes(), colorspace="GRAY")
+        except ValueError:
+            continue
+        read += 1
+        assert simplejpeg.decode_jpeg_header(path.read_bytes())[2] == "Gray"
+        assert pixels.shape == (row.Rows, row.Columns, 1)
+        assert max(pixels.shape) == 96
+        assert pixels.std() > 30
+    assert read >= 36  # a truncated file may still decode, with grey where its end is missing
+
+
+def test_corrupt_files_are_truncated_empty_and_text_in_turn(tree):
+    made = [image for image in plan(40, 96, 3, corrupt=4) if image.damage]
+    assert sorted(image.damage for image in made) == ["empty", "not a JPEG", "truncated", "truncated"]
+    for image in made:
+        data = (tree / image.path).read_bytes()
+        whole = module.encode(replace(image, damage=""), 3)
+        if image.damage == "truncated":
+            assert 0 < len(data) < len(whole)
+            assert whole.startswith(data)
+        else:
+            assert len(data) == 0 if image.damage == "empty" else not data.startswith(b"\xff\xd8")
+    clean = plan(40, 96, 3)
+    assert [replace(image, damage="") for image in plan(40, 96, 3, corrupt=4)] == clean
+
+
+def test_a_tree_of_one_image_is_complete(tmp_path):
+    counts = synth(tmp_path, images=1, size=64, workers=3)
+    assert counts == {"images": 1, "studies": 1, "patients": 1, "corrupt": 0}
+    assert len(table(tmp_path, "metadata")) == len(table(tmp_path, "chexpert")) == 1
+
+
+@given(images=st.integers(1, 300), size=st.integers(64, 4096), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=25, deadline=None)
+def test_plans_have_the_asked_number_of_different_images(images, size, seed):
+    made = plan(images, size, seed, corrupt=images // 3)
+    assert len(made) == images == len({image.dicom_id for image in made})
+    assert sum(bool(image.damage) for image in made) == images // 3
+    assert all(max(image.height, image.width) == size for image in made)
+    assert all(10_000_000 <= image.subject_id < 20_000_000 for image in made)
+    assert all(50_000_000 <= image.study_id < 60_000_000 for image in made)
+    assert len({(image.study_id, image.subject_id) for image in made}) == 1 + made[-1].study
+
+
+def test_the_quirks_of_the_original_are_there():
+    made = plan(3000, 1024, 7)
+    metadata, labels = frame(made, "metadata"), frame(made, "chexpert", 7)
+    studies = metadata.groupby("study_id")
+    assert set(metadata["ViewPosition"]) == {"AP", "PA", "LATERAL"}
+    assert 0.07 < (metadata["ViewPosition"] == "LATERAL").mean() < 0.14
+    assert studies.size().max() == 3
+    assert metadata.groupby("subject_id")["study_id"].nunique().max() == 4
+    assert metadata["StudyTime"].str.split(".").str[0].str.len().min() < 6  # leading zeros are lost
+    ratio = metadata["Columns"] / metadata["Rows"]
+    assert (ratio < 1).mean() > 0.5 > (ratio > 1).mean() > 0.1
+    assert len(set(zip(metadata["Rows"], metadata["Columns"], strict=True))) > 30
+    missing = set(metadata["study_id"]) - set(labels["study_id"])
+    blank = labels[labels[list(MIMIC)].isna().all(axis=1)]
+    assert 0.005 < len(missing) / len(studies) < 0.04
+    assert 0.005 < len(blank) / len(studies) < 0.04
+    values = labels[list(MIMIC)].to_numpy()
+    assert np.isnan(values).mean() > 0.6
+    assert {-1.0, 0.0, 1.0} == set(values[~np.isnan(values)])
+
+
+def test_labels_are_true_and_findings_independent():
+    made = plan(4000, 1024, 11)
+    present = {image.study_id: image.present for image in made}
+    labels = frame(made, "chexpert", 11).set_index("study_id")[list(MIMIC)].dropna(how="all")
+    for name, finding in FINDINGS.items():
+        truth = np.array([name in present[study] for study in labels.index])
+        assert 0.25 <= finding.prevalence <= 0.35
+        assert abs(truth.mean() - finding.prevalence) < 0.04
+        assert ((labels[name] == 1) <= truth).all()
+        assert ((labels[name] == 0) <= ~truth).all()
+        assert (labels[name][truth].isin([1, -1])).all()
+        assert abs((labels[name] == -1).sum() / truth.sum() - finding.uncertain) < 0.02
+    nothing = np.array([not present[study] for study in labels.index])
+    assert ((labels["No Finding"] == 1) == nothing).all()
+    others = labels.drop(columns=[*FINDINGS, "No Finding"])
+    assert others.shape[1] == 6
+    assert not ((others == 1) | (others == -1)).any(axis=None)
+    truth = np.array([[name in found for name in FINDINGS] for found in present.values()])
+    assert np.abs(np.corrcoef(truth.T) - np.eye(len(FINDINGS))).max() < 0.08
+
+
+def test_label_rows_are_of_studies_not_of_images():
+    made = plan(8, 96, 0)
+    assert len(label_rows(made, 0)) == len({image.study for image in made})
+
+
+@pytest.mark.parametrize("view", ["PA", "AP", "LATERAL"])
+@pytest.mark.parametrize("finding", LARGE)
+def test_large_findings_survive_16_pixels(finding, view):
+    for patient in range(2):
+        found = difference(finding, view, patient, at=16)
+        assert found.mean() > 0.6
+        assert found.max() > 25
+
+
+@pytest.mark.parametrize("finding", MIDDLE)
+def test_middle_findings_are_there_at_64_pixels(finding):
+    for patient in range(3):
+        assert difference(finding, "PA", patient, at=64).max() > 5
+
+
+@pytest.mark.parametrize("view", ["PA", "LATERAL"])
+@pytest.mark.parametrize("finding", FINE)
+def test_fine_findings_are_seen_at_native_size_and_gone_at_a_sixteenth(finding, view):
+    for patient in range(2):
+        without, present = (pixels.astype(int) for pixels in pair(finding, view, patient))
+        assert np.abs(present - without).max() > 25
+        assert 20 < (np.abs(present - without) > 8).sum() < 1500
+        for at in (16, 32):
+            found = difference(finding, view, patient, at)
+            assert found.mean() < 0.05
+            assert found.max() < 2
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_fine_findings_are_one_or_two_native_pixels_wide(size):
+    without, present = (pixels.astype(int) for pixels in pair("Pneumothorax", "PA", 1, size))
+    bright = present - without > 8
+    assert bright.any()
+    runs = np.diff(np.pad(bright, ((0, 0), (1, 1))).astype(int), axis=1)
+    widths = np.nonzero(runs == -1)[1] - np.nonzero(runs == 1)[1]
+    assert np.median(widths) <= 2
+
+
+def test_cardiothoracic_ratios_leave_a_gap():
+    ratios = []
+    for patient in range(100):
+        a = Anatomy.of(stream(0, "patient", patient))
+        ratios.append([np.ptp(heart(a, ratio)[0][:, 0]) / (2 * a.half) for ratio in a.heart])
+    normal, large = np.array(ratios).T
+    assert 0.40 < normal.min() < normal.max() < 0.50
+    assert 0.55 < large.min() < large.max() < 0.67
+
+
+def test_a_patient_keeps_the_anatomy_and_differs_from_others():
+    image = Image(0, 0, 0, 0, 0, "", "PA", 128, 105, (), 0, 0.0)
+    small = [
+        cv2.resize(draw(i, 0), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
+        for i in (image, replace(image, index=1, study=1), replace(image, patient=1))
+    ]
+    assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.9
+    assert np.abs(small[0] - small[2]).mean() > 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": 0}, "images is 0"),
+        ({"images": -3}, "images is -3"),
+        ({"size": 63}, "size is 63"),
+        ({"size": 4097}, "size is 4097"),
+        ({"corrupt": -1}, "corrupt is -1"),
+        ({"corrupt": 6}, "corrupt is 6"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, wrong, message):
+    with pytest.raises(RunError, match=message):
+        synth(tmp_path / "out", **{"images": 5, "size": 64, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(RunError, match=r"is not empty.*name a new or empty folder"):
+        synth(tmp_path, images=2, size=64)
+    with pytest.raises(RunError, match="is a file"):
+        synth(tmp_path / "mine", images=2, size=64)
+    assert contents(tmp_path) == {"mine": b"kept"}
+
+
+def test_a_place_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose another folder"):
+        synth(tmp_path / "file" / "out", images=1, size=64, workers=1)

@@ -1,0 +1,364 @@
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from batches import CPU, ENGINES, assert_agree, engine, equal, plain, turned
+from cache_jobs import fill_together, killed_while_filling, pixels_of
+from damage import copy_set, flip_bit, mounted, replace_image
+
+from cxrfast.errors import LoadError
+from cxrfast.pipelines.cache import PixelCache
+from cxrfast.pipelines.decoder import Pixels
+from cxrfast.pipelines.host import HostEngine
+from cxrfast.pipelines.loader import Loader
+from cxrfast.pipelines.order import EvalOrder, Work
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.images.decode import encode
+
+ROWS = np.arange(150)
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Unread(Reader):
+    """One whose rows must not be read."""
+
+    def read(self, row, buffer=None):
+        raise AssertionError(f"row {row} was read")
+
+    read_pixels = read
+
+
+def run(reader: Reader, work: list[Work], cache: Path | None, size: int = 64, name: str = "host") -> list[torch.Tensor]:
+    made = engine(name, reader, size, cache=cache)
+    try:
+        return list(made.batches(work))
+    finally:
+        made.close()
+
+
+def both(folder: Path, kind: str) -> Path:
+    """The only file of that kind in a cache."""
+    (path,) = folder.glob(f"*.{kind}")
+    return path
+
+
+@pytest.fixture
+def expected(tiny_set: Path) -> np.ndarray:
+    return pixels_of(tiny_set, 64, 48)
+
+
+@pytest.fixture
+def filled(tiny_set: Path, tmp_path: Path) -> Path:
+    """A cache that holds all of the tiny set of 64 px at 48."""
+    pixels_of(tiny_set, 64, 48, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+# The same pixels
+
+
+@pytest.mark.parametrize("work", [plain(ROWS, 16), turned(ROWS, 16)], ids=["plain", "turned"])
+@pytest.mark.parametrize("size", [64, 48, 16])
+def test_pixels_are_the_same_without_a_cache_and_with_a_cold_a_half_full_and_a_full_one(
+    either_set, tmp_path, size, work
+):
+    with Reader(either_set, 64) as reader, Unread(either_set, 64) as unread:
+        without = run(reader, work, None, size)
+        cold = run(reader, work, tmp_path / "cold", size)
+        full = run(unread, work, tmp_path / "cold", size)
+        run(reader, work[::2], tmp_path / "half", size)
+        half = run(reader, work, tmp_path / "half", size)
+    assert all(equal(without, other) for other in (cold, full, half))
+
+
+@pytest.mark.parametrize("size", [64, 48])
+def test_of_a_batch_that_is_there_in_part_only_the_rest_is_read(either_set, tmp_path, size):
+    class Noted(Reader):
+        noted: list[int] = []  # noqa: RUF012
+
+        def _find(self, row):
+            self.noted.append(row)
+            return super()._find(row)
+
+    with Reader(either_set, 64) as reader, Noted(either_set, 64) as noted:
+        run(reader, plain(ROWS[::3], 10), tmp_path, size)
+        out = np.zeros((150, size, size), np.uint8)
+        Pixels(noted, size, PixelCache(tmp_path, noted, size)).put_all(ROWS, out)
+        np.testing.assert_array_equal(out, pixels_of(either_set, 64, size))
+    assert noted.noted == [row for row in range(150) if row % 3]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_full_cache_is_used_whatever_engine_filled_it(either_set, tmp_path, name):
+    other = {"dali": "host", "host": "dali"}[name]
+    with Reader(either_set, 64) as reader, Unread(either_set, 64) as unread:
+        run(reader, plain(ROWS, 40), tmp_path, name=other)
+        assert equal(run(unread, plain(ROWS, 40), tmp_path, name=name), run(reader, plain(ROWS, 40), None))
+
+
+@pytest.mark.parametrize("name", ENGINES[:1])
+def test_with_dali_images_from_a_cache_are_turned_as_without(either_set, tmp_path, name):
+    with Reader(either_set, 64) as reader:
+        without = run(reader, turned(ROWS, 16), None, name=name)
+        for _ in ("cold", "full"):
+            assert_agree(run(reader, turned(ROWS, 16), tmp_path, name=name), without)
+
+
+def test_many_threads_fill_and_read_one_cache(tiny_set, tmp_path, expected):
+    with Reader(tiny_set, 64) as reader, ThreadPoolExecutor(8) as pool:
+        pixels = Pixels(reader, 48, PixelCache(tmp_path, reader, 48))
+        rows = np.random.default_rng(0).integers(150, size=3000).tolist()
+        right = pool.map(lambda row: np.array_equal(pixels.get(row), expected[row]), rows)
+        assert all(right)
+
+
+def test_only_rows_that_are_not_there_are_read_ahead(tiny_set, tmp_path):
+    class Asked(Reader):
+        rows_asked: list[int] = []  # noqa: RUF012
+
+        def advise(self, rows):
+            self.rows_asked += rows.tolist()
+
+    with Asked(tiny_set, 64) as reader:
+        pixels = Pixels(reader, 64, PixelCache(tmp_path, reader, 64))
+        for row in range(0, 150, 3):
+            pixels.get(row)
+        pixels.advise(ROWS)
+        assert reader.rows_asked == [row for row in range(150) if row % 3]
+
+
+# Other sizes, scales and sets
+
+
+def test_every_set_scale_and_size_has_a_file_of_its_own(tiny_set, raw_set, tmp_path):
+    wanted = [(folder, scale, size) for folder in (tiny_set, raw_set) for scale in (32, 64) for size in (16, 32)]
+    for _ in ("cold", "full"):
+        for folder, scale, size in wanted:
+            np.testing.assert_array_equal(pixels_of(folder, scale, size, tmp_path), pixels_of(folder, scale, size))
+    names = {path.name for path in tmp_path.iterdir()}
+    ids = {folder: Reader(folder, 64).info.id for folder in (tiny_set, raw_set)}
+    assert names == {
+        f"{ids[folder]}-{scale}-{size}.{kind}" for folder, scale, size in wanted for kind in ("pixels", "sums")
+    }
+
+
+def test_another_image_under_the_same_row_is_decoded_anew(tiny_set, tmp_path, filled, expected):
+    """As after a repair: the id of the set is the same, the checksum of the row is not."""
+    changed = copy_set(tiny_set, tmp_path / "set")
+    replace_image(changed, 64, 70, encode(np.full((64, 64), 99, np.uint8), 95))
+    other = pixels_of(changed, 64, 48)
+    assert (other[70] == 99).all()
+    np.testing.assert_array_equal(pixels_of(changed, 64, 48, filled), other)
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("mask", [1, 0x80])
+def test_a_flipped_bit_in_the_pixels_of_a_row_is_noticed_and_mended(tiny_set, filled, expected, mask):
+    path = both(filled, "pixels")
+    before = path.read_bytes()
+    for row in (0, 70, 149):
+        flip_bit(path, row * 48 * 48 + 1000, mask)
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [0, 1, 600, 1199])
+@pytest.mark.parametrize("kind", ["pixels", "sums"])
+def test_a_file_cut_short_costs_only_time(tiny_set, filled, expected, kind, length):
+    os.truncate(both(filled, kind), length)
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)
+    with Unread(tiny_set, 64) as reader:
+        cache = PixelCache(filled, reader, 48)
+        assert all(np.array_equal(cache.get(row), expected[row]) for row in range(150)), "and is filled again"
+
+
+@pytest.mark.parametrize("kind", ["pixels", "sums"])
+@pytest.mark.parametrize("damage", ["deleted", "nonsense", "grown"])
+def test_a_file_that_is_gone_or_nonsense_costs_only_time(tiny_set, filled, expected, kind, damage):
+    path = both(filled, kind)
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "grown":
+        os.truncate(path, 10**6)
+    else:
+        path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)
+
+
+@pytest.mark.parametrize("work", [plain(ROWS, 10), turned(ROWS, 10)], ids=["plain", "turned"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_both_files_may_be_deleted_while_an_engine_runs(tiny_set, tmp_path, name, work):
+    with Reader(tiny_set, 64) as reader:
+        expected = run(reader, work, tmp_path / "other", name=name)
+        used = engine(name, reader, cache=tmp_path / "cache")
+        running = used.batches(work)
+        got = [next(running)]
+        shutil.rmtree(tmp_path / "cache")
+        assert equal([*got, *running], expected)
+        assert equal(used.batches(work), expected), "and in the next epoch"
+        assert equal(run(reader, work, tmp_path / "cache", name=name), expected), "and by another engine"
+        used.close()
+
+
+def test_a_row_that_cannot_be_read_is_named_and_not_kept(tiny_set, tmp_path):
+    folder = copy_set(tiny_set, tmp_path / "set")
+    replace_image(folder, 64, 70, b"no picture")
+    with Reader(folder, 64) as reader:
+        for _ in ("cold", "others are there"):
+            with pytest.raises(LoadError, match=f"row 70 of {folder} at 64 px does not decode"):
+                run(reader, plain(ROWS, 10), tmp_path / "cache")
+        assert PixelCache(tmp_path / "cache", reader, 64).get(70) is None
+
+
+# Processes
+
+
+def test_two_processes_fill_one_cache_at_once_and_both_have_the_right_pixels(tiny_set, tmp_path, expected):
+    begin = SPAWN.Barrier(2)
+    jobs = [SPAWN.Process(target=fill_together, args=(tiny_set, tmp_path, seed, begin)) for seed in (1, 2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    with Unread(tiny_set, 64) as reader:
+        cache = PixelCache(tmp_path, reader, 48)
+        assert all(np.array_equal(cache.get(row), expected[row]) for row in range(150))
+
+
+@pytest.mark.parametrize("written", [0.5, 1])
+def test_after_a_kill_in_the_middle_of_a_row_what_was_whole_is_used_and_the_rest_is_decoded(
+    tiny_set, tmp_path, expected, written
+):
+    job = SPAWN.Process(target=killed_while_filling, args=(tiny_set, tmp_path, 70, written))
+    job.start()
+    job.join()
+    assert job.exitcode == -signal.SIGKILL
+    with Unread(tiny_set, 64) as reader:
+        there = [row for row in range(150) if PixelCache(tmp_path, reader, 48).get(row) is not None]
+    assert there == list(range(70))
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, tmp_path), expected)
+
+
+def test_a_row_whose_second_checksum_was_not_written_is_decoded(tiny_set, filled, expected):
+    sums = np.fromfile(both(filled, "sums"), np.uint32).reshape(150, 2)
+    sums[::2, 1] = 0
+    sums.tofile(both(filled, "sums"))
+    os.truncate(both(filled, "pixels"), 0)
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)
+
+
+# Folders that cannot be used, disks that are full
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tiny_set, tmp_path):
+    (tmp_path / "file").touch()
+    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "ro,size=8m") as disk:
+        for folder in (disk, disk / "below", tmp_path / "file"):
+            with pytest.raises(LoadError, match=rf"the cache {folder}/.*cannot be used.*choose another folder"):
+                PixelCache(folder, reader, 64)
+            with pytest.raises(LoadError, match=str(folder)):
+                Loader(reader, EvalOrder(rows=ROWS, micro_batch=10), cache=folder)
+
+
+def test_a_disk_with_too_little_room_is_named_when_the_cache_is_opened(tiny_set, tmp_path):
+    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "size=256k") as disk:
+        with pytest.raises(LoadError, match=rf"needs .* more and {disk} has .* free: choose another folder"):
+            PixelCache(disk, reader, 64)
+        assert PixelCache(disk, reader, 32).get(0) is None, "a smaller size fits"
+
+
+def test_a_disk_that_has_no_room_for_the_checksums_is_named(tiny_set, tmp_path):
+    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "size=600k") as disk:
+        (disk / f"{reader.info.id}-64-64.pixels").write_bytes(b"x" * 150 * 64 * 64)
+        with pytest.raises(LoadError, match=rf"{disk}/.* cannot be used \(No space left on device\)"):
+            PixelCache(disk, reader, 64)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        yield disk
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_disk_that_fills_up_is_warned_of_once_and_the_pixels_are_right(tiny_set, small_disk, name):
+    with Reader(tiny_set, 64) as reader:
+        expected = run(reader, plain(ROWS, 10), None)
+        used = engine(name, reader, cache=small_disk)
+        taken = small_disk / "of another program"
+        with taken.open("wb") as file:
+            file.write(b"x" * 700 * 1024)
+        with pytest.warns(UserWarning, match=rf"the disk of the cache {small_disk}/.* is full") as warned:
+            got = list(used.batches(plain(ROWS, 10)))
+        assert len(warned) == 1
+        assert equal(got, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert equal(used.batches(plain(ROWS, 10)), expected), "nor again in the next epoch"
+            used.close()
+            taken.unlink()
+            assert equal(run(reader, plain(ROWS, 10), small_disk), expected), "and then there is room"
+    with Unread(tiny_set, 64) as unread:
+        assert equal(run(unread, plain(ROWS, 10), small_disk), expected)
+
+
+# Closing
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_files_are_given_back_when_a_cache_is_closed_dropped_or_refused(tiny_set, tmp_path):
+    with Reader(tiny_set, 64) as reader:
+        list(HostEngine(reader, 64, CPU, 1).batches(plain(ROWS, 50)))  # opens the tars
+        before = open_files()
+        cache = PixelCache(tmp_path, reader, 64)
+        cache.close()
+        cache.close()
+        PixelCache(tmp_path, reader, 48)
+        (tmp_path / f"{reader.info.id}-64-32.sums").mkdir()
+        with pytest.raises(LoadError):
+            PixelCache(tmp_path, reader, 32)
+        del cache
+        assert open_files() == before
+
+
+def test_pixels_that_were_handed_out_outlive_the_cache_and_nothing_is_written_after_its_end(
+    tiny_set, filled, expected, tmp_path
+):
+    with Reader(tiny_set, 64) as reader:
+        cache = PixelCache(filled, reader, 48)
+        first = cache.get(0)
+        cache.close()
+        with (tmp_path / "other").open("wb+") as other:  # has the number of the closed file
+            cache.put(1, np.zeros((48, 48), np.uint8))
+            assert os.fstat(other.fileno()).st_size == 0
+        np.testing.assert_array_equal(first, expected[0])
+        np.testing.assert_array_equal(cache.get(1), expected[1])
+        with pytest.raises(ValueError, match="read-only"):
+            first[0, 0] = 1
+
+
+def test_turning_does_not_change_what_is_kept(tiny_set, filled, expected):
+    with Reader(tiny_set, 64) as reader:
+        run(reader, turned(ROWS, 10), filled, 48)
+        (batch,) = run(reader, [Work(ROWS[:1], np.zeros(1, np.float32), np.ones(1, bool))], filled, 48)
+        np.testing.assert_array_equal(batch[0, 0], cv2.flip(expected[0], 1))
+    np.testing.assert_array_equal(pixels_of(tiny_set, 64, 48, filled), expected)

@@ -1,0 +1,183 @@
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batches import ENGINES, assert_agree, decoded, disc, engine, equal, oracle, plain
+from conftest import REAL
+from damage import copy_set, flip_bit, image_bytes, replace_image, where
+from PIL import Image
+
+from cxrfast.errors import LoadError
+from cxrfast.phantoms.dataset import synth
+from cxrfast.pipelines.decoder import Pixels
+from cxrfast.pipelines.order import Work
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build
+from cxrfast.shards.format.codec import encode_member
+from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.images.decode import encode, resize
+
+ROWS = np.arange(150)
+
+
+def by_pillow(folder: Path, scale: int, row: int) -> np.ndarray:
+    """uint8 (H, W): the member of the tar, JPEG or PGM, as another library decodes it."""
+    image = Image.open(io.BytesIO(image_bytes(folder, scale, row)))
+    assert image.mode == "L"
+    return np.asarray(image)
+
+
+# What the pixels are
+
+
+@pytest.mark.parametrize("scale", [32, 64])
+@pytest.mark.parametrize("name", ENGINES)
+def test_pixels_are_those_that_pillow_decodes_from_the_tar(either_set, name, scale):
+    expected = [by_pillow(either_set, scale, row) for row in ROWS]
+    with Reader(either_set, scale) as reader:
+        batches = list(engine(name, reader).batches(plain(ROWS, 40)))
+    np.testing.assert_array_equal(np.concatenate([batch[:, 0] for batch in batches]), expected)
+
+
+@pytest.mark.parametrize("size", [64, 32, 16, 8, 48, 100])
+def test_one_by_one_or_together_the_pixels_are_the_resized_ones(either_set, size):
+    with Reader(either_set, 64) as reader:
+        pixels = Pixels(reader, size)
+        rows = np.random.default_rng(0).permutation(150)
+        together, one = np.zeros((150, size, size), np.uint8), np.zeros((size, size), np.uint8)
+        pixels.put_all(rows, together)
+        for row, image in zip(rows.tolist(), together, strict=True):
+            pixels.put(row, one)
+            np.testing.assert_array_equal(one, image)
+            np.testing.assert_array_equal(pixels.get(row), image)
+            expected = resize(by_pillow(either_set, 64, row), size, size).astype(int)
+            # a JPEG may have been decoded at a reduced size
+            assert abs(image - expected).max() <= (0 if reader.is_raw or size in (64, 48, 100) else 4)
+
+
+@pytest.mark.parametrize("size", [64, 16, 48])
+def test_threads_do_not_get_into_each_others_buffers(either_set, size):
+    with Reader(either_set, 64) as reader, ThreadPoolExecutor(8) as pool:
+        expected = np.zeros((150, size, size), np.uint8)
+        Pixels(reader, size).put_all(ROWS, expected)
+        pixels, rows = Pixels(reader, size), np.random.default_rng(0).integers(150, size=3000).tolist()
+        assert all(pool.map(lambda row: np.array_equal(pixels.get(row), expected[row]), rows))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("row", [-1, 150, 10**6])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_row_that_does_not_exist_is_named(either_set, tmp_path, name, row, cached):
+    with Reader(either_set, 64) as reader:
+        used = engine(name, reader, cache=tmp_path if cached else None)
+        for rows in (np.array([row]), np.array([3, row, 5])):
+            with pytest.raises(LoadError, match=f"row {row} does not exist: .* has rows 0 to 149"):
+                list(used.batches([Work(rows)]))
+
+
+@pytest.mark.parametrize("side", [8, 32, 65, 128, 256])
+@pytest.mark.parametrize("size", [64, 32, 16, 48])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_jpeg_of_another_size_than_the_set_names_its_row_at_every_size_asked_for(
+    tiny_set, tmp_path, name, size, side
+):
+    """Decoded at a reduced size, 128 px would pass for 64."""
+    folder = copy_set(tiny_set, tmp_path / "set")
+    replace_image(folder, 64, 70, encode(np.zeros((side, side), np.uint8), 5))
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match=rf"row 70 of .* has {side} × {side} px"):
+        list(engine(name, reader, size).batches(plain(ROWS, 50)))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_any_flipped_bit_of_a_raw_image_names_row_and_tar(raw_set, tmp_path, name):
+    folder = copy_set(raw_set, tmp_path / "set")
+    shard, offset, size = where(folder, 64, 70)
+    tar = shard_path(folder, 64, shard, "tar")
+    with Reader(folder, 64) as reader:
+        for at in (0, 3, 12, 13, size // 2, size - 1):  # the header has 13 bytes
+            flip_bit(tar, offset + at)
+            with pytest.raises(LoadError, match=rf"{tar}, row 70: the image's bytes have changed"):
+                list(engine(name, reader).batches(plain(ROWS, 50)))
+            flip_bit(tar, offset + at)
+        assert len(list(engine(name, reader).batches(plain(ROWS, 50)))) == 3
+
+
+@pytest.mark.parametrize(
+    "header", [b"P5\n32 128\n255\n", b"P5\n64 64\n127\n", b"P6\n64 64\n255\n", b"P5 64 64 255\n\n"]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_raw_image_whose_header_is_another_names_row_and_tar(raw_set, tmp_path, name, header):
+    folder = copy_set(raw_set, tmp_path / "set")
+    replace_image(folder, 64, 70, header + image_bytes(folder, 64, 70)[len(header) :])
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match=r"000001.tar, row 70 is no raw image of 64 px"):
+        list(engine(name, reader).batches(plain(ROWS, 50)))
+
+
+@pytest.mark.parametrize("side", [16, 63])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_raw_image_of_another_size_names_row_and_tar(raw_set, tmp_path, name, side):
+    """The index says so too, and the checksum is right."""
+    folder = copy_set(raw_set, tmp_path / "set")
+    shard, offset, size = where(folder, 64, 70)
+    data = encode_member(np.zeros((side, side), np.uint8), "raw", None)
+    index = shard_path(folder, 64, shard, "idx")
+    entry = f" {offset} {size} "
+    assert entry in index.read_text()
+    index.write_text(index.read_text().replace(entry, f" {offset} {len(data)} "))
+    replace_image(folder, 64, 70, data)
+    with Reader(folder, 64) as reader:
+        assert bytes(reader.read(70)) == data
+        with pytest.raises(LoadError, match=r"000001.tar, row 70 is no raw image of 64 px"):
+            list(engine(name, reader).batches(plain(ROWS, 50)))
+
+
+# Both engines and the libraries they stand in for, at the sizes of a study
+
+
+@pytest.fixture(scope="module")
+def large_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 radiographs, real where they are at hand, at 2048 px. Not to be written to."""
+    tree = tmp_path_factory.mktemp("large") / "mimic"
+    if (REAL / "make_mimic.py").exists():
+        command = [sys.executable, REAL / "make_mimic.py", tree, "--set", "hires", "--limit", "8"]
+        subprocess.run(command, check=True, capture_output=True)
+    else:
+        synth(tree, images=8, size=2048, workers=1)
+    build(tree, tree.parent / "set", [2048], workers=1, quiet=True)
+    return tree.parent / "set"
+
+
+@pytest.mark.parametrize(("angle", "flip"), [(15.0, False), (-15.0, True)])
+@pytest.mark.parametrize(("fixture", "scale"), [("tiny_set", 64), ("real_set", 1024), ("large_set", 2048)])
+def test_at_the_largest_angles_both_engines_and_torchvision_agree(request, fixture, scale, angle, flip):
+    folder = request.getfixturevalue(fixture)
+    with Reader(folder, scale) as reader:
+        rows = reader.rows[:: max(1, 64 * len(reader.rows) * scale // 10**6)]
+        work = [Work(rows, np.full(len(rows), angle, np.float32), np.full(len(rows), flip))]
+        batches = {name: list(engine(name, reader).batches(work)) for name in ("host", "dali")}
+    images = np.array([by_pillow(folder, scale, row) for row in rows])
+    difference = abs(batches["host"][0][:, 0].numpy() - oracle(images, angle, flip))[:, disc(scale)]
+    assert (difference <= 1).mean() >= 0.9999
+    assert difference.max() <= 4
+    assert_agree(batches["dali"], batches["host"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_at_2048_px_nothing_but_decoding_is_done_where_nothing_is_drawn(large_set, name):
+    with Reader(large_set, 2048) as reader:
+        batches = list(engine(name, reader).batches(plain(reader.rows, 3)))
+        expected = [decoded(reader, row) for row in reader.rows]
+    np.testing.assert_array_equal(np.concatenate([batch[:, 0] for batch in batches]), expected)
+
+
+def test_a_smaller_size_of_a_raw_set_is_that_of_averaging_whatever_the_engine(raw_set):
+    with Reader(raw_set, 64) as reader:
+        dali, host = (list(engine(name, reader, 32).batches(plain(ROWS, 50))) for name in ("dali", "host"))
+        assert equal(dali, host)

@@ -1,0 +1,197 @@
+"""Decoded pixels against the means in the manifests: sound decoders pass, corrupting ones are caught and named."""
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from damage import copy_set
+
+from cxrfast.errors import LoadError
+from cxrfast.pipelines import dali
+from cxrfast.pipelines.dali import DaliEngine
+from cxrfast.pipelines.loader import Loader
+from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
+from cxrfast.pipelines.proof import EVERY, UNKNOWN, Proof, cell_means, means_by_torch
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.images.grid import STEPS, grid, pack, unpack
+
+CPU = torch.device("cpu")
+needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def without_grids(folder: Path, copy: Path) -> Path:
+    """The set as an earlier version built it."""
+    copy_set(folder, copy)
+    for path in copy.glob("*/*.json"):
+        manifest = json.loads(path.read_bytes())
+        del manifest["grids"]
+        path.write_text(json.dumps(manifest) + "\n")
+    return copy
+
+
+def load(folder: Path, stored: int, corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None, **options) -> Loader:
+    """Loads all rows through DALI, proving; `corrupt` changes each batch (N, H, W, 1) as DALI's decoder hands it out."""
+    reader = Reader(folder, stored)
+    loader = Loader(
+        reader, EvalOrder(rows=reader.rows, micro_batch=16), engine="dali", prove=True, threads=2, **options
+    )
+    if corrupt:
+        compare = loader.proof.compare
+        loader.proof.compare = lambda images, rows, means: compare(corrupt(images.clone()), rows, means)
+    return loader
+
+
+def read_all(loader: Loader) -> int:
+    with closing(loader):
+        return sum(len(batch.row) for batch in loader)
+
+
+@needs_dali
+@pytest.mark.parametrize("augment", [None, Augment()])
+@pytest.mark.parametrize("size", [None, 32])
+def test_sound_decoding_raises_no_alarm(either_set: Path, augment: Augment | None, size: int | None) -> None:
+    assert read_all(load(either_set, 64, augment=augment, scale=size)) == 150
+
+
+@needs_dali
+@pytest.mark.parametrize("scale", [64, 256, 1024])
+def test_real_radiographs_raise_no_alarm(real_set: Path, scale: int) -> None:
+    loader = load(real_set, scale)
+    assert read_all(loader) == 237
+    assert loader.proof.compared == 237
+    assert 0 < loader.proof.largest < loader.proof.tolerance
+
+
+def shifted(images: torch.Tensor) -> torch.Tensor:
+    return images.roll(5, 2)
+
+
+def neighbours(images: torch.Tensor) -> torch.Tensor:
+    return images.roll(1, 0)
+
+
+def zeros(images: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(images)
+
+
+def quarter_zeroed(images: torch.Tensor) -> torch.Tensor:
+    images[:, :, : images.shape[2] // 2, : images.shape[3] // 2] = 0
+    return images
+
+
+@needs_dali
+@pytest.mark.parametrize("corrupt", [shifted, neighbours, zeros, quarter_zeroed])
+def test_a_corrupting_decoder_is_caught_and_a_row_named(real_set: Path, corrupt) -> None:
+    loader = load(real_set, 256, corrupt)
+    with pytest.raises(LoadError, match=r"images that DALI decoded .* first row \d+ of .* at 256 px: .* --engine host"):
+        read_all(loader)
+
+
+@needs_dali
+def test_one_bad_image_among_all_is_found_and_is_the_one_that_is_named(real_set: Path) -> None:
+    loader = load(real_set, 256, augment=Augment())
+    compare = loader.proof.compare
+
+    def spoil(images: torch.Tensor, rows: np.ndarray, means: np.ndarray) -> None:
+        images = images.clone()
+        images[torch.from_numpy(rows == 123)] = 0
+        compare(images, rows, means)
+
+    loader.proof.compare = spoil
+    with pytest.raises(LoadError, match=r"^1 of 237 images .* first row 123 of"):
+        read_all(loader)
+
+
+@needs_dali
+def test_wrong_pixels_are_found_before_the_epoch_ends_by_whoever_asks(real_set: Path) -> None:
+    loader = load(real_set, 64, zeros)
+    with closing(loader), closing(loader.epoch()) as batches:
+        next(batches)
+        assert "first row" in (loader.problem() or "")
+        with pytest.raises(LoadError, match="first row"):
+            loader.check()
+
+
+@needs_dali
+def test_a_set_without_grids_iscompared_with_the_host_on_some_rows(real_set: Path, tmp_path: Path) -> None:
+    old = without_grids(real_set, tmp_path / "old")
+    loader = load(old, 256)
+    assert read_all(loader) == 237
+    assert loader.proof.compared == len(range(0, 237, EVERY))
+    assert loader.proof.unknown == 237
+    with pytest.raises(LoadError, match="first row 0 of"):
+        read_all(load(old, 256, zeros))
+
+
+@needs_dali
+def test_wrong_means_in_a_manifest_are_not_blamed_on_the_decoder(real_set: Path, tmp_path: Path) -> None:
+    folder = copy_set(real_set, tmp_path / "set")
+    path = folder / "256" / "000001.json"
+    manifest = json.loads(path.read_bytes())
+    grids = unpack(manifest["grids"], len(manifest["rows"])).copy()
+    grids[3] = grids[4]
+    path.write_text(json.dumps({**manifest, "grids": pack(grids)}) + "\n")
+    with pytest.raises(
+        LoadError, match=rf"are not those of its images, first row {manifest['rows'][3]} at 256 px: `cxrfast"
+    ):
+        read_all(load(folder, 256))
+
+
+def test_rows_without_grids_are_unknown_but_for_some(real_set: Path, tmp_path: Path) -> None:
+    with Reader(without_grids(real_set, tmp_path / "old"), 256) as old, Reader(real_set, 256) as reader:
+        rows = np.arange(2 * EVERY + 1)
+        means, known = Proof(old, CPU).expected(rows), Proof(reader, CPU).expected(rows)
+    decoded = rows % EVERY == 0
+    assert (means[~decoded] == UNKNOWN).all()
+    np.testing.assert_allclose(means[decoded], known[decoded], atol=STEPS / 2)
+
+
+@pytest.mark.parametrize("side", [4, 30, 64, 101])
+def test_means_on_a_device_are_those_of_the_manifests(side: int) -> None:
+    images = torch.randint(0, 256, (3, 1, side, side), dtype=torch.uint8)
+    expected = np.stack([grid(image).ravel() for image in images[:, 0].numpy()])
+    np.testing.assert_allclose(cell_means(images) * STEPS, expected, atol=0.51)
+    np.testing.assert_allclose(means_by_torch(images) * STEPS, expected, atol=0.51)
+    if torch.cuda.is_available():
+        np.testing.assert_allclose(cell_means(images.cuda()).cpu() * STEPS, expected, atol=0.51)
+
+
+def test_on_a_cpu_nothing_is_proven_unless_asked(tiny_set: Path) -> None:
+    with Reader(tiny_set, 64) as reader:
+        order = EvalOrder(rows=reader.rows, micro_batch=16)
+        assert Loader(reader, order, engine="host").proof is None
+        assert Loader(reader, order, engine="host", prove=True).proof is None, "the host engine is the oracle"
+        if dali.available():
+            assert Loader(reader, order, engine="dali").proof is None
+
+
+@needs_gpu
+@needs_dali
+@pytest.mark.parametrize("scale", [64, 256, 1024])
+def test_a_gpu_proves_by_default_and_its_decoder_passes(real_set: Path, scale: int) -> None:
+    with Reader(real_set, scale) as reader:
+        order = TrainOrder(rows=reader.rows, global_batch=16, micro_batch=16)
+        loader = Loader(reader, order, augment=Augment(), device="cuda")
+        with closing(loader):
+            assert sum(len(batch.row) for batch in loader) == 224
+        assert loader.proof is not None
+
+
+@needs_dali
+def test_a_pipeline_that_runs_out_of_memory_says_so(tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, items):
+        raise RuntimeError(
+            "Critical error in pipeline:\nCUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"
+        )
+        yield
+
+    monkeypatch.setattr(DaliEngine, "_run", fail)
+    with pytest.raises(
+        LoadError, match=r"memory ran out while DALI decoded batches of 16 images of 64 px: .*--micro-batch"
+    ):
+        read_all(load(tiny_set, 64))

@@ -1,0 +1,223 @@
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+from damage import copy_set, flip_bit, where
+
+from cxrfast.errors import LoadError
+from cxrfast.pipelines import reader as module
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.format.manifest import shard_path
+
+
+def by_tarfile(folder: Path, scale: int) -> dict[int, bytes]:
+    images = {}
+    for path in sorted((folder / str(scale)).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            images.update({int(m.name[:9]): tar.extractfile(m).read() for m in tar if not m.name.endswith(".json")})
+    return images
+
+
+def tar_of(folder: Path, scale: int, row: int) -> Path:
+    return shard_path(folder, scale, where(folder, scale, row)[0], "tar")
+
+
+def read_all(reader: Reader) -> dict[int, bytes]:
+    """Runs in other processes too."""
+    return {int(row): bytes(reader.read(int(row))) for row in reader.rows}
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that can be spoiled."""
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.mark.parametrize("scale", [32, 64])
+def test_rows_are_the_bytes_that_tarfile_reads(either_set, scale):
+    with Reader(str(either_set), scale) as reader:
+        assert reader.rows.dtype == np.int64
+        assert reader.rows.tolist() == list(range(150))
+        expected = by_tarfile(either_set, scale)
+        assert read_all(reader) == expected
+        assert reader.largest == max(map(len, expected.values()))
+
+
+def test_a_buffer_is_used_where_it_is_large_enough(tiny_set):
+    with Reader(tiny_set, 64) as reader:
+        large, small = bytearray(reader.largest), bytearray(4)
+        view = reader.read(3, large)
+        assert view.obj is large
+        assert bytes(view) == bytes(reader.read(3)) == bytes(reader.read(3, small)) == bytes(large[: len(view)])
+
+
+def test_many_threads_read_the_right_rows(tiny_set, monkeypatch):
+    monkeypatch.setattr(module, "OPEN_FILES", 2)  # of three tars: one is opened for every read
+    expected = by_tarfile(tiny_set, 64)
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        for row in np.random.default_rng(seed).integers(150, size=400).tolist():
+            if bytes(reader.read(row)) != expected[row]:
+                wrong.append(row)
+
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    with Reader(tiny_set, 64) as reader:
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert len(os.listdir("/proc/self/fd") if before else []) == before, "every tar is closed again"
+
+
+def test_a_reader_goes_to_a_spawned_process(tiny_set):
+    with Reader(tiny_set, 32) as reader:
+        reader.read(0)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(read_all, reader).result() == by_tarfile(tiny_set, 32)
+
+
+def read_after_fork(reader: Reader, expected: dict[int, bytes], seed: int, begin: Barrier) -> None:
+    begin.wait()
+    for row in np.random.default_rng(seed).integers(len(expected), size=600).tolist():
+        if bytes(reader.read(row)) != expected[row]:
+            sys.exit(1)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_reader_in_use_goes_through_a_fork_and_all_processes_read_the_right_rows_at_once(either_set):
+    fork = multiprocessing.get_context("fork")
+    begin = fork.Barrier(4)
+    with Reader(either_set, 64) as reader:
+        expected = read_all(reader)  # its tars are open, shared with the children
+        children = [fork.Process(target=read_after_fork, args=(reader, expected, seed, begin)) for seed in range(3)]
+        for child in children:
+            child.start()
+        read_after_fork(reader, expected, 3, begin)
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0, 0, 0]
+        assert read_all(reader) == expected, "the children's files were theirs to close"
+
+
+def test_a_copy_does_not_share_open_files(tiny_set):
+    with Reader(tiny_set, 32) as reader:
+        first = bytes(reader.read(0))
+        copy = pickle.loads(pickle.dumps(reader))
+    assert bytes(copy.read(0)) == first
+    copy.close()
+
+
+def test_any_single_flipped_bit_in_an_image_is_refused_and_row_and_tar_are_named(folder):
+    rng = np.random.default_rng(0)
+    with Reader(folder, 64) as reader:
+        for row in rng.choice(150, 20, replace=False).tolist():
+            _, offset, size = where(folder, 64, row)
+            tar = tar_of(folder, 64, row)
+            flip_bit(tar, offset + int(rng.integers(size)), 1 << int(rng.integers(8)))
+            with pytest.raises(LoadError, match=rf"{tar}, row {row}: the image's bytes have changed"):
+                reader.read(row)
+
+
+def test_other_rows_of_a_damaged_tar_are_still_read(folder, tiny_set):
+    flip_bit(tar_of(folder, 64, 5), where(folder, 64, 5)[1])
+    with Reader(folder, 64) as reader, Reader(tiny_set, 64) as whole:
+        assert all(reader.read(row) == whole.read(row) for row in range(150) if row != 5)
+
+
+def test_a_scale_that_is_not_there_is_refused_and_those_there_are_named(tiny_set):
+    with pytest.raises(LoadError, match=r"no shards at 128 px \(scales there: 32, 64\).*cxrfast shard --scale 128"):
+        Reader(tiny_set, 128)
+
+
+def test_a_missing_tar_is_named_when_the_set_is_opened(folder):
+    tar = shard_path(folder, 32, 1, "tar")
+    tar.unlink()
+    with pytest.raises(LoadError, match=rf"{tar} is missing: `cxrfast verify"):
+        Reader(folder, 32)
+
+
+@pytest.mark.parametrize("change", [-1, -5000, 1])
+def test_a_tar_cut_short_or_grown_is_named_when_the_set_is_opened(folder, change):
+    tar = shard_path(folder, 32, 1, "tar")
+    size = tar.stat().st_size
+    os.truncate(tar, size + change)
+    with pytest.raises(LoadError, match=rf"{tar} has {size + change:,} bytes, its manifest says {size:,}"):
+        Reader(folder, 32)
+
+
+def test_a_tar_cut_short_while_it_is_open_is_an_error_that_names_the_row(folder):
+    with Reader(folder, 32) as reader:
+        reader.read(64)
+        tar = tar_of(folder, 32, 64)
+        os.truncate(tar, where(folder, 32, 100)[1] + 10)
+        assert len(reader.read(99))
+        for row in (100, 101):
+            with pytest.raises(LoadError, match=rf"{tar} ends inside row {row}"):
+                reader.read(row)
+
+
+def test_a_tar_that_vanishes_before_it_is_read_is_named(folder):
+    with Reader(folder, 32) as reader:
+        tar = tar_of(folder, 32, 64)
+        tar.unlink()
+        with pytest.raises(LoadError, match=rf"{tar}, row 64: No such file"):
+            reader.read(64)
+
+
+def test_the_index_of_another_tar_is_refused(folder):
+    shutil.copy(shard_path(folder, 64, 0, "idx"), shard_path(folder, 64, 1, "idx"))
+    with pytest.raises(LoadError, match=r"the index of .*64/000001.tar belongs to another tar"):
+        Reader(folder, 64)
+
+
+def test_with_the_index_of_another_set_no_row_is_taken_for_another(either_set, tmp_path):
+    """One that has the same rows, so that it is not noticed before they are read."""
+    folder = copy_set(either_set, tmp_path / "set")
+    shutil.copy(shard_path(folder, 32, 1, "idx"), shard_path(folder, 64, 1, "idx"))
+    with Reader(folder, 64) as reader, Reader(either_set, 64) as whole:
+        out = np.zeros((64, 64), np.uint8)
+        for row in range(64, 128):
+            with pytest.raises(LoadError, match=rf"64/000001.tar, row {row}: the image's bytes have changed"):
+                reader.read(row)
+            if reader.is_raw:
+                with pytest.raises(LoadError, match=rf"64/000001.tar, row {row} is no raw image of 64 px"):
+                    reader.read_pixels(row, out)
+        assert all(reader.read(row) == whole.read(row) for row in [*range(64), *range(128, 150)])
+
+
+def test_a_missing_or_damaged_index_is_named(folder):
+    path = shard_path(folder, 64, 1, "idx")
+    path.write_text("v1.2 1\n")
+    with pytest.raises(LoadError, match=r"000001.idx is damaged"):
+        Reader(folder, 64)
+    path.unlink()
+    with pytest.raises(LoadError, match=r"000001.idx is missing"):
+        Reader(folder, 64)
+
+
+def test_a_shard_of_another_set_is_refused(folder):
+    path = shard_path(folder, 64, 2, "json")
+    path.write_text(path.read_text().replace('"set": "', '"set": "0'))
+    with pytest.raises(LoadError, match=r"64/000002.tar belongs to another set"):
+        Reader(folder, 64)
+
+
+def test_a_row_of_a_shard_that_is_not_built_yet_is_refused(folder):
+    shard_path(folder, 64, 1, "json").unlink()
+    with Reader(folder, 64) as reader:
+        assert reader.rows.tolist() == [*range(64), *range(128, 150)]
+        with pytest.raises(LoadError, match=r"row 70 is not in .* at 64 px: quarantined, or not built yet"):
+            reader.read(70)

@@ -1,0 +1,167 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.building.layout import (
+    check_scales,
+    missing_by_folder,
+    permutation,
+    plan_rows,
+    rows_per_shard,
+    set_id,
+)
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.rows import COLUMNS
+from cxrfast.splits import deal
+
+KEYS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=2)
+
+
+def images(n: int = 40) -> pd.DataFrame:
+    numbers = np.arange(n)
+    return pd.DataFrame(
+        {
+            "image_id": [f"{(7 * i) % n:04d}" for i in numbers],
+            "study_id": [f"s{i // 2}" for i in numbers],
+            "patient_id": [f"p{i // 4}" for i in numbers],
+            "path": [f"files/p{i // 20}/{i}.jpg" for i in numbers],
+            "view": "AP",
+            "height": 10,
+            "width": 9,
+            "split": "train",
+            "Edema": 1.0,
+            "Fracture": np.nan,
+        }
+    )
+
+
+def identity(table: pd.DataFrame, **recipe) -> str:
+    return set_id(plan_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), Recipe(**recipe))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3000), KEYS)
+def test_a_permutation_holds_every_number_once_and_depends_on_its_key_alone(n, key):
+    np.random.seed(1)  # noqa: NPY002 - the global generator must not matter
+    drawn = permutation(n, *key)
+    assert drawn.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(drawn), np.arange(n))
+    np.random.seed(2)  # noqa: NPY002
+    np.testing.assert_array_equal(permutation(n, *key), drawn)
+
+
+@settings(max_examples=30, deadline=None)
+@given(KEYS, KEYS)
+def test_other_keys_give_other_permutations_that_do_not_resemble_each_other(key, other):
+    if [*key, 0][:2] == [*other, 0][:2]:
+        return
+    one, two = permutation(2000, *key), permutation(2000, *other)
+    assert (one == two).mean() < 0.01
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
+
+
+def test_permutations_are_the_same_in_every_version():
+    assert permutation(10, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(10, 7, 3).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(0, 2**63 - 1))
+def test_rows_do_not_depend_on_the_order_of_the_source_s_tables(random, seed):
+    order = list(range(40))
+    random.shuffle(order)
+    planned = plan_rows(images(), ("Edema", "Fracture"), seed)
+    pd.testing.assert_frame_equal(plan_rows(images().iloc[order], ("Edema", "Fracture"), seed), planned)
+    assert planned["row"].tolist() == list(range(40))
+    assert list(planned.columns) == [*COLUMNS, "Edema", "Fracture"]
+    together = images().set_index("image_id").loc[planned["image_id"]]
+    assert planned["path"].tolist() == together["path"].tolist(), "an image keeps its own line"
+    fold, block = deal(planned["patient_id"].tolist(), seed)
+    assert planned["fold"].tolist() == fold.tolist()
+    assert planned["block"].tolist() == block.tolist()
+
+
+def test_rows_are_permuted_and_differently_by_seed():
+    one, two = (plan_rows(images(), (), seed)["image_id"].tolist() for seed in (0, 1))
+    assert one != sorted(one)
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        images().iloc[1:],
+        images(41),
+        images().replace({"image_id": {"0003": "9999"}}),
+        images().replace({"patient_id": {"p3": "p4"}}),
+    ],
+)
+def test_the_set_id_changes_with_an_image_or_a_patient(changed):
+    assert identity(changed) != identity(images())
+
+
+@pytest.mark.parametrize("recipe", [{"seed": 1}, {"quality": 94}, {"codec": "raw"}])
+def test_the_set_id_changes_with_every_part_of_the_recipe(recipe):
+    assert identity(images(), **recipe) != identity(images())
+
+
+def test_set_ids_are_the_same_in_every_version():
+    assert identity(images()) == identity(images(), codec="jpeg", quality=95) == "e7306155b6d0a1573e595c3d76dd4443"
+    assert identity(images(), codec="raw") == "41286f57e3b7122fb1f72c52a0869fb6"
+
+
+def test_the_set_id_changes_with_the_seed_alone():
+    rows = plan_rows(images(), (), 0)
+    assert set_id(rows, Recipe(seed=0)) != set_id(rows, Recipe(seed=1))
+
+
+@pytest.mark.parametrize("column", ["path", "view", "split", "study_id", "Edema"])
+def test_the_set_id_does_not_change_with_paths_labels_and_other_columns(column):
+    changed = images()
+    changed[column] = 0.0 if column == "Edema" else "other"
+    assert identity(changed) == identity(images())
+
+
+@given(st.integers(1, 500_000))
+def test_shards_hold_64_to_1024_rows_and_there_are_enough_of_them_to_share(n):
+    rows = rows_per_shard(n)
+    assert 64 <= rows <= 1024
+    assert rows <= max(64, -(-n // 64)), "64 shards wherever they need not fall below 64 rows"
+    assert rows == 1024 or -(-n // rows) <= 64
+
+
+def test_scales_are_sorted_and_each_is_kept_once():
+    assert check_scales([512, 64, 512, 8, 4096]) == [8, 64, 512, 4096]
+
+
+@pytest.mark.parametrize("scale", [7, 4097, 0, -64])
+def test_a_scale_that_is_no_sensible_size_is_named(scale):
+    with pytest.raises(ShardError, match=rf"--scale {scale} is not between 8 and 4096"):
+        check_scales([64, scale])
+
+
+def test_no_scale_at_all_is_an_error_with_advice():
+    with pytest.raises(ShardError, match="add --scale 256"):
+        check_scales([])
+
+
+@pytest.mark.parametrize(("name", "value"), [("quality", 0), ("quality", 101), ("seed", -1), ("seed", 2**63)])
+def test_a_recipe_out_of_range_is_refused(name, value):
+    with pytest.raises(ShardError, match=rf"--{name} {value} is not between"):
+        Recipe(**{name: value})
+
+
+def test_a_quality_for_pixels_that_are_not_compressed_is_refused():
+    with pytest.raises(ShardError, match="--quality 95 is of JPEG"):
+        Recipe(codec="raw", quality=95)
+
+
+def test_missing_images_are_counted_by_folder():
+    rows = plan_rows(images(), (), 0)
+    rows["bytes"] = np.where(rows["path"].isin(["files/p0/3.jpg", "files/p1/20.jpg", "files/p1/39.jpg"]), -1, 100)
+    counted = missing_by_folder(rows)
+    assert counted["listed"].to_dict() == {"files/p0": 20, "files/p1": 20}
+    assert counted["missing"].to_dict() == {"files/p0": 1, "files/p1": 2}

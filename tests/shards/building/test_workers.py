@@ -1,0 +1,257 @@
+"""Who builds: processes that die of outside causes or of an image, parts of a job array, and a dask cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from damage import contents
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.build import build as build_set
+from cxrfast.shards.building import workers
+from cxrfast.shards.format.manifest import read_set
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.images.decode import encode
+
+ROOT = Path(__file__).parents[3]
+MARK = b"this image leads the decoder astray"
+
+
+def build(data: Path, out: Path, scales: list[int], **options):
+    return build_set(data, out, scales, **{"workers": 2, "quiet": True, **options})
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """The phantoms' tree with noise of 640 px for images: slow enough for something to happen in between."""
+    tree = tmp_path_factory.mktemp("noisy") / "mimic"
+    subprocess.run(["cp", "-r", phantoms, tree], check=True)
+    rng = np.random.default_rng(0)
+    for path in sorted(tree.rglob("*.jpg")):
+        path.write_bytes(encode(rng.integers(0, 256, (640, 640), np.uint8), 95))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def noisy_set(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("noisy-set") / "set"
+    build(noisy, out, [256, 512])
+    return out
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+def test_a_worker_that_dies_costs_its_open_shards_only(noisy, noisy_set, tmp_path, how):
+    out, hit = tmp_path / "set", []
+
+    def kill() -> None:
+        while not list(out.glob("512/*.tmp")):
+            time.sleep(0.002)
+        there = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+        there[-1].send_signal(how)
+        hit.append(how)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert build(noisy, out, [256, 512]).complete
+    thread.join()
+    assert hit
+    assert contents(out) == contents(noisy_set)
+
+
+CRASHING = """
+import ctypes, sys
+from pathlib import Path
+from cxrfast.errors import ShardError
+from cxrfast.shards import build, task
+real = task.decode
+def decode(data, grey):
+    if sys.argv[3].encode() in data:
+        HOW
+    return real(data, grey)
+task.decode = decode
+if __name__ == "__main__":
+    try:
+        build.build(Path(sys.argv[1]), Path(sys.argv[2]), [32], workers=2, quiet=True)
+    except ShardError as error:
+        sys.exit(str(error))
+"""
+"""Workers import this script, so that the decoder that crashes at some images is theirs too."""
+
+
+def crash(tree: Path, out: Path, script: Path, how: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(CRASHING.replace("HOW", how))
+    return subprocess.run(
+        [sys.executable, script, tree, out, MARK.decode()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def astray(phantoms: Path, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A tree with images that crash the decoder above, and their rows: two of one shard, one of another."""
+    tree = tmp_path / "mimic"
+    subprocess.run(["cp", "-r", phantoms, tree], check=True)
+    build(tree, tmp_path / "plan", [8])
+    paths = read_rows(tmp_path / "plan" / "rows.parquet")["path"]
+    for row in (0, 40, 100):
+        with open(tree / paths[row], "ab") as file:
+            file.write(MARK)
+    return tree, [0, 40, 100]
+
+
+def test_images_that_crash_the_decoder_are_left_out_and_no_others(astray, tmp_path):
+    tree, rows = astray
+    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "set" / "quarantine.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[0]) for line in lines] == rows
+    assert all(line.endswith(",crashes the decoder") for line in lines)
+
+
+def test_a_worker_that_is_killed_again_and_again_fails_its_shard_and_costs_no_row(astray, tmp_path):
+    tree, _ = astray
+    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "import os; os.kill(os.getpid(), 9)")
+    assert "2 shards could not be built" in done.stderr
+    assert "died twice (SIGKILL)" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "set" / "32").iterdir()) == ["000002.idx", "000002.json", "000002.tar"]
+    assert build(tree, tmp_path / "set", [32]).rows == {32: 150}
+
+
+def test_a_crash_at_an_image_that_was_fine_at_another_scale_fails_its_shard(astray, tmp_path):
+    tree, _ = astray
+    build(tree, tmp_path / "set", [8])
+    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
+    assert "crashes the decoder now" in done.stderr
+
+
+# Parts
+
+
+def test_parts_build_the_same_set_in_any_order(phantoms, either_set, tmp_path):
+    out, recipe = tmp_path / "set", read_set(either_set).recipe
+    assert not build(phantoms, out, [32, 64], part=(2, 2), recipe=recipe).complete
+    assert not (out / "SHA256SUMS").exists(), "a part of a set is not a set"
+    assert build(phantoms, out, [32, 64], part=(1, 2), recipe=recipe).complete
+    assert contents(out) == contents(either_set)
+
+
+def test_parts_at_the_same_time_build_the_same_set(noisy, noisy_set, tmp_path):
+    out = tmp_path / "set"
+    command = [
+        sys.executable,
+        "-m",
+        "cxrfast",
+        "shard",
+        "--data",
+        noisy,
+        "--out",
+        out,
+        "--scale",
+        "256",
+        "--scale",
+        "512",
+    ]
+    parts = [
+        subprocess.Popen(
+            [*command, "--workers", "1", "--part", f"{i}/3"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (1, 2, 3)
+    ]
+    errors = [part.communicate()[1] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0, 0], errors
+    assert contents(out) == contents(noisy_set)
+
+
+def test_a_part_beyond_the_shards_has_nothing_to_do(phantoms, tmp_path):
+    assert build(phantoms, tmp_path / "set", [8], part=(5, 5)).rows == {}
+
+
+@pytest.mark.parametrize("options", [{"dask": "tcp://127.0.0.1:1"}, {"retry_quarantined": True}])
+def test_parts_exclude_other_ways(phantoms, tmp_path, options):
+    with pytest.raises(ShardError, match="--part does not go together"):
+        build(phantoms, tmp_path / "set", [8], part=(1, 2), **options)
+
+
+# dask
+
+
+@contextmanager
+def dask(*words: str) -> Iterator[subprocess.Popen]:
+    """A dask process of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "dask", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """Address of a scheduler, and its two workers of one thread each."""
+    pytest.importorskip("distributed")
+    file = tmp_path / "scheduler.json"
+    at = ("--scheduler-file", str(file))
+    worker = ("worker", *at, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path))
+    with dask("scheduler", *at, "--port", "0", "--no-dashboard", "--host", "127.0.0.1"):
+        while not file.exists():
+            time.sleep(0.02)
+        address = json.loads(file.read_text())["address"]
+        with dask(*worker) as first, dask(*worker) as second:
+            from distributed import Client
+
+            with Client(address, set_as_default=False) as client:
+                client.wait_for_workers(2, timeout=60)
+            yield address, [first, second]
+
+
+def test_a_dask_cluster_builds_the_same_bytes_and_a_killed_worker_costs_its_open_shard(
+    noisy, noisy_set, tmp_path, cluster
+):
+    address, (victim, _) = cluster
+    out, hit = tmp_path / "set", []
+
+    def kill() -> None:
+        while not any(f"-{victim.pid}-" in path.name for path in out.glob("512/*.tmp")):
+            time.sleep(0.002)
+        victim.kill()
+        hit.append(victim.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    report = build(noisy, out, [256, 512], dask=address)
+    thread.join()
+    assert hit
+    assert report.complete
+    assert contents(out) == contents(noisy_set)
+
+
+def test_a_dask_scheduler_that_does_not_answer_is_named(phantoms, tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "TIMEOUT", 1.0)
+    with pytest.raises(ShardError, match=r"no dask scheduler answers at tcp://127\.0\.0\.1:9"):
+        build(phantoms, tmp_path / "set", [8], dask="tcp://127.0.0.1:9")

@@ -1,0 +1,106 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import image_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cxrfast.shards.build import build
+from cxrfast.shards.format.codec import decode_member, encode_member, pgm_header
+from cxrfast.shards.format.manifest import built, read_set, shard_path
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.tar import read_index
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.upkeep.verify import verify
+
+SIDES = st.integers(1, 300)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
+
+
+def reason(data: bytes) -> Reason:
+    with pytest.raises(BadImage) as caught:
+        decode_member(data, "raw")
+    return caught.value.reason
+
+
+@settings(max_examples=50, deadline=None)
+@given(SIDES, SIDES, st.booleans())
+def test_raw_pixels_come_back_as_they_were_and_pillow_reads_the_same(height, width, transposed):
+    image = noise(width, height).T if transposed else noise(height, width)
+    data = encode_member(image, "raw", None)
+    np.testing.assert_array_equal(decode_member(data, "raw"), image)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (picture.format, picture.mode) == ("PPM", "L")
+        np.testing.assert_array_equal(picture, image)
+    header = pgm_header(height, width)
+    assert data.startswith(header)
+    assert data[len(header) :] == image.tobytes(), "rows from the top, each from the left"
+
+
+def test_a_jpeg_is_that_of_the_quality_asked_for():
+    assert encode_member(noise(40, 30), "jpeg", 80) == encode(noise(40, 30), 80)
+    assert decode_member(encode(noise(40, 30), 80), "jpeg").shape == (40, 30)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((20, 30), np.uint8), np.full((20, 30), ord("\n"), np.uint8)])
+def test_a_raw_image_cut_short_anywhere_is_truncated(pixels):
+    data = encode_member(pixels, "raw", None)
+    for keep in range(2, len(data)):
+        assert reason(data[:keep]) is Reason.TRUNCATED, f"{keep} of {len(data)} bytes"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", Reason.EMPTY),
+        (b"P", Reason.NOT_AN_IMAGE),
+        (encode(noise(8, 8), 95), Reason.NOT_AN_IMAGE),
+        (b"P6\n2 1\n255\n" + bytes(6), Reason.NOT_AN_IMAGE),
+        (b"P5\n2 2\n255\n" + bytes(5), Reason.CORRUPT),
+        (b"P5\n2 2\n254\n" + bytes(4), Reason.CORRUPT),
+        (b"P5\n2 2\n65535\n" + bytes(8), Reason.CORRUPT),
+        (b"P5\n02 2\n255\n" + bytes(4), Reason.CORRUPT),
+        (b"P5\n0 2\n255\n", Reason.CORRUPT),
+        (b"P5\n-2 -2\n255\n" + bytes(4), Reason.CORRUPT),
+        (b"P5\n" + b"9" * 5000 + b" 1\n255\n", Reason.CORRUPT),
+        (b"P5\n60000 60000\n255\n", Reason.TOO_LARGE),
+    ],
+)
+def test_what_is_no_whole_image_of_ours_is_refused_with_its_reason(data, expected):
+    assert reason(data) is expected
+
+
+def assert_same_pixels(raw: Path, jpeg: Path, scale: int) -> None:
+    """Each image of the set `jpeg` is what its encoder makes of the pixels in `raw`, all of which have one header."""
+    header = pgm_header(scale, scale)
+    for shard in built(raw, scale):
+        for row, offset, size in read_index(raw, scale, shard):
+            assert size == len(header) + scale * scale
+            with open(shard_path(raw, scale, shard, "tar"), "rb") as tar:
+                tar.seek(offset)
+                assert tar.read(len(header)) == header
+                pixels = np.frombuffer(tar.read(scale * scale), np.uint8).reshape(scale, scale)
+            assert image_bytes(jpeg, scale, row) == encode(pixels, 95), f"row {row}"
+
+
+@pytest.mark.parametrize("scale", [32, 64])
+def test_a_raw_set_holds_the_pixels_that_the_jpegs_were_made_of(raw_set, tiny_set, scale):
+    assert_same_pixels(raw_set, tiny_set, scale)
+    assert (read_set(raw_set).codec, read_set(raw_set).quality) == ("raw", None)
+    assert read_set(raw_set).id != read_set(tiny_set).id
+
+
+def test_real_radiographs_are_held_to_the_pixel(real_tree, real_set, tmp_path):
+    build(real_tree, tmp_path / "set", [64, 256], recipe=Recipe(codec="raw"), quiet=True)
+    verdict = verify(tmp_path / "set", deep=True, quiet=True)
+    assert verdict.problems == []
+    assert verdict.rows == {64: 237, 256: 237}
+    for scale in (64, 256):
+        assert_same_pixels(tmp_path / "set", real_set, scale)

@@ -1,0 +1,114 @@
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
+
+
+def table(n: int = 5) -> pd.DataFrame:
+    numbers = np.arange(n)
+    return pd.DataFrame(
+        {
+            "row": numbers,
+            "image_id": [f"i{i}" for i in numbers],
+            "study_id": "s",
+            "patient_id": "0010",
+            "path": "files/ä.jpg",
+            "bytes": np.where(numbers == 2, -1, 10**10),
+            "view": ["AP", None, "PA", None, "AP"][:n],
+            "height": 3056,
+            "width": 2500,
+            "split": ["train", None, "test", "validate", None][:n],
+            "fold": numbers % 5,
+            "block": numbers % 10,
+            "Zebra": [1.0, 0.0, -1.0, np.nan, np.nan][:n],
+            "Apple": np.nan,
+        }
+    )
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    write_rows(tmp_path / "rows.parquet", table())
+    back = read_rows(tmp_path / "rows.parquet")
+    pd.testing.assert_frame_equal(back, table(), check_dtype=False)
+    assert list(back.columns) == [*COLUMNS, "Zebra", "Apple"]
+    assert back["row"].dtype == back["bytes"].dtype == np.int64
+    assert back["Zebra"].dtype == np.float32
+    assert back["patient_id"].tolist() == ["0010"] * 5, "ids are text: leading zeros stay"
+
+
+def test_the_file_has_the_types_that_other_tools_will_find(tmp_path):
+    write_rows(tmp_path / "rows.parquet", table())
+    schema = pq.read_schema(tmp_path / "rows.parquet")
+    assert {name: schema.field(name).type for name in COLUMNS} == COLUMNS
+    assert str(schema.field("Zebra").type) == "float"
+    assert pq.read_table(tmp_path / "rows.parquet")["Zebra"].null_count == 2
+
+
+def test_the_same_rows_give_the_same_bytes_whatever_the_frame_s_index_and_column_order(tmp_path):
+    write_rows(tmp_path / "one", table())
+    other = table().set_index(np.arange(5) + 7)
+    write_rows(tmp_path / "two", other[[*reversed(COLUMNS), "Zebra", "Apple"]])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_label_names_are_the_columns_behind_the_fixed_ones_in_their_order():
+    assert label_names(table()) == ("Zebra", "Apple")
+
+
+def with_references() -> pd.DataFrame:
+    """The table with a reference standard whose columns stand in the way."""
+    rows = table()
+    rows.insert(3, REFERENCE + "Zebra", [1.0, -1.0, 0.0, np.nan, np.nan])
+    rows.insert(13, REFERENCE + "Apple", np.nan)
+    return rows
+
+
+def test_references_are_no_labels_and_stand_behind_them():
+    rows = with_references()
+    assert label_names(rows) == ("Zebra", "Apple")
+    assert reference_names(rows) == ("radiologist/Zebra", "radiologist/Apple")
+    assert reference_names(table()) == ()
+
+
+def test_references_come_back_as_they_were_written(tmp_path):
+    write_rows(tmp_path / "rows.parquet", with_references())
+    back = read_rows(tmp_path / "rows.parquet")
+    assert list(back.columns) == [*COLUMNS, "Zebra", "Apple", "radiologist/Zebra", "radiologist/Apple"]
+    pd.testing.assert_frame_equal(back, with_references()[list(back.columns)], check_dtype=False)
+    assert str(pq.read_schema(tmp_path / "rows.parquet").field("radiologist/Zebra").type) == "float"
+    assert pq.read_table(tmp_path / "rows.parquet")["radiologist/Zebra"].null_count == 2
+    write_rows(tmp_path / "again.parquet", back)
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "rows.parquet").read_bytes()
+
+
+def test_a_missing_table_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(ShardError, match=r"rows.parquet is missing.*run `cxrfast shard` again"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 0.5, 0.99])
+def test_a_table_cut_short_is_an_error(tmp_path, keep):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, table())
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ShardError, match="cannot be read"):
+        read_rows(path)
+
+
+def test_a_parquet_file_of_something_else_is_refused_and_what_it_lacks_is_named(tmp_path):
+    table().drop(columns=["fold", "path"]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ShardError, match="lacks the columns path, fold"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, table())
+    with pytest.raises(ValueError, match="nonsense"):
+        write_rows(path, table().assign(Zebra="nonsense"))
+    pd.testing.assert_frame_equal(read_rows(path), table(), check_dtype=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]

@@ -1,0 +1,111 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import contents, copy_set, flip_bit, image_bytes, replace_image, without_grids
+
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.format.manifest import read_manifests, shard_path
+from cxrfast.shards.images.grid import STEPS, tolerance
+from cxrfast.shards.repair.repair import repair
+from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.verify import verify
+
+KILLS = int(os.environ.get("CXRFAST_KILLS", "6"))
+
+
+@pytest.fixture
+def old(tiny_set: Path, tmp_path: Path) -> Path:
+    """The tiny set as it was built before there were grids."""
+    return without_grids(copy_set(tiny_set, tmp_path / "old"))
+
+
+def grids(folder: Path, scale: int) -> np.ndarray:
+    with Reader(folder, scale) as reader:
+        return reader.grids.astype(int)
+
+
+def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set):
+    before = contents(old)
+    work = repair(old, quiet=True)
+    assert work.report() == [f"mended: {scale}/: manifests given the grids of their images: 3" for scale in (32, 64)]
+    after = contents(old)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"SHA256SUMS", *(f"{scale}/00000{n}.json" for scale in (32, 64) for n in range(3))}
+    assert verify(old, deep=True, quiet=True).problems == []
+    for scale in (32, 64):
+        off = np.abs(grids(old, scale) - grids(tiny_set, scale)).max()
+        assert 0 < off < STEPS * tolerance("jpeg", 95, scale)
+    assert repair(old, quiet=True).report() == []
+    assert contents(old) == after
+
+
+def test_those_of_raw_images_are_the_very_ones(raw_set, tmp_path):
+    folder = without_grids(copy_set(raw_set, tmp_path / "set"), [(32, 0), (64, 2)])
+    repair(folder, quiet=True)
+    assert contents(folder) == contents(raw_set)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
+def test_a_damaged_old_set_is_mended_first(old, phantoms, tmp_path, suffix):
+    whole = copy_set(old, tmp_path / "whole")
+    repair(whole, quiet=True)
+    flip_bit(shard_path(old, 64, 1, suffix), 60)
+    work = repair(old, Tree(phantoms) if suffix == "tar" else None, workers=1, quiet=True)
+    assert contents(old) == contents(whole)
+    assert [problem.path for problem in work.done] == [f"64/000001.{suffix}", "32/", "64/"]
+
+
+def test_a_set_that_could_not_be_mended_keeps_its_manifests(old):
+    flip_bit(shard_path(old, 64, 1, "tar"), 700)
+    before = contents(old)
+    assert list(repair(old, quiet=True).failed) == ["64/000001.tar"]
+    assert contents(old) == before
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_the_other_shards_get_their_grids(old):
+    replace_image(old, 32, 70, image_bytes(old, 32, 70)[:300])
+    failed = repair(old, quiet=True).failed
+    assert list(failed) == ["32/000001.json"]
+    assert "row 70 in" in failed["32/000001.json"]
+    assert "32/000001.tar is truncated: restore the tar" in failed["32/000001.json"]
+    assert [(m.scale, m.shard) for m in read_manifests(old) if m.lacks_grids] == [(32, 1)]
+    assert verify(old, quiet=True).problems == []
+
+
+def test_a_repair_that_is_killed_while_it_adds_grids_is_finished_by_the_same_command(real_set, tmp_path):
+    start = without_grids(copy_set(real_set, tmp_path / "start"))
+    whole = copy_set(start, tmp_path / "whole")
+    begin = time.monotonic()
+    assert run(whole).wait() == 0
+    usual = time.monotonic() - begin
+    rng, runs, kills, between = random.Random(KILLS), 0, 0, 0
+    while kills < KILLS:
+        runs += 1
+        folder = copy_set(start, tmp_path / f"set-{runs}")
+        child = run(folder)
+        while child.poll() is None and all(m.lacks_grids for m in read_manifests(folder)):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, usual / 20))
+        child.kill()
+        if child.wait() == -signal.SIGKILL:
+            kills += 1
+            between += bool(verify(folder, quiet=True).problems)
+        assert run(folder).wait() == 0
+        assert contents(folder) == contents(whole)
+    print(f"{runs} runs, {kills} kills, {between} of them between a manifest and its line")
+
+
+def run(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cxrfast", "verify", "--repair", folder],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "CXRFAST_DATA": "nowhere"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )

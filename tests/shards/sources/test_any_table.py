@@ -1,0 +1,251 @@
+import os
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from conftest import REAL
+
+from cxrfast.cli.main import cli
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.rows import label_names, read_rows
+from cxrfast.shards.format.tar import read_index
+from cxrfast.shards.sources.mimic import read_source
+
+FRAME = pd.DataFrame(
+    {
+        "path": ["a/1.png", "a/2.png", "./b//3.jpg", "4"],
+        "patient_id": ["007", "007", "8", "NA"],
+        "Study No": ["1", "1", "2", "3"],
+        "Name": ["x", "y", "z", "ä"],
+        "Mass": ["1", "0.0", "-1", ""],
+        "Edema": ["True", "FALSE", "", "1.0"],
+        "projection": ["AP", "", "LL", "PA"],
+        "part": ["Training", "val", " TEST", "  "],
+        "rows": ["10", "", "20", "30"],
+    }
+)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    FRAME.to_csv(tmp_path / "data" / "t.csv", index=False)
+    return tmp_path / "data"
+
+
+def listed(tree: Path | str, **options):
+    return read_source("table", tree, {"table": "t.csv", "label": ["Mass", "Edema"], **options})
+
+
+def change(tree: Path, line: int, column: str, value: str) -> None:
+    frame = FRAME.copy()
+    frame.loc[line - 2, column] = value
+    frame.to_csv(tree / "t.csv", index=False)
+
+
+def test_the_needed_columns_are_enough(tree):
+    source = listed(tree)
+    images = source.images
+    assert source.labels == ("Mass", "Edema")
+    assert images["path"].tolist() == ["a/1.png", "a/2.png", "b/3.jpg", "4"]
+    assert images["image_id"].tolist() == images["study_id"].tolist() == ["a/1", "a/2", "b/3", "4"]
+    assert images["patient_id"].tolist() == ["007", "007", "8", "NA"], "text as it is written"
+    np.testing.assert_array_equal(images["Mass"], np.float32([1, 0, -1, np.nan]))
+    np.testing.assert_array_equal(images["Edema"], np.float32([1, 0, np.nan, 1]))
+    assert images[["view", "split", "height", "width"]].isna().all(axis=None)
+
+
+def test_every_column_can_be_named(tree):
+    images = listed(
+        tree,
+        path_column="path",
+        patient_column="Study No",
+        image_column="Name",
+        study_column="Study No",
+        view_column="projection",
+        split_column="part",
+        height_column="rows",
+        width_column="rows",
+    ).images
+    assert images["image_id"].tolist() == ["x", "y", "z", "ä"]
+    assert images["study_id"].tolist() == images["patient_id"].tolist() == ["1", "1", "2", "3"]
+    assert images["view"].fillna("?").tolist() == ["AP", "?", "LL", "PA"]
+    assert images["split"].fillna("?").tolist() == ["train", "validate", "test", "?"]
+    np.testing.assert_array_equal(images["height"], [10, np.nan, 20, 30])
+    np.testing.assert_array_equal(images["width"], images["height"])
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.tsv", "t.tsv.gz", "t.parquet", "below/t.csv"])
+def test_every_kind_of_table_lists_the_same(tree, name):
+    before = listed(tree).images
+    (tree / "t.csv").unlink()
+    (tree / name).parent.mkdir(exist_ok=True)
+    if name.endswith(".parquet"):
+        FRAME.replace("", None).to_parquet(tree / name)
+    else:
+        FRAME.to_csv(tree / name, index=False, sep="\t" if ".tsv" in name else ",")
+    pd.testing.assert_frame_equal(listed(tree, table=name).images, before, check_dtype=False)
+
+
+def test_a_table_may_lie_elsewhere(tree, tmp_path, monkeypatch):
+    before = listed(tree).images
+    (tree / "t.csv").rename(tmp_path / "labels.csv")
+    monkeypatch.chdir(tree)
+    for table in (str(tmp_path / "labels.csv"), f"file://{tmp_path}/labels.csv"):
+        pd.testing.assert_frame_equal(listed(".", table=table).images, before)
+    for table, message in [
+        ("t.csv", "no t.csv in"),
+        (str(tmp_path / "no.csv"), "no no.csv in .*its tables: labels.csv"),
+    ]:
+        with pytest.raises(ShardError, match=message):
+            listed(tree, table=table)
+    with pytest.raises(ShardError, match=r"'\.\./labels.csv' is no path below the source tree"):
+        listed(tree, table="../labels.csv")
+
+
+def test_absolute_paths_inside_the_tree_become_relative_and_others_are_refused(tree, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tree)
+    monkeypatch.chdir(tmp_path)
+    for place, prefix in [
+        (tree, tree),
+        ("data", tree),
+        ("link", tmp_path / "link"),
+        ("link", tree),
+        (f"file://{tree}", tree),
+    ]:
+        change(tree, 3, "path", f"{prefix}/a/2.png")
+        assert listed(place).images["path"][1] == "a/2.png"
+    for outside in ("/elsewhere/2.png", f"{tree}-old/2.png", "../2.png", f"{tree}/../2.png", "s3://bucket/2.png"):
+        change(tree, 3, "path", outside)
+        with pytest.raises(ShardError, match=rf"line 3 names {outside}, which is not in .*give paths inside --data"):
+            listed(tree)
+
+
+@pytest.mark.parametrize("column", ["path", "file", "Filename"])
+def test_usual_names_of_columns_need_no_option(tree, column):
+    FRAME.rename(columns={"path": column, "patient_id": "Patient_ID"}).to_csv(tree / "t.csv", index=False)
+    assert listed(tree).images["path"][0] == "a/1.png"
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            {"path": "picture"},
+            r"which column of t.csv holds the path of an image\? name it with --path-column \(its columns: picture, patient_id",
+        ),
+        ({"patient_id": "person"}, r"holds the patient of an image\? name it with --patient-column"),
+        ({"Name": "file"}, r"holds the path of an image\? name it with --path-column"),
+        ({"Name": "patient"}, r"holds the patient of an image"),
+    ],
+)
+def test_columns_that_cannot_be_told_are_asked_for(tree, rename, message):
+    FRAME.rename(columns=rename).to_csv(tree / "t.csv", index=False)
+    with pytest.raises(ShardError, match=message):
+        listed(tree)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["path_column", "patient_column", "image_column", "study_column", "view_column", "split_column", "height_column"],
+)
+def test_a_column_that_is_named_and_not_there_is_an_error(tree, option):
+    with pytest.raises(ShardError, match=r"t.csv lacks the columns Nowhere: its columns: path, patient_id, Study No"):
+        listed(tree, **{option: "Nowhere"})
+    with pytest.raises(ShardError, match=r"lacks the columns Masses, Nodule"):
+        listed(tree, label=["Mass", "Masses", "Nodule"])
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "value", "message"),
+    [
+        (3, "patient_id", "", "t.csv: patient_id is blank in line 3"),
+        (5, "patient_id", "  ", "t.csv: patient_id is blank in line 5"),
+        (2, "path", "", "t.csv: path is blank in line 2"),
+        (4, "Mass", "2", "t.csv holds '2' for Mass in line 4: only 1, 0, -1 and blank"),
+        (4, "part", "holdout", "t.csv holds 'holdout' for part in line 4: use train, validate, test or blank"),
+        (3, "rows", "ten", "t.csv holds 'ten' for rows in line 3"),
+        (3, "path", "a/1.jpg", r"t.csv lists a/1 more than once \(lines 2, 3\): .*--image-column"),
+        (3, "Study No", "2", "give study 2 to the patients 007 and 8"),
+        (3, "path", "a/\t2.png", "it must hold no tabs"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tree, line, column, value, message):
+    change(tree, line, column, value)
+    with pytest.raises(ShardError, match=message):
+        listed(tree, split_column="part", height_column="rows", study_column="Study No")
+
+
+def test_a_file_under_two_ids_is_refused(tree):
+    change(tree, 3, "path", "a/1.png")
+    with pytest.raises(ShardError, match=r"list the file a/1.png twice"):
+        listed(tree, image_column="Name")
+
+
+def test_one_label_may_be_given_as_text(tree):
+    assert listed(tree, label="Mass").labels == ("Mass",)
+
+
+# The whole way, on real radiographs
+
+FINDINGS = ("normal", "bacteria", "virus")
+
+
+@pytest.fixture(scope="module")
+def kermany(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,216 real radiographs of children as a folder, and a table with a column for each of their three classes."""
+    if not (REAL / "kermany224.tar").exists():
+        pytest.skip("the real radiographs are not here")
+    root = tmp_path_factory.mktemp("kermany")
+    with tarfile.open(REAL / "kermany224.tar") as archive:
+        archive.extractall(root / "images", filter="data")
+    table = pd.read_csv(REAL / "kermany224.csv", dtype=str)
+    one_hot = pd.get_dummies(table["finding"]).astype(int)
+    table = table.assign(file="images/" + table["file"], **{name: one_hot[name] for name in FINDINGS})
+    table.to_csv(root / "labels.csv", index=False)
+    return root
+
+
+def test_real_radiographs_are_listed_as_their_table_says(kermany):
+    published = pd.read_csv(REAL / "kermany224.csv", dtype=str)
+    images = read_source("table", kermany, {"table": "labels.csv", "label": list(FINDINGS)}).images
+    assert len(images) == len(published) == 5216
+    assert images["patient_id"].tolist() == published["patient_id"].tolist()
+    assert images["patient_id"].nunique() == 2846
+    for finding in FINDINGS:
+        assert images[finding].tolist() == published["finding"].eq(finding).tolist()
+    assert set(images["path"]) == {f"images/{name}" for name in os.listdir(kermany / "images")}
+
+
+def test_real_radiographs_become_shards_by_the_command_line(kermany, tmp_path):
+    labels = [argument for finding in FINDINGS for argument in ("--label", finding)]
+    places = [
+        "--data",
+        str(kermany),
+        "--out",
+        str(tmp_path / "set"),
+        "--scale",
+        "56",
+        "--limit",
+        "50",
+        "--workers",
+        "1",
+    ]
+    done = CliRunner().invoke(cli, ["shard", *places, "--source", "table", "--table", "labels.csv", *labels])
+    assert done.exit_code == 0, done.output
+    assert "5,216 images, 5,216 studies, 2,846 patients from table" in done.output
+    rows = read_rows(tmp_path / "set" / "rows.parquet")
+    assert label_names(rows) == FINDINGS
+    assert rows[list(FINDINGS)].sum(axis=1).eq(1).all()
+    data = (tmp_path / "set" / "56" / "000000.tar").read_bytes()
+    index = read_index(tmp_path / "set", 56, 0)
+    assert len(index) > 50
+    for row, offset, size in index[:20]:
+        pixels = cv2.imdecode(np.frombuffer(data[offset : offset + size], np.uint8), cv2.IMREAD_GRAYSCALE)
+        source = cv2.imread(str(kermany / rows["path"][row]), cv2.IMREAD_GRAYSCALE)
+        error = pixels - cv2.resize(source, (56, 56), interpolation=cv2.INTER_AREA).astype(float)
+        assert np.abs(error).mean() < 3, "the picture is that of the row's path"

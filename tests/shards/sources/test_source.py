@@ -1,0 +1,190 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.format.rows import COLUMNS, read_rows, write_rows
+from cxrfast.shards.sources.source import IDS, Source, checked
+from cxrfast.shards.storage import Tree
+
+TREE = Tree("/data")
+
+
+def images(n: int = 6) -> pd.DataFrame:
+    numbers = range(n)
+    return pd.DataFrame(
+        {
+            "age": 60,
+            "Mass": [1, 0, -1, None, True, False][:n],
+            "path": [f"a/{i}.png" for i in numbers],
+            "radiologist/Mass": [np.nan, 1.0, 0.0, -1.0, np.nan, np.nan][:n],
+            "split": ["train", "validate", "test", None, np.nan, ""][:n],
+            "patient_id": ["007", "007", "8", "8", "9", "9"][:n],
+            "study_id": ["s1", "s1", "s2", "s3", "s4", "s5"][:n],
+            "height": [3056, 0, None, np.nan, 10, 20][:n],
+            "width": [2544.0, 0, np.nan, np.nan, 10, 20][:n],
+            "view": ["AP", None, "", " ", "LL", np.nan][:n],
+            "image_id": [f"i{i}" for i in numbers],
+            "Edema": np.nan,
+        },
+        index=range(2, n + 2),
+    )
+
+
+def check(frame: pd.DataFrame, labels: tuple[str, ...] = ("Mass", "Edema")) -> Source:
+    return checked(Source(images=frame, labels=labels, counts={"odd ones": 3}), TREE)
+
+
+def test_what_passes_is_complete_in_order_and_in_its_types():
+    before = images()
+    source = check(before)
+    frame = source.images
+    assert list(frame.columns) == [*IDS, "view", "height", "width", "split", "Mass", "Edema", "radiologist/Mass"]
+    assert frame.index.tolist() == list(range(6))
+    assert (source.labels, source.counts) == (("Mass", "Edema"), {"odd ones": 3})
+    np.testing.assert_array_equal(frame["Mass"], np.float32([1, 0, -1, np.nan, 1, 0]))
+    assert frame[["Mass", "Edema", "radiologist/Mass"]].dtypes.eq(np.float32).all()
+    assert frame["view"].isna().tolist() == [False, True, True, True, False, True]
+    assert frame["split"].isna().tolist() == [False, False, False, True, True, True]
+    pd.testing.assert_frame_equal(before, images(), check_exact=True)
+    pd.testing.assert_frame_equal(check(frame).images, frame)
+
+
+def test_what_passes_can_be_planned_and_written(tmp_path: Path):
+    source = check(images())
+    rows = plan_rows(source.images, source.labels, 0)
+    write_rows(tmp_path / "rows.parquet", rows)
+    back = read_rows(tmp_path / "rows.parquet").set_index("image_id")
+    assert back["patient_id"].sort_index().tolist() == ["007", "007", "8", "8", "9", "9"]
+    assert back["height"].sort_index().tolist() == [3056, 0, 0, 0, 10, 20]
+    np.testing.assert_array_equal(back["radiologist/Mass"].sort_index(), source.images["radiologist/Mass"])
+
+
+def test_what_is_not_told_is_unknown():
+    frame = check(images()[[*IDS, "Mass"]], ("Mass",)).images
+    assert frame[["view", "height", "width", "split"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("column", [*IDS, "Mass"])
+def test_a_column_that_is_missing_is_named(column):
+    with pytest.raises(ShardError, match=rf"the tables in /data were listed without the columns {column}:"):
+        check(images().drop(columns=column))
+
+
+@pytest.mark.parametrize("column", IDS)
+@pytest.mark.parametrize("blank", [None, np.nan, "", "  "])
+def test_a_blank_id_is_refused(column, blank):
+    frame = images()
+    frame[column] = frame[column].astype(object)
+    frame.loc[3, column] = blank
+    with pytest.raises(ShardError, match=f"list 1 images without {column}: give every image one"):
+        check(frame)
+
+
+@pytest.mark.parametrize("column", IDS)
+@pytest.mark.parametrize("text", ["a\tb", "a\nb", "a\rb", "\0"])
+def test_tabs_and_line_breaks_in_ids_are_refused(column, text):
+    frame = images()
+    frame.loc[3, column] = text
+    with pytest.raises(ShardError, match=f"list the {column} .*: it must hold no tabs or line breaks"):
+        check(frame)
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2, 3, 4, 5, 6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [b"a", b"b", b"c", b"d", b"e", b"f"]]
+)
+def test_ids_that_are_no_text_are_refused_since_they_may_have_lost_zeros(values):
+    with pytest.raises(ShardError, match="for patient_id: it must be text, exactly as it is written"):
+        check(images().assign(patient_id=values, study_id=list("abcdef")))
+
+
+@pytest.mark.parametrize(("column", "what"), [("image_id", "image i1"), ("path", "the file a/1.png")])
+def test_an_image_or_a_file_that_is_listed_twice_is_refused(column, what):
+    frame = images()
+    frame.loc[5, column] = frame.loc[3, column]
+    with pytest.raises(ShardError, match=f"list {what} twice"):
+        check(frame)
+
+
+def test_a_study_of_two_patients_is_refused():
+    frame = images()
+    frame.loc[4, "study_id"] = "s1"
+    with pytest.raises(ShardError, match="give study s1 to the patients 007 and 8: a study is of one patient"):
+        check(frame)
+
+
+@pytest.mark.parametrize(
+    "path", ["/a.png", "../a.png", "a/../b.png", "a/..", "./a.png", "a//b.png", "a/", "s3://x/y.png", ".", "a/./b"]
+)
+def test_a_path_that_is_not_below_the_tree_or_not_tidy_is_refused(path):
+    frame = images()
+    frame.loc[3, "path"] = path
+    with pytest.raises(ShardError, match="paths must be relative to the tree, without"):
+        check(frame)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "..a", "a..", "...", ".a", "ä b", "C:", "[x]*?"]), min_size=1, max_size=4).map(
+        "/".join
+    )
+)
+def test_a_path_that_is_below_the_tree_passes(path):
+    frame = images()
+    frame.loc[3, "path"] = path
+    assert check(frame).images["path"][1] == path
+
+
+@pytest.mark.parametrize("value", [2, 0.5, "1", "yes", np.inf])
+@pytest.mark.parametrize("column", ["Mass", "radiologist/Mass"])
+def test_a_label_that_means_nothing_is_refused(column, value):
+    frame = images()
+    frame[column] = frame[column].astype(object)
+    frame.loc[3, column] = value
+    with pytest.raises(ShardError, match=f"hold .*{value}.* for {column}: only 1, 0, -1 and blank are known"):
+        check(frame)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((), "name one or more columns"),
+        (("",), "name one or more columns"),
+        ((3,), "name one or more columns"),
+        (("Mass", "Mass"), "label 'Mass' is named twice"),
+        (("Mass", "radiologist/Mass"), "a label cannot be called 'radiologist/Mass'"),
+        *((("Mass", name), f"a label cannot be called '{name}'") for name in COLUMNS),
+    ],
+)
+def test_names_that_cannot_be_labels_are_refused(labels, message):
+    with pytest.raises(ShardError, match=message):
+        check(images(), labels)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("split", "valid", "hold the split 'valid': use train, validate, test or null"),
+        ("height", -1, "hold the height -1: it must be whole pixels"),
+        ("width", 2.5, "hold the width 2.5: it must be whole pixels"),
+        ("height", 2.0**31, "it must be whole pixels"),
+        ("height", "tall", "hold a height that is no number"),
+        ("view", 3, "with .* for view: it must be text"),
+    ],
+)
+def test_other_values_that_mean_nothing_are_refused(column, value, message):
+    frame = images()
+    frame[column] = frame[column].astype(object)
+    frame.loc[3, column] = value
+    with pytest.raises(ShardError, match=message):
+        check(frame)
+
+
+def test_a_listing_without_images_is_refused():
+    with pytest.raises(ShardError, match="the tables in /data list no images"):
+        check(images().iloc[:0])

@@ -1,0 +1,193 @@
+import gzip
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.sources.tables import (
+    BLANK,
+    columns_of,
+    filled,
+    find_table,
+    lines,
+    pixels,
+    raw_labels,
+    read_table,
+    tables_in,
+)
+from cxrfast.shards.storage import Tree
+
+FRAME = pd.DataFrame(
+    {
+        "id": ["0012", "NA", "null", " 7 ", 'with "quotes", and commas'],
+        "blank": ["x", None, None, "None", ""],
+        "Edema": ["1.0", "0", "-1", None, "True"],
+    }
+)
+
+
+def write(folder: Path, name: str, frame: pd.DataFrame = FRAME) -> Tree:
+    if name.endswith((".parquet", ".pq")):
+        frame.to_parquet(folder / name)
+        return Tree(folder)
+    data = frame.to_csv(index=False, sep="\t" if ".tsv" in name else ",").encode()
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return Tree(folder)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv", "t.tsv.gz", "t.parquet", "t.pq"])
+def test_text_comes_back_as_it_is_written_from_every_kind_of_table(tmp_path, name):
+    tree = write(tmp_path, name)
+    table = read_table(tree, name, ["blank", "id"], optional=["Edema", "absent"], ids=["id"])
+    assert list(table.columns) == ["blank", "id", "Edema"]
+    assert table["id"].tolist() == FRAME["id"].tolist(), "leading zeros, spaces and NA stay: they may be ids"
+    assert table["blank"].isna().tolist() == [False, True, True, False, True]
+    assert table.index[0] == (1 if "p" in name.partition(".")[2] else 2), "lines are counted as an editor counts them"
+    assert columns_of(tree, name) == ["id", "blank", "Edema"]
+    np.testing.assert_array_equal(raw_labels(table["Edema"], name), np.float32([1, 0, -1, np.nan, 1]))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [True, False])
+def test_line_ends_and_byte_order_marks_of_other_programs_do_not_matter(tmp_path, newline, bom, end):
+    text = newline.join(["id,Edema", "ä,1", "b,0"]) + newline * end
+    (tmp_path / "t.csv").write_bytes(bom + text.encode())
+    table = read_table(Tree(tmp_path), "t.csv", ["id", "Edema"])
+    assert table["id"].tolist() == ["ä", "b"]
+    assert table["Edema"].tolist() == ["1", "0"]
+
+
+def test_the_types_of_a_parquet_table_become_text_without_loss(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "number": pd.array([7, None, 2**62], "Int64"),
+            "flag": pd.array([True, None, False], "boolean"),
+            "kind": pd.Categorical(["b", None, "a"]),
+            "label": [1.0, np.nan, -1.0],
+            "nothing": [None, None, None],
+            "list": [[1], [2], [3]],
+        }
+    )
+    tree = write(tmp_path, "t.parquet", frame)
+    table = read_table(tree, "t.parquet", ["number", "flag", "kind", "label", "nothing"], ids=["number", "kind"])
+    assert table["number"].dropna().tolist() == ["7", str(2**62)]
+    assert table["kind"].dropna().tolist() == ["b", "a"]
+    np.testing.assert_array_equal(raw_labels(table["flag"], "t"), np.float32([1, np.nan, 0]))
+    np.testing.assert_array_equal(raw_labels(table["label"], "t"), np.float32([1, np.nan, -1]))
+    assert table["nothing"].isna().all()
+    with pytest.raises(ShardError, match="holds double in column label: store it as text"):
+        read_table(tree, "t.parquet", ["label"], ids=["label"])
+    with pytest.raises(ShardError, match=r"holds list.* in column list: store it as text or numbers"):
+        read_table(tree, "t.parquet", ["list"])
+
+
+def test_what_a_table_lacks_is_named_beside_what_it_has(tmp_path):
+    tree = write(tmp_path, "t.csv")
+    with pytest.raises(ShardError, match=r"t.csv lacks the columns path, Mass: its columns: id, blank, Edema"):
+        read_table(tree, "t.csv", ["id", "path", "Mass"])
+    with pytest.raises(ShardError, match=r"t.csv lacks the columns path: is it the table of X\?"):
+        read_table(tree, "t.csv", ["path"], "the table of X")
+    with pytest.raises(ShardError, match=r"no u.csv in .* \(its tables: t.csv\)"):
+        read_table(tree, "u.csv", ["id"])
+    (tmp_path / "v.xlsx").write_bytes(b"PK")
+    with pytest.raises(ShardError, match=r"v.xlsx is no table that can be read: give a .csv"):
+        read_table(tree, "v.xlsx", ["id"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "it is empty"),
+        (b"\n\n", "it is empty"),
+        (b"id,Edema\na,1\nb,c,0\n", "line 3"),
+        (b"id,Edema\na,1,2\nb,0,1\n", "Length of header"),
+        (b"id,Edema\na,1\nb", "its last line is cut short"),
+        (b'id,Edema\na,1\n"b,0\n', "EOF inside string"),
+        (b"id,Edema\n\xe4,1\n", "codec can't decode"),
+        (b"id,Edema,id\na,1,b\n", "has the columns id twice"),
+    ],
+)
+def test_a_damaged_table_is_named_and_never_read_askew(tmp_path, data, message):
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(ShardError, match=rf"t\.csv.*{message}"):
+        read_table(Tree(tmp_path), "t.csv", ["id"])
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.parquet"])
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.95])
+def test_a_packed_table_cut_short_is_named(tmp_path, name, keep):
+    tree = write(tmp_path, name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ShardError, match=rf"{name} cannot be read as a (CSV|Parquet) table"):
+        read_table(tree, name, ["id"])
+
+
+def test_an_unpacked_table_comes_before_a_packed_one_and_a_first_name_before_a_second(tmp_path):
+    tree = Tree(tmp_path)
+    assert find_table(tree, ["a.csv"]) is None
+    assert find_table(tree, ["a.csv"], "absent") is None
+    assert tables_in(tree) == "none"
+    for name, found in [("b.csv.gz", "b.csv.gz"), ("b.csv", "b.csv"), ("a.csv.gz", "a.csv.gz"), ("a.csv", "a.csv")]:
+        write(tmp_path, name)
+        assert find_table(tree, ["a.csv", "b.csv"]) == found
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below", "a.csv")
+    assert find_table(tree, ["a.csv"], "below") == "below/a.csv"
+    assert tables_in(tree) == "a.csv, a.csv.gz, b.csv, b.csv.gz"
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([1.0, 0.0, -1.0, np.nan]), max_size=30))
+def test_labels_come_back_from_whatever_pandas_writes(values):
+    text = pd.DataFrame({"Edema": values, "x": 0}).to_csv(index=False)
+    column = pd.read_csv(io.StringIO(text), dtype=str)["Edema"]
+    labels = raw_labels(column, "t")
+    assert labels.dtype == np.float32
+    np.testing.assert_array_equal(labels, np.array(values, np.float32))
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=4))
+def test_a_label_is_one_of_four_values_or_an_error_that_names_it(text):
+    column = pd.Series(["1", text], [2, 3], dtype=object, name="Edema")
+    words = {**dict.fromkeys(BLANK, np.nan), "true": 1.0, "false": 0.0}
+    try:
+        value = words[text.strip().lower()] if text.strip().lower() in words else float(text)
+    except ValueError:
+        value = np.inf
+    if value in (1, 0, -1) or np.isnan(value):
+        np.testing.assert_equal(raw_labels(column, "t.csv")[3], np.float32(value))
+    else:
+        with pytest.raises(ShardError, match=re.escape(f"t.csv holds {text!r} for Edema in line 3")):
+            raw_labels(column, "t.csv")
+
+
+@pytest.mark.parametrize("text", ["2", "0.5", "yes", "-", "inf", "1,0", "−1", "0x1", "--1", "positive"])
+def test_a_label_that_means_nothing_is_refused(text):
+    with pytest.raises(ShardError, match="in lines 3, 5: only 1, 0, -1 and blank are known"):
+        raw_labels(pd.Series(["1", text, None, text], [2, 3, 4, 5], name="Edema"), "t.csv")
+
+
+def test_sizes_are_whole_pixels_or_unknown():
+    column = pd.Series(["3056", "3056.0", None, "", "0"], dtype=object, name="Rows")
+    np.testing.assert_array_equal(pixels(column, "t"), [3056, 3056, np.nan, np.nan, 0])
+    for text in ("-1", "2.5", "tall", "inf", "true", str(2**31)):
+        with pytest.raises(ShardError, match="only whole numbers of pixels and blank"):
+            pixels(pd.Series([text], name="Rows"), "t")
+
+
+def test_blank_ids_are_named_by_their_lines():
+    column = pd.Series(["a", None, "", "  ", "\t", "0", "None"], range(2, 9), dtype=object, name="patient_id")
+    with pytest.raises(ShardError, match=r"t.csv: patient_id is blank in lines 3, 4, 5, 6: give every image one"):
+        filled(column, "t.csv")
+    assert filled(column.iloc[[0, 5, 6]], "t.csv").tolist() == ["a", "0", "None"]
+    assert lines(pd.Index([7])) == "line 7"
+    assert lines(pd.RangeIndex(2000)) == "lines 0, 1, 2, 3, 4, … (2,000)"

@@ -1,0 +1,406 @@
+"""Accidents to shard sets and their sources: kills, full disks, damaged and misplaced files, values that mean nothing."""
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from damage import contents, copy_set, flip_bit, replace_image, sign, where
+
+from cxrfast.errors import LoadError, ShardError
+from cxrfast.phantoms.dataset import synth
+from cxrfast.pipelines.dali import DaliEngine
+from cxrfast.pipelines.order import Work
+from cxrfast.pipelines.reader import Reader
+from cxrfast.shards.build import build as build_set
+from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.format.manifest import read_manifest, shard_path
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.upkeep.verify import verify
+
+
+def build(data, out, scales, **options):
+    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
+
+
+@pytest.fixture
+def tree(phantoms: Path, tmp_path: Path) -> Path:
+    shutil.copytree(phantoms, tmp_path / "mimic")
+    return tmp_path / "mimic"
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.mark.parametrize("left", [[], ["rows.parquet.1.tmp"]])
+def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
+    out = tmp_path / "set"
+    for scale in ("32", "64"):
+        (out / scale).mkdir(parents=True)
+    for name in left:
+        (out / name).write_bytes(b"PAR1")
+    build(phantoms, out, [32, 64])
+    assert contents(out) == contents(tiny_set)
+
+
+@pytest.mark.parametrize("left", ["SHA256SUMS.1.tmp", "quarantine.csv.1.tmp", "set.json.1.tmp", "rows.parquet.1.tmp"])
+def test_what_a_killed_build_left_beside_the_plan_is_cleared_away(phantoms, tiny_set, folder, left):
+    (folder / left).write_bytes(b"half")
+    shard_path(folder, 64, 1, "json").unlink()
+    build(phantoms, folder, [32, 64])
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_what_was_left_at_another_scale_is_cleared_away(phantoms, tiny_set, folder):
+    (folder / "64" / "000001.tar.1.tmp").write_bytes(b"half")
+    build(phantoms, folder, [32])
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tree, tmp_path):
+    """The estimate is misled on purpose: the images that it samples are flat, the others noise."""
+    source = read_source("mimic", tree)
+    rng = np.random.default_rng(0)
+    for row, path in enumerate(plan_rows(source.images, source.labels, 0)["path"]):
+        flat = np.full((128, 128), 90, np.uint8)
+        (tree / path).write_bytes(encode(flat if row % 12 == 0 else rng.integers(0, 256, (128, 128), np.uint8), 95))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs to mount a small disk")
+    try:
+        with pytest.raises(ShardError, match="no space or quota left"):
+            build(tree, disk / "set", [128])
+        assert not list(disk.rglob("*.tmp")), "half a tar must not fill the disk"
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        build(tree, disk / "set", [128])
+        build(tree, tmp_path / "undisturbed", [128])
+        assert contents(disk / "set") == contents(tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+RETRY = """
+import os, signal, sys
+from pathlib import Path
+from cxrfast.shards import build
+if __name__ == "__main__":
+    step, data, out = sys.argv[1:]
+    real = getattr(build, step)
+    def killed(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(build, step, killed)
+    build.build(Path(data), Path(out), [32], workers=1, quiet=True, retry_quarantined=True)
+"""
+
+
+@pytest.mark.parametrize("step", ["write_rows", "find_todo", "_run", "_finish"])
+def test_a_retry_that_was_killed_is_finished_by_the_same_command(tmp_path, step):
+    for name, corrupt in (("corrupt", 6), ("sound", 0)):
+        synth(tmp_path / name, images=70, size=64, corrupt=corrupt, workers=1)
+    out = tmp_path / "set"
+    build(tmp_path / "corrupt", out, [32])
+    (tmp_path / "script.py").write_text(RETRY)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", step, tmp_path / "sound", out],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == -9
+    build(tmp_path / "sound", out, [32], retry_quarantined=True)
+    build(tmp_path / "sound", tmp_path / "undisturbed", [32])
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_path, tiny_set):
+    path = tree / read_rows(tiny_set / "rows.parquet")["path"][70]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ShardError, match="shard 1"):
+        build(tree, tmp_path / "set", [32])
+    assert [n for n in range(3) if read_manifest(tmp_path / "set", 32, n)] == [0, 2]
+
+
+@pytest.mark.parametrize("recipe", [{"codec": "png"}, {"resize": "crop"}, {"grey": "colour"}])
+def test_a_recipe_that_is_not_carried_out_is_refused(recipe):
+    with pytest.raises(ShardError):
+        Recipe(**recipe)
+
+
+def test_a_packed_table_with_flipped_bytes_is_named(tree, tmp_path):
+    path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
+    for position in range(20, path.stat().st_size - 9, 37):
+        data = bytearray(path.read_bytes())
+        data[position] ^= 0xFF
+        (tree / "mimic-cxr-2.0.0-metadata.csv.gz").write_bytes(data)
+        with pytest.raises(ShardError):
+            read_source("mimic", tree)
+        data[position] ^= 0xFF
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("value", ["yes", "2.0"])
+def test_a_label_that_means_nothing_is_refused(tree, tmp_path, value):
+    path = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"1.0", value.encode(), 1)))
+    with pytest.raises(ShardError):
+        build(tree, tmp_path / "set", [32], dry_run=True)
+
+
+def test_a_size_that_the_tables_do_not_give_is_0(tree, tmp_path):
+    path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
+    metadata = pd.read_csv(path)
+    metadata["Rows"] = metadata["Rows"].astype(float)
+    metadata.loc[3, "Rows"] = np.nan
+    metadata.to_csv(path, index=False)
+    build(tree, tmp_path / "set", [8])
+    heights = read_rows(tmp_path / "set" / "rows.parquet")["height"]
+    assert heights.dtype == np.int32
+    assert heights.eq(0).sum() == 1
+
+
+@pytest.mark.parametrize(("position", "mask"), [(64, 1), (65, 0x10), (3, 0x80), (0, 1), (66, 1), (10, 0x3B)])
+def test_a_flipped_bit_in_the_sums_is_found(folder, position, mask):
+    flip_bit(folder / "SHA256SUMS", position, mask)
+    with contextlib.suppress(ShardError):
+        assert verify(folder, quiet=True).problems
+
+
+def test_every_bit_of_the_sums_counts(folder):
+    data = (folder / "SHA256SUMS").read_bytes()
+    for position in range(0, len(data), 3):
+        flip_bit(folder / "SHA256SUMS", position, 1 << position % 8)
+        with contextlib.suppress(ShardError):
+            assert verify(folder, quiet=True).problems, position
+        (folder / "SHA256SUMS").write_bytes(data)
+
+
+def test_a_shard_of_another_scale_is_found(folder):
+    for suffix in ("tar", "idx", "json"):
+        shutil.copy(shard_path(folder, 64, 1, suffix), shard_path(folder, 32, 1, suffix))
+    sign(folder)
+    assert verify(folder, quiet=True).problems
+
+
+def test_a_tar_that_is_not_the_one_of_its_manifest_is_found(folder):
+    flip_bit(shard_path(folder, 32, 1, "tar"), 700)
+    path = shard_path(folder, 32, 1, "json")
+    lines = (folder / "SHA256SUMS").read_text()
+    from cxrfast.files import sha256
+
+    old = json.loads(path.read_bytes())["sha256"]
+    (folder / "SHA256SUMS").write_text(lines.replace(old, sha256(shard_path(folder, 32, 1, "tar"))))
+    assert verify(folder, quiet=True).problems
+
+
+@pytest.mark.parametrize("row", [-1, 150, 10**6])
+def test_a_row_that_does_not_exist_is_refused(tiny_set, row):
+    with Reader(tiny_set, 32) as reader, pytest.raises(LoadError, match=str(row)):
+        reader.read(row)
+
+
+def test_a_manifest_that_is_damaged_is_a_load_error(folder):
+    shard_path(folder, 32, 1, "json").write_text("{")
+    with pytest.raises(LoadError):
+        Reader(folder, 32)
+
+
+def test_changed_bytes_do_not_cost_the_batches_before_them(folder):
+    shard, offset, size = where(folder, 64, 70)
+    flip_bit(shard_path(folder, 64, shard, "tar"), offset + size // 2)
+    got = 0
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
+        for _ in DaliEngine(reader, 64, torch.device("cpu"), 2).batches(
+            [Work(np.arange(i, i + 10)) for i in range(0, 150, 10)]
+        ):
+            got += 1
+    assert got == 7
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_image_of_another_size_names_its_row(folder, rows):
+    replace_image(folder, 64, 70, encode(np.zeros((16, 16), np.uint8), 50))
+    work = [Work(np.arange(i, i + rows)) for i in range(60, 80, rows)]
+    with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
+        list(DaliEngine(reader, 64, torch.device("cpu"), 2).batches(work))
+
+
+def test_retrying_with_another_tree_changes_nothing(tmp_path):
+    tree, out = tmp_path / "mimic", tmp_path / "set"
+    synth(tree, images=70, size=64, corrupt=2, workers=1)
+    build(tree, out, [32])
+    before = contents(out)
+    shutil.copytree(tree, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
+    (tmp_path / "empty" / "files").mkdir(exist_ok=True)
+    with pytest.raises(ShardError, match="give --data the tree that the set was made of"):
+        build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
+    assert contents(out) == before
+
+
+def test_files_of_other_people_are_neither_removed_nor_taken_for_ours(phantoms, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "notes.tmp").write_text("mine")
+    with pytest.raises(ShardError, match="not empty"):
+        build(phantoms, tmp_path / "set", [32])
+    assert (tmp_path / "set" / "notes.tmp").read_text() == "mine"
+
+
+# What a build must not take for its own, sign or lose
+
+
+def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_path):
+    build(phantoms, tmp_path / "other", [16], recipe=Recipe(seed=5))
+    shutil.copytree(tmp_path / "other" / "16", folder / "16")
+    before = contents(folder)
+    with pytest.raises(ShardError, match=r"16/000000.json belongs to shard 0 at 16 px of set"):
+        build(phantoms, folder, [16])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "set.json", "SHA256SUMS"])
+def test_a_damaged_plan_stops_a_build_instead_of_being_signed(phantoms, folder, name):
+    mask = 0x80 if name == "SHA256SUMS" else 1  # not one hash into another, which is for `verify` to find
+    flip_bit(folder / name, (folder / name).stat().st_size // 2, mask)
+    before = contents(folder)
+    with pytest.raises(ShardError, match=r"damaged|disagree|cannot be read"):
+        build(phantoms, folder, [16])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["32/000001.idx", "32/000001.tar", "64/000001.json"])
+def test_damage_done_before_a_build_is_still_found_after_it(phantoms, folder, name):
+    data = (folder / name).read_bytes()
+    at = data.rindex(b"9") if name.endswith(("idx", "json")) else 5000
+    (folder / name).write_bytes(data[:at] + b"8" + data[at + 1 :])
+    build(phantoms, folder, [16])
+    assert [p.path for p in verify(folder, quiet=True).problems] == [name]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
+def test_a_shard_that_lacks_a_file_is_built_again(phantoms, folder, tiny_set, suffix):
+    shard_path(folder, 32, 1, suffix).unlink()
+    assert build(phantoms, folder, [32]).complete
+    assert contents(folder) == contents(tiny_set)
+
+
+def test_a_stray_copy_of_a_manifest_is_not_a_shard(phantoms, folder, tiny_set):
+    shutil.copy(shard_path(folder, 32, 0, "json"), folder / "32" / "000000-Copy1.json")
+    assert build(phantoms, folder, [32]).rows[32] == 150
+    assert [p.path for p in verify(folder, quiet=True).problems] == ["32/000000-Copy1.json"]
+
+
+def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantoms, folder, tmp_path):
+    (folder / "32").rename(tmp_path / "elsewhere")
+    (folder / "32").symlink_to(tmp_path / "elsewhere")
+    build(phantoms, folder, [16])
+    assert verify(folder, quiet=True).problems == []
+    assert verify(folder, quiet=True).rows == {16: 150, 32: 150, 64: 150}
+
+
+@pytest.fixture
+def left_out(tmp_path: Path) -> tuple[Path, Path]:
+    """A tree of 130 images, whose set at 16 and 32 px lacks one that could not be used, and can be now."""
+    tree, out = tmp_path / "left-out", tmp_path / "left-out-set"
+    synth(tree, images=130, size=64, workers=1)
+    source = read_source("mimic", tree)
+    path = tree / plan_rows(source.images, source.labels, 0)["path"][5]
+    data = path.read_bytes()
+    path.write_bytes(b"no image")
+    build(tree, out, [16, 32])
+    path.write_bytes(data)
+    return tree, out
+
+
+def test_a_retry_never_loses_a_row_that_was_fine(left_out):
+    tree, out = left_out
+    path = tree / read_rows(out / "rows.parquet")["path"][6]
+    data = path.read_bytes()
+    path.write_bytes(bytes(len(data)))
+    with pytest.raises(ShardError, match="was fine at other scales and is not an image now"):
+        build(tree, out, [32], retry_quarantined=True)
+    assert 6 in read_manifest(out, 32, 0).rows, "the old shard is still there"
+    path.write_bytes(data)
+    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
+
+
+def test_a_retry_touches_the_shards_within_its_limit_and_the_scales_they_have(left_out, tmp_path):
+    tree, out = left_out
+    shutil.rmtree(out / "16")
+    build(tree, out, [16], limit=1)
+    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
+    assert [n for n in range(3) if read_manifest(out, 16, n)] == [0]
+    assert read_manifest(out, 16, 0).rows == read_manifest(out, 32, 0).rows == list(range(64))
+
+
+def test_other_labels_than_the_set_was_planned_with_are_refused(real_tree, tmp_path):
+    build(real_tree, tmp_path / "set", [16], limit=1)
+    with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
+        build(real_tree, tmp_path / "set", [16], source_options={"labels": "negbio"})
+    assert build(real_tree, tmp_path / "set", [16], source_options={"labels": "chexpert"}).complete
+
+
+@pytest.mark.parametrize("where", ["inside", "around", "same"])
+def test_set_and_source_never_lie_in_one_another(tree, where):
+    out = {"inside": tree / "shards", "around": tree.parent, "same": tree}[where]
+    with pytest.raises(ShardError, match=r"lie in one another|not empty"):
+        build(tree, out, [16])
+    assert not (tree / "shards").exists()
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "close"])
+def test_a_quota_that_ends_while_a_tar_is_written_synced_or_closed_leaves_no_half_file(phantoms, tmp_path, step):
+    """EDQUOT, which no file system here gives: the system call that fails is replaced, in the worker."""
+    script = tmp_path / "script.py"
+    script.write_text(QUOTA)
+    done = subprocess.run(
+        [sys.executable, script, step, phantoms, tmp_path / "set"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no space or quota left" in done.stderr, done.stderr
+    assert not list((tmp_path / "set").rglob("*.tmp"))
+    build(phantoms, tmp_path / "set", [32, 64])
+    build(phantoms, tmp_path / "undisturbed", [32, 64])
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
+
+
+QUOTA = """
+import errno, os, sys
+from pathlib import Path
+from cxrfast.errors import ShardError
+from cxrfast.shards import build, tar
+step = sys.argv[1]
+def refuse(*arguments):
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+class File:
+    def __init__(self, file):
+        self.file = file
+    def __getattr__(self, name):
+        return refuse if name == step else getattr(self.file, name)
+if step == "fsync":
+    real = os.fsync
+    os.fsync = lambda fd: refuse() if os.readlink(f"/proc/self/fd/{fd}").endswith(".tmp") and ".tar." in os.readlink(f"/proc/self/fd/{fd}") else real(fd)
+else:
+    tar.open = lambda *a, **k: File(open(*a, **k)) if "wb" in a else open(*a, **k)
+if __name__ == "__main__":
+    try:
+        build.build(Path(sys.argv[2]), Path(sys.argv[3]), [32, 64], workers=1, quiet=True)
+    except ShardError as error:
+        sys.exit(str(error))
+"""

@@ -1,0 +1,424 @@
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from damage import contents, image_bytes
+
+from cxrfast.errors import ShardError
+from cxrfast.labels import MIMIC
+from cxrfast.phantoms.dataset import synth
+from cxrfast.shards.build import Report, describe
+from cxrfast.shards.build import build as build_set
+from cxrfast.shards.format.codec import decode_member
+from cxrfast.shards.format.manifest import read_manifest, read_set
+from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.images.decode import at_scales, decode_grey, encode
+from cxrfast.shards.upkeep.verify import verify
+
+
+def build(data: Path, out: Path, scales: list[int], **options) -> Report:
+    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
+
+
+def paths(folder: Path) -> list[str]:
+    """Of the source images, by row."""
+    return read_rows(folder / "rows.parquet")["path"].tolist()
+
+
+def copy(tree: Path, to: Path) -> Path:
+    shutil.copytree(tree, to)
+    return to
+
+
+def repair(tree: Path, path: str, sound: Path) -> None:
+    (tree / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(sound / path, tree / path)
+
+
+@pytest.fixture
+def tree(phantoms: Path, tmp_path: Path) -> Path:
+    """A copy of the phantoms that can be spoiled."""
+    return copy(phantoms, tmp_path / "mimic")
+
+
+@pytest.fixture(scope="module")
+def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 phantoms, six of them damaged: two truncated, two empty, two no images. Not to be written to."""
+    out = tmp_path_factory.mktemp("corrupt") / "mimic"
+    synth(out, images=70, size=64, corrupt=6, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 70 phantoms, none damaged."""
+    out = tmp_path_factory.mktemp("sound") / "mimic"
+    synth(out, images=70, size=64, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the sound tree, at 32 px."""
+    out = tmp_path_factory.mktemp("sound-set") / "set"
+    build(sound, out, [32])
+    return out
+
+
+@pytest.fixture(scope="module")
+def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """Of the damaged tree, at 32 px."""
+    out = tmp_path_factory.mktemp("corrupt-set") / "set"
+    return out, build(corrupt, out, [32])
+
+
+# The same bytes
+
+
+def test_two_workers_and_scales_in_another_order_give_the_same_bytes(phantoms, either_set, tmp_path):
+    report = build(phantoms, tmp_path / "set", [64, 32, 64], workers=2, recipe=read_set(either_set).recipe)
+    assert contents(tmp_path / "set") == contents(either_set)
+    assert report.complete
+    assert report.rows == {32: 150, 64: 150}
+    assert report.bytes == {s: sum(p.stat().st_size for p in (either_set / str(s)).glob("*.tar")) for s in (32, 64)}
+
+
+def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, either_set, tmp_path):
+    out, recipe = tmp_path / "set", read_set(either_set).recipe
+    report = build(phantoms, out, [64], limit=65, recipe=recipe)
+    assert not report.complete
+    assert report.rows == {64: 128}, "the two shards that hold the first 65 rows"
+    assert verify(out, quiet=True).problems == []
+    first = contents(out / "64")
+    report = build(phantoms, out, [64], recipe=recipe)
+    assert report.complete
+    assert {name: data for name, data in contents(out / "64").items() if name in first} == first
+    assert build(phantoms, out, [32], recipe=recipe).complete
+    assert contents(out) == contents(either_set)
+
+
+def test_a_whole_set_is_left_alone(phantoms, tiny_set, tmp_path):
+    out = copy(tiny_set, tmp_path / "set")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    report = build(phantoms, out, [32, 64])
+    assert report.complete
+    assert report.estimate.images == {}
+    assert contents(out) == contents(tiny_set)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items() if path.parent != out)
+
+
+def test_the_pixels_are_those_of_the_source_resized(phantoms, tiny_set, raw_set):
+    for row, path in list(enumerate(paths(tiny_set)))[::10]:
+        picture = at_scales(decode_grey((phantoms / path).read_bytes()), [64])[64]
+        assert image_bytes(tiny_set, 64, row) == encode(picture, 95)
+        np.testing.assert_array_equal(decode_member(image_bytes(raw_set, 64, row), "raw"), picture)
+
+
+def test_nothing_is_written_into_the_source_and_no_process_is_left(phantoms, tmp_path):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [phantoms, *phantoms.rglob("*")]}
+    processes = set(psutil.Process().children(recursive=True))
+    build(phantoms, tmp_path / "set", [8], workers=2)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [phantoms, *phantoms.rglob("*")]} == before
+    left = set(psutil.Process().children(recursive=True)) - processes
+    assert not [p.cmdline() for p in left if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, either_set, tmp_path):
+    report = build(phantoms, tmp_path / "set", [32, 64], dry_run=True, recipe=read_set(either_set).recipe)
+    assert not (tmp_path / "set").exists()
+    assert not report.complete
+    assert report.estimate.images == {32: 150, 64: 150}
+    assert report.estimate.files == {32: 9, 64: 9}
+    for scale in (32, 64):
+        size = sum(path.stat().st_size for path in (either_set / str(scale)).iterdir())
+        assert 0.7 < report.estimate.bytes[scale] / size < 1.4
+    assert "to do at 64 px: 150 rows" in describe(report, tmp_path / "set")
+
+
+def test_uncompressed_images_are_estimated_as_large_as_their_pixels(phantoms, tmp_path):
+    needed = build(phantoms, tmp_path / "set", [256, 2048], dry_run=True, recipe=Recipe(codec="raw")).estimate.bytes
+    assert needed == {scale: pytest.approx(150 * scale**2, rel=0.05) for scale in (256, 2048)}
+
+
+# Killed
+
+
+def many(tree: Path, n: int, images: list[Path]) -> Path:
+    """A tree of `n` images that are links to a few, each of a patient of its own: many shards for little work."""
+    (tree / "files").mkdir(parents=True)
+    lines = {
+        "chexpert": [",".join(["subject_id", "study_id", *MIMIC])],
+        "metadata": ["dicom_id,subject_id,study_id,ViewPosition,Rows,Columns"],
+        "split": ["dicom_id,split"],
+    }
+    for i in range(n):
+        subject, study = 10_000_000 + i, 50_000_000 + i
+        path = tree / f"files/p10/p{subject}/s{study}/image-{i}.jpg"
+        path.parent.mkdir(parents=True)
+        path.hardlink_to(images[i % len(images)])
+        lines["chexpert"].append(f"{subject},{study},1.0" + "," * (len(MIMIC) - 1))
+        lines["metadata"].append(f"image-{i},{subject},{study},AP,128,105")
+        lines["split"].append(f"image-{i},train")
+    for kind, text in lines.items():
+        (tree / f"mimic-cxr-2.0.0-{kind}.csv").write_text("\n".join(text) + "\n")
+    return tree
+
+
+def shard_command(data: Path, out: Path, scales: list[int], *options: str) -> list[str]:
+    asked = [word for scale in scales for word in ("--scale", str(scale))]
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", str(data), "--out", str(out), *asked]
+    return [*command, "--workers", "2", *options]
+
+
+def environment(mark: str) -> dict[str, str]:
+    return {**os.environ, "CXRFAST_TEST": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def kill_when(command: list[str], ready: Callable[[], bool], mark: str) -> bool:
+    """Start the command and SIGKILL its process, and only that, as soon as `ready`. False if it ended before."""
+    with subprocess.Popen(
+        command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as child:
+        while child.poll() is None and not ready():
+            time.sleep(0.001)
+        child.kill()
+    return child.returncode == -signal.SIGKILL
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes that were started with `mark` in their environment, by whomever."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CXRFAST_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def has_bytes(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # renamed since it was listed
+        return False
+
+
+def all_end(mark: str) -> bool:
+    end = time.monotonic() + 30
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not marked(mark)
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
+    tree = many(tmp_path / "mimic", 8 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
+    out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
+    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=Recipe(codec=codec))
+    command = shard_command(tree, out, scales, "--codec", codec)
+    killed = 0
+    for whole in (0, 1, 4, 7):  # of 16 tars; the run that follows meets the orphans of this one
+        pause = rng.random() * 0.04
+
+        def ready(whole: int = whole, pause: float = pause) -> bool:
+            if len(list(out.glob("*/*.json"))) < whole or not any(map(has_bytes, out.glob("320/*.tmp"))):
+                return False
+            time.sleep(pause)
+            return True
+
+        killed += kill_when(command, ready, mark)
+        assert not (out / "SHA256SUMS").exists()
+    assert killed == 4
+    done = subprocess.run(command, env=environment(mark), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert all_end(mark)
+
+
+def test_workers_end_with_the_build_that_started_them(phantoms, tmp_path):
+    out, mark = tmp_path / "set", uuid.uuid4().hex
+    assert kill_when(shard_command(phantoms, out, [512]), lambda: any(out.glob("512/*.tmp")), mark)
+    assert all_end(mark), [process.cmdline() for process in marked(mark)]
+    before = contents(out)
+    time.sleep(0.2)
+    assert contents(out) == before
+    assert not list(out.glob("512/*.json"))
+
+
+# Images that cannot be used
+
+
+def test_images_that_cannot_be_used_are_left_out_and_listed_with_their_reasons(corrupt, sound, corrupt_set):
+    out, report = corrupt_set
+    damaged = {path for path in paths(out) if (corrupt / path).read_bytes() != (sound / path).read_bytes()}
+    with open(out / "quarantine.csv", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert {line["path"] for line in listed} == damaged
+    assert all(paths(out)[int(line["row"])] == line["path"] for line in listed)
+    assert Counter(line["reason"] for line in listed) == {"truncated": 2, "empty": 2, "not an image": 2}
+    assert report.rows == {32: 64}
+    assert report.complete
+    assert report.quarantined == {int(line["row"]): line["reason"] for line in listed}
+    assert "quarantined: 6; " in describe(report, out)
+    verdict = verify(out, deep=True, quiet=True)
+    assert verdict.problems == []
+    assert verdict.quarantined == 6
+
+
+def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_try_again(
+    corrupt, sound, corrupt_set, tmp_path
+):
+    out = copy(corrupt_set[0], tmp_path / "set")
+    tree = copy(corrupt, tmp_path / "mimic")
+    for row in corrupt_set[1].quarantined:
+        repair(tree, paths(out)[row], sound)
+    report = build(tree, out, [16])
+    assert report.rows == {16: 64, 32: 64}
+    assert report.quarantined == corrupt_set[1].quarantined
+    assert verify(out, quiet=True).problems == []
+
+    report = build(tree, out, [16], retry_quarantined=True)
+    assert report.rows == {16: 70, 32: 70}
+    assert report.quarantined == {}
+    build(sound, tmp_path / "sound", [16, 32])
+    assert contents(out) == contents(tmp_path / "sound")
+
+
+def test_trying_again_in_vain_changes_nothing(corrupt, corrupt_set, tmp_path):
+    out = copy(corrupt_set[0], tmp_path / "set")
+    report = build(corrupt, out, [32], retry_quarantined=True)
+    assert report.quarantined == corrupt_set[1].quarantined
+    assert contents(out) == contents(corrupt_set[0])
+
+
+# Half a download
+
+
+def test_half_a_download_stops_before_anything_is_written_and_says_where_images_are_missing(
+    tree, phantoms, tiny_set, tmp_path
+):
+    out, gone = tmp_path / "set", paths(tiny_set)[10:14]
+    for path in gone:
+        (tree / path).unlink()
+    missing, listed = (Counter("/".join(path.split("/")[:2]) for path in some) for some in (gone, paths(tiny_set)))
+    with pytest.raises(ShardError, match="4 of 150 images are missing") as caught:
+        build(tree, out, [32])
+    _, *folders, advice = str(caught.value).splitlines()
+    assert folders == [f"  {folder}: {n} of {listed[folder]}" for folder, n in sorted(missing.items())]
+    assert "--allow-missing" in advice
+    assert not out.exists()
+
+    report = build(tree, out, [32], allow_missing=True)
+    assert report.quarantined == {row: "missing" for row in range(10, 14)}
+    assert report.rows == {32: 146}
+    for path in gone:
+        repair(tree, path, phantoms)
+    build(tree, out, [64], retry_quarantined=True)
+    assert contents(out) == contents(tiny_set), "as if the download had been whole"
+
+
+def test_one_image_in_a_thousand_may_be_missing(phantoms, tmp_path):
+    tree = many(tmp_path / "mimic", 1100, sorted(phantoms.rglob("*.jpg"))[:1])
+    first, second = sorted(tree.rglob("*.jpg"))[:2]
+    first.unlink()
+    assert build(tree, tmp_path / "set", [8], dry_run=True).estimate.images == {8: 1100}
+    second.unlink()
+    with pytest.raises(ShardError, match="2 of 1,100 images are missing"):
+        build(tree, tmp_path / "set", [8], dry_run=True)
+
+
+def test_a_folder_without_any_of_the_images_is_named(tree, tmp_path):
+    (tree / "files").rename(tree / "other")
+    (tree / "files").mkdir()
+    with pytest.raises(ShardError, match=r"none of the 150 images .* is in .*mimic .*the folder that holds the tables"):
+        build(tree, tmp_path / "set", [32], allow_missing=True)
+
+
+# A source that changes
+
+
+@pytest.mark.parametrize("what", ["grown", "vanished"])
+def test_an_image_that_changes_after_planning_stops_its_shard_and_no_other(tree, phantoms, tiny_set, tmp_path, what):
+    out, path = tmp_path / "set", paths(tiny_set)[70]
+    build(tree, out, [32], limit=1)
+    if what == "grown":
+        (tree / path).write_bytes((tree / path).read_bytes() + b"\0")
+        message = rf"shard 1: {path} has [\d,]+ bytes, it had [\d,]+ when the set was planned"
+    else:
+        (tree / path).unlink()
+        message = rf"shard 1: {path} has vanished since the set was planned"
+    with pytest.raises(ShardError, match=message) as caught:
+        build(tree, out, [32])
+    assert str(caught.value).startswith("1 shards could not be built, all others are kept")
+    assert [n for n in range(3) if read_manifest(out, 32, n)] == [0, 2]
+    assert not list(out.rglob("*.tmp"))
+    repair(tree, path, phantoms)
+    assert build(tree, out, [32]).complete
+    assert contents(out / "32") == contents(tiny_set / "32")
+    assert verify(out, quiet=True).problems == []
+
+
+def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_shard(tree, tiny_set, tmp_path):
+    out, path = copy(tiny_set, tmp_path / "set"), paths(tiny_set)[70]
+    size = (tree / path).stat().st_size
+    (tree / path).write_bytes((tree / path).read_bytes()[: size // 2].ljust(size, b"\0"))
+    with pytest.raises(ShardError, match=rf"shard 1: {path} was fine at other scales and is truncated now"):
+        build(tree, out, [16])
+    assert read_manifest(out, 16, 1) is None
+    assert tars(out / "16").keys() == {"000000.tar", "000002.tar"}
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("recipe", "difference"),
+    [
+        (Recipe(seed=1), "seed 0 there, 1 asked for"),
+        (Recipe(quality=90), "quality 95 there, 90 asked for"),
+        (Recipe(codec="raw", resize="pad"), r"\(codec jpeg there, raw asked for; resize squash there, pad asked for\)"),
+    ],
+)
+def test_another_recipe_for_the_same_set_is_refused_and_the_difference_named(
+    phantoms, tiny_set, tmp_path, recipe, difference
+):
+    out = copy(tiny_set, tmp_path / "set")
+    with pytest.raises(ShardError, match=difference):
+        build(phantoms, out, [128], recipe=recipe)
+    assert contents(out) == contents(tiny_set)
+
+
+def test_other_images_for_the_same_set_are_refused(sound, tiny_set, tmp_path):
+    out = copy(tiny_set, tmp_path / "set")
+    with pytest.raises(ShardError, match=r"planned from other input \(its images differ\): choose another --out"):
+        build(sound, out, [32])
+    assert contents(out) == contents(tiny_set)
+
+
+def test_a_folder_with_other_things_in_it_is_refused(phantoms, tmp_path):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(ShardError, match="is not empty and not a shard set: choose another --out"):
+        build(phantoms, tmp_path, [32])
+    assert contents(tmp_path) == {"thesis.tex": b"all of it"}
+
+
+def test_a_scale_that_makes_no_sense_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ShardError, match="--scale 5 is not between"):
+        build(tmp_path / "absent", tmp_path / "set", [32, 5])

@@ -1,0 +1,130 @@
+"""SIGKILL at random instants, to builds of real radiographs and to their workers: every finished set has the same bytes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REAL
+from damage import contents
+
+from cxrfast.shards.build import build
+from cxrfast.shards.format.manifest import read_manifests, read_set
+from cxrfast.shards.upkeep.verify import verify
+
+KILLS = int(os.environ.get("CXRFAST_KILLS", "6"))
+"""How many; 100 is the full measure, and from there on all the real radiographs are built, not 237 of them."""
+
+SCALES = (64, 256, 512)
+
+
+def start(tree: Path, out: Path) -> subprocess.Popen:
+    asked = [word for scale in SCALES for word in ("--scale", str(scale))]
+    return subprocess.Popen(
+        [sys.executable, "-m", "cxrfast", "shard", "--data", tree, "--out", out, "--workers", "2", *asked],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(child: subprocess.Popen, worker: bool) -> bool:
+    """Kill the build or one of its workers; False if there was nothing to kill any more."""
+    try:
+        process = psutil.Process(child.pid)
+        if worker:
+            workers = [p for p in process.children() if "spawn_main" in " ".join(p.cmdline())]
+            if not workers:
+                return False
+            process = random.choice(workers)
+        process.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def fingerprint(folder: Path) -> str:
+    digest = sha256()
+    for name, data in sorted(contents(folder).items()):
+        digest.update(name.encode() + b"\0" + sha256(data).digest())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def tree(real_tree: Path, tmp_path: Path) -> Path:
+    if KILLS < 100:
+        return real_tree
+    subprocess.run([sys.executable, REAL / "make_mimic.py", tmp_path / "all"], check=True, capture_output=True)
+    return tmp_path / "all"
+
+
+def test_every_set_that_survives_kills_at_random_instants_has_the_same_bytes(tree, tmp_path):
+    rng = random.Random(KILLS)
+    begin = time.monotonic()
+    child = start(tree, tmp_path / "undisturbed")
+    assert child.communicate()[1]
+    assert child.returncode == 0
+    usual = time.monotonic() - begin
+    expected = fingerprint(tmp_path / "undisturbed")
+    kills = {"build": 0, "worker": 0}
+    finished = runs = 0
+    out = tmp_path / "set"
+    while sum(kills.values()) < KILLS or not finished:
+        runs += 1
+        child = start(tree, out)
+        while child.poll() is None and sum(kills.values()) < KILLS:
+            time.sleep(rng.uniform(0, usual))
+            worker = rng.random() < 0.4
+            if child.poll() is None and kill(child, worker):
+                kills["worker" if worker else "build"] += 1
+                if not worker:
+                    break
+        error = child.communicate()[1]
+        if child.returncode == 0:
+            assert fingerprint(out) == expected
+            assert verify(out, quiet=True).problems == []
+            rows = [row for m in read_manifests(out) if m.scale == SCALES[0] for row in m.rows]
+            assert rows == sorted(set(rows)) == list(range(read_set(out).images)), "none lost, none doubled"
+            shutil.rmtree(out)
+            finished += 1
+        else:
+            assert child.returncode == -signal.SIGKILL or "died twice (SIGKILL)" in error, error
+    print(f"{runs} runs, kills {kills}, {finished} sets finished, all {expected[:16]}")
+    assert sum(kills.values()) >= KILLS
+
+
+def test_ctrl_c_ends_a_build_at_once_with_one_message_and_the_same_command_goes_on(real_tree, real_set, tmp_path):
+    out = tmp_path / "set"
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", real_tree, "--out", out, "--workers", "2"]
+    child = subprocess.Popen(
+        [*command, "--scale", "64", "--scale", "256", "--scale", "1024"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while child.poll() is None and not list(out.glob("1024/*.tmp")):
+        time.sleep(0.002)
+    os.killpg(child.pid, signal.SIGINT)
+    error = child.communicate()[1]
+    assert child.returncode == 130
+    assert "Traceback" not in error
+    assert error.endswith("cxrfast: interrupted; what was finished is kept, the same command goes on\n")
+    assert not [name for name in contents(out) if name.endswith(".tmp") or name.startswith("lease")]
+    build(real_tree, out, [64, 256, 1024], workers=1, quiet=True)
+    assert contents(out) == contents(real_set)
+
+
+def test_the_set_does_not_depend_on_how_it_is_built(real_tree, real_set, tmp_path):
+    for scales in ([1024], [64, 256]):
+        build(real_tree, tmp_path / "set", scales, workers=1, quiet=True)
+    assert contents(tmp_path / "set") == contents(real_set)

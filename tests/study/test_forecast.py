@@ -1,0 +1,200 @@
+"""What a dry run says of a study, and that it writes nothing."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cxrfast.cli.main import cli
+from cxrfast.errors import RunError
+from cxrfast.runs.run import Run, start_run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.study.forecast import Forecast, forecast, jobs, parse_walltime, projection
+from cxrfast.study.plan import Plan, make_plan
+from cxrfast.training.train import select_rows
+
+RECIPE: dict[str, Any] = {"weights": "none", "epochs": 10, "global_batch": 8, "micro_batch": 4}
+
+
+def planned(shards: Path, runs: Path, scales: list[int], folds: list[int], nproc: int = 1, **recipe: Any) -> Plan:
+    return make_plan(shards, runs, scales, folds, nproc=nproc, device="cpu", recipe={**RECIPE, **recipe})
+
+
+def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
+    """A run on disk as a training leaves it."""
+    config = plan.config(scale, fold, "cpu")
+    table = read_rows(plan.place.shards / "rows.parquet")
+    rows = select_rows(table, config, table["row"].to_numpy())
+    run = start_run(plan.folder(scale, fold), config, plan.place.shards, rows)
+    if state:
+        run.set_state(**state)
+        (run.folder / "last.pt").write_bytes(b"x")
+    return run
+
+
+def everything_in(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refusals(result: Forecast) -> str:
+    with pytest.raises(RunError) as caught:
+        result.check()
+    return str(caught.value)
+
+
+def test_a_study_not_begun(tiny_set: Path, tmp_path: Path) -> None:
+    result = forecast(planned(tiny_set, tmp_path / "runs", [32, 64], [0, 3]), {64: 10.0})
+    result.check()
+    assert [(o.name, o.what) for o in result.outlooks] == [
+        (f"densenet121-{scale}/fold-{fold}", "start") for scale in (32, 64) for fold in (0, 3)
+    ]
+    assert not (tmp_path / "runs").exists()
+    first, _, third, _ = result.outlooks
+    assert list(first.rows) == ["train", "val", "test"]
+    assert sum(first.rows.values()) <= 150
+    assert first.images == first.rows["train"] // 8 * 8
+    assert (first.seconds, first.images_per_s) == (None, None), "nothing is known of 32 px"
+    assert third.seconds == pytest.approx(10 * (third.images + third.rows["val"] / 3) / 10.0)
+    assert 4 * result.outlooks[0].room == result.room
+    assert 7 * 4 * 6.9e6 < first.room < 7 * 4 * 7.2e6, "seven times DenseNet121's 7 million weights of 4 bytes"
+
+
+def test_what_is_there_is_taken_up(tiny_set: Path, tmp_path: Path) -> None:
+    plan = planned(tiny_set, tmp_path, [32], [0, 1, 2, 3])
+    started(plan, fold=0, state="done", epoch=10).add_metrics({"epoch": 0, "images_per_s": 50.0})
+    resumed = started(plan, fold=1, state="preempted", epoch=4)
+    resumed.add_metrics({"epoch": 0, "images_per_s": 25.0})
+    started(plan, fold=2)
+    before = everything_in(tmp_path)
+    result = forecast(plan)
+    result.check()
+    assert everything_in(tmp_path) == before
+    done, resume, begun, fresh = result.outlooks
+    assert [o.what for o in result.outlooks] == ["done", "resume in epoch 5", "start", "start"]
+    assert (done.seconds, done.room) == (0.0, 0)
+    assert resume.seconds == pytest.approx(6 * (resume.images + resume.rows["val"] / 3) / 25.0), "its own rate"
+    assert resume.weights == "last.pt"
+    assert begun.images_per_s == fresh.images_per_s, "that of another run of the scale"
+
+
+def test_a_run_that_is_alive_says_so(tiny_set: Path, tmp_path: Path) -> None:
+    plan = planned(tiny_set, tmp_path, [32], [0])
+    started(plan, state="running", epoch=0)
+    assert forecast(plan).outlooks[0].what == "resume in epoch 1, runs now"
+
+
+def test_every_reason_is_listed(tiny_set: Path, tmp_path: Path) -> None:
+    started(planned(tiny_set, tmp_path, [32], [0], epochs=3))
+    damaged = started(planned(tiny_set, tmp_path, [32], [1]), fold=1)
+    (damaged.folder / "config.json").write_text("{")
+    result = forecast(planned(tiny_set, tmp_path, [32, 48], [0, 1, 2], weights=str(tmp_path / "none.pth")))
+    text = refusals(result)
+    assert text.startswith(
+        "this study cannot be carried out, nothing was started or written:\n  densenet121-32/fold-0: "
+    )
+    assert "another configuration (" in text
+    assert "epochs: 10, not 3" in text
+    assert "fold-1/config.json is damaged" in text
+    assert "densenet121-32/fold-2: --weights" in text
+    assert text.count("holds no shards at 48 px (scales there: 32, 64)") == 3
+    assert {o.what for o in result.outlooks} == {"refused"}
+
+
+def test_ranks_that_cannot_share_a_batch(tiny_set: Path, tmp_path: Path) -> None:
+    assert "3 ranks cannot share the 2 micro-batches" in refusals(
+        forecast(planned(tiny_set, tmp_path, [32], [0], nproc=3))
+    )
+    assert "training rows do not fill one global batch" in refusals(
+        forecast(planned(tiny_set, tmp_path, [32], [0], global_batch=512))
+    )
+
+
+def test_a_small_scale_and_an_unknown_architecture(tiny_set: Path, tmp_path: Path) -> None:
+    assert "architecture 'densenet' is unknown" in refusals(
+        forecast(planned(tiny_set, tmp_path, [32], [0], arch="densenet"))
+    )
+
+
+def test_runs_of_another_set_are_refused(tiny_set: Path, tmp_path: Path) -> None:
+    plan, runs = planned(tiny_set, tmp_path / "runs", [32], [0]), tmp_path / "runs"
+    for folder in (started(plan).folder, started(plan, fold=4).folder):
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace(plan.config(32, 0, "cpu").set_id, "0" * 16))
+    text = refusals(forecast(plan))
+    assert "densenet121-32/fold-0 was trained on set 0000000000000000" in text
+    assert "densenet121-32/fold-4 was trained on set" in text, "though it is not of this study"
+    assert text.count(f"{runs}/densenet121-32/fold-0 was trained") == 1
+
+
+def test_a_precision_that_nobody_asked_for_is_the_machines(tiny_set: Path, tmp_path: Path) -> None:
+    started(planned(tiny_set, tmp_path, [32], [0], precision="fp16"), state="done", epoch=1)
+    assert forecast(planned(tiny_set, tmp_path, [32], [0])).outlooks[0].what == "done"
+    assert "precision: bf16, not fp16" in refusals(forecast(planned(tiny_set, tmp_path, [32], [0], precision="bf16")))
+
+
+def test_too_little_room(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "checkpoints need 1" in refusals(forecast(planned(tiny_set, tmp_path, [32], [0])))
+
+
+def test_wall_times() -> None:
+    assert parse_walltime("24:00:00") == 86400
+    assert parse_walltime("1-00:00:10") == 86410
+    for text in ("24", "24:00", "1:60:00", "00:02:00", "", "-1:00:00"):
+        with pytest.raises(RunError, match="such as 24:00:00"):
+            parse_walltime(text)
+    assert jobs(3600 * 23, 86400) == 1
+    assert jobs(86400, 86400) == 2, "what saving takes is not counted on"
+
+
+def test_the_table_tells_rows_batches_and_hours(tiny_set: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        cli,
+        [
+            *("study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--scale", "64", "--fold", "0"),
+            *("--weights", "none", "--global-batch", "8", "--micro-batch", "4", "--nproc", "2", "--dry-run"),
+            *("--rate", "32=0.5", "--walltime", "01:00:00", "--device", "cuda"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    for text in ("densenet121-32/fold-0", "start", "2 processes each", "GPU-hours", "jobs", "?", "are free"):
+        assert text in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refused_study_has_exit_code_2_and_its_reasons_on_stderr(tiny_set: Path, tmp_path: Path) -> None:
+    arguments = ["study", str(tiny_set), str(tmp_path / "runs"), "--scale", "48", "--weights", "none"]
+    for more in (["--dry-run"], ["--sbatch", str(tmp_path / "jobs")], ["--device", "cpu"]):
+        done = CliRunner().invoke(cli, [*arguments, *more])
+        assert done.exit_code == 2
+        assert done.stderr.count("holds no shards at 48 px") == 5
+    assert not list(tmp_path.iterdir())
+    assert "48=fast" in CliRunner().invoke(cli, [*arguments, "--rate", "48=fast"]).stderr
+    assert "belong to --dry-run" in CliRunner().invoke(cli, [*arguments, "--rate", "48=3"]).stderr
+
+
+def test_the_first_steps_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: Path) -> None:
+    runs = forecast(planned(tiny_set, tmp_path, [32, 64], [0, 3])).outlooks
+    hours = (runs[0].work + runs[1].work) / 10.0 / 3600
+    text = projection(runs, 2, 10.0)
+    assert text == (
+        f"study: 10 images/s at 32 px; 2 of 4 runs left: {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours; the rate at 64 "
+        "px is not known yet"
+    )
+    last = projection(runs[3:], 1, 10.0)
+    assert last.startswith("study: 10 images/s at 64 px; 1 of 1 runs left: ")
+    assert "not known" not in last
+
+
+def test_smaller_sizes_cost_their_area(tiny_set: Path, tmp_path: Path) -> None:
+    whole = forecast(planned(tiny_set, tmp_path, [64], [0])).outlooks[0]
+    resized = forecast(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))).outlooks[0]
+    assert whole.work == pytest.approx(10 * whole.images + 10 * whole.rows["val"] / 3)
+    assert resized.work == pytest.approx(7 * whole.images + 10 * whole.rows["val"] / 3)
+    run = started(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),)), scale=64)
+    run.add_metrics({"epoch": 3, "size": 32, "images_per_s": 400.0})
+    plan = planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))
+    assert forecast(plan).outlooks[0].images_per_s == 100.0, "what 400 at half the side are worth at the whole one"

@@ -1,0 +1,236 @@
+"""Job scripts: what they ask SLURM for, and what they do once they run, with stand-ins for SLURM and torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cxrfast.cli.main import cli
+from cxrfast.errors import RunError
+from cxrfast.study.forecast import forecast
+from cxrfast.study.plan import make_plan
+from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
+
+RECIPE = {"weights": "none", "global_batch": 8, "micro_batch": 2}
+
+
+def scripts(shards: Path, out: Path, slurm: Slurm, nproc: int = 2, **place: object) -> dict[str, str]:
+    plan = make_plan(shards, out / "runs", [32], [0, 1], nproc=nproc, nodes=slurm.nodes, recipe=RECIPE, **place)
+    written = write_scripts(plan, forecast(plan).outlooks, slurm, out / "jobs")
+    for path in written:
+        subprocess.run(["bash", "-n", path], check=True)
+        assert os.access(path, os.X_OK)
+    return {path.name: path.read_text() for path in written}
+
+
+def test_a_script_a_run_and_one_for_the_tables(tiny_set: Path, tmp_path: Path) -> None:
+    slurm = Slurm(account="abc", partition="gpu", extra=("--qos=long",), setup=("module load cuda",), memory="0")
+    texts = scripts(tiny_set, tmp_path, slurm)
+    runs = ["densenet121-32-fold-0.sh", "densenet121-32-fold-1.sh"]
+    assert list(texts) == [*runs, "report.sh", "submit.sh"]
+    for option in (
+        "--job-name=densenet121-32-fold-0",
+        f"--output={tmp_path}/jobs/densenet121-32-fold-0-%j.out",
+        *("--open-mode=append", "--account=abc", "--partition=gpu", "--time=24:00:00", "--nodes=1", "--mem=0"),
+        *("--cpus-per-task=16", "--gpus-per-node=2", "--requeue", "--signal=B:USR1@120", "--qos=long"),
+    ):
+        assert f"\n#SBATCH {option}\n" in texts[runs[0]]
+    assert "\nmodule load cuda\n" in texts[runs[0]]
+    assert "torchrun --standalone --nproc_per_node=2 --signals-to-handle=SIGTERM,SIGINT" in texts[runs[0]]
+    assert "--scale=32 --fold=0 " in texts[runs[0]]
+    assert "cxrfast study" in texts["report.sh"]
+    assert "#SBATCH --gpus-per-node=1\n" in texts["report.sh"]
+    assert "--nproc" not in texts["report.sh"]
+
+
+def test_several_nodes_meet_at_the_first(tiny_set: Path, tmp_path: Path) -> None:
+    text = scripts(tiny_set, tmp_path, Slurm(nodes=2))["densenet121-32-fold-0.sh"]
+    assert "#SBATCH --nodes=2\n" in text
+    assert "srun " in text
+    assert '--nnodes="$SLURM_NNODES"' in text
+    assert "--rdzv_backend=c10d" in text
+
+
+def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
+    text = scripts(tiny_set, tmp_path, Slurm(cpus=3), nproc=1, device="cpu")["densenet121-32-fold-0.sh"]
+    assert "torchrun --" not in text
+    assert "gpus" not in text
+    assert "#SBATCH --cpus-per-task=3\n" in text
+
+
+def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
+    text = scripts(tiny_set, tmp_path / "a b", Slurm())["densenet121-32-fold-0.sh"]
+    assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
+    assert f"run='{tmp_path}/a b/runs/densenet121-32/fold-0'" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[slurm]\nacount = 'x'", "slurm.acount is unknown"),
+        ("[slrum]", "slrum is unknown"),
+        ("slurm = 3", "slurm is unknown"),
+        ("[slurm]\ngpus = 'six'", r"\[slurm\] gpus = 'six' is not a whole number"),
+        ("[slurm]\nextra = 'x'", "extra = 'x' is not a list of texts"),
+        ("[slurm]\nsetup = [1]", r"setup = \[1\] is not a list of texts"),
+        ("[slurm]\naccount = 3", "account = 3 is not a text"),
+        ("[slurm]\nnodes = 0", "nodes = 0 is too small"),
+        ("[slurm]\ntime = '3 days'", "such as 24:00:00"),
+        ("[slurm", "is no TOML"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_by_the_name_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "slurm.toml"
+    path.write_text(text)
+    with pytest.raises(RunError, match=message):
+        read_slurm(path)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "slurm.toml"
+    path.write_text("[slurm]\naccount = 'a'\ngpus = 0\nextra = ['--qos=x']\ntime = '1-00:00:00'\n")
+    assert read_slurm(path) == Slurm(account="a", gpus=0, extra=("--qos=x",), time="1-00:00:00")
+    with pytest.raises(RunError, match="does not exist"):
+        read_slurm(tmp_path / "none.toml")
+
+
+# What a script does
+
+
+TRAINING = """#!/usr/bin/env python3
+# Stands in for a training: ends as WANTED says; with "wait", a signal makes it `preempted`.
+import json, os, signal, sys, time
+def write(state, **more):
+    with open(os.environ["STATE"], "w") as file:
+        json.dump({"state": state, "time": round(time.time()), **more}, file, indent=2)
+def stop(number, frame):
+    write("preempted")
+    sys.exit(0)
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+wanted = os.environ["WANTED"]
+if wanted == "wait":
+    write("running")
+    time.sleep(20)
+elif wanted == "crash":
+    sys.exit(9)
+else:
+    write(wanted)
+    sys.exit(int(wanted == "failed"))
+"""
+
+
+class Job:
+    """A script run as SLURM runs it, with stand-ins for `cxrfast`, `scontrol` and `sbatch` on the path."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        scripts(shards, folder, Slurm(), nproc=1, device="cpu")
+        self.script = folder / "jobs" / "densenet121-32-fold-0.sh"
+        self.state = folder / "runs" / "densenet121-32" / "fold-0" / "state.json"
+        self.state.parent.mkdir(parents=True)
+        tools = folder / "tools"
+        tools.mkdir()
+        for name, text in (
+            ("cxrfast", TRAINING),
+            ("scontrol", '#!/bin/sh\necho "scontrol $*"\n'),
+            ("sbatch", '#!/bin/sh\necho "$*" >>"$CALLS"\necho "$(wc -l <"$CALLS");cluster"\n'),
+        ):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        self.calls = folder / "calls"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "STATE": str(self.state),
+            "CALLS": str(self.calls),
+            "SLURM_JOB_ID": "17",
+        }
+
+    def run(self, wanted: str, number: int | None = None) -> tuple[int, str]:
+        """Exit code and output; `number`: the signal that the batch shell gets while the training runs."""
+        process = subprocess.Popen(
+            ["bash", self.script],
+            env={**self.environment, "WANTED": wanted},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if number is not None:
+            while not self.state.exists():
+                time.sleep(0.02)
+            process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        return process.returncode, output
+
+
+@pytest.fixture
+def job(tiny_set: Path, tmp_path: Path) -> Job:
+    return Job(tiny_set, tmp_path)
+
+
+def test_a_job_whose_training_is_done_is_done(job: Job) -> None:
+    code, output = job.run("done")
+    assert code == 0
+    assert "scontrol" not in output
+
+
+def test_a_job_whose_time_is_up_is_queued_again(job: Job) -> None:
+    code, output = job.run("wait", signal.SIGUSR1)
+    assert code == 0
+    assert json.loads(job.state.read_text())["state"] == "preempted"
+    assert "scontrol requeue 17" in output
+
+
+def test_a_job_whose_training_was_stopped_from_elsewhere_is_queued_again(job: Job) -> None:
+    assert "scontrol requeue 17" in job.run("preempted")[1]
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(job: Job) -> None:
+    code, output = job.run("wait", signal.SIGTERM)
+    assert code == 143
+    assert json.loads(job.state.read_text())["state"] == "preempted"
+    assert "scontrol" not in output
+
+
+def test_a_failed_training_fails_the_job(job: Job) -> None:
+    code, output = job.run("failed")
+    assert code == 1
+    assert "failed with exit code 1" in output
+    assert "scontrol" not in output
+
+
+def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job: Job) -> None:
+    job.state.write_text(json.dumps({"state": "preempted", "time": round(time.time()) - 10}, indent=2))
+    code, output = job.run("crash")
+    assert code == 9
+    assert "scontrol" not in output, "else a job that cannot start would be queued for ever"
+
+
+def test_submit_chains_the_tables_behind_all_runs(job: Job) -> None:
+    done = subprocess.run(
+        [job.script.parent / "submit.sh"], env=job.environment, capture_output=True, text=True, check=True
+    )
+    assert job.calls.read_text().splitlines() == [
+        f"--parsable {job.script}",
+        f"--parsable {job.script.with_name('densenet121-32-fold-1.sh')}",
+        f"--parsable --dependency=afterok:1:2 --kill-on-invalid-dep=yes {job.script.with_name('report.sh')}",
+    ]
+    assert "densenet121-32-fold-0.sh: job 1\ndensenet121-32-fold-1.sh: job 2\nreport.sh: job 3" in done.stdout
+
+
+def test_the_command_writes_scripts_and_submits_nothing(tiny_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "slurm.toml").write_text("[slurm]\npartition = 'p'\n")
+    arguments = ["study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--fold", "1", "--weights", "none"]
+    more = ["--global-batch", "8", "--sbatch", str(tmp_path / "jobs"), "--slurm", str(tmp_path / "slurm.toml")]
+    done = CliRunner().invoke(cli, [*arguments, *more, "--walltime", "2:00:00"])
+    assert done.exit_code == 0, done.output
+    assert "2 job scripts in" in done.output
+    assert not (tmp_path / "runs").exists()
+    text = (tmp_path / "jobs" / "densenet121-32-fold-1.sh").read_text()
+    assert "#SBATCH --partition=p\n" in text
+    assert "#SBATCH --time=2:00:00\n" in text

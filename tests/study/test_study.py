@@ -1,0 +1,99 @@
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from click.testing import CliRunner
+
+from cxrfast.cli.main import cli
+from cxrfast.runs.run import find_runs, start_run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.study.plan import make_plan
+from cxrfast.study.study import study
+from cxrfast.training.train import select_rows
+
+RECIPE = {"weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 24}
+
+
+def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    one = study(tiny_set, tmp_path, [32], [0], device="cpu", recipe=RECIPE)
+    assert len(one.tables) == 1
+    weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("best.safetensors")}
+    maps = (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns
+    both = study(tiny_set, tmp_path, [32, 64], [0], device="cpu", recipe=RECIPE)
+    assert [run.name for run in find_runs(tmp_path)] == ["densenet121-32/fold-0", "densenet121-64/fold-0"]
+    assert len(both.tables) == 2, "two scales make an ensemble"
+    assert {p: p.stat().st_mtime_ns for p in weights} == weights
+    assert (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns == maps
+    assert "is done already" in capsys.readouterr().err
+    html = both.report.read_text()
+    for part in ("Effective receptive fields", "Grad-CAM", "theoretical 2071 px"):
+        assert part in html
+    assert list(tmp_path.glob("*/fold-0/gradcam-*.png"))
+
+
+def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    recipe = {**RECIPE, "micro_batch": 4, "views": ("AP", "PA"), "epochs": 8}
+    study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe=recipe)
+    assert re.search(
+        r"study: [\d.]+ images/s at 32 px; 1 of 1 runs left: 0.\d\d h at most, 0.\d\d GPU-hours\n",
+        capsys.readouterr().err,
+    )
+    (run,) = find_runs(tmp_path)
+    assert run.is_done
+    assert run.config.views == ("AP", "PA")
+    assert run.config.fold == 1
+
+
+def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
+    """A run that every training refuses to go on with."""
+    plan = make_plan(shards, runs, [32], [fold], device="cpu", recipe=RECIPE)
+    config = plan.config(32, fold, "cpu")
+    table = read_rows(shards / "rows.parquet")
+    run = start_run(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
+    (run.folder / "last.pt").write_bytes(b"no checkpoint")
+    return run.folder
+
+
+def arguments(shards: Path, runs: Path, *more: object) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
+    return ["study", str(shards), str(runs), "--scale", "32", "--device", "cpu", *options, *map(str, more)]
+
+
+def test_a_run_that_fails_is_named_and_ends_the_study(tiny_set: Path, tmp_path: Path) -> None:
+    damaged_run(tiny_set, tmp_path, 0)
+    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1))
+    assert done.exit_code == 2
+    assert "densenet121-32/fold-0" in done.stderr
+    assert "last.pt is damaged" in done.stderr
+    assert not (tmp_path / "densenet121-32" / "fold-1").exists()
+
+
+def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set: Path, tmp_path: Path) -> None:
+    damaged_run(tiny_set, tmp_path, 0)
+    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1, "--keep-going"))
+    assert done.exit_code == 2, done.output
+    assert "AUROC, test rows" in done.stdout
+    assert (tmp_path / "report.html").exists()
+    assert "1 run failed" in done.stderr.strip().splitlines()[-2]
+    assert "fold-0/last.pt is damaged" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_stopped_study_leaves_no_process_behind(tiny_set: Path, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "epochs": 50, "micro_batch": 4}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+    command = ["study", tiny_set, tmp_path, "--scale", "32", "--fold", "0", "--device", "cpu", "--nproc", "2", *options]
+    process = subprocess.Popen([sys.executable, "-m", "cxrfast", *map(str, command)], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "densenet121-32" / "fold-0" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "torchrun and two ranks"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive

@@ -1,0 +1,247 @@
+"""Trainings that are asked to stop, or that something happens to: nothing is lost, and state.json says what it was."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from trainings import (
+    OPTIONS,
+    assert_same,
+    command,
+    is_in_second_epoch,
+    kill_group,
+    make_trainer,
+    run_to_the_end,
+    start,
+    wait_for,
+)
+
+from cxrfast.errors import RunError
+from cxrfast.pipelines.order import TrainOrder
+from cxrfast.runs.run import read_run
+from cxrfast.training.signals import Preempted, StopRequest
+from cxrfast.training.train import Place, make_config, train
+
+RUN = Path("densenet121-32") / "fold-0"
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request: pytest.FixtureRequest, tiny_set: Path, tmp_path_factory: pytest.TempPathFactory):
+    """(processes, folder of a run that nobody disturbed)."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    run_to_the_end(command(tiny_set, runs, request.param))
+    return request.param, runs / RUN
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothing_had_been(
+    undisturbed, name: str, tiny_set: Path, tmp_path: Path
+) -> None:
+    nproc, whole = undisturbed
+    arguments, run = command(tiny_set, tmp_path, nproc, checkpoint_steps=10**6), tmp_path / RUN
+    process = start(arguments, tmp_path / "log")
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists(), process)  # the first epoch's end
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        sent = time.monotonic()
+        os.kill(process.pid, signal.Signals[name])
+        code = process.wait(timeout=40)
+        assert time.monotonic() - sent < 25
+    finally:
+        kill_group(process)
+    log = (tmp_path / "log").read_text()
+    assert code != 0
+    if nproc == 1:
+        assert code == 128 + signal.Signals[name]
+    assert not [pid for pid in family if psutil.pid_exists(pid)], "nobody is left"
+    state = read_run(run).state()
+    assert (state["state"], state["signal"]) == ("preempted", name)
+    assert f"{name}; saved, the same command goes on" in log
+    assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2] / "cxrfast") not in log
+    assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 1
+    run_to_the_end(arguments)
+    assert_same(whole, run)
+    assert read_run(run).is_done
+
+
+def test_a_killed_training_ends_as_if_nothing_had_been(undisturbed, tiny_set: Path, tmp_path: Path) -> None:
+    nproc, whole = undisturbed
+    arguments, run = command(tiny_set, tmp_path, nproc), tmp_path / RUN
+    process = start(arguments, tmp_path / "log")
+    try:
+        wait_for(lambda: is_in_second_epoch(run), process)
+    finally:
+        kill_group(process)
+    assert 0 < torch.load(run / "last.pt", weights_only=True)["consumed"] < 96
+    assert read_run(run).state()["state"] == "running"
+    run_to_the_end(arguments)
+    assert_same(whole, run)
+
+
+def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Path, tmp_path: Path) -> None:
+    """Two ranks to the middle of an epoch, then one: the rows left are those that one rank alone would have had left."""
+    run = tmp_path / RUN
+    process = start(command(tiny_set, tmp_path, 2), tmp_path / "log")
+    try:
+        wait_for(lambda: is_in_second_epoch(run), process)
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(timeout=40)
+    finally:
+        kill_group(process)
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert read_run(run).state()["state"] == "preempted"
+    assert checkpoint["consumed"] % OPTIONS["global_batch"] == 0
+    run_to_the_end(command(tiny_set, tmp_path, 1))
+    assert [line["epoch"] for line in read_run(run).metrics()] == [0, 1]
+    rows = read_run(run).rows()
+    order = TrainOrder(rows=rows.loc[rows["part"] == "train", "row"].to_numpy(), global_batch=8, micro_batch=4, seed=0)
+    left = sum(map(len, order.micro_batches(1, checkpoint["consumed"])))
+    assert left + checkpoint["consumed"] == order.steps * 8
+
+
+def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
+    trainer = make_trainer(tiny_set, tmp_path, place={"quiet": False}, epochs=3)
+    trainer.train_epoch()
+    assert capsys.readouterr().err.count("3 epochs are left, ") == 1
+    state = trainer.run.state()
+    images, steps = trainer.order.steps * 8, 5
+    left = 3 * (images + len(trainer.val_rows) / 3) - steps * 8
+    assert state["eta_seconds"] == pytest.approx(left / state["images_per_s"])
+    assert state["consumed"] == steps * 8
+    trainer.epoch, trainer.consumed = 1, 0
+    trainer.train_epoch()
+    assert "are left" not in capsys.readouterr().err, "told once"
+
+
+def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3)
+    images, validated = trainer.order.steps * 8, len(trainer.val_rows)
+    assert trainer.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), "400 small images cost as 100"
+    trainer.end_epoch(*trainer.train_epoch())
+    state, rate = trainer.run.state(), trainer.run.metrics()[0]["images_per_s"]
+    assert (state["epoch"], state["images_per_s"]) == (1, rate)
+    assert state["images_per_s_at_scale"] == rate / 4, "though the next epoch is at the whole scale"
+    assert state["eta_seconds"] == pytest.approx((2 * images + 2 / 3 * validated) / (rate / 4))
+
+
+def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(tiny_set: Path, tmp_path: Path) -> None:
+    make_trainer(tiny_set, tmp_path / "whole").fit()
+    first = make_trainer(tiny_set, tmp_path / "stopped")
+    steps, waited = first.train_epoch()
+    first.stop.number = signal.SIGUSR1
+    with pytest.raises(Preempted):
+        first.end_epoch(steps, waited)
+    checkpoint = torch.load(first.run.folder / "last.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["consumed"]) == (0, first.order.steps * 8)
+    assert first.run.metrics() == []
+    make_trainer(tiny_set, tmp_path / "stopped").fit()
+    assert_same(tmp_path / "whole" / "run" / "fold-0", tmp_path / "stopped" / "run" / "fold-0")
+
+
+def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoint(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_set, tmp_path)
+    trainer.train_epoch()
+    trainer.consumed = 0
+    trainer.epoch = 1
+    trainer.save()
+    good = (trainer.run.folder / "last.pt").read_bytes()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e30
+    with pytest.raises(
+        RunError, match=r"step \d+ of epoch 2, on rows [\d ]+; .*last.pt holds the last good state"
+    ) as caught:
+        trainer.train_epoch()
+        trainer.save()
+    words = str(caught.value).split()
+    step = int(words[words.index("step") + 1])
+    rows = trainer.order.global_batches(1)[step - 1]
+    assert f"on rows {' '.join(map(str, rows))};" in str(caught.value)
+    assert step <= 3, "the first step's update is what breaks it"
+    assert (trainer.run.folder / "last.pt").read_bytes() == good
+
+
+def test_a_run_whose_loss_explodes_is_failed_and_says_so(tiny_set: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(tiny_set, tmp_path, learning_rate=1e30), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "the loss was not finite" in done.stderr
+    state = read_run(tmp_path / RUN).state()
+    assert state["state"] == "failed"
+    assert "the loss was not finite" in state["error"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(
+    tiny_set: Path, tmp_path: Path, victim: int
+) -> None:
+    process, run = start(command(tiny_set, tmp_path, 2, epochs=50), tmp_path / "log"), tmp_path / RUN
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists(), process)
+        ranks = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if child.status() != psutil.STATUS_ZOMBIE and child.environ().get("RANK") == str(victim)
+        ]
+        assert len(ranks) == 1
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        ranks[0].kill()
+        assert process.wait(timeout=30) != 0
+    finally:
+        kill_group(process)
+    assert not [pid for pid in family if psutil.pid_exists(pid)]
+    assert "another rank ended" in (tmp_path / "log").read_text()
+    state = read_run(run).state()
+    assert state["state"] == "failed"
+    assert "another rank ended" in state["error"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(tiny_set: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=260m", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("no file system can be mounted here")
+    filler = disk / "filler"
+    try:
+        config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "limit": 16})
+        place = Place(shards=tiny_set, runs=disk, device="cpu", quiet=True)
+        trainer = make_trainer(tiny_set, disk, limit=16)
+        trainer.save()
+        before = (trainer.run.folder / "last.pt").read_bytes()
+        filler.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 4 * 2**20))
+        with pytest.raises(OSError, match="No space left"):
+            trainer.fit()
+        assert (trainer.run.folder / "last.pt").read_bytes() == before
+        assert not list(trainer.run.folder.glob("*.tmp"))
+        filler.unlink()
+        assert train(config, Place(shards=place.shards, runs=disk, name="run", device="cpu", quiet=True)).is_done
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_signals_are_noted_only_where_they_are_asked_for() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopRequest() as request:
+        assert request.number == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.number == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before

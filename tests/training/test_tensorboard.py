@@ -1,0 +1,78 @@
+"""What TensorBoard itself reads from the folder of a run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cxrfast.errors import RunError
+from cxrfast.training.tensorboard import Board
+
+
+def line(epoch: int, loss: float) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "train_loss": loss,
+        "val_loss": loss + 0.1,
+        "val_auroc": 0.75,
+        "val_auroc_by_label": {"Edema": 0.75, "Pleural Effusion": None},
+        "learning_rate": 1e-4,
+        "seconds": 3.0,
+        "images_per_s": 120.0,
+        "waiting_share": 0.02,
+        "resident_bytes": 3 * 2**30,
+        "gpu_peak_bytes": None,
+    }
+
+
+def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag → (step, value), as TensorBoard's own reader has them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(run / "tensorboard"))
+    reader.Reload()
+    return {tag: [(e.step, pytest.approx(e.value)) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def test_an_epoch_is_shown_with_all_that_is_defined(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    for epoch in range(2):
+        board.add(line(epoch, 0.5 - 0.1 * epoch), epoch)
+    board.close()
+    tags = shown(tmp_path)
+    assert tags["loss/training"] == [(0, 0.5), (1, 0.4)]
+    assert tags["loss/validation"] == [(0, 0.6), (1, 0.5)]
+    assert tags["AUROC/mean"] == tags["AUROC/Edema"] == [(0, 0.75), (1, 0.75)]
+    assert tags["memory/process, GiB"] == [(0, 3.0), (1, 3.0)]
+    assert tags["training/learning rate"][1] == (1, 1e-4)
+    assert {"training/images per second", "training/share of time waiting for data"} <= tags.keys()
+    assert not {"AUROC/Pleural Effusion", "memory/torch on the GPU, GiB"} & tags.keys(), "undefined is not drawn"
+
+
+def test_epochs_that_were_cut_back_are_not_shown_twice(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    for epoch in range(3):
+        board.add(line(epoch, 0.5), epoch)
+    board.close()
+    again = Board(tmp_path, epoch=1)
+    again.add(line(1, 0.3), 1)
+    again.close()
+    assert shown(tmp_path)["loss/training"] == [(0, 0.5), (1, 0.3)]
+
+
+def test_a_training_that_starts_anew_hides_the_old_one(tmp_path: Path) -> None:
+    for loss in (0.5, 0.2):
+        board = Board(tmp_path)
+        board.add(line(0, loss), 0)
+        board.close()
+    assert shown(tmp_path)["loss/training"] == [(0, 0.2)]
+
+
+def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(RunError, match=r"pip install 'cxrfast\[tensorboard\]'"):
+        Board(tmp_path)
+    assert not (tmp_path / "tensorboard").exists()
