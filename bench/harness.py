@@ -26,7 +26,7 @@ from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.progress import Advance, duration, progress
-from cxrfast.shards.format.manifest import versions
+from cxrfast.shards.format.info import versions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.building.layout import PLANNING, permutation, rows_per_shard
-from cxrfast.shards.format.manifest import SetInfo, ShardManifest, versions
+from cxrfast.shards.format.info import SetInfo, versions
+from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.decode import BadImage, decode_grey, encode

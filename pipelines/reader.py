@@ -15,9 +15,10 @@ from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.shards.format.codec import pgm_header
-from cxrfast.shards.format.manifest import built, read_manifest, read_set, scales_in, shard_path
+from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.grid import SIDE, unpack
+from cxrfast.shards.shard_set import ShardSet
 
 OPEN_FILES = 512
 """Tars kept open; those beyond are opened for each read."""
@@ -39,11 +40,10 @@ class Reader:
     """
 
     def __init__(self, folder: Path | str, scale: int) -> None:
-        self.folder, self.scale = Path(folder), scale
-        self.info = read_set(self.folder)
-        shards = built(self.folder, scale)
+        self.shard_set, self.scale = ShardSet(folder), scale
+        shards = self.shard_set.shards(scale)
         if not shards:
-            there = ", ".join(map(str, scales_in(self.folder))) or "none"
+            there = ", ".join(map(str, self.shard_set.scales)) or "none"
             raise LoadError(
                 f"{self.folder} holds no shards at {scale} px (scales there: {there}): "
                 f"build them with `cxrfast shard --scale {scale}`"
@@ -59,10 +59,20 @@ class Reader:
         self._header = pgm_header(scale, scale)
         self._files: dict[int, int] = {}
 
+    @property
+    def folder(self) -> Path:
+        """Where the set lies."""
+        return self.shard_set.folder
+
+    @property
+    def info(self) -> SetInfo:
+        """What the set's set.json says."""
+        return self.shard_set.info
+
     def _open_index(self, shard: int) -> None:
-        tar = shard_path(self.folder, self.scale, shard, "tar")
+        tar = self.shard_set.path(self.scale, shard)
         try:
-            manifest = read_manifest(self.folder, self.scale, shard)
+            manifest = self.shard_set.manifest(self.scale, shard)
             assert manifest is not None  # `built` lists manifests
             size = os.stat(tar).st_size
             index = np.array(read_index(self.folder, self.scale, shard), np.int64).reshape(-1, 3)
@@ -167,7 +177,7 @@ class Reader:
                 os.close(descriptor)
 
     def _path(self, shard: int) -> Path:
-        return shard_path(self.folder, self.scale, shard, "tar")
+        return self.shard_set.path(self.scale, shard)
 
     # Reading ahead
 

@@ -26,8 +26,10 @@ from cxrfast.shards.building.layout import check_scales, missing_by_folder, plan
 from cxrfast.shards.building.todo import Plan, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, run_on_dask, start_pool
 from cxrfast.shards.format import manifest
+from cxrfast.shards.format.checksums import mark_unfinished, write_sums
+from cxrfast.shards.format.info import SetInfo, read_set, versions
 from cxrfast.shards.format.lock import Lease, Part, leased
-from cxrfast.shards.format.manifest import SetInfo, read_set
+from cxrfast.shards.format.names import WORKSHOP, check_labels_settled, is_foreign, is_temporary, shard_name
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.rows import read_info, read_rows, write_rows
 from cxrfast.shards.sources.mimic import read_source, with_defaults
@@ -127,7 +129,7 @@ def build(
 
 def _check_folder(tree: Tree, out: Path) -> None:
     """Raises ShardError if there is something else than a set, or if set and source lie in one another."""
-    if out.is_dir() and not (out / "set.json").exists() and any(manifest.is_foreign(path) for path in out.iterdir()):
+    if out.is_dir() and not (out / "set.json").exists() and any(is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
     ours = f"{out.resolve()}/"
     for root in tree.roots if tree.is_local else ():
@@ -163,7 +165,7 @@ def _plan(
                 f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
                 "choose another --out, or give the same --data and options"
             )
-        manifest.check_labels_settled(out)
+        check_labels_settled(out)
         _check_same_labels(out, info, source, options)
         if read_info(out / "rows.parquet") != info:
             raise ShardError(f"set.json and rows.parquet in {out} disagree: `cxrfast verify --repair {out}` mends them")
@@ -184,7 +186,7 @@ def _plan(
         quality=recipe.quality,
         resize=recipe.resize,
         grey=recipe.grey,
-        versions=manifest.versions(),
+        versions=versions(),
     )
     return Plan(tree=tree, out=out, info=info, rows=rows), listed.counts
 
@@ -227,8 +229,8 @@ def _prepare(plan: Plan, tree: Tree, scales: list[int], todo: list[Todo], retry:
     if todo:
         if retry:
             found = _look_again(plan, tree, todo)
-        names = (manifest.shard_name(scale, t.shard, end) for t in todo for scale in t.scales for end in ENDS)
-        manifest.mark_unfinished(out, names)
+        names = (shard_name(scale, t.shard, end) for t in todo for scale in t.scales for end in ENDS)
+        mark_unfinished(out, names)
         if retry:
             plan.rows.loc[found.index, "bytes"] = found
             write_rows(out / "rows.parquet", plan.rows, plan.info)
@@ -255,9 +257,9 @@ def _clear_stale(out: Path, numbers: range, lease: Lease) -> None:
     """Remove what a killed build left half-written: of these shards, and of the set where no other part is at work."""
     alone = lease.alone()
     if alone:
-        shutil.rmtree(out / manifest.WORKSHOP, ignore_errors=True)
+        shutil.rmtree(out / WORKSHOP, ignore_errors=True)
     for path in [*out.glob("*.tmp"), *out.glob("[0-9]*/*.tmp")]:
-        if manifest.is_temporary(path) and (alone or (path.parent != out and int(path.name[:6]) in numbers)):
+        if is_temporary(path) and (alone or (path.parent != out and int(path.name[:6]) in numbers)):
             path.unlink(missing_ok=True)
 
 
@@ -333,7 +335,7 @@ def _finish(plan: Plan, report: Report, whole: bool) -> None:
     if whole or report.complete:
         paths = dict(zip(plan.rows["row"], plan.rows["path"], strict=True))
         write_bytes(out / "quarantine.csv", manifest.quarantine_bytes(paths, manifests))
-        manifest.write_sums(out, manifests)
+        write_sums(out, manifests)
 
 
 def describe(report: Report, out: Path) -> str:

@@ -15,7 +15,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.format.manifest import NAMES
+from cxrfast.shards.format.names import NAMES
 from cxrfast.shards.storage import URL, as_oserror, connect
 
 CHUNK = 8 * 2**20

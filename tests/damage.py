@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from cxrfast.files import sha256
-from cxrfast.shards.format.manifest import built, read_manifest, scales_in, shard_path, write_sums
+from cxrfast.shards.format.checksums import write_sums
+from cxrfast.shards.format.manifest import built, read_manifest, scales_in
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.tar import read_index
 
 

@@ -51,7 +51,7 @@ from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.shards.shard_set import ShardSet
 
 __all__ = ["bench", "sections"]
 
@@ -106,7 +106,7 @@ def bench(
             "they compare dali with host: install NVIDIA DALI, and give --only dali if you give --only"
         )
         with_engines = False
-    scales = sorted(scales or (scales_in(shards) if shards and read_set(shards) else PHANTOM_SCALES))
+    scales = sorted(scales or (ShardSet(shards).scales if shards else PHANTOM_SCALES))
     if shards:
         _check(shards, scales)
     extras = {"--engines": with_engines, "--cold": with_cold, "--large": with_large}
@@ -192,7 +192,7 @@ def _announce(
 
 
 def _check(shards: Path, scales: list[int]) -> None:
-    if read_set(shards).codec != "jpeg":
+    if ShardSet(shards).info.codec != "jpeg":
         raise LoadError(f"{shards} holds no JPEGs: give the set that its raw images were made from")
     for scale in scales:
         Reader(shards, scale).close()  # says what is wrong before anything is measured

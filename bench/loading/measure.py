@@ -25,7 +25,7 @@ from cxrfast.pipelines.host import WARP, warp_matrix
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import built, shard_path
+from cxrfast.shards.shard_set import ShardSet
 
 MIMIC_ROWS = 377_110
 
@@ -111,8 +111,9 @@ def drop_pages(folder: Path, scale: int) -> None:
     """Put the tars of a scale out of the page cache. Raises LoadError where the system cannot."""
     if not hasattr(os, "posix_fadvise"):
         raise LoadError("this system cannot drop pages of a file: leave out --cold")
-    for shard in built(folder, scale):
-        descriptor = os.open(shard_path(folder, scale, shard, "tar"), os.O_RDONLY)
+    shards = ShardSet(folder)
+    for shard in shards.shards(scale):
+        descriptor = os.open(shards.path(scale, shard), os.O_RDONLY)
         try:
             os.fsync(descriptor)  # dirty pages stay
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -26,10 +26,10 @@ from cxrfast.shards.build import build
 from cxrfast.shards.building.tasks import Task, build_shard
 from cxrfast.shards.building.todo import Plan, Todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
-from cxrfast.shards.format.manifest import ShardManifest, read_set
-from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images import decode as pixels
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 
 SMALLEST, LARGEST = 64, 1024
@@ -118,7 +118,8 @@ def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float
     tree = crowd(images, scratch / "tree", rows)
     planned = scratch / "planned"
     build(tree, planned, scales, workers=1, limit=1, quiet=True, **SOURCE)
-    info, table = read_set(planned), read_rows(planned / "rows.parquet")
+    made = ShardSet(planned)
+    table = made.rows()
     todo = Todo(shard=0, scales=scales, rows=range(LARGEST), quarantined={}, held=None)
     in_turn = table.sort_values("path")["row"].head(LARGEST).tolist()
     return Setup(
@@ -126,9 +127,9 @@ def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float
         images=images,
         scales=scales,
         workers=workers,
-        task=make_task(Plan(tree=Tree(tree), out=planned, info=info, rows=table), todo, in_turn),
+        task=make_task(Plan(tree=Tree(tree), out=planned, info=made.info, rows=table), todo, in_turn),
         tree=tree,
-        shard_rows=info.rows_per_shard,
+        shard_rows=made.info.rows_per_shard,
         each=each,
         per_second=per_second,
     )

@@ -32,7 +32,7 @@ from cxrfast.errors import RunError
 from cxrfast.models.classifier import check_arch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import progress
-from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import markdown_table
 
 PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
@@ -73,7 +73,7 @@ def bench(
     """
     budget, chosen = Budget.of(minutes), pick_device(device)
     check_arch(arch)
-    scales = sorted(scales or (scales_in(shards) if shards and read_set(shards) else PHANTOM_SCALES[chosen.type]))
+    scales = sorted(scales or (ShardSet(shards).scales if shards else PHANTOM_SCALES[chosen.type]))
     if shards:
         for scale in scales:
             Reader(shards, scale).close()  # says what is wrong before anything is measured

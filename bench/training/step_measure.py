@@ -24,7 +24,6 @@ from cxrfast.models.densenet import saved_bytes
 from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import start_run
-from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.monitor import Timed, Watch
 from cxrfast.training.train import Place, Trainer, make_config, select_rows
 
@@ -112,7 +111,7 @@ def make_trainer(place: Place, scale: int, arch: str, micro_batch: int, ranks: W
         place.shards, scale, device=place.device, arch=arch, weights="none", global_batch=1, micro_batch=1
     )
     reader = Reader(place.shards, scale)
-    rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows)
+    rows = select_rows(reader.shard_set.rows(), config, reader.rows)
     run = start_run(place.runs / "run", config, place.shards, rows)
     trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, place)
     trainer.train_loader.order = LongOrder(rows=trainer.order.rows, micro_batch=micro_batch)

@@ -21,7 +21,7 @@ from cxrfast.phantoms.dataset import synth
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.shards.shard_set import ShardSet
 
 PHANTOMS, PHANTOM_SCALE = 128, 256
 """Number of phantoms and their side, px."""
@@ -137,7 +137,6 @@ def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
 
 
 def _smallest(folder: Path) -> int:
-    read_set(folder)  # says so if it is none
-    if not (scales := scales_in(folder)):
+    if not (scales := ShardSet(folder).scales):
         raise LoadError(f"{folder} holds no shards: build them with `cxrfast shard`")
     return scales[0]

@@ -16,7 +16,7 @@ from cxrfast.errors import CxrfastError, DeviceError
 from cxrfast.machine import installed, memory_bytes, processor, usable_cores
 from cxrfast.models.classifier import imagenet_file, resolve_precision
 from cxrfast.pipelines.dali import OLDEST
-from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.shards.shard_set import ShardSet
 
 DRIVERS = {12: 525, 13: 580}
 """First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
@@ -167,10 +167,10 @@ def _data() -> Iterator[Finding]:
         "" if tables else "set CXRFAST_DATA, or give --data",
     )
     try:
-        info = read_set(config.SHARDS)
+        found = ShardSet(config.SHARDS)
         yield Finding(
             "shard set",
-            f"{config.SHARDS}: {info.images:,} images at {', '.join(map(str, scales_in(config.SHARDS)))} px",
+            f"{config.SHARDS}: {found.info.images:,} images at {', '.join(map(str, found.scales))} px",
         )
     except CxrfastError:
         yield Finding("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")

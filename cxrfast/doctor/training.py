@@ -34,7 +34,6 @@ from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import run_folder, start_run
-from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.micro_batch import CPU_MEMORY, Step, in_own_process
 from cxrfast.training.trainer import Trainer, masked_bce_sum
 
@@ -292,7 +291,7 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
 
     Raises RunError for a set with too few rows.
     """
-    table = read_rows(reader.folder / "rows.parquet")
+    table = reader.shard_set.rows()
     table = table[table["row"].isin(reader.rows[:MOST])].reset_index(drop=True)
     size = min(8, (len(table) - 1) // (2 * (WARM_UP + STEPS)))
     if not size:

@@ -27,8 +27,8 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import size
 from cxrfast.runs.run import Run, read_run, run_folder
 from cxrfast.runs.status import SILENT_SECONDS, read_metrics
-from cxrfast.shards.format.manifest import SetInfo, read_set
-from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
 from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order
@@ -101,7 +101,8 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
 
     Raises ShardError if the set's table cannot be read; what stands against a run is in its `refusals`.
     """
-    info, table = read_set(plan.place.shards), read_rows(plan.place.shards / "rows.parquet")
+    shards = ShardSet(plan.place.shards)
+    info, table = shards.info, shards.rows()
     pace = Pace(plan.place.runs, rates or {})
     outlooks = []
     for scale in plan.scales:

@@ -8,7 +8,7 @@ from typing import Any
 from cxrfast.config import Place, TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.runs.run import run_folder
-from cxrfast.shards.format.manifest import read_set, scales_in
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.train import configure
 
@@ -105,10 +105,10 @@ def make_plan(
 
     Raises ShardError if `shards` is no set, RunError if nothing is in it.
     """
-    read_set(shards)
+    built = ShardSet(shards).scales
     recipe = {name: value for name, value in (recipe or {}).items() if value is not None}
     place.setdefault("subset", recipe.pop("subset", None))
-    scales = sorted(set(scales or scales_in(shards)))
+    scales = sorted(set(scales or built))
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
     folds = sorted(set(folds or ([0] if recipe.get("split") == "official" else range(FOLDS))))

@@ -24,8 +24,7 @@ from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier, load_weights, resolve_precision
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run, read_run, run_folder, start_run
-from cxrfast.shards.format.manifest import read_set
-from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
 from cxrfast.splits import check_parts, official_masks, part_masks
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
@@ -74,7 +73,7 @@ def make_config(
     `subset`: a file of row numbers, one a line, that the parts are cut down to. `recompute` and `compile` decide, as the
     device does, what a micro-batch of `auto` is; see `fit`.
     """
-    info = read_set(shards)
+    info = ShardSet(shards).info
     preset = presets.preset(scale)
     given = {name: value for name, value in given.items() if value is not None}
     global_batch = given.pop("global_batch", preset.global_batch)
@@ -166,7 +165,7 @@ def train(config: TrainConfig, place: Place) -> Run:
             model.check_size(side)
         reader = Reader(place.shards, config.scale)
         subset = None if place.subset is None else read_subset(place.subset)
-        rows = select_rows(read_rows(place.shards / "rows.parquet"), config, reader.rows, subset)
+        rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         # refuses sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
         folder = run_folder(place.runs, config, place.name)
@@ -195,7 +194,7 @@ def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
 
     Raises ShardError where it cannot be made.
     """
-    copy = folder / read_set(shards).id
+    copy = folder / ShardSet(shards).info.id
     folder.mkdir(parents=True, exist_ok=True)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
     with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:

@@ -15,7 +15,8 @@ import numpy as np
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.codec import encode_member
-from cxrfast.shards.format.manifest import ShardManifest, shard_path
+from cxrfast.shards.format.manifest import ShardManifest
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.decode import BadImage, Reason, at_scales, decode
 from cxrfast.shards.images.grid import grid, pack

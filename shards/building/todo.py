@@ -9,7 +9,9 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.tasks import Image, Task
 from cxrfast.shards.format import manifest
-from cxrfast.shards.format.manifest import SetInfo, ShardManifest, read_manifest, shard_path
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, read_manifest
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.storage import Tree
 

@@ -18,7 +18,7 @@ import cv2
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.tasks import Task, build_shard, start_worker
-from cxrfast.shards.format.manifest import versions
+from cxrfast.shards.format.info import versions
 from cxrfast.shards.images.decode import Reason
 
 Outcome = tuple[Task, Exception | None]

@@ -20,7 +20,7 @@ import psutil
 
 from cxrfast.errors import ShardError
 from cxrfast.files import temporary_name
-from cxrfast.shards.format.manifest import WORKING
+from cxrfast.shards.format.names import WORKING
 
 BEAT = 5.0
 """Seconds between two signs of life."""

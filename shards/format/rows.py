@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.format.manifest import SetInfo, check_labels_settled, parse_set
+from cxrfast.shards.format.info import SetInfo, parse_set
+from cxrfast.shards.format.names import check_labels_settled
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),

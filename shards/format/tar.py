@@ -12,7 +12,7 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import sync_folder, temporary_name, write_bytes
 from cxrfast.shards.format.codec import SUFFIX
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 
 AHEAD = 16 * 2**20
 """Bytes after which the system is asked to begin writing them to the disk, so that `close` waits for few."""

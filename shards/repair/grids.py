@@ -15,8 +15,10 @@ import numpy as np
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
+from cxrfast.shards.format.checksums import read_sums, sums_bytes
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import read_manifest, read_manifests, read_sums, shard_name, shard_path, sums_bytes
+from cxrfast.shards.format.manifest import read_manifest, read_manifests
+from cxrfast.shards.format.names import shard_name, shard_path
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.grid import SIDE, grid, pack

@@ -17,8 +17,11 @@ from cxrfast.machine import usable_cores
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.building.todo import Plan
 from cxrfast.shards.format import manifest
+from cxrfast.shards.format.checksums import parse_sums, sums_bytes
+from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lease
-from cxrfast.shards.format.manifest import WORKSHOP, SetInfo, ShardManifest, read_set
+from cxrfast.shards.format.manifest import ShardManifest
+from cxrfast.shards.format.names import PLAN, WORKSHOP, is_temporary
 from cxrfast.shards.format.rows import is_as_written, read_info, read_rows, write_rows
 from cxrfast.shards.repair.grids import add_grids
 from cxrfast.shards.repair.shards import restore_shards
@@ -50,7 +53,7 @@ def repair(
     with Lease(folder):
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
         found = {problem.path for problem in verify(folder, quiet=quiet).problems}
-        sums, _ = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+        sums, _ = parse_sums((folder / "SHA256SUMS").read_bytes())
         work = Repair(
             folder=folder,
             tree=tree,
@@ -88,7 +91,7 @@ def _trust_near_hashes(work: Repair) -> None:
 def _clear(work: Repair) -> None:
     """Remove what killed builds left."""
     for name in sorted(work.suspects):
-        if manifest.is_temporary(work.folder / name) and (work.folder / name).is_file():
+        if is_temporary(work.folder / name) and (work.folder / name).is_file():
             (work.folder / name).unlink()
             work.done.append(Problem(name, "left by a killed build: removed"))
 
@@ -155,7 +158,7 @@ def _restore_lists(work: Repair, plan: Plan, manifests: list[ShardManifest]) -> 
     if not work.failed:
         paths = dict(zip(plan.rows["row"], plan.rows["path"], strict=True))
         work.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "made again from the manifests")
-    whole = {*manifest.PLAN, *(name for m in manifests for name in files_of(m.scale, m.shard))} - work.failed.keys()
+    whole = {*PLAN, *(name for m in manifests for name in files_of(m.scale, m.shard))} - work.failed.keys()
     mended = {problem.path for problem in work.done}
     broken = {*work.failed, *(f"{name[:-3]}{end}" for name in work.failed for end in ("tar", "idx", "json"))}
     if work.failed:
@@ -164,7 +167,7 @@ def _restore_lists(work: Repair, plan: Plan, manifests: list[ShardManifest]) -> 
     for name in sorted(whole - broken):
         is_same = work.is_good(name) and name not in mended  # else the file is right, and its line was wrong
         sums[name] = work.sums[name] if is_same else sha256(work.folder / name)
-    text = manifest.sums_bytes(sums)
+    text = sums_bytes(sums)
     if (work.folder / "SHA256SUMS").read_bytes() != text:
         write_bytes(work.folder / "SHA256SUMS", text)
         work.done.append(Problem("SHA256SUMS", "written anew"))

@@ -19,7 +19,9 @@ from cxrfast.progress import progress
 from cxrfast.shards.building.todo import Plan, Todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format import manifest
-from cxrfast.shards.format.manifest import WORKSHOP, SetInfo, ShardManifest, read_manifest, shard_path
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, read_manifest
+from cxrfast.shards.format.names import WORKSHOP, shard_path
 from cxrfast.shards.format.tar import Contents, read_contents
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.repair.grids import take_grids

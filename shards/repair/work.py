@@ -11,7 +11,9 @@ from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
 from cxrfast.shards.building.layout import plan_rows
 from cxrfast.shards.format import manifest
-from cxrfast.shards.format.manifest import SetInfo, ShardManifest, read_manifest
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, read_manifest
+from cxrfast.shards.format.names import NAMES, files_in, shard_name
 from cxrfast.shards.sources.mimic import read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.verify import Problem
@@ -63,7 +65,7 @@ class Repair:
 
     def shards(self) -> list[tuple[int, int]]:
         """Scale and number of every shard that SHA256SUMS or a file names."""
-        names = {name for name in (*self.sums, *manifest.files_in(self.folder)) if manifest.NAMES.fullmatch(name)}
+        names = {name for name in (*self.sums, *files_in(self.folder)) if NAMES.fullmatch(name)}
         return sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
 
     def report(self) -> list[str]:
@@ -74,7 +76,7 @@ class Repair:
 
 def files_of(scale: int, shard: int) -> list[str]:
     """Names of a shard's tar, index and manifest, relative to the set."""
-    return [manifest.shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
+    return [shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
 
 
 def manifest_of(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:

@@ -16,8 +16,10 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import targets
-from cxrfast.shards.format.manifest import SetInfo, ShardManifest, read_manifests, read_set
-from cxrfast.shards.format.rows import REFERENCE, label_names, read_rows, reference_names
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, read_manifests
+from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS, PARTS, part_masks
 
 COUNTS = ("images", "studies", "patients")
@@ -62,7 +64,8 @@ class Description:
 def describe(folder: Path) -> Description:
     """Count what is in the set. Raises ShardError if set.json, rows.parquet or a manifest is missing or damaged."""
     folder = Path(folder)
-    info, rows = read_set(folder), read_rows(folder / "rows.parquet")
+    shards = ShardSet(folder)
+    info, rows = shards.info, shards.rows()
     if len(rows) != info.images or list(label_names(rows)) != info.labels:
         raise ShardError(f"{folder / 'rows.parquet'} does not belong to set.json beside it: `cxrfast verify {folder}`")
     built = read_built(folder, info, rows)

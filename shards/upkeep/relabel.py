@@ -16,8 +16,10 @@ from cxrfast.errors import ShardError
 from cxrfast.files import sha256, sync_folder, write_bytes
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.progress import progress
+from cxrfast.shards.format.checksums import read_sums, sums_bytes
+from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lease
-from cxrfast.shards.format.manifest import RELABELLING, SetInfo, is_temporary, read_set, read_sums, sums_bytes
+from cxrfast.shards.format.names import RELABELLING, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.tables import columns_of, filled, raw_labels, read_table
 from cxrfast.shards.storage import Tree

@@ -18,9 +18,10 @@ from pathlib import Path, PurePosixPath
 from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress, size
-from cxrfast.shards.format import manifest
+from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
+from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import leased
-from cxrfast.shards.format.manifest import SetInfo, is_temporary, parse_set, parse_sums
+from cxrfast.shards.format.names import WORKING, check_labels_settled, is_temporary
 from cxrfast.shards.place import CHUNK, Place
 from cxrfast.shards.storage import as_oserror
 
@@ -146,7 +147,7 @@ def read_cargo(origin: Place, scales: list[int] | None) -> Cargo:
 def _sums(origin: Place, sizes: dict[str, int]) -> dict[str, str]:
     """SHA256SUMS of the source. Raises ShardError if there is none, or a damaged one."""
     if origin.is_local:
-        return manifest.read_sums(Path(origin.root))
+        return read_sums(Path(origin.root))
     if "SHA256SUMS" not in sizes:
         raise ShardError(f"{origin} is not finished (no SHA256SUMS): run the same `cxrfast stage` command again")
     sums, wrong = parse_sums(origin.read("SHA256SUMS"))
@@ -176,14 +177,12 @@ def _check_target(target: Place, info: SetInfo) -> None:
     """Raises ShardError, with nothing touched, if there is anything but the same set, parts of it or nothing."""
     names = target.names()
     if target.is_local:
-        manifest.check_labels_settled(Path(target.root))
+        check_labels_settled(Path(target.root))
     if "set.json" in names:
         held = parse_set(target.read("set.json"), f"{target}/set.json")
         if held.id != info.id:
             raise ShardError(f"{target} holds another set ({held.id}, not {info.id}): choose another TO")
-    elif any(
-        name not in PLAN and not is_temporary(Path(name)) and not manifest.WORKING.fullmatch(name) for name in names
-    ):
+    elif any(name not in PLAN and not is_temporary(Path(name)) and not WORKING.fullmatch(name) for name in names):
         raise ShardError(f"{target} is not empty and not a shard set: choose another TO")
 
 
@@ -368,7 +367,7 @@ def _write_sums(pool: Executor, target: Place, cargo: Cargo, known: dict[str, st
             return json.loads(target.read(name.removesuffix("tar") + "json"))["sha256"]
         return target.sha256(name)
 
-    text = manifest.sums_bytes(dict(zip(names, pool.map(digest, names), strict=True)))
+    text = sums_bytes(dict(zip(names, pool.map(digest, names), strict=True)))
     if "SHA256SUMS" not in there or target.read("SHA256SUMS") != text:
         with target.writing("SHA256SUMS") as file:
             file.write(text)

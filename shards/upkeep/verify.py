@@ -15,17 +15,11 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.format import manifest
+from cxrfast.shards.format.checksums import parse_sums, read_sums
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import (
-    SetInfo,
-    ShardManifest,
-    quarantine_bytes,
-    read_manifest,
-    read_manifests,
-    read_set,
-    read_sums,
-    shard_path,
-)
+from cxrfast.shards.format.info import SetInfo, read_set
+from cxrfast.shards.format.manifest import ShardManifest, quarantine_bytes, read_manifest, read_manifests
+from cxrfast.shards.format.names import files_in, shard_name, shard_path
 from cxrfast.shards.format.rows import label_names, read_info, read_rows
 from cxrfast.shards.format.tar import read_contents, read_index
 from cxrfast.shards.images.bad_image import BadImage
@@ -66,7 +60,7 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     """
     folder = Path(folder)
     sums, problems = _read_sums(folder)
-    there = set(manifest.files_in(folder))
+    there = set(files_in(folder))
     start = time.monotonic()
     problems += [Problem(name, "missing") for name in sorted(sums.keys() - there)]
     problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
@@ -125,7 +119,7 @@ def _speed(n: int, seconds: float) -> str:
 def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
     """SHA256SUMS as far as it can be read, and what is wrong with it. Raises ShardError where there is none."""
     try:
-        sums, wrong = manifest.parse_sums((folder / "SHA256SUMS").read_bytes())
+        sums, wrong = parse_sums((folder / "SHA256SUMS").read_bytes())
     except FileNotFoundError:
         read_set(folder)
         return read_sums(folder), []  # raises: never finished
@@ -163,7 +157,7 @@ def _unreadable(folder: Path) -> Iterator[Problem]:
             try:
                 read_manifest(folder, scale, shard)
             except ShardError:
-                yield Problem(manifest.shard_name(scale, shard, "json"), "cannot be read, and was signed so")
+                yield Problem(shard_name(scale, shard, "json"), "cannot be read, and was signed so")
 
 
 def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
@@ -237,7 +231,7 @@ def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest],
 def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> list[Problem]:
     """Problems of one shard, whose files are as they were signed."""
     path = shard_path(folder, m.scale, m.shard, "tar")
-    name = manifest.shard_name(m.scale, m.shard, "tar")
+    name = shard_name(m.scale, m.shard, "tar")
     problems: list[Problem] = []
 
     def found(what: str) -> None:

@@ -13,7 +13,7 @@ from cxrfast.pipelines.dali import DaliEngine, available
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 
 pytestmark = pytest.mark.skipif(not available(), reason="NVIDIA DALI is not installed")
 

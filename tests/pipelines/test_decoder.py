@@ -18,7 +18,7 @@ from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.format.codec import encode_member
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.images.decode import encode, resize
 
 ROWS = np.arange(150)

@@ -15,7 +15,7 @@ from cxrfast.pipelines.decoder import reduction
 from cxrfast.pipelines.host import HostEngine, warp_matrix
 from cxrfast.pipelines.order import Augment, Work
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.images.decode import encode, resize
 
 

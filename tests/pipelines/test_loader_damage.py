@@ -14,7 +14,7 @@ from cxrfast.errors import LoadError
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 
 ROW = 110
 """In the second of three tars, of 64 rows each; further ahead than an engine reads. The first row of a batch."""

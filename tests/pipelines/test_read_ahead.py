@@ -19,7 +19,7 @@ from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import GAP, PIECE, Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import Recipe
 
 

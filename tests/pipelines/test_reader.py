@@ -16,7 +16,7 @@ from damage import copy_set, flip_bit, where
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import reader as module
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import shard_path
+from cxrfast.shards.format.names import shard_path
 
 
 def by_tarfile(folder: Path, scale: int) -> dict[int, bytes]:

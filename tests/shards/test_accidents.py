@@ -22,7 +22,8 @@ from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building.layout import plan_rows
-from cxrfast.shards.format.manifest import read_manifest, shard_path
+from cxrfast.shards.format.manifest import read_manifest
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
@@ -384,7 +385,8 @@ QUOTA = """
 import errno, os, sys
 from pathlib import Path
 from cxrfast.errors import ShardError
-from cxrfast.shards import build, tar
+from cxrfast.shards import build
+from cxrfast.shards.format import tar
 step = sys.argv[1]
 def refuse(*arguments):
     raise OSError(errno.EDQUOT, "Disk quota exceeded")

@@ -21,7 +21,8 @@ from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import Report, describe
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import read_manifest, read_set
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import at_scales, decode_grey, encode

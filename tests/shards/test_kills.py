@@ -16,7 +16,8 @@ from conftest import REAL
 from damage import contents
 
 from cxrfast.shards.build import build
-from cxrfast.shards.format.manifest import read_manifests, read_set
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import read_manifests
 from cxrfast.shards.upkeep.verify import verify
 
 KILLS = int(os.environ.get("CXRFAST_KILLS", "6"))

@@ -19,7 +19,7 @@ from damage import contents
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building import workers
-from cxrfast.shards.format.manifest import read_set
+from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
 
@@ -75,7 +75,8 @@ CRASHING = """
 import ctypes, sys
 from pathlib import Path
 from cxrfast.errors import ShardError
-from cxrfast.shards import build, task
+from cxrfast.shards import build
+from cxrfast.shards.building import tasks as task
 real = task.decode
 def decode(data, grey):
     if sys.argv[3].encode() in data:

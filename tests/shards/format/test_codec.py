@@ -10,7 +10,9 @@ from PIL import Image
 
 from cxrfast.shards.build import build
 from cxrfast.shards.format.codec import decode_member, encode_member, pgm_header
-from cxrfast.shards.format.manifest import built, read_set, shard_path
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import built
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage, Reason

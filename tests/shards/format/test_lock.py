@@ -16,7 +16,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from cxrfast.errors import ShardError
-from cxrfast.shards import lease
+from cxrfast.shards.format import lock as lease
 if sys.argv[2]:
     lease._machine = lambda: sys.argv[2]
 lease.BEAT = 0.1

@@ -8,18 +8,10 @@ import pytest
 from damage import copy_set
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.manifest import (
-    SCHEMA,
-    ShardManifest,
-    built,
-    quarantine_bytes,
-    read_manifest,
-    read_set,
-    read_sums,
-    scales_in,
-    shard_path,
-    versions,
-)
+from cxrfast.shards.format.checksums import read_sums
+from cxrfast.shards.format.info import SCHEMA, read_set, versions
+from cxrfast.shards.format.manifest import ShardManifest, built, quarantine_bytes, read_manifest, scales_in
+from cxrfast.shards.format.names import shard_path
 
 
 def manifest(**fields) -> ShardManifest:

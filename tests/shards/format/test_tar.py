@@ -17,7 +17,9 @@ from PIL import Image
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import read_manifest, read_set, shard_path
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import read_manifest
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.format.tar import TarWriter, read_index
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cxrfast.errors import ShardError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import read_manifest, shard_path
+from cxrfast.shards.format.manifest import read_manifest
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import at_scales, encode
 from cxrfast.shards.images.decode import decode as decode_source

@@ -11,7 +11,8 @@ import pytest
 from damage import contents, copy_set, flip_bit, image_bytes, replace_image, without_grids
 
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.format.manifest import read_manifests, shard_path
+from cxrfast.shards.format.manifest import read_manifests
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.images.grid import STEPS, tolerance
 from cxrfast.shards.repair.repair import repair
 from cxrfast.shards.storage import Tree

@@ -12,8 +12,9 @@ from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build as build_set
+from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lease
-from cxrfast.shards.format.manifest import read_set, shard_path
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import Recipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack

@@ -18,7 +18,8 @@ from cxrfast.labels import MIMIC
 from cxrfast.phantoms.dataset import synth
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.format.manifest import read_set, shard_path
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import REFERENCE, read_rows, write_rows
 from cxrfast.shards.images.decode import decode_grey
 from cxrfast.shards.upkeep.counts import describe

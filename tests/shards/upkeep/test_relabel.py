@@ -30,8 +30,9 @@ from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.build import build
+from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lease
-from cxrfast.shards.format.manifest import RELABELLING, read_set, shard_path
+from cxrfast.shards.format.names import RELABELLING, shard_path
 from cxrfast.shards.format.rows import (
     COLUMNS,
     REFERENCE,

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
 from cxrfast.files import TEMPORARY, sha256
+from cxrfast.shards.format.checksums import read_sums
+from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lease
-from cxrfast.shards.format.manifest import read_set, read_sums
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.place import CHUNK
 from cxrfast.shards.upkeep import stage as module

@@ -11,7 +11,8 @@ from damage import copy_set, flip_bit, image_bytes, replace_image, sign, without
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.shards.format.codec import encode_member, pgm_header
-from cxrfast.shards.format.manifest import read_set, shard_path
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack

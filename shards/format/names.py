@@ -1,0 +1,85 @@
+"""Names of the files in the folder of a shard set, and which of them are there for a while only."""
+
+import os
+import re
+from pathlib import Path
+
+from cxrfast.errors import ShardError
+
+SCALE = re.compile(r"[1-9][0-9]*")
+
+
+SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
+
+
+NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
+"""Files of a set beside SHA256SUMS, relative to it."""
+
+
+def shard_name(scale: int, shard: int, suffix: str) -> str:
+    """A shard's file, relative to the set."""
+    return f"{scale}/{shard:06d}.{suffix}"
+
+
+def shard_path(folder: Path, scale: int, shard: int, suffix: str) -> Path:
+    return Path(folder) / shard_name(scale, shard, suffix)
+
+
+PLAN = ("set.json", "rows.parquet", "quarantine.csv")
+
+
+WORKING = re.compile(r"lease(-\d+-of-\d+)?\.json")
+"""There only while somebody writes into the set; see `lease`."""
+
+
+WORKSHOP = "repair.tmp"
+"""Folder in the set where a repair builds broken shards again."""
+
+
+TEMPORARIES = re.compile(
+    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
+)
+
+
+RELABELLING = "SHA256SUMS.relabelling"
+"""Takes the place of SHA256SUMS while labels are replaced; see `relabel.write_labels`."""
+
+
+def check_labels_settled(folder: Path) -> None:
+    """Raises ShardError while the labels of a set are replaced: table and set.json may not agree."""
+    if (folder / RELABELLING).exists():
+        raise ShardError(
+            f"the labels of {folder} are being replaced, or that was interrupted: "
+            "run the same `cxrfast relabel` command again"
+        )
+
+
+def is_temporary(path: Path) -> bool:
+    """Is this a file of a set while it is written?"""
+    return TEMPORARIES.fullmatch(path.name) is not None
+
+
+def is_foreign(path: Path) -> bool:
+    """Is this no file that a build killed before its plan was whole may have left in the folder of its set?"""
+    ours = is_temporary(path) or WORKING.fullmatch(path.name) or path.name == "rows.parquet"
+    return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
+
+
+def files_in(folder: Path) -> list[str]:
+    """Whatever is in the folder of a set and in the folders there, but sums and leases; sorted, relative to it.
+
+    An empty folder ends with a slash. Raises OSError for a folder that cannot be read.
+    """
+    names: list[str] = []
+    for name in os.listdir(folder):
+        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or WORKING.fullmatch(name):
+            continue
+        if (folder / name).is_dir():
+            names += [f"{name}/{inner}" for inner in os.listdir(folder / name)] or [f"{name}/"]
+        else:
+            names.append(name)
+    return sorted(names)
+
+
+UNFINISHED = "SHA256SUMS.unfinished"
+"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""

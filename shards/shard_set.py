@@ -1,0 +1,56 @@
+"""A shard set on the disk: what it holds and where. What everybody asks who reads a set; nothing here writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, read_manifests, scales_in
+from cxrfast.shards.format.names import shard_path
+from cxrfast.shards.format.rows import read_rows
+
+
+class ShardSet:
+    """A set that `build` wrote or is writing; `info` is what its set.json says.
+
+        shards = ShardSet("data/shards")
+        shards.info.labels, shards.scales, shards.rows()
+
+    Raises ShardError if `folder` is no shard set, or one of another schema version.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.info = read_set(self.folder)
+
+    @property
+    def scales(self) -> list[int]:
+        """Sides in px of which the set holds at least one shard, ascending."""
+        return scales_in(self.folder)
+
+    @property
+    def is_whole(self) -> bool:
+        """Was the set finished, with every shard at each of its scales?"""
+        complete = all(len(self.shards(scale)) == self.info.shards for scale in self.scales)
+        return complete and (self.folder / "SHA256SUMS").is_file()
+
+    def rows(self) -> pd.DataFrame:
+        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged."""
+        return read_rows(self.folder / "rows.parquet")
+
+    def shards(self, scale: int) -> list[int]:
+        """Numbers of the shards that are built at this scale, ascending."""
+        return built(self.folder, scale)
+
+    def manifest(self, scale: int, shard: int) -> ShardManifest | None:
+        """None if the shard is not built. Raises ShardError if the manifest is damaged."""
+        return read_manifest(self.folder, scale, shard)
+
+    def manifests(self) -> Iterator[ShardManifest]:
+        """Manifests of all shards that are built, by scale and number. Raises ShardError for a damaged one."""
+        return read_manifests(self.folder)
+
+    def path(self, scale: int, shard: int, suffix: str = "tar") -> Path:
+        """Path of a shard's tar, index (`idx`) or manifest (`json`)."""
+        return shard_path(self.folder, scale, shard, suffix)
