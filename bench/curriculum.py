@@ -21,7 +21,7 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
-from cxrfast.training.train import Place, make_config, train
+from cxrfast.training.train import Runtime, make_config, train
 
 SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressive resizing"
 
@@ -81,7 +81,7 @@ def bench(
 
     def run(name: str, side: int, **more: Any) -> Run:
         config = make_config(shards, side, device=device, **(recipe | more))
-        return train(config, Place(shards=shards, runs=out / "runs", name=name, device=device))
+        return train(config, Runtime(shards=shards, runs=out / "runs", name=name, device=device))
 
     runs = {SCRATCH: run(f"scratch-{scale}", scale)}
     small = run(f"scratch-{from_scale}", from_scale)

@@ -25,8 +25,9 @@ from cxrfast.distributed import dali_build, nvidia_driver
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.progress import Advance, duration, progress
+from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.info import versions
+from cxrfast.units import duration
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.building.layout import PLANNING, permutation, rows_per_shard
+from cxrfast.shards.building.layout import PLANNING, rows_per_shard
 from cxrfast.shards.format.info import SetInfo, versions
 from cxrfast.shards.format.manifest import ShardManifest
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.decode import BadImage, decode_grey, encode
 from cxrfast.shards.images.grid import grid, pack
-from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
+from cxrfast.shuffle import permutation
 
 SOURCE: dict[str, Any] = {"source": "table", "source_options": {"table": "images.csv", "label": list(MIMIC)}}
 """How `build` reads the trees that are made here."""
@@ -63,7 +64,7 @@ def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> P
     small.write_bytes(encode(np.full((16, 16), 128, np.uint8), 95))
     names = [f"{n:06d}" for n in range(rows)]
     # row r of the plan is the image at permutation[r] of those sorted by name
-    order = permutation(rows, Recipe().seed, PLANNING) if mixed else range(rows)
+    order = permutation(rows, ImageRecipe().seed, PLANNING) if mixed else range(rows)
     for row, index in enumerate(order):
         full = not mixed or row % FULL_SIZE == 0
         os.link(
@@ -129,5 +130,5 @@ def uncompressed(shards: Path, scale: int, rows: np.ndarray, folder: Path) -> Pa
             (tree / f"{row:09d}.jpg").write_bytes(reader.read(row))
     names = [f"{row:09d}" for row in rows.tolist()]
     _write_table(tree, names)
-    build(tree, folder / "raw", [scale], recipe=Recipe(codec="raw"), quiet=True, **SOURCE)
+    build(tree, folder / "raw", [scale], recipe=ImageRecipe(codec="raw"), quiet=True, **SOURCE)
     return folder / "raw"

@@ -1,7 +1,7 @@
 """What a trial of a GPU found: `python -m cxrfast.bench.trial RESULTS RUNS`, which `bench/gpu_trial.sh` ends with.
 
 The folder of the steps' results comes in; trial.json and trial.md, with the tables of all benchmarks and what they say about
-`pipelines/choice.py`, go out. Exit code 1 if a step failed or a comparison came out wrong.
+`pipelines/loader.py`, go out. Exit code 1 if a step failed or a comparison came out wrong.
 """
 
 import csv
@@ -18,7 +18,7 @@ from cxrfast.bench.harness import provenance
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
-from cxrfast.pipelines.choice import Rates
+from cxrfast.pipelines.loader import Rates
 from cxrfast.runs.run import Run, find_runs
 from cxrfast.tables import markdown_table
 
@@ -85,7 +85,7 @@ def compare_runs(runs: dict[str, Run]) -> list[Finding]:
 
 
 def rates(results: dict[str, Any]) -> list[Rates]:
-    """What `pipelines/choice.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran.
+    """What `pipelines/loader.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran.
 
     The step is that of the fastest rung: compiled, if one was.
     """
@@ -148,7 +148,7 @@ def trial(folder: Path, runs_folder: Path) -> bool:
             *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
             "\n## Epochs\n",
             _epochs(epochs),
-            "## For pipelines/choice.py\n",
+            "## For pipelines/loader.py\n",
             *(f"    {line}," for line in measured),
             "",
         ]

@@ -17,7 +17,7 @@ RUNS = Path("runs")
 
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-"""Modes of torch.compile that are right with gradient accumulation; see `Place.compile`."""
+"""Modes of torch.compile that are right with gradient accumulation; see `Runtime.compile`."""
 SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 
@@ -173,7 +173,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Runtime:
     """Where and how a training runs; none of it changes the rows, their order or the recipe."""
 
     shards: Path

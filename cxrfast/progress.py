@@ -7,28 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from cxrfast.units import duration
+
 
 class Advance(Protocol):
     def __call__(self, n: int = 1, note: str = "") -> None:
         """`n` more units are done; `note` replaces the text behind the bar."""
-
-
-def duration(seconds: float) -> str:
-    """`75` → `1m15s`; two units at most, for people."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{m:02d}m"
-    return f"{m}m{s:02d}s" if m else f"{s}s"
-
-
-def size(n: float) -> str:
-    """Bytes for people, in powers of 1000: `922 MB`, `1.46 TB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 def megabytes(advance: Advance) -> Callable[[int], None]:

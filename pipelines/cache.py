@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 
 from cxrfast.errors import LoadError, is_disk_full
 from cxrfast.pipelines.reader import Reader
-from cxrfast.progress import size as in_words
+from cxrfast.units import size as in_words
 
 
 class PixelCache:

@@ -9,7 +9,7 @@ for epoch in range(10):
         target = labels[batch.row]             # row: int64 (N,)
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,6 @@ import torch
 from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
 from cxrfast.pipelines import dali
-from cxrfast.pipelines.choice import choose
 from cxrfast.pipelines.dali import DaliEngine
 from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Augment, Order, Work
@@ -50,7 +49,7 @@ class Loader:
     """Iterate the micro-batches that `order` gives this rank.
 
     `scale`: side of the images handed out, px; need not be the reader's. `augment`: None for evaluation.
-    `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` is what `choice.choose` says; `why` tells its reason.
+    `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` is what `choose` says; `why` tells its reason.
     `threads`: default: the usable cores, divided by `local_ranks`.
     `cache`: a folder on a local disk in which decoded pixels are kept, see `pipelines.cache`; may be shared and deleted.
     `hw_decoder_load`: of the dali engine. `order` may be replaced between epochs.
@@ -139,3 +138,51 @@ class Loader:
     def close(self) -> None:
         """Give the engine's memory and files back; the reader stays open. Tensors that were handed out stay valid."""
         self._engine.close()
+
+
+HEADROOM = 1.2
+"""Host threads must be this much faster than the training step before they are chosen, since rates vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Images/s on one kind of GPU at one scale, decoded and turned."""
+
+    scale: int
+    """Side of the images, px."""
+    host: float
+    """Of one core of the CPU."""
+    dali: float
+    """Of the GPU, while it does nothing else."""
+    step: float
+    """That a training step on a cached batch asks for: densenet121 as fast as it was measured, compiled if it was."""
+
+
+MEASURED: Mapping[str, Sequence[Rates]] = {}
+"""By the GPU's name, as torch gives it; filled from what `bench/gpu_trial.sh` measures. Empty: none has been measured."""
+
+
+def choose(
+    gpu: str | None,
+    has_dali: bool,
+    scale: int,
+    threads: int,
+    measured: Mapping[str, Sequence[Rates]] = MEASURED,
+) -> tuple[str, str]:
+    """`host` or `dali`, and why, for people.
+
+    `gpu`: its name, None on a CPU. `threads`: of the host engine, one core each. Where both would keep the training step
+    fed, host is better: its threads leave the GPU's memory bandwidth, which bounds the step, to the step.
+    """
+    if gpu is None:
+        return "host", "on a CPU its threads are several times as fast as DALI's"
+    if not has_dali:
+        return "host", "NVIDIA DALI is not installed"
+    if not measured.get(gpu):
+        return "dali", f"{gpu} has not been measured; with many cores a GPU, --engine host is worth a try"
+    rates = min(measured[gpu], key=lambda rates: abs(rates.scale - scale))
+    host, step = threads * rates.host, rates.step
+    compared = f"{threads} host threads give {host:,.0f} images/s, DALI {rates.dali:,.0f}, the step takes {step:,.0f}"
+    if host >= HEADROOM * step or host >= rates.dali:
+        return "host", f"at {rates.scale} px {compared}"
+    return "dali", f"at {rates.scale} px {compared}"

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from cxrfast.errors import LoadError
-from cxrfast.shards.building.layout import permutation
+from cxrfast.shuffle import permutation
 
 WINDOW = 4
 """Shards among whose rows a block order shuffles."""

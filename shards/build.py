@@ -20,7 +20,7 @@ import pandas as pd
 from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
-from cxrfast.progress import duration, progress, size
+from cxrfast.progress import progress
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
 from cxrfast.shards.building.todo import Plan, Todo, find_todo, make_task
@@ -30,10 +30,11 @@ from cxrfast.shards.format.checksums import mark_unfinished, write_sums
 from cxrfast.shards.format.info import SetInfo, read_set, versions
 from cxrfast.shards.format.lock import Lease, Part, leased
 from cxrfast.shards.format.names import WORKSHOP, check_labels_settled, is_foreign, is_temporary, shard_name
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_info, read_rows, write_rows
-from cxrfast.shards.sources.mimic import read_source, with_defaults
+from cxrfast.shards.sources.read import read_source, with_defaults
 from cxrfast.shards.storage import Tree
+from cxrfast.units import duration, size
 
 MISSING_ALLOWED = 0.001
 """Share of images that may be missing; above it the tree is half a download."""
@@ -74,7 +75,7 @@ def build(
     *,
     source: str = "mimic",
     source_options: dict[str, Any] | None = None,
-    recipe: Recipe | None = None,
+    recipe: ImageRecipe | None = None,
     workers: int | None = None,
     part: Part | None = None,
     dask: str | None = None,
@@ -92,7 +93,7 @@ def build(
     kept.
     """
     start = time.monotonic()
-    recipe, scales = recipe or Recipe(), check_scales(scales)
+    recipe, scales = recipe or ImageRecipe(), check_scales(scales)
     tree, out = data if isinstance(data, Tree) else Tree(data), Path(out).absolute()
     if dask and tree.is_local:
         tree = Tree(tree.location if "://" in tree.location else Path(tree.location).absolute())
@@ -145,7 +146,7 @@ def _plan(
     out: Path,
     source: str,
     options: dict[str, Any],
-    recipe: Recipe,
+    recipe: ImageRecipe,
     allow_missing: bool,
     quiet: bool,
 ) -> tuple[Plan, dict[str, int]]:

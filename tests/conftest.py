@@ -8,7 +8,7 @@ import pytest
 
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 
@@ -33,7 +33,7 @@ def tiny_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raw_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_set`, uncompressed. Not to be written to."""
     out = tmp_path_factory.mktemp("raw") / "set"
-    build(phantoms, out, [32, 64], recipe=Recipe(codec="raw"), workers=1, quiet=True)
+    build(phantoms, out, [32, 64], recipe=ImageRecipe(codec="raw"), workers=1, quiet=True)
     return out
 
 

@@ -17,7 +17,7 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run, read_run, start_run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Place, Trainer, make_config, select_rows
+from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
@@ -84,7 +84,7 @@ def metrics_without_timing(run: Run) -> list[dict[str, object]]:
 
 
 def make_trainer(
-    shards: Path, runs: Path, scale: int = 32, place: dict[str, Any] | None = None, **options: Any
+    shards: Path, runs: Path, scale: int = 32, runtime: dict[str, Any] | None = None, **options: Any
 ) -> Trainer:
     """One rank in this process, on the CPU."""
     config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
@@ -92,5 +92,5 @@ def make_trainer(
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = start_run(runs / "run" / "fold-0", config, shards, rows)
-    where = Place(shards=shards, runs=runs, **{"quiet": True, **(place or {})})
+    where = Runtime(shards=shards, runs=runs, **{"quiet": True, **(runtime or {})})
     return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)

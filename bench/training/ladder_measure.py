@@ -21,8 +21,9 @@ from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_residen
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.labels import MIMIC
-from cxrfast.models.classifier import Classifier, Normalise, autocast, compiled, resolve_precision, use_tf32
+from cxrfast.models.classifier import Classifier, Normalise
 from cxrfast.models.densenet import saved_bytes
+from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
 from cxrfast.training.trainer import masked_bce_sum
 
 ARCH = "densenet121"

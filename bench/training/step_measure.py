@@ -25,7 +25,7 @@ from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import start_run
 from cxrfast.training.monitor import Timed, Watch
-from cxrfast.training.train import Place, Trainer, make_config, select_rows
+from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
 FIGURES = ("load", "train", "cached", "bare", "validate")
 
@@ -79,8 +79,8 @@ def measure(
     ranks = World(pick_device(device))
     limit_memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
-        place = Place(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
-        trainer = make_trainer(place, scale, arch, micro_batch, ranks)
+        runtime = Runtime(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
+        trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
         told = tell if telling else lambda name: None
         figures = interleave(measurements(trainer, micro_batch), seconds / rounds, rounds, Budget(end), told)
     is_gpu = ranks.device.type == "cuda"
@@ -104,16 +104,16 @@ def measure(
     )
 
 
-def make_trainer(place: Place, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:
+def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:
     """A trainer whose steps are of one micro-batch and whose epochs, of training and of validation, hardly ever end."""
     # batches of 1, since there may be fewer rows than `micro_batch`: the orders below say how many images a step has
     config = make_config(
-        place.shards, scale, device=place.device, arch=arch, weights="none", global_batch=1, micro_batch=1
+        runtime.shards, scale, device=runtime.device, arch=arch, weights="none", global_batch=1, micro_batch=1
     )
-    reader = Reader(place.shards, scale)
+    reader = Reader(runtime.shards, scale)
     rows = select_rows(reader.shard_set.rows(), config, reader.rows)
-    run = start_run(place.runs / "run", config, place.shards, rows)
-    trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, place)
+    run = start_run(runtime.runs / "run", config, runtime.shards, rows)
+    trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, runtime)
     trainer.train_loader.order = LongOrder(rows=trainer.order.rows, micro_batch=micro_batch)
     trainer.val_loader.order = LongOrder(rows=trainer.val_rows, micro_batch=micro_batch)
     return trainer

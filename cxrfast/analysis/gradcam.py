@@ -21,7 +21,8 @@ from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
-from cxrfast.models.classifier import Classifier, without_tf32
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.progress import progress
 from cxrfast.runs.arrays import has_predictions, open_arrays, read_array, read_predictions, update_arrays

@@ -20,7 +20,8 @@ from matplotlib.patches import Rectangle
 from torch import fx, nn
 
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier, without_tf32
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.progress import progress

@@ -293,9 +293,9 @@ def shard(
 ) -> None:
     """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
     from cxrfast.shards.build import build, describe
-    from cxrfast.shards.format.recipe import Recipe
+    from cxrfast.shards.format.recipe import ImageRecipe
 
-    recipe = Recipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
+    recipe = ImageRecipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
     report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
     click.echo(describe(report, out))
 
@@ -405,8 +405,8 @@ def verify(
 )
 def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
     """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again after any accident: it goes on."""
-    from cxrfast.progress import size
     from cxrfast.shards.upkeep.stage import stage as copy
+    from cxrfast.units import size
 
     done = copy(source, to, list(scales) or None, workers=workers)
     click.echo(
@@ -418,7 +418,7 @@ def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) ->
 # Training
 
 
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of `train` and `study` that decide what is trained; None means the preset's value."""
     for option in reversed(
         (
@@ -472,7 +472,7 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def place_options(command: Callable[..., None]) -> Callable[..., None]:
+def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where and how something runs."""
     for option in reversed(
         (
@@ -559,8 +559,8 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     callback=read_toml,
     help="Options from a TOML file, named as here; those given here win.",
 )
-@recipe_options
-@place_options
+@training_options
+@runtime_options
 @run_options
 def train(
     shards: Path,
@@ -574,9 +574,9 @@ def train(
     from cxrfast.training.train import configure
     from cxrfast.training.train import train as run_training
 
-    place = config.Place(shards=shards, runs=runs, name=name, **taken_out(config.Place, options))
-    chosen = configure(place, scale, fold, given(options))
-    run = run_training(chosen, place)
+    runtime = config.Runtime(shards=shards, runs=runs, name=name, **taken_out(config.Runtime, options))
+    chosen = configure(runtime, scale, fold, given(options))
+    run = run_training(chosen, runtime)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
 
@@ -586,7 +586,7 @@ def train(
 @click.option("--to", type=FOLDER, help="Folder for the file. [default: torch's own]")
 def fetch_weights(arch: str, to: Path | None) -> None:
     """ImageNet weights for machines without a network."""
-    from cxrfast.models.classifier import fetch_weights as fetch
+    from cxrfast.models.weights import fetch_weights as fetch
 
     click.echo(fetch(arch, to))
 
@@ -597,7 +597,7 @@ def fetch_weights(arch: str, to: Path | None) -> None:
 @cli.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
 @click.option("--shards", type=FOLDER, help="Where the shard set lies now. [default: where it lay in training]")
-@place_options
+@runtime_options
 def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
     """Logits of each RUN for its validation and test rows."""
     from cxrfast.distributed import world
@@ -738,8 +738,8 @@ def forecast_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Processes a training, as torchrun --nproc_per_node.",
 )
 @forecast_options
-@recipe_options
-@place_options
+@training_options
+@runtime_options
 @run_options
 def study(
     shards: Path,
@@ -756,8 +756,8 @@ def study(
     **recipe: Any,
 ) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
-    place = taken_out(config.Place, recipe)
-    options: dict[str, Any] = {"nproc": nproc, "recipe": given(recipe), **place}
+    runtime = taken_out(config.Runtime, recipe)
+    options: dict[str, Any] = {"nproc": nproc, "recipe": given(recipe), **runtime}
     if dry_run or sbatch:
         ahead(
             shards, runs, list(scales), list(folds), dict(rates), walltime, None if dry_run else sbatch, slurm, options
@@ -860,7 +860,7 @@ def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None
 @ROUNDS
 @MINUTES
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
-@place_options
+@runtime_options
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""

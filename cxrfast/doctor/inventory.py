@@ -14,7 +14,8 @@ from cxrfast import config
 from cxrfast.distributed import Dali, find_dali, nvidia_driver, pick_device
 from cxrfast.errors import CxrfastError, DeviceError
 from cxrfast.machine import installed, memory_bytes, processor, usable_cores
-from cxrfast.models.classifier import imagenet_file, resolve_precision
+from cxrfast.models.precision import resolve_precision
+from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.dali import OLDEST
 from cxrfast.shards.shard_set import ShardSet
 

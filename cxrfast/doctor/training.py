@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cxrfast.config import Place, TrainConfig, preset
+from cxrfast.config import Runtime, TrainConfig, preset
 from cxrfast.distributed import World, parallel
 from cxrfast.errors import RunError
 from cxrfast.machine import memory_bytes, usable_cores
-from cxrfast.models.classifier import Classifier, autocast, compiled, resolve_precision, use_tf32, without_tf32
+from cxrfast.models.classifier import Classifier
 from cxrfast.models.densenet import DenseNet, Shape
+from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32, without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
@@ -310,10 +311,10 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
     benchmark = torch.backends.cudnn.benchmark
     try:
         with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:
-            place = Place(shards=reader.folder, runs=Path(runs), device=str(device), quiet=True)
-            run = start_run(run_folder(place.runs, config), config, reader.folder, table)
+            runtime = Runtime(shards=reader.folder, runs=Path(runs), device=str(device), quiet=True)
+            run = start_run(run_folder(runtime.runs, config), config, reader.folder, table)
             model = Classifier(config.arch, len(config.labels))
-            trainer = Trainer(run, World(device), model, reader, place)
+            trainer = Trainer(run, World(device), model, reader, runtime)
             with closing(trainer.train_loader), closing(trainer.val_loader):
                 yield trainer
     finally:

@@ -1,15 +1,9 @@
 """The classifier: a uint8 grey batch in, logits out. Normalisation is its first layer and part of every checkpoint."""
 
 import copy
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
 
 from cxrfast.errors import RunError
@@ -95,133 +89,4 @@ class Classifier(nn.Module):
 # Weights
 
 
-def imagenet_file(arch: str) -> tuple[str, Path]:
-    """Address of torchvision's ImageNet weights and where torch keeps them on this machine."""
-    check_arch(arch)
-    url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)
-    return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-
-
-def fetch_weights(arch: str, to: Path | None = None) -> Path:
-    """Download torchvision's ImageNet weights, checked against the hash in their name; kept ones are not fetched again.
-
-    Raises RunError without a network, naming what to do.
-    """
-    url, cached = imagenet_file(arch)
-    target = to / cached.name if to else cached
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = target.stem.rsplit("-", 1)[1]
-    try:
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash is wrong
-        raise RunError(
-            f"ImageNet weights for {arch} could not be downloaded from {url} ({error}). On a machine with a network "
-            f"run `cxrfast fetch-weights --arch {arch} --to DIR`, copy DIR here and give --weights DIR/{target.name}; "
-            "or train from scratch with --weights none"
-        ) from error
-    return target
-
-
-def load_weights(model: Classifier, weights: str) -> None:
-    """Fill `model` from `imagenet`, `none`, a .pth or .safetensors file, or the folder of a run.
-
-    The last layer is kept random where the file has another number of outputs. Raises RunError for a file that is no
-    checkpoint of this architecture.
-    """
-    if weights == "none":
-        return
-    path = fetch_weights(model.arch) if weights == "imagenet" else Path(weights)
-    if path.is_dir():
-        path = path / "best.safetensors"
-    if not path.exists():
-        raise RunError(
-            f"--weights {weights}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
-    try:
-        given = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        given = {_modern(name): tensor for name, tensor in given.items()}
-    except Exception as error:  # torch and safetensors raise half a dozen unrelated classes for files that are none
-        raise RunError(f"--weights {weights}: {path} is no checkpoint ({type(error).__name__})") from error
-    own = model.state_dict()
-    usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    # older files have no num_batches_tracked, which nothing reads
-    optional = ("normalise.", "num_batches_tracked")
-    missing = [
-        name
-        for name in own
-        if name not in usable and not name.startswith(optional[0]) and not name.endswith(optional[1])
-    ]
-    last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
-    if set(missing) - last:
-        raise RunError(
-            f"--weights {weights}: {path} does not fit {model.arch}: "
-            f"{len(missing)} of {len(own)} tensors are absent or of another shape, first {missing[0]}"
-        )
-    model.load_state_dict(usable, strict=False)
-
-
-def _modern(name: str) -> str:
-    """Key of a torchvision file → key of `Classifier`; old densenet files write `norm.1` for `norm1`."""
-    if name.startswith(("net.", "normalise.")):
-        return name
-    return "net." + re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)
-
-
 # Precision
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` → bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
-
-    Raises RunError for tf32 on a CPU, which would be fp32 under another name.
-    """
-    if precision == "tf32" and device.type != "cuda":
-        raise RunError("--precision tf32 works on NVIDIA GPUs only: use fp32, or --device cuda")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.12
-    return "bf16" if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")) else "fp32"
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass of that precision runs; for tf32 and fp32 see `use_tf32`, too."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def use_tf32(precision: str) -> None:
-    """Let float32 convolutions and matrix products of this process use TF32 if `precision` is tf32, and only then.
-
-    torch computes float32 convolutions in TF32 (10 bits of mantissa) by default, so that fp32 would not be float32 on a GPU.
-    """
-    # the older of torch's two settings: inductor reads it, and fails where the newer one was set
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Float32 means float32 in here, on GPUs too; afterwards torch's settings are as they were."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    use_tf32("fp32")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def compiled(module: nn.Module, mode: str) -> nn.Module:
-    """`module` under torch.compile, for inputs of one shape; `mode` is one of `config.COMPILE_MODES`."""
-    if mode.startswith("max-autotune"):
-        torch._inductor.config.conv_1x1_as_mm = True  # two thirds of DenseNet's convolutions are matrix products
-    return torch.compile(module, mode=mode, dynamic=False)  # type: ignore[return-value]

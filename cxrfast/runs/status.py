@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxrfast.errors import RunError
-from cxrfast.progress import duration
+from cxrfast.units import duration
 
 if TYPE_CHECKING:
     from rich.table import Table

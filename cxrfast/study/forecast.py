@@ -22,9 +22,9 @@ from rich.table import Table
 from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.models.classifier import Classifier, imagenet_file
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.reader import Reader
-from cxrfast.progress import size
 from cxrfast.runs.run import Run, read_run, run_folder
 from cxrfast.runs.status import SILENT_SECONDS, read_metrics
 from cxrfast.shards.format.info import SetInfo
@@ -32,6 +32,7 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
 from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order
+from cxrfast.units import size
 
 NOTICE_SECONDS = 120
 """Before the end of a job at which it is told to save: that much of each job's time is not counted on."""
@@ -101,13 +102,13 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
 
     Raises ShardError if the set's table cannot be read; what stands against a run is in its `refusals`.
     """
-    shards = ShardSet(plan.place.shards)
+    shards = ShardSet(plan.runtime.shards)
     info, table = shards.info, shards.rows()
-    pace = Pace(plan.place.runs, rates or {})
+    pace = Pace(plan.runtime.runs, rates or {})
     outlooks = []
     for scale in plan.scales:
         try:
-            reader = Reader(plan.place.shards, scale)
+            reader = Reader(plan.runtime.shards, scale)
             held = reader.rows
             reader.close()
         except CxrfastError as error:
@@ -120,11 +121,11 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
             continue
         for fold in plan.folds:
             outlooks.append(_look(plan, scale, fold, info, table, held, weight_bytes, pace))
-    room, free = sum(o.room for o in outlooks), shutil.disk_usage(_existing_parent(plan.place.runs)).free
+    room, free = sum(o.room for o in outlooks), shutil.disk_usage(_existing_parent(plan.runtime.runs)).free
     refusals = [f"{o.name}: {text}" for o in outlooks for text in o.refusals]
     refusals += _strangers(plan, info, {o.name for o in outlooks})
     if room > free:
-        refusals.append(f"checkpoints need {size(room)}, and {plan.place.runs} has {size(free)} free: make room")
+        refusals.append(f"checkpoints need {size(room)}, and {plan.runtime.runs} has {size(free)} free: make room")
     return Forecast(outlooks=outlooks, room=room, free=free, refusals=refusals, plan=plan)
 
 
@@ -151,9 +152,9 @@ def _look(
     config = attempt(lambda: plan.config(scale, fold, "cpu"))
     if config is None:
         return _refused(plan, scale, fold, refusals)
-    folder = run_folder(plan.place.runs, config)
+    folder = run_folder(plan.runtime.runs, config)
     outlook = replace(_refused(plan, scale, fold, refusals), config=config)
-    subset = plan.place.subset
+    subset = plan.runtime.subset
     rows = attempt(lambda: select_rows(table, config, held, None if subset is None else read_subset(subset)))
     if rows is not None:
         counts = rows["part"].value_counts()
@@ -221,13 +222,15 @@ def _found(plan: Plan, config: TrainConfig, folder: Path) -> tuple[str, int]:
 
 
 def _other_set(run: Run, plan: Plan, set_id: str) -> str:
-    return f"{run.folder} was trained on set {run.config.set_id}, {plan.place.shards} is {set_id}: choose another RUNS"
+    return (
+        f"{run.folder} was trained on set {run.config.set_id}, {plan.runtime.shards} is {set_id}: choose another RUNS"
+    )
 
 
 def _strangers(plan: Plan, info: SetInfo, names: set[str]) -> list[str]:
     """What stands against the runs in RUNS that are not of this study: they end up in the same tables."""
     refusals = []
-    for path in sorted(plan.place.runs.glob("*/fold-*/config.json")):
+    for path in sorted(plan.runtime.runs.glob("*/fold-*/config.json")):
         try:
             run = read_run(path.parent)
         except CxrfastError as error:
@@ -321,7 +324,7 @@ def to_table(result: Forecast, walltime: int | None = None) -> Table:
     """A line a run; hours are at most, since patience may end a run before its last epoch."""
     plan, ranks = result.plan, result.plan.ranks
     table = Table(
-        title=f"{plan.place.shards} → {plan.place.runs}: {len(result.outlooks)} runs, {ranks} processes each",
+        title=f"{plan.runtime.shards} → {plan.runtime.runs}: {len(result.outlooks)} runs, {ranks} processes each",
         caption=f"checkpoints need {size(result.room)}, {size(result.free)} are free; hours are at most",
     )
     table.add_column("run", no_wrap=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cxrfast.config import Place, TrainConfig
+from cxrfast.config import Runtime, TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.runs.run import run_folder
 from cxrfast.shards.shard_set import ShardSet
@@ -23,7 +23,7 @@ OPTION_NAMES = {"subset": "rows", "views": "view", "label_policies": "label-poli
 class Plan:
     """Every scale × fold of a set, with the options of all of them."""
 
-    place: Place
+    runtime: Runtime
     scales: list[int]
     """px, ascending."""
     folds: list[int]
@@ -45,10 +45,10 @@ class Plan:
 
     def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
         """Raises RunError or DeviceError for options that make no sense. `measure`: see `train.configure`."""
-        return configure(replace(self.place, device=device), scale, fold, self.recipe, measure)
+        return configure(replace(self.runtime, device=device), scale, fold, self.recipe, measure)
 
     def folder(self, scale: int, fold: int) -> Path:
-        return run_folder(self.place.runs, self.config(scale, fold, "cpu"))
+        return run_folder(self.runtime.runs, self.config(scale, fold, "cpu"))
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """What sets a run on disk apart, but for what was left to the machine to choose."""
@@ -58,25 +58,25 @@ class Plan:
     def options(self) -> list[str]:
         """Options that `train` and `study` share, as they were given."""
         where = {
-            f.name: getattr(self.place, f.name) for f in fields(Place) if f.name not in ("shards", "runs", "quiet")
+            f.name: getattr(self.runtime, f.name) for f in fields(Runtime) if f.name not in ("shards", "runs", "quiet")
         }
-        usual = {f.name: f.default for f in fields(Place)}
+        usual = {f.name: f.default for f in fields(Runtime)}
         given = {name: value for name, value in where.items() if value != usual[name]}
         return as_options({**given, **self.recipe})
 
     def train_options(self, scale: int, fold: int) -> list[str]:
         """Options of `cxrfast train` for one run."""
-        where = [f"--shards={self.place.shards}", f"--runs={self.place.runs}"]
+        where = [f"--shards={self.runtime.shards}", f"--runs={self.runtime.runs}"]
         return [*where, f"--scale={scale}", f"--fold={fold}", *self.options()]
 
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs in single processes."""
         runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
-        return [str(self.place.shards), str(self.place.runs), *runs, *self.options()]
+        return [str(self.runtime.shards), str(self.runtime.runs), *runs, *self.options()]
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
-    """Fields of TrainConfig and Place as options of `cxrfast train`; None, False and what is `auto` anyway are left out."""
+    """Fields of TrainConfig and Runtime as options of `cxrfast train`; None, False and what is `auto` anyway are left out."""
     options = []
     for name, value in values.items():
         option = f"--{OPTION_NAMES.get(name, name.replace('_', '-'))}"
@@ -99,21 +99,21 @@ def make_plan(
     nproc: int = 1,
     nodes: int = 1,
     recipe: dict[str, Any] | None = None,
-    **place: Any,
+    **runtime: Any,
 ) -> Plan:
-    """All `scales` of the set and all five folds where none are given; `place`: further fields of Place.
+    """All `scales` of the set and all five folds where none are given; `runtime`: further fields of Runtime.
 
     Raises ShardError if `shards` is no set, RunError if nothing is in it.
     """
     built = ShardSet(shards).scales
     recipe = {name: value for name, value in (recipe or {}).items() if value is not None}
-    place.setdefault("subset", recipe.pop("subset", None))
+    runtime.setdefault("subset", recipe.pop("subset", None))
     scales = sorted(set(scales or built))
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
     folds = sorted(set(folds or ([0] if recipe.get("split") == "official" else range(FOLDS))))
     return Plan(
-        place=Place(shards=shards, runs=runs, **place),
+        runtime=Runtime(shards=shards, runs=runs, **runtime),
         scales=scales,
         folds=folds,
         recipe=recipe,

@@ -149,7 +149,7 @@ def train_script(plan: Plan, outlook: Outlook, slurm: Slurm, folder: Path) -> st
         head=top,
         name=outlook.name,
         notice=NOTICE_SECONDS,
-        run=shlex.quote(str(plan.place.runs / outlook.name)),
+        run=shlex.quote(str(plan.runtime.runs / outlook.name)),
         setup="\n".join(slurm.setup),
         command=_training(plan, slurm, plan.train_options(outlook.scale, outlook.fold)),
     )
@@ -200,11 +200,11 @@ exec cxrfast study \\
 
 def submit_script(names: Sequence[str], plan: Plan) -> str:
     """Queues the trainings, and the report behind all of them."""
-    runs = shlex.quote(str(plan.place.runs))
+    runs = shlex.quote(str(plan.runtime.runs))
     return _template("submit.sh.j2").render(names=[shlex.quote(name) for name in names], runs=runs)
 
 
 def _gpus(plan: Plan, slurm: Slurm) -> int:
     if slurm.gpus is not None:
         return slurm.gpus
-    return 0 if plan.place.device == "cpu" else plan.nproc
+    return 0 if plan.runtime.device == "cpu" else plan.nproc

@@ -58,18 +58,18 @@ def study(
     nproc: int = 1,
     recipe: dict[str, Any] | None = None,
     keep_going: bool = False,
-    **place: Any,
+    **runtime: Any,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
     `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
-    that failed, go on with the others. `place`: further fields of Place.
+    that failed, go on with the others. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
-    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **place)
-    pick_device(plan.place.device)  # says what is wrong with it before anything is trained
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **runtime)
+    pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
     prospect = forecast(plan)
     prospect.check()
     done: list[Run] = []
@@ -93,19 +93,19 @@ def study(
 
 def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
     """Tables, ensemble, maps and report of the runs that are done."""
-    runs = plan.place.runs
+    runs = plan.runtime.runs
     evaluation = evaluate.evaluate(runs)
     tables = [evaluate.to_table(evaluation)]
     if len({run.config.scale for run in done}) > 1:
         tables.append(ensemble.to_table(ensemble.ensemble(runs)))
     first = min(run.config.fold for run in done)
-    _maps([run for run in done if run.config.fold == first], evaluation, plan.place.shards, plan.place.device)
+    _maps([run for run in done if run.config.fold == first], evaluation, plan.runtime.shards, plan.runtime.device)
     return Study(tables, report(runs), failures)
 
 
 def _run(plan: Plan, outlook: Outlook) -> Run:
     """Train one run, in this process or by torchrun, and predict with it; what is done is left as it is."""
-    place, folder = plan.place, plan.place.runs / outlook.name
+    runtime, folder = plan.runtime, plan.runtime.runs / outlook.name
     if outlook.is_done:
         print(f"{outlook.name} is done already; its weights are in {folder}", file=sys.stderr)
     elif plan.nproc > 1:
@@ -116,15 +116,15 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
     if not run.is_done:
         raise RunError(f"{folder} ended before it was done, without a word: run the study again")
     if not has_predictions(run):
-        with world(place.device) as ranks:
-            predict(run, ranks, shards=place.shards, engine=place.engine, threads=place.threads)
+        with world(runtime.device) as ranks:
+            predict(run, ranks, shards=runtime.shards, engine=runtime.engine, threads=runtime.threads)
     return run
 
 
 @contextmanager
 def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
     """Tell once, as soon as the first run of `left` knows how fast it is, how long all of them take."""
-    folder, started, ended = plan.place.runs / left[0].name, int(time.time()), threading.Event()
+    folder, started, ended = plan.runtime.runs / left[0].name, int(time.time()), threading.Event()
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
@@ -145,7 +145,7 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
 
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
     try:
-        train(plan.config(outlook.scale, outlook.fold, plan.place.device, measure=True), plan.place)
+        train(plan.config(outlook.scale, outlook.fold, plan.runtime.device, measure=True), plan.runtime)
     except Preempted as end:
         raise Stopped(outlook.name, end.number) from None
     except CxrfastError as error:

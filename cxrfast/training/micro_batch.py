@@ -29,8 +29,9 @@ from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.models.classifier import Classifier, autocast, check_arch, compiled, resolve_precision, use_tf32
+from cxrfast.models.classifier import Classifier, check_arch
 from cxrfast.models.densenet import SHAPES
+from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
 
 RESERVE = 0.10
 """Share of the memory left to what a trial has not: the loader, NCCL, the buckets of DistributedDataParallel."""

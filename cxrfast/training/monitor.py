@@ -54,14 +54,14 @@ class Watch:
 
     def after(self, done: int) -> None:
         """After step number `done` of this call. Raises Preempted, or RunError for a bad loss."""
-        trainer, place = self.trainer, self.trainer.place
+        trainer, runtime = self.trainer, self.trainer.runtime
         if done == RATE_STEPS[0]:
             self.warm = (time.monotonic(), trainer.consumed)
         elif done == RATE_STEPS[1] and trainer.ranks.is_first and not trainer.is_rate_told:
             begun, images = self.warm
             trainer.tell_rate((trainer.consumed - images) / (time.monotonic() - begun))
         # rank 0's clock decides
-        is_late = trainer.ranks.is_first and time.monotonic() - self.saved > 60 * place.checkpoint_minutes
+        is_late = trainer.ranks.is_first and time.monotonic() - self.saved > 60 * runtime.checkpoint_minutes
         stop, late, bad = trainer.votes.cast(trainer.stop.number, int(is_late), self.is_bad)
         if bad:
             trainer.refuse_bad()
@@ -69,7 +69,7 @@ class Watch:
             trainer.preempt(stop)
         if done == self.steps:
             trainer.votes.close()
-        elif late or (place.checkpoint_steps and done % place.checkpoint_steps == 0):
+        elif late or (runtime.checkpoint_steps and done % runtime.checkpoint_steps == 0):
             trainer.save()
             self.saved = time.monotonic()
 

@@ -7,7 +7,8 @@ import torch
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier, autocast, use_tf32
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import autocast, use_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader

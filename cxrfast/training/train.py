@@ -18,10 +18,12 @@ import pandas as pd
 import torch
 
 from cxrfast import config as presets
-from cxrfast.config import Place, TrainConfig
+from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier, load_weights, resolve_precision
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import resolve_precision
+from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run, read_run, run_folder, start_run
 from cxrfast.shards.shard_set import ShardSet
@@ -30,29 +32,29 @@ from cxrfast.splits import check_parts, official_masks, part_masks
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
 from cxrfast.training.trainer import Trainer, train_order
 
-__all__ = ["Place", "Trainer", "configure", "make_config", "select_rows", "train"]
+__all__ = ["Runtime", "Trainer", "configure", "make_config", "select_rows", "train"]
 
 
-def configure(place: Place, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
+def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
     """The configuration of a run in its place; see `make_config`.
 
     A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
     tried out, or, unless `measure`, the preset's.
     """
     if given.get("micro_batch") == "auto":
-        name = place.name or f"{given.get('arch') or TrainConfig.arch}-{scale}"
-        folder = place.runs / name / f"fold-{fold}"
+        name = runtime.name or f"{given.get('arch') or TrainConfig.arch}-{scale}"
+        folder = runtime.runs / name / f"fold-{fold}"
         if (folder / "config.json").exists():
             given = {**given, "micro_batch": read_run(folder).config.micro_batch}
         elif not measure:
             given = {**given, "micro_batch": None}
     return make_config(
-        place.shards,
+        runtime.shards,
         scale,
-        device=place.device,
-        subset=place.subset,
-        recompute=place.recompute,
-        compile=place.compile,
+        device=runtime.device,
+        subset=runtime.subset,
+        recompute=runtime.recompute,
+        compile=runtime.compile,
         fold=fold,
         **given,
     )
@@ -145,45 +147,45 @@ def subset_hash(rows: np.ndarray) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def train(config: TrainConfig, place: Place) -> Run:
+def train(config: TrainConfig, runtime: Runtime) -> Run:
     """Train, or go on with, the run of this configuration. Returns it when it is done.
 
     Raises Preempted (a SystemExit), with everything saved, when a signal asks for an end.
     """
-    if place.stage:
-        place = replace(place, shards=staged(place.shards, place.stage, config.scale, quiet=place.quiet))
-    if place.deterministic:
+    if runtime.stage:
+        runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale, quiet=runtime.quiet))
+    if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    with world(place.device, timeout=timedelta(minutes=place.dist_timeout)) as ranks:
+    with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks:
         torch.manual_seed(config.seed)
         # where each machine measured its own `auto`
         smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
         config = replace(config, micro_batch=ranks.broadcast(smallest))
-        model = Classifier(config.arch, len(config.labels), checkpoint=place.recompute)
+        model = Classifier(config.arch, len(config.labels), checkpoint=runtime.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
-        reader = Reader(place.shards, config.scale)
-        subset = None if place.subset is None else read_subset(place.subset)
+        reader = Reader(runtime.shards, config.scale)
+        subset = None if runtime.subset is None else read_subset(runtime.subset)
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         # refuses sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
-        folder = run_folder(place.runs, config, place.name)
+        folder = run_folder(runtime.runs, config, runtime.name)
 
         def start() -> Run:
             if not (folder / "last.pt").exists():  # else the checkpoint brings its own weights
                 refuse_other_fold(config)
                 load_weights(model, config.weights)  # the other ranks get them from DistributedDataParallel
-            return start_run(folder, config, place.shards, rows)
+            return start_run(folder, config, runtime.shards, rows)
 
         run = ranks.on_first(start)
         if ranks.rank:  # else all ranks would drop the same units of different images
             torch.manual_seed(config.seed + ranks.rank)
         with memory_explained(config, ranks):
-            trainer = Trainer(run, ranks, model, reader, place)
+            trainer = Trainer(run, ranks, model, reader, runtime)
         if not run.is_done:
             trainer.fit()
-        elif ranks.is_first and not place.quiet:
+        elif ranks.is_first and not runtime.quiet:
             print(f"{run.name} is done already; its weights are in {run.folder}", file=sys.stderr)
         ranks.barrier()
         return run

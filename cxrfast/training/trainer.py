@@ -17,24 +17,26 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from cxrfast.config import Place, TrainConfig
+from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import World, parallel
 from cxrfast.errors import LoadError, RunError
 from cxrfast.labels import positive_weights, targets
 from cxrfast.machine import resident_bytes
 from cxrfast.metrics import auroc, bce
-from cxrfast.models.classifier import Classifier, autocast, compiled, use_tf32
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import autocast, compiled, use_tf32
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.proof import EVERY
 from cxrfast.pipelines.reader import Reader
-from cxrfast.progress import duration, progress
+from cxrfast.progress import progress
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.training.micro_batch import memory_explained
 from cxrfast.training.monitor import NEVER, RATE_STEPS, Timed, Watch, profiled
 from cxrfast.training.predict import complete, score
 from cxrfast.training.signals import Preempted, StopRequest, Votes, is_lost_rank
 from cxrfast.training.tensorboard import Board
+from cxrfast.units import duration
 
 BEAT_SECONDS = 30.0
 """Between two heartbeats in state.json."""
@@ -59,21 +61,21 @@ def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_row
 class Trainer:
     """Trains a run from wherever its last checkpoint is to its end, or to a signal."""
 
-    def __init__(self, run: Run, ranks: World, model: Classifier, reader: Reader, place: Place) -> None:
+    def __init__(self, run: Run, ranks: World, model: Classifier, reader: Reader, runtime: Runtime) -> None:
         config = run.config
-        self.run, self.config, self.ranks, self.place = run, config, ranks, place
+        self.run, self.config, self.ranks, self.runtime = run, config, ranks, runtime
         use_tf32(config.precision)
-        torch.backends.cudnn.benchmark = not place.deterministic  # shapes are fixed
+        torch.backends.cudnn.benchmark = not runtime.deterministic  # shapes are fixed
         rows = run.rows()
         self.val_rows = part_rows(rows, "val")
         self._put_labels(rows, reader.info.images)
         self.order = train_order(config, rows, ranks, reader.info.rows_per_shard)
         loading: dict[str, Any] = {
             "device": ranks.device,
-            "engine": place.engine,
-            "threads": place.threads,
+            "engine": runtime.engine,
+            "threads": runtime.threads,
             "local_ranks": ranks.local_size,
-            "cache": place.cache,
+            "cache": runtime.cache,
         }
         self.train_loader = Loader(
             reader, self.order, augment=Augment(degrees=config.degrees, flip=config.flip), **loading
@@ -129,8 +131,8 @@ class Trainer:
         if ranks.size > 1:
             self.forward = parallel(self.model)
             self.unsynced = self.forward.no_sync
-        if self.place.compile:
-            self.forward = compiled(self.forward, self.place.compile)
+        if self.runtime.compile:
+            self.forward = compiled(self.forward, self.runtime.compile)
 
     # The loop
 
@@ -142,9 +144,9 @@ class Trainer:
         """
         self.restore()
         self._set_state("running")
-        if self.ranks.is_first and not self.place.quiet:
+        if self.ranks.is_first and not self.runtime.quiet:
             self._tell_engine()
-        if self.place.tensorboard and self.ranks.is_first:
+        if self.runtime.tensorboard and self.ranks.is_first:
             self.board = Board(self.run.folder, self.epoch)
         try:
             with self.stop:  # to the end of the last word: torchrun sends SIGTERM when another rank has ended
@@ -166,7 +168,7 @@ class Trainer:
     def _tell_engine(self) -> None:
         """Say who decodes where nobody asked for an engine, and what of it cannot be proven."""
         loader = self.train_loader
-        if self.place.engine == "auto":
+        if self.runtime.engine == "auto":
             print(f"{self.run.name}: engine {loader.engine}: {loader.why}", file=sys.stderr, flush=True)
         if loader.proof and (unknown := loader.proof.unknown):
             print(
@@ -187,7 +189,7 @@ class Trainer:
         watch = Watch(self, batches, len(steps))
         label = f"{self.run.name} epoch {self.epoch + 1}"
         quiet = (
-            self.place.quiet or not self.ranks.is_first or not len(steps)
+            self.runtime.quiet or not self.ranks.is_first or not len(steps)
         )  # none are left after a stop in validation
         with (
             self._profiled() as profiled,
@@ -302,7 +304,7 @@ class Trainer:
         return result
 
     def _report(self, result: dict[str, Any], measured: dict[str, Any], better: bool) -> None:
-        if not self.place.quiet:
+        if not self.runtime.quiet:
             shown = "undefined" if result["val_auroc"] is None else f"{result['val_auroc']:.4f}"
             print(
                 f"{self.run.name} epoch {self.epoch + 1}: train loss {result['train_loss']:.4f}, validation loss "
@@ -318,7 +320,7 @@ class Trainer:
     def _profiled(self) -> AbstractContextManager[Callable[[], None]]:
         """What to call after each step; a trace of a few of them goes into the run's folder where it was asked for."""
         path = self.run.folder / "profile.json"
-        if not (self.place.profile and self.ranks.is_first) or path.exists():
+        if not (self.runtime.profile and self.ranks.is_first) or path.exists():
             return nullcontext(lambda: None)
         return profiled(path)
 
@@ -363,7 +365,7 @@ class Trainer:
         self.votes.close()
         self.save()
         end = Preempted(number)
-        if self.ranks.is_first and not self.place.quiet:
+        if self.ranks.is_first and not self.runtime.quiet:
             print(f"{self.run.name}: {end.signal}; saved, the same command goes on", file=sys.stderr, flush=True)
         raise end
 
@@ -417,7 +419,7 @@ class Trainer:
         """What the first steps let expect of the rest, once."""
         self.is_rate_told = True
         seconds = self.beat(images_per_s, seldom=False)
-        if not self.place.quiet:
+        if not self.runtime.quiet:
             epochs = f"{self.config.epochs - self.epoch} epochs are left"
             print(
                 f"{self.run.name}: {images_per_s:,.3g} images/s after {RATE_STEPS[1]} steps; {epochs}, {duration(seconds)} "
@@ -488,7 +490,7 @@ class Trainer:
             torch.cuda.set_rng_state(rng["cuda"], self.ranks.device)
         if self.ranks.is_first:
             self.run.cut_metrics(self.epoch)
-            if not self.place.quiet:
+            if not self.runtime.quiet:
                 print(
                     f"{self.run.name}: going on in epoch {self.epoch + 1}, after {self.consumed:,} images",
                     file=sys.stderr,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.progress import size
 from cxrfast.shards.building.tasks import Task, decoded, meta_json
 from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.images.decode import BadImage, at_scales
+from cxrfast.units import size
 
 OVERHEAD = 2048
 """Bytes a sample takes in a tar beside image and meta data: two headers, padding."""

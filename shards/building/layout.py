@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS, reference_names
+from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
 
 SMALLEST, LARGEST = 8, 4096
@@ -32,15 +33,6 @@ PLANNING = 2**63
 """Second part of the key of the set's own permutation, so that no epoch's is like it."""
 
 
-def permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0…n-1, int64, that depends on `key` (one or two whole numbers) alone.
-
-    The argsort of raw Philox words: numpy keeps bit streams across versions, but not its Generator's methods (NEP 19).
-    """
-    words = np.random.Philox(key=np.array((*key, 0)[:2], np.uint64)).random_raw(n)
-    return np.argsort(words)
-
-
 def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
     """A source's images → the rows table without `bytes` known (0): permuted once, patients dealt to folds and blocks.
 
@@ -61,7 +53,7 @@ def rows_per_shard(n: int) -> int:
     return min(1024, max(64, -(-n // 64)))
 
 
-def set_id(rows: pd.DataFrame, recipe: Recipe) -> str:
+def set_id(rows: pd.DataFrame, recipe: ImageRecipe) -> str:
     """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, and the same patients."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for row, image, patient in zip(rows["row"], rows["image_id"], rows["patient_id"], strict=True):

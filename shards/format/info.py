@@ -9,7 +9,7 @@ from cxrfast import __version__
 from cxrfast.errors import ShardError
 from cxrfast.files import json_bytes, write_bytes
 from cxrfast.machine import installed
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 
 SCHEMA = 2
 
@@ -51,8 +51,8 @@ class SetInfo:
         return range(first, min(first + self.rows_per_shard, self.images))
 
     @property
-    def recipe(self) -> Recipe:
-        return Recipe(seed=self.seed, codec=self.codec, quality=self.quality, resize=self.resize, grey=self.grey)
+    def recipe(self) -> ImageRecipe:
+        return ImageRecipe(seed=self.seed, codec=self.codec, quality=self.quality, resize=self.resize, grey=self.grey)
 
     def to_bytes(self) -> bytes:
         """The content of set.json."""

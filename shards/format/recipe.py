@@ -11,7 +11,7 @@ QUALITY = 95
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class ImageRecipe:
     """All that the pixels of a set depend on beside the images themselves."""
 
     seed: int = 0

@@ -14,7 +14,7 @@ from cxrfast.shards.format import manifest
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import NAMES, files_in, shard_name
-from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.verify import Problem
 

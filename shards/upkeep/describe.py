@@ -21,10 +21,10 @@ from rich.text import Text
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
-from cxrfast.progress import size
 from cxrfast.shards.upkeep.counts import COUNTS, STATES, Description, describe
 from cxrfast.splits import FOLDS
 from cxrfast.tables import markdown_table
+from cxrfast.units import size
 
 __all__ = ["Description", "describe", "heading", "save_figure", "to_markdown", "to_tables", "write"]
 

@@ -17,13 +17,14 @@ from pathlib import Path, PurePosixPath
 
 from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.machine import usable_cores
-from cxrfast.progress import megabytes, progress, size
+from cxrfast.progress import megabytes, progress
 from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import leased
 from cxrfast.shards.format.names import WORKING, check_labels_settled, is_temporary
 from cxrfast.shards.place import CHUNK, Place
 from cxrfast.shards.storage import as_oserror
+from cxrfast.units import size
 
 PLAN = ("rows.parquet", "quarantine.csv", "set.json")
 """In the order in which they are written: set.json says that the plan is whole."""

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrfast.progress import duration, progress
+from cxrfast.progress import progress
+from cxrfast.units import duration
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from cxrfast.bench.trial import compare_runs, rates, read_steps, trial
 from cxrfast.pipelines import dali
-from cxrfast.pipelines.choice import Rates
+from cxrfast.pipelines.loader import Rates
 from cxrfast.runs.run import read_run
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_trial.sh"

@@ -9,7 +9,8 @@ import torchvision
 from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier, Normalise, load_weights
+from cxrfast.models.classifier import Classifier, Normalise
+from cxrfast.models.weights import load_weights
 from cxrfast.training.trainer import masked_bce_sum
 
 

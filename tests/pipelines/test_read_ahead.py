@@ -20,7 +20,7 @@ from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import GAP, PIECE, Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 
 
 class Recorded:
@@ -175,7 +175,7 @@ def pages_of(reader: Reader, rows: list[int]) -> np.ndarray:
 def large_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 phantoms at 512 px, raw: one tar of 17 MB, more than a device reads ahead at a time."""
     out = tmp_path_factory.mktemp("large") / "set"
-    build(phantoms, out, [512], recipe=Recipe(codec="raw"), limit=1, workers=1, quiet=True)
+    build(phantoms, out, [512], recipe=ImageRecipe(codec="raw"), limit=1, workers=1, quiet=True)
     return out
 
 

@@ -24,10 +24,10 @@ from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building.layout import plan_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
-from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.upkeep.verify import verify
 
 
@@ -139,7 +139,7 @@ def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_p
 @pytest.mark.parametrize("recipe", [{"codec": "png"}, {"resize": "crop"}, {"grey": "colour"}])
 def test_a_recipe_that_is_not_carried_out_is_refused(recipe):
     with pytest.raises(ShardError):
-        Recipe(**recipe)
+        ImageRecipe(**recipe)
 
 
 def test_a_packed_table_with_flipped_bytes_is_named(tree, tmp_path):
@@ -264,7 +264,7 @@ def test_files_of_other_people_are_neither_removed_nor_taken_for_ours(phantoms, 
 
 
 def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_path):
-    build(phantoms, tmp_path / "other", [16], recipe=Recipe(seed=5))
+    build(phantoms, tmp_path / "other", [16], recipe=ImageRecipe(seed=5))
     shutil.copytree(tmp_path / "other" / "16", folder / "16")
     before = contents(folder)
     with pytest.raises(ShardError, match=r"16/000000.json belongs to shard 0 at 16 px of set"):

@@ -23,7 +23,7 @@ from cxrfast.shards.build import build as build_set
 from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifest
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import at_scales, decode_grey, encode
 from cxrfast.shards.upkeep.verify import verify
@@ -153,7 +153,9 @@ def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, either_set,
 
 
 def test_uncompressed_images_are_estimated_as_large_as_their_pixels(phantoms, tmp_path):
-    needed = build(phantoms, tmp_path / "set", [256, 2048], dry_run=True, recipe=Recipe(codec="raw")).estimate.bytes
+    needed = build(
+        phantoms, tmp_path / "set", [256, 2048], dry_run=True, recipe=ImageRecipe(codec="raw")
+    ).estimate.bytes
     assert needed == {scale: pytest.approx(150 * scale**2, rel=0.05) for scale in (256, 2048)}
 
 
@@ -232,7 +234,7 @@ def all_end(mark: str) -> bool:
 def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
     tree = many(tmp_path / "mimic", 8 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
     out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
-    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=Recipe(codec=codec))
+    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=ImageRecipe(codec=codec))
     command = shard_command(tree, out, scales, "--codec", codec)
     killed = 0
     for whole in (0, 1, 4, 7):  # of 16 tars; the run that follows meets the orphans of this one
@@ -392,9 +394,12 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
 @pytest.mark.parametrize(
     ("recipe", "difference"),
     [
-        (Recipe(seed=1), "seed 0 there, 1 asked for"),
-        (Recipe(quality=90), "quality 95 there, 90 asked for"),
-        (Recipe(codec="raw", resize="pad"), r"\(codec jpeg there, raw asked for; resize squash there, pad asked for\)"),
+        (ImageRecipe(seed=1), "seed 0 there, 1 asked for"),
+        (ImageRecipe(quality=90), "quality 95 there, 90 asked for"),
+        (
+            ImageRecipe(codec="raw", resize="pad"),
+            r"\(codec jpeg there, raw asked for; resize squash there, pad asked for\)",
+        ),
     ],
 )
 def test_another_recipe_for_the_same_set_is_refused_and_the_difference_named(

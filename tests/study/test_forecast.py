@@ -25,9 +25,9 @@ def planned(shards: Path, runs: Path, scales: list[int], folds: list[int], nproc
 def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
     """A run on disk as a training leaves it."""
     config = plan.config(scale, fold, "cpu")
-    table = read_rows(plan.place.shards / "rows.parquet")
+    table = read_rows(plan.runtime.shards / "rows.parquet")
     rows = select_rows(table, config, table["row"].to_numpy())
-    run = start_run(plan.folder(scale, fold), config, plan.place.shards, rows)
+    run = start_run(plan.folder(scale, fold), config, plan.runtime.shards, rows)
     if state:
         run.set_state(**state)
         (run.folder / "last.pt").write_bytes(b"x")

@@ -10,16 +10,16 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.arrays import read_predictions
 from cxrfast.runs.run import Run, part_rows, start_run
 from cxrfast.shards.build import build
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.images.decode import decode_grey
 from cxrfast.training.predict import PARTS, load_model, predict
-from cxrfast.training.train import Place, make_config, train
+from cxrfast.training.train import Runtime, make_config, train
 
 
 @pytest.fixture(scope="module")
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = make_config(tiny_set, 32, device="cpu", weights="none", epochs=1, global_batch=8, precision="fp32")
-    return train(config, Place(shards=tiny_set, runs=tmp_path_factory.mktemp("runs"), device="cpu", quiet=True))
+    return train(config, Runtime(shards=tiny_set, runs=tmp_path_factory.mktemp("runs"), device="cpu", quiet=True))
 
 
 def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(run: Run, tiny_set: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_set_that_was_moved_is_found_and_another_set_refused(
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_set)
     predict(run, World(torch.device("cpu")), shards=moved, quiet=True)
-    build(phantoms, tmp_path / "other", [32], recipe=Recipe(seed=1), workers=1, quiet=True)
+    build(phantoms, tmp_path / "other", [32], recipe=ImageRecipe(seed=1), workers=1, quiet=True)
     with pytest.raises(RunError, match=r"was trained on set .* give the right folder with --shards"):
         predict(run, World(torch.device("cpu")), shards=tmp_path / "other", quiet=True)
 

@@ -26,7 +26,7 @@ from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs.run import read_run
 from cxrfast.training.signals import Preempted, StopRequest
-from cxrfast.training.train import Place, make_config, train
+from cxrfast.training.train import Runtime, make_config, train
 
 RUN = Path("densenet121-32") / "fold-0"
 
@@ -109,7 +109,7 @@ def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, place={"quiet": False}, epochs=3)
+    trainer = make_trainer(tiny_set, tmp_path, runtime={"quiet": False}, epochs=3)
     trainer.train_epoch()
     assert capsys.readouterr().err.count("3 epochs are left, ") == 1
     state = trainer.run.state()
@@ -219,7 +219,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
     filler = disk / "filler"
     try:
         config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "limit": 16})
-        place = Place(shards=tiny_set, runs=disk, device="cpu", quiet=True)
+        runtime = Runtime(shards=tiny_set, runs=disk, device="cpu", quiet=True)
         trainer = make_trainer(tiny_set, disk, limit=16)
         trainer.save()
         before = (trainer.run.folder / "last.pt").read_bytes()
@@ -229,7 +229,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
         assert (trainer.run.folder / "last.pt").read_bytes() == before
         assert not list(trainer.run.folder.glob("*.tmp"))
         filler.unlink()
-        assert train(config, Place(shards=place.shards, runs=disk, name="run", device="cpu", quiet=True)).is_done
+        assert train(config, Runtime(shards=runtime.shards, runs=disk, name="run", device="cpu", quiet=True)).is_done
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -22,7 +22,7 @@ from cxrfast.runs.run import read_run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
-from cxrfast.training.train import Place, configure, make_config, select_rows, train
+from cxrfast.training.train import Runtime, configure, make_config, select_rows, train
 
 
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import start_run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Place, Trainer, make_config, select_rows
+from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
@@ -53,7 +53,7 @@ with world("cpu") as ranks:
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = start_run(folder / str(ranks.rank), config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Place(shards=shards, runs=folder, quiet=True))
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
     trainer.train_epoch()
     images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
     images = ranks.broadcast(images)
@@ -99,7 +99,7 @@ def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -
 
 def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "precision": "auto"})
-    run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     assert sorted(p.name for p in run.folder.iterdir()) == [
         "best.safetensors",
         "config.json",
@@ -118,7 +118,7 @@ def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Pa
     assert run.state()["state"] == "done"
     config_file = json.loads((run.folder / "config.json").read_text())
     assert config_file["hash"] == config.hash
-    again = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    again = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     assert again.metrics() == lines, "a run that is done is not trained again"
 
 
@@ -136,7 +136,7 @@ def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, 
         limit=40,
         precision="fp32",
     )
-    run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     losses = [line["val_loss"] for line in run.metrics()]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 or len(losses) == 30
@@ -147,27 +147,27 @@ def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, 
 
 
 def test_a_run_of_another_configuration_is_refused_and_its_differences_named(tiny_set: Path, tmp_path: Path) -> None:
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
-    train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), place)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
     with pytest.raises(RunError, match=r"global_batch: 16, not 8"):
-        train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 16}), place)
+        train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 16}), runtime)
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
 def test_a_damaged_checkpoint_is_refused(tiny_set: Path, tmp_path: Path, damage: bytes | None) -> None:
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
-    run = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), place)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    run = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
     last = run.folder / "last.pt"
     last.write_bytes(last.read_bytes()[:1000] if damage is None else damage)
     (run.folder / "state.json").unlink()
     with pytest.raises(RunError, match=r"last\.pt is damaged"):
-        train(run.config, place)
+        train(run.config, runtime)
 
 
 def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "global_batch": 1000, "micro_batch": 10})
     with pytest.raises(LoadError, match="do not fill one global batch of 1000"):
-        train(config, Place(shards=tiny_set, runs=Path("/nonexistent"), device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu", quiet=True))
     with pytest.raises(RunError, match="micro batch 0"):
         make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
 
@@ -175,13 +175,13 @@ def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
 def test_images_that_are_too_small_for_the_network_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 16, device="cpu", **OPTIONS)
     with pytest.raises(RunError, match="densenet121 cannot be trained on images of 16 px"):
-        train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
 
 
 def test_an_absent_scale_or_set_is_named(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 2048, device="cpu", **OPTIONS)
     with pytest.raises(LoadError, match=r"no shards at 2048 px \(scales there: 32, 64\)"):
-        train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     with pytest.raises(ShardError, match=r"no set\.json"):
         make_config(tmp_path, 32, device="cpu", **OPTIONS)
 
@@ -208,12 +208,12 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
 def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patients(
     tiny_set: Path, tmp_path: Path
 ) -> None:
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
-    parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), place)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), runtime)
     options = {**OPTIONS, "epochs": 1, "limit": 16, "weights": str(parent.folder)}
     with pytest.raises(RunError, match="start from a run of the same fold"):
-        train(make_config(tiny_set, 64, device="cpu", fold=1, **options), place)
-    child = train(make_config(tiny_set, 64, device="cpu", **options), place)
+        train(make_config(tiny_set, 64, device="cpu", fold=1, **options), runtime)
+    child = train(make_config(tiny_set, 64, device="cpu", **options), runtime)
     assert child.is_done
 
 
@@ -224,13 +224,13 @@ def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
 
 def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path, tmp_path: Path) -> None:
     weights = tmp_path / "first.safetensors"
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
     save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16, "weights": str(weights)})
-    run = train(config, place)
+    run = train(config, runtime)
     weights.unlink()
     (run.folder / "state.json").unlink()
-    assert train(config, place).is_done
+    assert train(config, runtime).is_done
 
 
 def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import start_run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Place, Trainer, make_config, select_rows
+from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
@@ -267,7 +267,7 @@ with world("cpu") as ranks:
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = start_run(folder / f"of-{ranks.size}-{ranks.rank}", config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Place(shards=shards, runs=folder, quiet=True))
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
     (batch, *_) = trainer.order.global_batches(0)
     rng = np.random.default_rng(0)
     for n, row in enumerate(batch.tolist()):
@@ -312,16 +312,16 @@ def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tin
     rows = select_rows(table, config, table["row"].to_numpy(), wanted)
     assert 50 < len(rows) <= 75
     assert set(rows["row"]) <= set(wanted)
-    place = Place(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", quiet=True)
-    run = train(replace(config, epochs=1), place)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", quiet=True)
+    run = train(replace(config, epochs=1), runtime)
     assert set(run.rows()["row"]) == set(rows["row"])
     listed.write_text("\n".join(map(str, wanted[:-4])))
     with pytest.raises(RunError, match="subset: "):
-        train(replace(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), epochs=1), place)
+        train(replace(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), epochs=1), runtime)
     for text, message in (("", "is empty"), ("1\ntwo", "row number a line"), ("1 150", "the set has no row 150")):
         listed.write_text(text)
         with pytest.raises(RunError, match=message):
-            train(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), place)
+            train(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), runtime)
 
 
 def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Pa
             return super().forward(image)
 
     with patch.object(cxrfast.training.train, "Classifier", Seen):
-        run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
     assert [line["size"] for line in run.metrics()] == [32, 48, 64]
     runs = [key for key, _ in groupby(seen[3:])]  # the first three are trials of the sizes
     assert runs == [(True, 32), (False, 64), (True, 48), (False, 64), (True, 64), (False, 64)]
@@ -345,19 +345,19 @@ def test_a_run_of_another_set_is_no_start(tiny_set: Path, raw_set: Path, tmp_pat
     options = {**OPTIONS, "epochs": 1, "limit": 16}
     parent = train(
         make_config(raw_set, 32, device="cpu", **options),
-        Place(shards=raw_set, runs=tmp_path / "raw", device="cpu", quiet=True),
+        Runtime(shards=raw_set, runs=tmp_path / "raw", device="cpu", quiet=True),
     )
     child = make_config(tiny_set, 32, device="cpu", **{**options, "weights": str(parent.folder)})
     with pytest.raises(RunError, match="start from a run on the same set"):
-        train(child, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(child, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
 
 
 def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path) -> None:
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
     options = {**OPTIONS, "epochs": 1, "limit": 16}
-    plain = train(make_config(tiny_set, 32, device="cpu", **options), place)
+    plain = train(make_config(tiny_set, 32, device="cpu", **options), runtime)
     weighed = train(
-        make_config(tiny_set, 32, device="cpu", **options, positive_weights=True), replace(place, name="weighed")
+        make_config(tiny_set, 32, device="cpu", **options, positive_weights=True), replace(runtime, name="weighed")
     )
     assert weighed.metrics()[0]["train_loss"] > plain.metrics()[0]["train_loss"]
 
@@ -405,15 +405,15 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
         "positive_weights": True,
         "sizes": ((32, 2), (48, 1)),
     }
-    place = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
-    plan = make_plan(tiny_set, tmp_path, [32], [1], recipe=recipe, **place)
+    runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
+    plan = make_plan(tiny_set, tmp_path, [32], [1], recipe=recipe, **runtime)
     taken = {}
     with patch.object(
-        cxrfast.training.train, "train", lambda config, place: taken.update(config=config, place=place) or Mock()
+        cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
     ):
         done = CliRunner().invoke(cli, ["train", *plan.train_options(32, 1)])
     assert done.exit_code == 0, done.output
-    assert taken == {"config": plan.config(32, 1, "cpu"), "place": plan.place}
+    assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
     assert changed >= {*recipe, "fold"} - {"precision"}
 
@@ -423,24 +423,24 @@ def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
-    config = configure(place, 32, 0, given)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    config = configure(runtime, 32, 0, given)
     assert config.micro_batch == 8, "all of the global batch fits"
-    train(config, place)
+    train(config, runtime)
     (tmp_path / "cache" / "cxrfast" / "micro-batch.json").unlink()
-    assert configure(place, 32, 0, given) == config
+    assert configure(runtime, 32, 0, given) == config
     assert not (tmp_path / "cache" / "cxrfast" / "micro-batch.json").exists(), "it was not measured again"
 
 
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}, sync_bn=True)
     with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
-        train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
 
 
 def test_a_profile_is_a_trace_of_steps(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 4})
-    run = train(config, Place(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True, profile=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True, profile=True))
     names = {event.get("name") for event in json.loads((run.folder / "profile.json").read_text())["traceEvents"]}
     assert any("convolution" in str(name) for name in names)
     assert any(str(name).startswith("ProfilerStep") for name in names)

@@ -28,8 +28,8 @@ import cxrfast.training.train
 from cxrfast.cli.main import cli
 from cxrfast.config import COMPILE_MODES
 from cxrfast.errors import LoadError, RunError, is_out_of_memory
-from cxrfast.models.classifier import compiled, resolve_precision, use_tf32, without_tf32
 from cxrfast.models.densenet import DenseNet, Shape
+from cxrfast.models.precision import compiled, resolve_precision, use_tf32, without_tf32
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder, TrainOrder
@@ -37,7 +37,7 @@ from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import read_run, start_run
 from cxrfast.training.monitor import Timed
-from cxrfast.training.train import Place, make_config, train
+from cxrfast.training.train import Runtime, make_config, train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda", 0)
@@ -58,7 +58,7 @@ def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set: Pa
 
 def test_an_unknown_mode_names_those_that_there_are() -> None:
     with pytest.raises(RunError, match="--compile fast is unknown: use default or max-autotune-no-cudagraphs"):
-        Place(shards=Path(), runs=Path(), compile="fast")
+        Runtime(shards=Path(), runs=Path(), compile="fast")
 
 
 @needs_gpu
@@ -266,7 +266,7 @@ def test_deterministic_is_settled_before_cuda_starts(
     monkeypatch.setattr(cxrfast.training.train, "world", first_use_of_the_device)
     try:
         with pytest.raises(RunError, match="that is all"):
-            train(make_config(tiny_set, 32, device="cpu"), Place(shards=tiny_set, runs=tmp_path, deterministic=True))
+            train(make_config(tiny_set, 32, device="cpu"), Runtime(shards=tiny_set, runs=tmp_path, deterministic=True))
     finally:
         torch.use_deterministic_algorithms(False)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
@@ -279,7 +279,7 @@ def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(
 ) -> None:
     before = torch.backends.cudnn.benchmark
     try:
-        make_trainer(tiny_set, tmp_path, place={"deterministic": deterministic})
+        make_trainer(tiny_set, tmp_path, runtime={"deterministic": deterministic})
         assert torch.backends.cudnn.benchmark is not deterministic
     finally:
         torch.backends.cudnn.benchmark = before
@@ -302,7 +302,7 @@ def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
         compare(self, images.flip(0) if len(seen) == 5 else images, rows, means)
 
     monkeypatch.setattr(Proof, "compare", corrupted)
-    trainer = make_trainer(tiny_set, tmp_path, place={"engine": "dali"})
+    trainer = make_trainer(tiny_set, tmp_path, runtime={"engine": "dali"})
     with pytest.raises(
         LoadError, match=r"run/fold-0: \d of .* images that DALI decoded .* no checkpoint was written yet"
     ):

@@ -21,7 +21,7 @@ from cxrfast.errors import LoadError, ShardError
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import plan_rows
 from cxrfast.shards.images.decode import at_scales, decode, decode_grey, encode
-from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 
 

@@ -12,7 +12,7 @@ from cxrfast.bench import harness
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
 from cxrfast.cli import main as cli
-from cxrfast.config import Place
+from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import HostEngine
@@ -63,8 +63,8 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     starts: list[HostEngine] = []
     batches = HostEngine.batches
     monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
-    place = Place(shards=tiny_set, runs=tmp_path, device="cpu", engine="host", quiet=True)
-    trainer = make_trainer(place, 32, "resnet18", 200, World(torch.device("cpu")))
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", engine="host", quiet=True)
+    trainer = make_trainer(runtime, 32, "resnet18", 200, World(torch.device("cpu")))
     assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
     each = measurements(trainer, 200)
     assert len(starts) == 1, "of the batch that is kept"

@@ -5,16 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.layout import (
-    check_scales,
-    missing_by_folder,
-    permutation,
-    plan_rows,
-    rows_per_shard,
-    set_id,
-)
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.building.layout import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS
+from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
 
 KEYS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=2)
@@ -39,7 +33,7 @@ def images(n: int = 40) -> pd.DataFrame:
 
 
 def identity(table: pd.DataFrame, **recipe) -> str:
-    return set_id(plan_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), Recipe(**recipe))
+    return set_id(plan_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), ImageRecipe(**recipe))
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +109,7 @@ def test_set_ids_are_the_same_in_every_version():
 
 def test_the_set_id_changes_with_the_seed_alone():
     rows = plan_rows(images(), (), 0)
-    assert set_id(rows, Recipe(seed=0)) != set_id(rows, Recipe(seed=1))
+    assert set_id(rows, ImageRecipe(seed=0)) != set_id(rows, ImageRecipe(seed=1))
 
 
 @pytest.mark.parametrize("column", ["path", "view", "split", "study_id", "Edema"])
@@ -151,12 +145,12 @@ def test_no_scale_at_all_is_an_error_with_advice():
 @pytest.mark.parametrize(("name", "value"), [("quality", 0), ("quality", 101), ("seed", -1), ("seed", 2**63)])
 def test_a_recipe_out_of_range_is_refused(name, value):
     with pytest.raises(ShardError, match=rf"--{name} {value} is not between"):
-        Recipe(**{name: value})
+        ImageRecipe(**{name: value})
 
 
 def test_a_quality_for_pixels_that_are_not_compressed_is_refused():
     with pytest.raises(ShardError, match="--quality 95 is of JPEG"):
-        Recipe(codec="raw", quality=95)
+        ImageRecipe(codec="raw", quality=95)
 
 
 def test_missing_images_are_counted_by_folder():

@@ -13,7 +13,7 @@ from cxrfast.shards.format.codec import decode_member, encode_member, pgm_header
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import built
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.decode import encode
@@ -100,7 +100,7 @@ def test_a_raw_set_holds_the_pixels_that_the_jpegs_were_made_of(raw_set, tiny_se
 
 
 def test_real_radiographs_are_held_to_the_pixel(real_tree, real_set, tmp_path):
-    build(real_tree, tmp_path / "set", [64, 256], recipe=Recipe(codec="raw"), quiet=True)
+    build(real_tree, tmp_path / "set", [64, 256], recipe=ImageRecipe(codec="raw"), quiet=True)
     verdict = verify(tmp_path / "set", deep=True, quiet=True)
     assert verdict.problems == []
     assert verdict.rows == {64: 237, 256: 237}

@@ -15,7 +15,7 @@ from cxrfast.shards.build import build as build_set
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lease
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.format.recipe import Recipe
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.repair.repair import Repair
@@ -52,7 +52,7 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module", params=["jpeg", "raw"])
 def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tree with images that cannot be used and one that is missing, and its set at two scales. Not to be written to."""
-    recipe = Recipe(codec=request.param)
+    recipe = ImageRecipe(codec=request.param)
     tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))
     synth(tree, images=130, size=64, corrupt=6, workers=1)
     sorted(tree.rglob("*.jpg"))[7].unlink()
@@ -286,7 +286,7 @@ def test_a_set_of_two_shards_swapped_whole_is_put_right(folder, phantoms, tiny_s
 
 
 def test_a_set_json_that_is_right_is_not_given_up_for_another_set_s(folder, phantoms, tiny_set, tmp_path):
-    build_set(phantoms, tmp_path / "other", [32], workers=1, quiet=True, recipe=Recipe(seed=5))
+    build_set(phantoms, tmp_path / "other", [32], workers=1, quiet=True, recipe=ImageRecipe(seed=5))
     shutil.copy(tmp_path / "other" / "rows.parquet", folder)
     work = repair(folder)
     assert list(work.failed) == ["rows.parquet"]

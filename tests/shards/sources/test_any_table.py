@@ -13,7 +13,7 @@ from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.rows import label_names, read_rows
 from cxrfast.shards.format.tar import read_index
-from cxrfast.shards.sources.mimic import read_source
+from cxrfast.shards.sources.read import read_source
 
 FRAME = pd.DataFrame(
     {

@@ -21,7 +21,8 @@ from cxrfast.shards.building.layout import plan_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.rows import REFERENCE, read_rows, reference_names, write_rows
 from cxrfast.shards.images.decode import encode
-from cxrfast.shards.sources.mimic import NIH, read_source
+from cxrfast.shards.sources.nih import NIH
+from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 
 
@@ -650,7 +651,7 @@ def module(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 GOOD = """
 import pandas as pd
-from cxrfast.shards.sources.mimic import Source
+from cxrfast.shards.sources import Source
 def images(n=3):
     ids = [f"i{i}" for i in range(n)]
     return pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": "0007", "path": [f"{i}.png" for i in ids], "Mass": 1.0})
@@ -684,7 +685,7 @@ def test_a_function_of_one_s_own_is_a_source(tmp_path, monkeypatch):
     [
         ("{own}:bad", {}, r"hold 2\.0 for Mass: only 1, 0, -1 and blank"),
         ("{own}:raises", {}, r"failed at .*{own}.py:12: KeyError: 'Masses'"),
-        ("{own}:wrong", {}, r"returned DataFrame: it must return a cxrfast.shards.sources.mimic.Source"),
+        ("{own}:wrong", {}, r"returned DataFrame: it must return a cxrfast.shards.sources.Source"),
         ("{own}:refuses", {}, r"^no such clinic$"),
         ("{own}:number", {}, r"is no function but int"),
         ("{own}:absent", {}, r"cannot be imported \(AttributeError"),

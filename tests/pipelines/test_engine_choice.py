@@ -1,6 +1,6 @@
 import pytest
 
-from cxrfast.pipelines.choice import HEADROOM, Rates, choose
+from cxrfast.pipelines.loader import HEADROOM, Rates, choose
 
 MEASURED = {
     "Card": [

@@ -1,0 +1,100 @@
+"""CheXpert: the images that a tree of it lists, with their labels."""
+
+import posixpath
+import re
+
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.labels import MIMIC
+from cxrfast.shards.sources.source import Source
+from cxrfast.shards.sources.tables import filled, find_table, raw_labels, read_table, tables_in
+from cxrfast.shards.storage import Tree
+
+CHEXPERT_TABLES = {"train": ("train.csv",), "validate": ("valid.csv",), "test": ("test_labels.csv", "test.csv")}
+"""The tables of each part; where a part has two, the first that is there."""
+
+
+CHEXPERT_PATH = re.compile(r"(?:.*/)?(train|valid|val|test)/(patient\d+)/(study\d+)/([^/]+)(\.\w+)$")
+
+
+CHEXPERT_BATCH = re.compile(r"CheXpert-v1\.0 batch \d+", re.IGNORECASE)
+"""How the archives of the full-size download unpack: `CheXpert-v1.0 batch 2 (train 1)/patient00001/…`."""
+
+
+def chexpert(tree: Tree) -> Source:
+    """CheXpert (Irvin et al. 2019), small or full size: the tables in the tree itself or in its CheXpert… folder.
+
+    Labels are in MIMIC's order, so that models carry over. Sizes of the images are not known to the tables.
+    """
+    folders = ["", *(name for name in tree.folders("") if name.lower().startswith("chexpert"))]
+    parts = []
+    for split, names in CHEXPERT_TABLES.items():
+        there = {folder: path for folder in folders if (path := find_table(tree, names, folder))}
+        if len(there) > 1 and "" not in there:
+            raise ShardError(f"{tree} has {' and '.join(there.values())}: give --data the folder of one of them")
+        for folder, path in list(there.items())[:1]:
+            parts.append(_chexpert_part(tree, folder, path, split))
+    if not parts:
+        wanted = ", ".join(name for names in CHEXPERT_TABLES.values() for name in names)
+        raise ShardError(
+            f"none of {wanted} (or .gz) in {tree} or a CheXpert… folder in it (its tables: {tables_in(tree)}): "
+            "give --data the folder that holds train.csv, or the one that holds the batches of the full download"
+        )
+    images = pd.concat(parts, ignore_index=True)
+    return Source(
+        images=images,
+        labels=MIMIC,
+        counts={"images whose labels are all blank": int(images[list(MIMIC)].isna().all(axis=1).sum())},
+    )
+
+
+def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFrame:
+    """The images of one table, which lies in `folder`."""
+    what = f"the {split} table of CheXpert"
+    table = read_table(tree, path, ["Path", *MIMIC], what, optional=["AP/PA"])  # the test table has no views
+    where = posixpath.join(str(tree), path)
+    found = [CHEXPERT_PATH.match(p) for p in filled(table["Path"], where)]
+    if None in found:
+        at = table.index[found.index(None)]
+        raise ShardError(
+            f"{where} lists {table['Path'][at]} in line {at}, which is not …/patient00001/study1/view1_….jpg"
+        )
+    pieces = pd.DataFrame(
+        [m.groups() for m in found if m], columns=["part", "patient", "study", "view", "suffix"], index=table.index
+    )
+    study = pieces["patient"] + "/" + pieces["study"]
+    image = study + "/" + pieces["view"]
+    frontal = table["AP/PA"] if "AP/PA" in table else pd.Series(None, table.index, dtype=object)
+    lateral = pieces["view"].str.contains("lateral", regex=False)
+    return pd.DataFrame(
+        {
+            "image_id": image,
+            "study_id": study,
+            "patient_id": pieces["patient"],
+            "path": _chexpert_folders(tree, folder, pieces) + "/" + image + pieces["suffix"],
+            "view": frontal.where(~lateral, "LATERAL"),
+            "split": split,
+            **{name: raw_labels(table[name], where) for name in MIMIC},
+        }
+    )
+
+
+def _chexpert_folders(tree: Tree, folder: str, pieces: pd.DataFrame) -> pd.Series:
+    """The folder of each line's patient: train/, valid/ or test/ beside the table, else a batch of the full download."""
+    at = {part: posixpath.join(folder, part) for part in pieces["part"].unique()}
+    batches = [
+        posixpath.join(place, name)
+        for place in dict.fromkeys(("", folder))
+        for name in tree.folders(place)
+        if CHEXPERT_BATCH.match(name)
+    ]
+    patients: dict[str, str] = {}
+    if not all(tree.is_dir(where) for where in at.values()):
+        for batch in reversed(batches):
+            inside = tree.folders(batch)
+            patients |= dict.fromkeys((name for name in inside if name.startswith("patient")), batch)
+            for part in (part for part in at if part in inside):
+                patients |= dict.fromkeys(tree.folders(f"{batch}/{part}"), f"{batch}/{part}")
+    batch_of = pieces["patient"].map(patients)
+    return batch_of.where(batch_of.notna(), pieces["part"].map(at))

@@ -1,0 +1,119 @@
+"""NIH ChestX-ray14: the images that a tree of it lists, with their labels."""
+
+import posixpath
+
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.sources.source import Source
+from cxrfast.shards.sources.tables import filled, find_table, lines, pixels, read_table, tables_in
+from cxrfast.shards.storage import Tree
+
+NIH = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+    "No Finding",
+)
+"""The fourteen findings as the table spells them, and what it says where there is none."""
+
+
+NIH_SPLIT = {"train_val_list.txt": "train", "test_list.txt": "test"}
+
+
+def nih(tree: Tree) -> Source:
+    """NIH ChestX-ray14 (Wang et al. 2017): every finding is 1 where the table names it and 0 where it does not.
+
+    Height and width are the table's, those of the radiographs before they were published as 1024 × 1024 px.
+    """
+    names = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+    path = find_table(tree, names)
+    if path is None:
+        raise ShardError(
+            f"no {' or '.join(names)} (or .gz) in {tree} (its tables: {tables_in(tree)}): give --data its folder"
+        )
+    # the commas in OriginalImage[Width,Height] cut its name in two
+    columns = [
+        "Image Index",
+        "Finding Labels",
+        "Follow-up #",
+        "Patient ID",
+        "View Position",
+        "OriginalImage[Width",
+        "Height]",
+    ]
+    table = read_table(tree, path, columns, "the table of NIH ChestX-ray14")
+    where = posixpath.join(str(tree), path)
+    image, patient, visit = (filled(table[c], where) for c in ("Image Index", "Patient ID", "Follow-up #"))
+    found = image.map(_nih_images(tree))
+    split, counts = _nih_split(tree, image)
+    frame = pd.DataFrame(
+        {
+            "image_id": image.str.removesuffix(".png"),
+            "study_id": patient + "_" + visit,
+            "patient_id": patient,
+            "path": found.where(found.notna(), "images/" + image),
+            "view": table["View Position"],
+            "height": pixels(table["Height]"], where),
+            "width": pixels(table["OriginalImage[Width"], where),
+            "split": split,
+            **_nih_labels(filled(table["Finding Labels"], where), where),
+        }
+    )
+    return Source(images=frame, labels=NIH, counts=counts)
+
+
+def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
+    """`Mass|Nodule` → 1 for both and 0 for the rest, float32, by finding."""
+    kinds = {text: set(text.split("|")) for text in findings.unique()}
+    if unknown := sorted(set().union(*kinds.values()) - set(NIH)):
+        at = lines(findings.index[[unknown[0] in kinds[text] for text in findings]])
+        raise ShardError(f"{where} names the finding {unknown[0]!r} in {at}: known are {', '.join(NIH)}")
+    codes, texts = pd.factorize(findings)
+    return {
+        name: pd.Series(np.array([name in kinds[t] for t in texts], np.float32)[codes], findings.index) for name in NIH
+    }
+
+
+def _nih_images(tree: Tree) -> dict[str, str]:
+    """Path of every image by its name: images_001/images/ … images_012/images/, or all in images/ or the tree itself."""
+    found: dict[str, str] = {}
+    for folder in reversed(["", *(name for name in tree.folders("") if name.startswith("images"))]):
+        for place in dict.fromkeys((f"{folder}/images" if folder else "", folder)):
+            found |= {name: posixpath.join(place, name) for name in tree.files(place)}
+    return found
+
+
+def _nih_split(tree: Tree, image: pd.Series) -> tuple[pd.Series, dict[str, int]]:
+    """train or test by the published lists, null for images in neither; and how many those are."""
+    listed: dict[str, str] = {}
+    for name in (name for name in NIH_SPLIT if tree.exists(name)):
+        try:
+            names = tree.read(name).decode().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ShardError(f"{name} in {tree} cannot be read ({error}): download it again") from error
+        if both := listed.keys() & set(names):
+            raise ShardError(
+                f"{len(both):,} images (first: {min(both)}) are in both lists in {tree}: download them again"
+            )
+        listed |= dict.fromkeys(names, NIH_SPLIT[name])
+    split = image.map(listed).astype(object)
+    if not listed:
+        return split, {}
+    unknown = len(listed.keys() - set(image))
+    return split, {
+        "images in no list of the split": int(split.isna().sum()),
+        "listed images that the table lacks": unknown,
+    }
