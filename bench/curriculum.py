@@ -15,12 +15,12 @@ import click
 from matplotlib.figure import Figure as Plot
 
 from cxrfast.bench.harness import provenance, write_results
-from cxrfast.bench.tables import Section, to_markdown, to_tables
 from cxrfast.config import TrainConfig
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
+from cxrfast.tables import Section, to_markdown, to_tables
 from cxrfast.training.train import Runtime, make_config, train
 
 SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressive resizing"

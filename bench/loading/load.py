@@ -44,7 +44,6 @@ from cxrfast.bench.loading.result import (
     plot,
     sections,
 )
-from cxrfast.bench.tables import to_markdown
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
 from cxrfast.errors import LoadError
@@ -52,6 +51,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.tables import to_markdown
 
 __all__ = ["bench", "sections"]
 

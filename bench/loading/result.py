@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Plot
 
 from cxrfast.bench.loading.engines import Engines
 from cxrfast.bench.loading.measure import Large
-from cxrfast.bench.tables import Section
+from cxrfast.tables import Section
 
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
 

@@ -28,13 +28,13 @@ from cxrfast.bench.sharding.measure import (
     startup_seconds,
 )
 from cxrfast.bench.sharding.peers import WHAT, peer_versions, peers
-from cxrfast.bench.tables import Section, to_markdown
 from cxrfast.bench.trees import sample
 from cxrfast.machine import usable_cores
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import check_scales
 from cxrfast.shards.images.decode import decode
 from cxrfast.shards.storage import Tree
+from cxrfast.tables import Section, to_markdown
 
 SCALES = (256, 512, 1024, 2048)
 

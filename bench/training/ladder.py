@@ -25,12 +25,12 @@ from cxrfast.bench.harness import (
     provenance,
     write_results,
 )
-from cxrfast.bench.tables import Section, to_markdown
 from cxrfast.bench.training.ladder_measure import ARCH, KINDS, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
 from cxrfast.config import preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.progress import progress
+from cxrfast.tables import Section, to_markdown
 
 SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128]}
 

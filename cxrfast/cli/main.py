@@ -892,9 +892,9 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @RESULTS
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
-    from cxrfast.bench.tables import to_tables
     from cxrfast.bench.training.ladder import bench as measure
     from cxrfast.bench.training.ladder import sections
+    from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
@@ -921,7 +921,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
     """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
     from cxrfast.bench.sharding.shard import bench as measure
     from cxrfast.bench.sharding.shard import sections
-    from cxrfast.bench.tables import to_tables
+    from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(data, list(scales), out, **options))))
     click.echo(f"tables, JSON and plot: {out}")
@@ -951,7 +951,7 @@ def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tu
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
     from cxrfast.bench.loading.load import bench as measure
     from cxrfast.bench.loading.load import sections
-    from cxrfast.bench.tables import to_tables
+    from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(shards, list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
