@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cxrfast.bench import harness
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
-from cxrfast.cli import main as cli
+from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import LoadError
@@ -90,9 +90,9 @@ def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monk
 def test_without_a_command_it_says_at_once_what_it_does_and_names_what_it_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "BENCH_MINUTES", 0.001)  # not even the phantoms are made in that time
+    monkeypatch.setattr("cxrfast.cli.bench.BENCH_MINUTES", 0.001)  # not even the phantoms are made in that time
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli.cli, ["bench"])
+    done = CliRunner().invoke(cli, ["bench"])
     assert done.exit_code == 2
     assert done.stderr.splitlines()[0].startswith(
         "cxrfast bench: memory and images/s of training by resolution, about 0.001"
@@ -103,5 +103,5 @@ def test_without_a_command_it_says_at_once_what_it_does_and_names_what_it_leaves
 
 
 def test_full_belongs_to_no_command() -> None:
-    done = CliRunner().invoke(cli.cli, ["bench", "--full", "step"])
+    done = CliRunner().invoke(cli, ["bench", "--full", "step"])
     assert (done.exit_code, "leave out --minutes" in done.stderr) == (2, True)

@@ -1,0 +1,74 @@
+"""Commands that read finished runs: tables, figures, the report."""
+
+from pathlib import Path
+
+import click
+
+from cxrfast import config
+from cxrfast.cli.options import FOLDER
+from cxrfast.cli.terminal import show
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True)
+def evaluate(runs: Path, part: str) -> None:
+    """AUROC per finding and scale, mean ± sd over folds, of all predictions in RUNS."""
+    from cxrfast.analysis.evaluate import evaluate as score
+    from cxrfast.analysis.evaluate import to_table
+
+    show(to_table(score(runs, part)))
+    click.echo(f"tables: {runs / 'evaluation'}")
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+def ensemble(runs: Path) -> None:
+    """Stack the scales in RUNS: weights fitted on validation logits, beside plain voting."""
+    from cxrfast.analysis.ensemble import ensemble as stack
+    from cxrfast.analysis.ensemble import to_table
+
+    show(to_table(stack(runs)))
+    click.echo(f"tables and figure: {runs / 'ensemble'}")
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--images", default=64, show_default=True, help="Validation images to average over.")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
+@click.option("--device", default="auto", show_default=True)
+def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
+    """Effective receptive field of each RUN, beside the theoretical one."""
+    from cxrfast.analysis.receptive_field import erf as measure
+    from cxrfast.distributed import pick_device
+    from cxrfast.runs.run import read_run
+
+    for folder in runs:
+        click.echo(measure(read_run(folder), images=images, shards=shards, device=pick_device(device)).describe())
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--label", required=True, help="A finding, for instance Cardiomegaly.")
+@click.option("--images", default=8, show_default=True, help="Positives with the highest logits.")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
+@click.option("--device", default="auto", show_default=True)
+def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None, device: str) -> None:
+    """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
+    from cxrfast.analysis.gradcam import gradcam_run, save_figure
+    from cxrfast.distributed import pick_device
+    from cxrfast.runs.run import read_run
+
+    for folder in runs:
+        run = read_run(folder)
+        gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
+        click.echo(save_figure(run, label, shards=shards))
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+def report(runs: Path) -> None:
+    """report.html: tables and figures of RUNS in one file that opens anywhere."""
+    from cxrfast.analysis.report import report as write
+
+    click.echo(write(runs))

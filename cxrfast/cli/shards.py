@@ -1,0 +1,199 @@
+"""Commands that write, check and copy shard sets."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cxrfast import config
+from cxrfast.cli.options import FILE, FOLDER, PartOfN, chosen_source, source_options
+from cxrfast.cli.terminal import fail, show
+
+
+@click.command()
+@click.argument("out", type=FOLDER)
+@click.option("--images", default=600, show_default=True, help="How many.")
+@click.option("--size", default=1024, show_default=True, help="Longer side, px.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--corrupt", default=0, show_default=True, help="Images to damage: truncated, empty, not a JPEG.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+def synth(out: Path, **options: Any) -> None:
+    """A phantom MIMIC-CXR-JPG tree in OUT, findings planted at known sizes."""
+    from cxrfast.phantoms.dataset import synth as make
+
+    counts = make(out, **options)
+    click.echo(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+
+
+@click.command()
+@source_options
+@click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
+@click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+@click.option(
+    "--part", type=PartOfN(), metavar="I/N", help="Build every N-th shard only, as task I of a job array does."
+)
+@click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler instead.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
+)
+@click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
+@click.option(
+    "--codec",
+    type=click.Choice(["jpeg", "raw"]),
+    default="jpeg",
+    show_default=True,
+    help="raw: uncompressed, for scales that shall be read without decoding.",
+)
+@click.option("--quality", type=int, help="Of --codec jpeg, 1 to 100. [default: 95]")
+@click.option(
+    "--resize",
+    type=click.Choice(["squash", "pad"]),
+    default="squash",
+    show_default=True,
+    help="squash: to a square, as the study; pad: keeps the aspect on black.",
+)
+@click.option(
+    "--grey",
+    type=click.Choice(["none", "mimic", "window"]),
+    default="none",
+    show_default=True,
+    help="How DICOM and 16-bit PNG become 8 bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the row permutation and the folds.")
+@click.option("--allow-missing", is_flag=True, help="Go on although more than 0.1 % of the images are missing.")
+@click.option("--retry-quarantined", is_flag=True, help="Try images again that could not be used before.")
+def shard(
+    data: str,
+    out: Path,
+    scales: tuple[int, ...],
+    codec: str,
+    quality: int | None,
+    resize: str,
+    grey: str,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
+    from cxrfast.shards.build import build, describe
+    from cxrfast.shards.format.recipe import ImageRecipe
+
+    recipe = ImageRecipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
+    report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
+    click.echo(describe(report, out))
+
+
+@click.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.argument("table", metavar="TABLE")
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    help="Column to take; once for each. [default: labels of SET or MIMIC, else all]",
+)
+@click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
+@click.option(
+    "--unmatched", type=FILE, metavar="FILE", help="CSV file for the ids that only the set or only TABLE knows."
+)
+def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
+    """Replace the labels of SET by those of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
+    from cxrfast.shards.upkeep.relabel import describe
+    from cxrfast.shards.upkeep.relabel import relabel as replace_labels
+
+    result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
+    click.echo(describe(result, shards))
+
+
+@click.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.option(
+    "--out", type=FOLDER, default=Path("set-description"), show_default=True, help="Folder for describe.md, sizes.png."
+)
+def describe(shards: Path, out: Path) -> None:
+    """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
+    from cxrfast.shards.upkeep.describe import describe as look
+    from cxrfast.shards.upkeep.describe import heading, to_tables, write
+
+    description = look(shards)
+    written = write(description, shards, out)
+    click.echo(heading(description))
+    show(*to_tables(description))
+    click.echo(f"written: {', '.join(map(str, written))}")
+
+
+@click.command()
+@click.argument("shards", type=FOLDER, metavar="SET")
+@click.option("--deep", is_flag=True, help="Decode every image too, and compare it with its grid.")
+@click.option("--source", is_flag=True, help="Compare the source tree with its SHA256SUMS.txt too.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Give what is broken back the bytes it had, shards without grids theirs, and say how.",
+)
+@click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
+@click.option("--accept-new-bytes", is_flag=True, help="With --repair: keep other bytes where the old cannot be had.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that repair. [default: usable cores]")
+def verify(
+    shards: Path,
+    deep: bool,
+    source: bool,
+    repair: bool,
+    data: str | None,
+    accept_new_bytes: bool,
+    workers: int | None,
+) -> None:
+    """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
+    from cxrfast.shards.storage import Tree
+    from cxrfast.shards.upkeep.verify import describe, verify_source
+    from cxrfast.shards.upkeep.verify import verify as check
+
+    default = str(config.DATA)
+    location = data or (default if source or "://" in default or os.path.isdir(default) else None)
+    tree = Tree(location) if location else None
+    if repair:
+        from cxrfast.shards.repair.repair import repair as repair_set
+
+        for line in repair_set(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
+            click.echo(line)
+    elif accept_new_bytes:
+        fail("--accept-new-bytes belongs to --repair")
+    verdict = check(shards, deep=deep)
+    problems = list(verdict.problems)
+    if source and tree:
+        of_source = verify_source(shards, tree)
+        problems += of_source.problems
+        click.echo(of_source.describe(tree))
+    for problem in problems:
+        click.echo(f"{problem.path}: {problem.what}", err=True)
+    if problems:
+        advice = "" if repair else "; `cxrfast verify --repair` mends what it can"
+        if all(problem.is_signed for problem in problems):
+            advice = (
+                "; SHA256SUMS says the same, so nothing in the set tells what was right: restore these shards from a copy, or "
+                "delete their files and run the same `cxrfast shard` command again"
+            )
+        fail(f"{shards}: {len(problems):,} problems, named above{advice if verdict.problems else ''}")
+    click.echo(describe(verdict, shards, deep))
+
+
+@click.command()
+@click.argument("source", metavar="FROM")
+@click.argument("to", metavar="TO")
+@click.option(
+    "--scale", "scales", type=int, multiple=True, help="Side, px; once for each scale wanted. [default: all of the set]"
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Files copied at once. [default: usable cores; from or to a URL, 8]"
+)
+def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
+    """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again after any accident: it goes on."""
+    from cxrfast.shards.upkeep.stage import stage as copy
+    from cxrfast.units import size
+
+    done = copy(source, to, list(scales) or None, workers=workers)
+    click.echo(
+        f"to {to}: {len(done.scales)} scales, {done.files:,} files, {size(done.bytes)} copied, {done.kept:,} kept, "
+        f"{done.bytes / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s"
+    )

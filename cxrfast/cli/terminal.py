@@ -1,0 +1,25 @@
+"""What every command says in the same way: an error, a table."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def fail(message: str) -> None:
+    rank = os.environ.get("RANK")
+    click.echo(f"cxrfast: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+    sys.exit(2)
+
+
+def show(*tables: "Table") -> None:
+    """Print tables on stdout, as wide as the terminal; 120 columns where it is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,98 @@
+"""Commands that train, predict, and say how far a training is."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cxrfast import config
+from cxrfast.cli.options import (
+    FILE,
+    FOLDER,
+    given,
+    read_toml,
+    run_options,
+    runtime_options,
+    taken_out,
+    training_options,
+)
+from cxrfast.cli.terminal import show
+
+
+@click.command()
+@click.option("--shards", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set.")
+@click.option("--scale", type=int, required=True, help="Side of the images, px.")
+@click.option("--fold", default=0, show_default=True)
+@click.option("--runs", type=FOLDER, default=config.RUNS, show_default=True, help="Folder of all runs.")
+@click.option("--name", help="Folder of this run's folds. [default: ARCH-SCALE]")
+@click.option(
+    "--config",
+    type=FILE,
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_toml,
+    help="Options from a TOML file, named as here; those given here win.",
+)
+@training_options
+@runtime_options
+@run_options
+def train(
+    shards: Path,
+    scale: int,
+    fold: int,
+    runs: Path,
+    name: str | None,
+    **options: Any,
+) -> None:
+    """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
+    from cxrfast.training.train import configure
+    from cxrfast.training.train import train as run_training
+
+    runtime = config.Runtime(shards=shards, runs=runs, name=name, **taken_out(config.Runtime, options))
+    chosen = configure(runtime, scale, fold, given(options))
+    run = run_training(chosen, runtime)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
+
+
+@click.command(name="fetch-weights")
+@click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
+@click.option("--to", type=FOLDER, help="Folder for the file. [default: torch's own]")
+def fetch_weights(arch: str, to: Path | None) -> None:
+    """ImageNet weights for machines without a network."""
+    from cxrfast.models.weights import fetch_weights as fetch
+
+    click.echo(fetch(arch, to))
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option("--shards", type=FOLDER, help="Where the shard set lies now. [default: where it lay in training]")
+@runtime_options
+def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
+    """Logits of each RUN for its validation and test rows."""
+    from cxrfast.distributed import world
+    from cxrfast.runs.run import read_run
+    from cxrfast.training.predict import predict as score
+
+    with world(device) as ranks:
+        for folder in runs:
+            score(read_run(folder), ranks, shards=shards, **options)
+            click.echo(folder / "predictions.zarr")
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, default=config.RUNS)
+@click.option("--json", "as_json", is_flag=True, help="A JSON list instead of the table.")
+def status(runs: Path, as_json: bool) -> None:
+    """A line for each run in RUNS: state, epoch, best AUROC, images/s, time left, age of its heartbeat, job."""
+    from cxrfast.runs.status import status as look
+    from cxrfast.runs.status import to_json, to_table
+
+    lines = look(runs)
+    if as_json:
+        click.echo(to_json(lines))
+    else:
+        show(to_table(lines, runs))
