@@ -15,6 +15,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "cxrfast needs Python 3.11 or 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
