@@ -1,3 +1,56 @@
-"""Train chest X-ray classifiers at full resolution without waiting for I/O."""
+"""Train chest X-ray classifiers at full resolution without waiting for I/O.
+
+The names in `__all__` are what other programs build on. Each is imported when it is first asked for, so that `import cxrfast`
+loads nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cxrfast.pipelines.loader import Loader
+    from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
+    from cxrfast.pipelines.reader import Reader
+    from cxrfast.runs.run import Run
+    from cxrfast.shards.build import build
+    from cxrfast.shards.shard_set import ShardSet
+    from cxrfast.shards.sources.source import Source
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Augment",
+    "EvalOrder",
+    "Loader",
+    "Reader",
+    "Run",
+    "ShardSet",
+    "Source",
+    "TrainOrder",
+    "__version__",
+    "build",
+]
+
+MODULES = {
+    "Augment": "cxrfast.pipelines.order",
+    "EvalOrder": "cxrfast.pipelines.order",
+    "Loader": "cxrfast.pipelines.loader",
+    "Reader": "cxrfast.pipelines.reader",
+    "Run": "cxrfast.runs.run",
+    "ShardSet": "cxrfast.shards.shard_set",
+    "Source": "cxrfast.shards.sources.source",
+    "TrainOrder": "cxrfast.pipelines.order",
+    "build": "cxrfast.shards.build",
+}
+"""Where each name of the public API is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module 'cxrfast' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

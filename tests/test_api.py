@@ -1,0 +1,78 @@
+"""What other programs may import: the names of `cxrfast`, and the modules that README and docs name."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import cxrfast
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["Augment", "EvalOrder", "Loader", "Reader", "Run", "ShardSet", "Source", "TrainOrder", "__version__", "build"]
+DOCUMENTED = {
+    ("cxrfast.pipelines.loader", "Loader"),
+    ("cxrfast.pipelines.order", "Augment"),
+    ("cxrfast.pipelines.order", "EvalOrder"),
+    ("cxrfast.pipelines.order", "TrainOrder"),
+    ("cxrfast.pipelines.reader", "Reader"),
+    ("cxrfast.shards.columns", "read_table"),
+    ("cxrfast.shards.sources", "Source"),
+    ("cxrfast.shards.sources.source", "Source"),
+    ("cxrfast.shards.tree", "Tree"),
+}
+"""Of this version and of earlier ones: programs written for them still import."""
+
+
+def in_docs() -> set[tuple[str, str]]:
+    """(module, name) of each `from cxrfast… import …` in README and docs."""
+    found = set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for module, names in re.findall(r"^ *from (cxrfast[\w.]*) import (.+)$", path.read_text(), re.MULTILINE):
+            found |= {(module, name.strip()) for name in names.split(",")}
+    return found
+
+
+def test_the_public_names_are_frozen():
+    assert cxrfast.__all__ == NAMES
+    assert set(NAMES) <= {*dir(cxrfast)}
+    assert sorted(cxrfast.MODULES) == sorted(set(NAMES) - {"__version__"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_what_its_module_defines(name):
+    value = getattr(cxrfast, name)
+    if name in cxrfast.MODULES:
+        assert value is getattr(import_module(cxrfast.MODULES[name]), name)
+        assert value.__module__ == cxrfast.MODULES[name]
+        assert value.__doc__
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'cxrfast' has no attribute 'Leader'"):
+        _ = cxrfast.Leader
+    with pytest.raises(ImportError):
+        exec("from cxrfast import Leader")
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(DOCUMENTED | in_docs()))
+def test_what_the_documentation_imports_is_there(module, name):
+    assert hasattr(import_module(module), name)
+
+
+def test_the_documentation_was_read():
+    assert ("cxrfast.pipelines.loader", "Loader") in in_docs() or ("cxrfast", "Loader") in in_docs()
+
+
+def test_importing_the_package_loads_nothing_else():
+    code = "import cxrfast, sys; print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'pandas', 'numpy', 'cv2'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "\n"
+
+
+def test_public_names_of_shards_load_no_torch():
+    code = "import sys; from cxrfast import Reader, ShardSet, Source, TrainOrder, build; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
