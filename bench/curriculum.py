@@ -46,7 +46,7 @@ class Way:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CurriculumResult:
     scale: int
     from_scale: int
     fold: int
@@ -67,7 +67,7 @@ def bench(
     target: float | None = None,
     device: str = "auto",
     **recipe: Any,
-) -> Result:
+) -> CurriculumResult:
     """Train every way for `epochs` epochs a run and write the results into `out`.
 
     `target`: AUROC; default: the best that training from scratch reaches. `recipe`: fields of TrainConfig, for all runs;
@@ -91,7 +91,7 @@ def bench(
     target = target or way(SCRATCH, runs[SCRATCH], 0.0, 0.0).best
     before = sum(line["seconds"] for line in small.metrics())
     ways = [way(name, one, before if name == SMALLER else 0.0, target) for name, one in runs.items()]
-    result = Result(
+    result = CurriculumResult(
         scale=scale, from_scale=from_scale, fold=fold, target=target, ways=ways, provenance=provenance(chosen)
     )
     write_results(out, "curriculum", asdict(result), to_markdown([section(result)]), plot(result))
@@ -107,7 +107,7 @@ def way(name: str, run: Run, before: float, target: float) -> Way:
     return Way(name=name, before=before, seconds=seconds, auroc=auroc, reached=next(reached, None))
 
 
-def section(result: Result) -> Section:
+def section(result: CurriculumResult) -> Section:
     first = result.ways[0].reached
     lines = [
         [
@@ -130,7 +130,7 @@ def section(result: Result) -> Section:
     )
 
 
-def plot(result: Result) -> Plot:
+def plot(result: CurriculumResult) -> Plot:
     """Validation AUROC against the seconds since the start of everything, a line a way."""
     figure = Plot(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -27,7 +27,7 @@ LOSSES_APART = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TrialStep:
     call: int
     name: str
     outcome: str
@@ -37,18 +37,18 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Comparison:
     what: str
     found: str
     is_right: bool
 
 
-def read_steps(path: Path) -> list[Step]:
+def read_steps(path: Path) -> list[TrialStep]:
     """The steps that the script noted: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
     outcomes = {"0": "ok", "skipped": "skipped", "124": "timeout", "137": "timeout"}
     with open(path, newline="") as file:
         return [
-            Step(
+            TrialStep(
                 call=int(call),
                 name=name,
                 outcome=outcomes.get(code, "failed"),
@@ -59,14 +59,14 @@ def read_steps(path: Path) -> list[Step]:
         ]
 
 
-def compare_runs(runs: dict[str, Run]) -> list[Finding]:
+def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
     """What two runs of the same rows must have in common. `runs`: by the name that the script gave; absent ones say nothing."""
     found = []
     if {"train-host", "train-dali"} <= runs.keys():
         host, dali = ([m["train_loss"] for m in runs[f"train-{engine}"].metrics()] for engine in ("host", "dali"))
         apart = [abs(a - b) / a for a, b in zip(host, dali, strict=True)]
         found.append(
-            Finding(
+            Comparison(
                 what=f"training losses with host and with dali, within {LOSSES_APART:.0%}",
                 found=", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(host, dali, strict=True)),
                 is_right=bool(apart) and max(apart) <= LOSSES_APART,
@@ -75,7 +75,7 @@ def compare_runs(runs: dict[str, Run]) -> list[Finding]:
     if {"deterministic-1", "deterministic-2"} <= runs.keys():
         hashes = {sha256(runs[f"deterministic-{n}"].folder / "best.safetensors") for n in (1, 2)}
         found.append(
-            Finding(
+            Comparison(
                 what="weights of two runs with --deterministic, bitwise",
                 found="the same" if len(hashes) == 1 else "different",
                 is_right=len(hashes) == 1,

@@ -39,8 +39,8 @@ from cxrfast.bench.loading.result import (
     TASKS,
     UNPROVEN,
     Cold,
-    Line,
-    Result,
+    LoadingLine,
+    LoadingResult,
     plot,
     sections,
 )
@@ -94,7 +94,7 @@ def bench(
     with_large: bool = False,
     only: list[str] | None = None,
     minutes: float | None = None,
-) -> Result:
+) -> LoadingResult:
     """Measure, write load.json, load.md and load.png into `out`. Raises LoadError or ShardError for bad input.
 
     `only`: these ways, and those that their ratios are to. `minutes`: about so long; smallest scales and rates first.
@@ -118,7 +118,7 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
         prepare = partial(_prepare, ways=ways, found=found)
         measure = partial(_measure, device=chosen, ways=ways, found=found, seconds=seconds, rounds=rounds)
-        result = Result(
+        result = LoadingResult(
             source="the given set" if shards else "phantoms",
             images={job.scale: len(job.rows) for job in jobs},
             batch={job.scale: job.batch for job in jobs},
@@ -218,14 +218,14 @@ def _job(scratch: Path, shards: Path, scale: int, workers: int) -> Job:
 def _measure_all(
     jobs: list[Job],
     prepare: Callable[[Job], None],
-    measure: Callable[[Job, str, Budget], list[Line]],
+    measure: Callable[[Job, str, Budget], list[LoadingLine]],
     seconds: float,
     budget: Budget,
     left_out: dict[str, str],
-) -> list[Line]:
+) -> list[LoadingLine]:
     """The lines of every scale and task that there is time for; the others are added to `left_out`."""
-    lines: list[Line] = []
-    last: list[Line] = []
+    lines: list[LoadingLine] = []
+    last: list[LoadingLine] = []
     first = next(iter(TASKS))
     preparing = wall = 0.0
     blocks = [(job, task) for job in jobs for task in TASKS]
@@ -251,7 +251,7 @@ def _measure_all(
     return lines
 
 
-def _least(lines: list[Line], wall: float, seconds: float, job: Job) -> float:
+def _least(lines: list[LoadingLine], wall: float, seconds: float, job: Job) -> float:
     """Seconds that a task takes at least, judging by the lines of another one, which took `wall` seconds."""
     if not lines:
         return 0.0
@@ -282,7 +282,7 @@ def _measure(
     found: dict[str, Peer],
     seconds: float,
     rounds: int,
-) -> list[Line]:
+) -> list[LoadingLine]:
     """One task at one scale."""
     mine = _usable(job, found)
     here = replace(job, turn=task == "B")
@@ -311,13 +311,13 @@ def _ways(job: Job, device: torch.device, ways: list[str], found: dict[str, Peer
     return measurements | ({LIMIT: limit(job)} if LIMIT in ways else {})
 
 
-def _lines(job: Job, task: str, figures: dict[str, Figure], of_pixels: set[str]) -> list[Line]:
+def _lines(job: Job, task: str, figures: dict[str, Figure], of_pixels: set[str]) -> list[LoadingLine]:
     of_pixels = of_pixels | {CACHE, RAW}
     lines = []
     for way, figure in figures.items():
         pixels = way in of_pixels
         lines.append(
-            Line(
+            LoadingLine(
                 scale=job.scale,
                 task=task,
                 way=way,

@@ -18,7 +18,7 @@ ONE_THREAD, RAW, UNPROVEN = "host, 1 thread", "host, raw", "dali, unproven"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class LoadingLine:
     """One way of loading, one task, one scale."""
 
     scale: int
@@ -51,13 +51,13 @@ class Cold:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class LoadingResult:
     source: str
     images: dict[int, int]
     """By scale: how many were measured on."""
     batch: dict[int, int]
     workers: int
-    lines: list[Line]
+    lines: list[LoadingLine]
     left_out: dict[str, str]
     """Ways that cannot be run here, and what there was no time for; with the reason."""
     what: dict[str, str]
@@ -67,7 +67,7 @@ class Result:
     provenance: dict[str, Any]
 
 
-def sections(result: Result) -> list[Section]:
+def sections(result: LoadingResult) -> list[Section]:
     """Everything that is printed."""
     found = [_rates(result, task, pixels) for pixels in (False, True) for task in TASKS]
     found = [section for section in found if section.lines]
@@ -84,16 +84,16 @@ def sections(result: Result) -> list[Section]:
     return found
 
 
-def _left_out(result: Result) -> str:
+def _left_out(result: LoadingResult) -> str:
     return " ".join(f"Left out: {what} ({why})." for what, why in result.left_out.items())
 
 
-def _rates(result: Result, task: str, pixels: bool) -> Section:
+def _rates(result: LoadingResult, task: str, pixels: bool) -> Section:
     lines = [line for line in result.lines if (line.task, line.pixels) == (task, pixels)]
     scales = sorted({line.scale for line in lines})
     at = {(line.way, line.scale): line for line in lines}
 
-    def cell(line: Line | None) -> str:
+    def cell(line: LoadingLine | None) -> str:
         return f"{line.rate:,.0f} ({line.ratio:.2f})" if line else "-"
 
     ways = sorted({line.way for line in lines}, key=lambda way: min(at[way, s].ratio for s in scales if (way, s) in at))
@@ -172,7 +172,7 @@ def _large_section(found: Large) -> Section:
     )
 
 
-def plot(result: Result) -> Plot | None:
+def plot(result: LoadingResult) -> Plot | None:
     """Share of the limit by scale, one line per way with JPEGs, one panel per task; None where it was not measured."""
     if all(line.of_limit is None for line in result.lines):
         return None

@@ -77,7 +77,7 @@ class Computed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class ShardingResult:
     source: str
     images: int
     mean_bytes: float
@@ -114,7 +114,7 @@ def bench(
     rounds: int = 5,
     workers: int | None = None,
     with_memory: bool = False,
-) -> Result:
+) -> ShardingResult:
     """Measure for about `seconds` a figure and round, write shard.json, shard.md and shard.png into `out`.
 
     `data`: a MIMIC-CXR-JPG tree, else phantoms are drawn. Raises ShardError for bad input.
@@ -134,7 +134,7 @@ def bench(
         last = notes.calls[setup.workers][-1]
         written = last.written_bytes / last.images
         sizes = [(len(jpeg), decode(jpeg, "none").size) for jpeg in map(Path.read_bytes, files)]
-        result = Result(
+        result = ShardingResult(
             source="images of the given tree" if data else f"phantoms of {SIZE} px",
             images=len(files),
             mean_bytes=statistics.mean(size for size, _ in sizes),
@@ -201,7 +201,7 @@ def _compute(builds: Builds, cores: int, read: float, written: float) -> Compute
 # Results
 
 
-def sections(result: Result) -> list[Section]:
+def sections(result: ShardingResult) -> list[Section]:
     """Everything that is printed."""
     r = result
     sides = ", ".join(map(str, r.scales))
@@ -270,7 +270,7 @@ def _memory_section(memory: list[Memory]) -> Section:
     )
 
 
-def _computed_section(r: Result) -> Section:
+def _computed_section(r: ShardingResult) -> Section:
     return Section(
         f"Computed, not measured: all {MIMIC_IMAGES:,} images of MIMIC-CXR-JPG",
         ["cores", "images/s", "hours", "read MB/s", "written MB/s"],
@@ -284,7 +284,7 @@ def _computed_section(r: Result) -> Section:
     )
 
 
-def plot(result: Result) -> Plot:
+def plot(result: ShardingResult) -> Plot:
     """Images/s and core of each way with ours / theirs, and where ours spends its time."""
     figure = Plot(figsize=(9, 3.4), layout="constrained")
     ways, spent = figure.subplots(1, 2, width_ratios=(3, 2))

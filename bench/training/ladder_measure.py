@@ -18,11 +18,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import Classifier, Normalise
-from cxrfast.models.densenet import saved_bytes
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
 from cxrfast.training.trainer import masked_bce_sum
 
@@ -74,7 +74,7 @@ def pick_rungs(names: list[str], device: torch.device) -> list[Rung]:
     return [rung for name, rung in known.items() if name in names]
 
 
-class Peer(nn.Module):
+class TorchvisionNet(nn.Module):
     """torchvision's DenseNet121 as users train it, behind our normalisation: uint8 (N, 1, H, W) → logits (N, 14)."""
 
     def __init__(self, layout: torch.memory_format) -> None:
@@ -90,7 +90,7 @@ class Peer(nn.Module):
 def make_net(rung: Rung, device: torch.device) -> nn.Module:
     """In training mode, not compiled yet."""
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
-    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else Peer(layout)
+    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else TorchvisionNet(layout)
     return net.to(device).train()
 
 

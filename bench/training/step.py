@@ -25,7 +25,7 @@ from cxrfast.bench.harness import (
     provenance,
     write_results,
 )
-from cxrfast.bench.training.step_measure import FIGURES, Line, measure
+from cxrfast.bench.training.step_measure import FIGURES, StepLine, measure
 from cxrfast.config import preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
@@ -42,13 +42,60 @@ START_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Result:
-    lines: list[Line]
+class StepResult:
+    lines: list[StepLine]
     failed: dict[int, str]
     """Scales that could not be measured, and why."""
     provenance: dict[str, Any]
     left_out: dict[str, str] = field(default_factory=dict)
     """What there was no time for, and what to do."""
+
+    def columns(self) -> dict[str, list[str]]:
+        """Header → a cell for each line; the GPU's columns where there is one."""
+        columns = {
+            "px": [str(line.scale) for line in self.lines],
+            "micro-batch": [str(line.micro_batch) for line in self.lines],
+            "load/s": [_per_second(line.load) for line in self.lines],
+            "train/s": [_per_second(line.train) for line in self.lines],
+            "cached/s": [_per_second(line.cached) for line in self.lines],
+            "bare/s": [_per_second(line.bare) for line in self.lines],
+            "fed": [f"{line.fed:.2f}" for line in self.lines],
+            "loop": [f"{line.loop:.2f}" for line in self.lines],
+            "validate/s": [_per_second(line.validate) for line in self.lines],
+            "saved MiB/image": [f"{line.saved_bytes_per_image / 2**20:,.1f}" for line in self.lines],
+            "process GiB": [_gib(line.process_bytes) for line in self.lines],
+            "torch GiB": [_gib(line.torch_peak_bytes) for line in self.lines],
+            "GPU GiB": [_gib(line.gpu_used_bytes) for line in self.lines],
+            "engine": [line.engine for line in self.lines],
+            "precision": [line.precision for line in self.lines],
+        }
+        absent = () if self.provenance["gpu"] else ("torch GiB", "GPU GiB")
+        return {name: cells for name, cells in columns.items() if name not in absent}
+
+    def remarks(self) -> list[str]:
+        """What is not in the table, and why."""
+        failed = [f"{scale} px: {why}" for scale, why in self.failed.items()]
+        return failed + [f"Left out: {what} ({why})." for what, why in self.left_out.items()]
+
+    def table(self) -> Table:
+        """Columns and remarks for a terminal."""
+        where = self.provenance["gpu"] or f"{self.provenance['processor']}, {self.provenance['cores']} cores"
+        table = Table(title=f"Memory and images/s by resolution ({where})", padding=(0, 1, 0, 0))
+        columns = self.columns()
+        for name in columns:
+            table.add_column(name, justify="right")
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
+        table.caption, table.caption_justify = "\n".join(self.remarks()) or None, "left"
+        return table
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}"
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.1f}"
 
 
 def bench(
@@ -65,7 +112,7 @@ def bench(
     threads: int | None = None,
     each_engine: bool = False,
     minutes: float | None = None,
-) -> Result:
+) -> StepResult:
     """Measure every scale, smallest first, write bench.json, bench.md and bench.png into `out`.
 
     `each_engine`: with either engine, whatever `engine` says; which of them trains faster decides what `auto` should be.
@@ -101,14 +148,14 @@ def bench(
             for scale, one in product(scales, engines)
         ]
         lines, failed, left_out = _measure_all(todo, budget)
-    result = Result(lines, failed, provenance(chosen), left_out)
+    result = StepResult(lines, failed, provenance(chosen), left_out)
     _write(result, out)
     return result
 
 
-def _measure_all(todo: list[dict[str, Any]], budget: Budget) -> tuple[list[Line], dict[int, str], dict[str, str]]:
+def _measure_all(todo: list[dict[str, Any]], budget: Budget) -> tuple[list[StepLine], dict[int, str], dict[str, str]]:
     """Lines; scales that failed; and what there was no time for."""
-    lines: list[Line] = []
+    lines: list[StepLine] = []
     failed: dict[int, str] = {}
     left_out: dict[str, str] = {}
     wall = 0.0
@@ -121,14 +168,14 @@ def _measure_all(todo: list[dict[str, Any]], budget: Budget) -> tuple[list[Line]
             continue
         begun = budget.clock()
         try:
-            lines.append(_in_own_process(options, share))
+            lines.append(_measure_scale(options, share))
             wall = budget.clock() - begun
         except RunError as error:
             failed[options["scale"]] = str(error)
     return lines, failed, left_out
 
 
-def _least(line: Line, wall: float, options: dict[str, Any]) -> float:
+def _least(line: StepLine, wall: float, options: dict[str, Any]) -> float:
     """Seconds that a measurement takes at least, judging by another one that took `wall` seconds."""
     steps = [line.micro_batch / getattr(line, name) for name in FIGURES]
     growth = options["scale"] ** 2 * options["micro_batch"] / (line.scale**2 * line.micro_batch)
@@ -136,7 +183,7 @@ def _least(line: Line, wall: float, options: dict[str, Any]) -> float:
     return least_seconds(wall, len(line.rounds["train"]), steps, turn, growth)
 
 
-def _in_own_process(options: dict[str, Any], budget: Budget) -> Line:
+def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:
     """Measure one scale in a new process, with ever smaller micro-batches until one fits."""
     scale, micro_batch = options["scale"], options["micro_batch"]
     while True:
@@ -144,7 +191,7 @@ def _in_own_process(options: dict[str, Any], budget: Budget) -> Line:
             figures = len(FIGURES) * (options["rounds"] + 1)
             with progress(f"{scale} px × {micro_batch} images", figures, unit="figures") as advance:
                 given = {**options, "micro_batch": micro_batch}
-                return Line(**in_own_process("cxrfast.bench.training.step", given, budget, advance))
+                return StepLine(**in_own_process("cxrfast.bench.training.step", given, budget, advance))
         except (RunError, MemoryError) as error:
             if isinstance(error, RunError) or micro_batch == 1 or not budget.left_of_all:
                 raise RunError(f"{scale} px with micro-batch {micro_batch}: {error}") from error
@@ -155,64 +202,14 @@ def _in_own_process(options: dict[str, Any], budget: Budget) -> Line:
 # Results
 
 
-def to_table(result: Result) -> Table:
-    where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.provenance['cores']} cores"
-    table = Table(title=f"Memory and images/s by resolution ({where})", padding=(0, 1, 0, 0))
-    columns = _columns(result)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    table.caption, table.caption_justify = "\n".join(_remarks(result)) or None, "left"
-    return table
-
-
-def _remarks(result: Result) -> list[str]:
-    """What is not in the table, and why."""
-    failed = [f"{scale} px: {why}" for scale, why in result.failed.items()]
-    return failed + [f"Left out: {what} ({why})." for what, why in result.left_out.items()]
-
-
-def _columns(result: Result) -> dict[str, list[str]]:
-    """Header → a cell for each line; the GPU's columns where there is one."""
-
-    def gib(size: int | None) -> str:
-        return "-" if size is None else f"{size / 2**30:.1f}"
-
-    def per_second(rates: list[float]) -> list[str]:
-        return [f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}" for rate in rates]
-
-    lines = result.lines
-    columns = {
-        "px": [str(line.scale) for line in lines],
-        "micro-batch": [str(line.micro_batch) for line in lines],
-        "load/s": per_second([line.load for line in lines]),
-        "train/s": per_second([line.train for line in lines]),
-        "cached/s": per_second([line.cached for line in lines]),
-        "bare/s": per_second([line.bare for line in lines]),
-        "fed": [f"{line.fed:.2f}" for line in lines],
-        "loop": [f"{line.loop:.2f}" for line in lines],
-        "validate/s": per_second([line.validate for line in lines]),
-        "saved MiB/image": [f"{line.saved_bytes_per_image / 2**20:,.1f}" for line in lines],
-        "process GiB": [gib(line.process_bytes) for line in lines],
-        "torch GiB": [gib(line.torch_peak_bytes) for line in lines],
-        "GPU GiB": [gib(line.gpu_used_bytes) for line in lines],
-        "engine": [line.engine for line in lines],
-        "precision": [line.precision for line in lines],
-    }
-    return (
-        columns if result.provenance["gpu"] else {k: v for k, v in columns.items() if k not in ("torch GiB", "GPU GiB")}
-    )
-
-
-def _write(result: Result, out: Path) -> None:
-    columns = _columns(result)
-    remarks = "".join(f"\n{remark}\n" for remark in _remarks(result))
+def _write(result: StepResult, out: Path) -> None:
+    columns = result.columns()
+    remarks = "".join(f"\n{remark}\n" for remark in result.remarks())
     text = markdown_table(list(columns), zip(*columns.values(), strict=True)) + remarks
     write_results(out, "bench", asdict(result), text, plot(result) if result.lines else None)
 
 
-def plot(result: Result) -> Plot:
+def plot(result: StepResult) -> Plot:
     """Images/s (log) and memory against the side of the images."""
     figure = Plot(figsize=(9, 3.6), layout="constrained")
     rates, memory = figure.subplots(1, 2)

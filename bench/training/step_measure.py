@@ -18,9 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrfast.bench.data import LongOrder, endless
 from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.densenet import saved_bytes
 from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import start_run
@@ -31,7 +31,7 @@ FIGURES = ("load", "train", "cached", "bare", "validate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class StepLine:
     """Measured at one scale. Rates are images/s, medians of the rounds."""
 
     scale: int
@@ -74,7 +74,7 @@ def measure(
     micro_batch: int,
     end: float = math.inf,
     telling: bool = False,
-) -> Line:
+) -> StepLine:
     """One scale, in this process; after the `end`, on the monotonic clock, no round is begun but the first."""
     ranks = World(pick_device(device))
     limit_memory(ranks.device)
@@ -88,7 +88,7 @@ def measure(
     process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None
     with trainer.autocast():  # after the peaks, to which it would add
         saved = saved_bytes(trainer.model, scale)
-    return Line(
+    return StepLine(
         scale=scale,
         micro_batch=micro_batch,
         **{name: figure.median for name, figure in figures.items()},

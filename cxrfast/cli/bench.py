@@ -65,10 +65,9 @@ def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
     from cxrfast.bench.training.step import bench as measure
-    from cxrfast.bench.training.step import to_table
 
     result = measure(shards, list(scales), out, **options)
-    show(to_table(result))
+    show(result.table())
     if not result.lines:
         fail("no scale could be measured, for the reasons above")
     click.echo(f"table, JSON and plot: {out}")
@@ -93,7 +92,7 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
     from cxrfast.bench.training.ladder import bench as measure
-    from cxrfast.bench.training.ladder import sections
+    from cxrfast.bench.training.ladder_result import sections
     from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(list(scales), out, only=list(only), **options))))

@@ -14,7 +14,6 @@ differs from torchvision's class is what is computed, and what autograd keeps, t
 Nothing here knows of labels, files or devices.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +60,7 @@ class DenseNet(nn.Module):
     """Image float (N, 3, H, W) → logits (N, outputs); `state_dict` is torchvision's, both ways, and so are first weights.
 
     `features` gives the last feature map (N, C, H/32, W/32), before its ReLU; C is 1024 for densenet121. Channels-last
-    images stay channels last. `checkpoint` trades time for memory (`saved_bytes` says how much); it changes no logit,
+    images stay channels last. `checkpoint` trades time for memory (`cxrfast bench ladder` says how much); it changes no logit,
     gradient or running statistic, and does nothing where no gradient is recorded.
     """
 
@@ -204,36 +203,3 @@ def _run(
 def _again(norm: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """`norm(features)` that moves copies of its running statistics: they have moved in the forward pass already."""
     return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, features)
-
-
-# Memory
-
-
-def saved_bytes(model: nn.Module, size: int, channels: int = 1) -> int:
-    """Bytes that autograd keeps between forward and backward for each image (channels, size, size) of a batch, float32.
-
-    In training mode, on the model's device, measured as a batch of three less a batch of two, so that what does not
-    grow with the batch is left out. Each storage counts once and whole; parameters and buffers do not count, the images do.
-    A model on the `meta` device is measured without computing or allocating anything. Call it within `torch.autocast`
-    for another precision. Not in it: what lives during the two passes only (gradients, a layer's recomputation).
-    """
-    trial = copy.deepcopy(model).train()  # a copy, since a forward pass moves BatchNorm's statistics
-    device = next(trial.parameters()).device
-    own = {tensor.untyped_storage()._cdata for tensor in (*trial.parameters(), *trial.buffers())}
-
-    def kept(batch: int) -> int:
-        storages: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                storages[storage._cdata] = storage  # held, so that no address is given twice
-            return tensor
-
-        image = torch.zeros((batch, channels, size, size), device=device)
-        image = image.contiguous(memory_format=torch.channels_last)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            trial(image)
-        return sum(storage.nbytes() for storage in storages.values())
-
-    return kept(3) - kept(2)  # of one image, 32 px leave a pixel in the end, of which BatchNorm makes no variance

@@ -8,8 +8,9 @@ from click.testing import CliRunner
 
 from cxrfast.bench import harness
 from cxrfast.bench.training import ladder
-from cxrfast.bench.training.ladder import Line, bench, bound
+from cxrfast.bench.training.ladder import bench
 from cxrfast.bench.training.ladder_measure import RUNGS, kind, largest, make_step, pick_rungs, rates, rungs_of
+from cxrfast.bench.training.ladder_result import LadderLine, bound
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 
@@ -154,7 +155,7 @@ def test_kernels_are_told_apart_by_name(name: str, expected: str) -> None:
 
 
 def test_the_bound_is_of_an_h200_alone_and_shown_where_it_is_known() -> None:
-    line = Line(scale=1024, rung=RUNGS[2].name, micro_batch=8, rounds=[178.5])
+    line = LadderLine(scale=1024, rung=RUNGS[2].name, micro_batch=8, rounds=[178.5])
     assert bound(line, "NVIDIA H200") == pytest.approx(0.5, abs=1e-2)
     assert bound(line, "NVIDIA A100-SXM4-40GB") is None
     assert bound(line, None) is None
