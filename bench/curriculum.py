@@ -36,7 +36,7 @@ class Way:
     seconds: list[float]
     """Since the start of everything, at the end of each epoch at the scale, ascending."""
     auroc: list[float | None]
-    """Of the validation rows at the scale, by epoch; None where it is undefined."""
+    """On the validation rows at the scale, by epoch; None where it is undefined."""
     reached: float | None
     """Seconds at the end of the first epoch with the target or more; None if none had it."""
 
@@ -131,7 +131,7 @@ def section(result: CurriculumResult) -> Section:
 
 
 def plot(result: CurriculumResult) -> Plot:
-    """Validation AUROC against the seconds since the start of everything, a line a way."""
+    """Validation AUROC against the seconds since the start of everything, one line per way."""
     figure = Plot(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for one in result.ways:

@@ -1,1 +1,1 @@
-"""How fast loading is, beside what users do instead."""
+"""How fast loading is, next to what users do instead."""

@@ -79,16 +79,16 @@ def _differences(job: Job, device: torch.device) -> tuple[torch.Tensor, int | No
             Loader(reader, order, augment=Augment(), device=device, engine=engine, threads=job.workers)
             for engine in ("host", "dali")
         )
-        before = _gpu_bytes_beside_torch(device) if is_gpu else 0
+        before = _gpu_bytes_outside_torch(device) if is_gpu else 0
         with closing(host), closing(dali):
             for one, other in zip(dali.epoch(), host.epoch(), strict=True):
                 difference = (one.image.int() - other.image.int()).abs()[:, 0, inside]
                 counts += torch.bincount(difference.ravel(), minlength=256)
-            taken = _gpu_bytes_beside_torch(device) - before if is_gpu else None
+            taken = _gpu_bytes_outside_torch(device) - before if is_gpu else None
     return counts.cpu(), taken
 
 
-def _gpu_bytes_beside_torch(device: torch.device) -> int:
+def _gpu_bytes_outside_torch(device: torch.device) -> int:
     """Bytes in use on the GPU that torch's allocator does not hold."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)

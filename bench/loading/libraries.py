@@ -185,7 +185,7 @@ def write_beton(job: Job) -> None:
     from ffcv.fields import RGBImageField
 
     class Encoded(RGBImageField):
-        """Keeps the JPEG that it is given, where theirs would encode anew."""
+        """Keeps the JPEG that it is given, where theirs would encode it again."""
 
         def encode(self, destination: Any, field: bytes, malloc: Any) -> None:
             destination["mode"], destination["height"], destination["width"] = 0, job.scale, job.scale

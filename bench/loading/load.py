@@ -1,10 +1,9 @@
-"""`cxrfast bench load`: images/s of loading beside what users do instead, and beside the bare kernels.
+"""`cxrfast bench load`: images/s of loading, next to what users do instead and to the bare kernels.
 
 A shard set comes in, or phantoms are made; tables, JSON and a plot go out. At each scale all loaders see the same JPEGs and
 give the same uint8 grey batches, and take turns in one run, so that ratios hold whatever the machine does meanwhile.
 """
 
-import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -28,37 +27,19 @@ from cxrfast.bench.harness import (
     write_results,
 )
 from cxrfast.bench.loading.engines import compare_engines
-from cxrfast.bench.loading.measure import MIMIC_ROWS, Large, Measurement, large, limit, measurement, ours, pass_rate
-from cxrfast.bench.loading.peers import Job, Peer, peer_names, peer_versions, peers
-from cxrfast.bench.loading.result import (
-    CACHE,
-    HOST,
-    LIMIT,
-    ONE_THREAD,
-    RAW,
-    TASKS,
-    UNPROVEN,
-    Cold,
-    LoadingLine,
-    LoadingResult,
-    plot,
-    sections,
-)
+from cxrfast.bench.loading.measure import MIMIC_ROWS, Large, large, pass_rate
+from cxrfast.bench.loading.peers import Job, Peer, peer_names, peer_versions
+from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, sections
+from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT, PIXEL_SCALE, RAW, WHAT, open_ways, pick_ways, typed, usable
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
 from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
-from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import to_markdown
 
-__all__ = ["bench", "sections"]
-
 PHANTOM_SCALES = [256, 512, 1024, 2048]
-
-PIXEL_SCALE = 512
-"""Largest scale at which uncompressed pixels are measured, px."""
 
 MOST_PIXELS = 2**29
 """Images of a scale that are measured on have at most so many pixels together."""
@@ -67,16 +48,6 @@ LARGE_SECONDS = 60.0
 """What `large` takes, about."""
 
 T = TypeVar("T")
-
-WHAT = {
-    HOST: "Loader(engine='host')",
-    "dali": "Loader(engine='dali', prove=True), the default on a GPU",
-    UNPROVEN: "Loader(engine='dali', prove=False), the default on a CPU",
-    ONE_THREAD: "Loader(engine='host', threads=1)",
-    CACHE: "Loader(engine='host', cache=…), filled before",
-    RAW: "Loader(engine='host') of a set made with --codec raw",
-    LIMIT: "the same decoder, and warpAffine, in bare threads: bytes in memory, no loader",
-}
 
 
 def bench(
@@ -135,36 +106,6 @@ def bench(
         )
     write_results(out, "load", asdict(result), to_markdown(sections(result)), plot(result))
     return result
-
-
-# What is measured
-
-
-def typed(way: str) -> str:
-    """A way's name as it is typed after --only: `DataLoader, Pillow` → `dataloader-pillow`."""
-    return re.sub("[^a-z0-9]+", "-", way.lower().replace("'", ""))
-
-
-def pick_ways(only: list[str], with_peers: bool, workers: int) -> tuple[list[str], dict[str, Peer], dict[str, str]]:
-    """The ways to measure; the peers among them; and the ways that cannot be run here, with the reason.
-
-    `host` is always measured, and `host, cache` where there are other ways that read pixels: ratios are to them.
-    Raises LoadError for a way that does not exist.
-    """
-    known = {typed(way): way for way in (*WHAT, *(peer_names() if with_peers or only else ()))}
-    for name in only:
-        if typed(name) not in known:
-            raise LoadError(f"--only {name}: no such way of loading, use one of {', '.join(known)}")
-    picked = {known[typed(name)] for name in only} or set(known.values())
-    found, left_out = peers(picked)
-    if RAW in picked or any(peer.pixels for peer in found.values()):
-        picked.add(CACHE)
-    if not dali.available():
-        missing = "NVIDIA DALI is not installed: pip install nvidia-dali-cuda120"
-        left_out |= {way: missing for way in ("dali", UNPROVEN) if way in picked}
-    if workers == 1:
-        picked.discard(ONE_THREAD)
-    return [way for way in known.values() if way in picked | {HOST} and way not in left_out], found, left_out
 
 
 def _announce(
@@ -259,14 +200,10 @@ def _least(lines: list[LoadingLine], wall: float, seconds: float, job: Job) -> f
     return least_seconds(wall, len(lines[0].rounds), [job.batch / line.rate for line in lines], seconds, growth)
 
 
-def _usable(job: Job, found: dict[str, Peer]) -> dict[str, Peer]:
-    return {way: peer for way, peer in found.items() if job.scale <= PIXEL_SCALE or not peer.pixels}
-
-
 def _prepare(job: Job, ways: list[str], found: dict[str, Peer]) -> None:
     """Have the loaders write what they read into the folder of the job; it serves all tasks."""
     job.folder.mkdir()
-    for peer in _usable(job, found).values():
+    for peer in usable(job, found).values():
         peer.prepare(job)
     if job.scale <= PIXEL_SCALE and RAW in ways:
         uncompressed(job.shards, job.scale, job.rows, job.folder)
@@ -284,31 +221,12 @@ def _measure(
     rounds: int,
 ) -> list[LoadingLine]:
     """One task at one scale."""
-    mine = _usable(job, found)
+    mine = usable(job, found)
     here = replace(job, turn=task == "B")
     own = ways if job.scale <= PIXEL_SCALE else [way for way in ways if way not in (CACHE, RAW)]
-    each = _ways(here, device, own, mine)
+    each = open_ways(here, device, own, mine)
     figures = take_turns(f"bench load, {job.scale} px, task {task}", each, seconds, rounds, budget)
     return _lines(here, task, figures, {way for way, peer in mine.items() if peer.pixels})
-
-
-def _ways(job: Job, device: torch.device, ways: list[str], found: dict[str, Peer]) -> dict[str, Measurement]:
-    """Those of `ways` that the job can be given to."""
-    own = {
-        HOST: partial(ours, job, "host", device),
-        "dali": partial(ours, job, "dali", device, prove=True),
-        UNPROVEN: partial(ours, job, "dali", device, prove=False),
-        ONE_THREAD: partial(ours, job, "host", device, threads=1),
-        CACHE: partial(ours, job, "host", device, cache=job.folder / "cache"),
-    }
-    batches = {way: open_() for way, open_ in own.items() if way in ways}
-    if RAW in ways:
-        raw = job.folder / "raw"
-        with Reader(raw, job.scale) as reader:
-            batches[RAW] = ours(replace(job, shards=raw, rows=reader.rows), "host", device)
-    batches |= {way: partial(peer.batches, job) for way, peer in found.items() if peer.turns or not job.turn}
-    measurements = {way: measurement(supply, device) for way, supply in batches.items()}
-    return measurements | ({LIMIT: limit(job)} if LIMIT in ways else {})
 
 
 def _lines(job: Job, task: str, figures: dict[str, Figure], of_pixels: set[str]) -> list[LoadingLine]:

@@ -9,12 +9,10 @@ from matplotlib.figure import Figure as Plot
 
 from cxrfast.bench.loading.engines import Engines
 from cxrfast.bench.loading.measure import Large
+from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT
 from cxrfast.tables import Section
 
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
-
-HOST, CACHE, LIMIT = "host", "host, cache", "limit"
-ONE_THREAD, RAW, UNPROVEN = "host, 1 thread", "host, raw", "dali, unproven"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ def sections(result: LoadingResult) -> list[Section]:
         Section("The ways", ["way", "what it does"], [[way, result.what[way]] for way in ways], _left_out(result))
     )
     if result.engines:
-        found += [engines_section(result.engines)]
+        found += [_engines_section(result.engines)]
     if result.cold:
         found.append(_cold_section(result.cold))
     if result.large:
@@ -108,8 +106,8 @@ def _rates(result: LoadingResult, task: str, pixels: bool) -> Section:
     )
 
 
-def engines_section(engines: list[Engines]) -> Section:
-    """What GPU machines differ in; see `load_engines`."""
+def _engines_section(engines: list[Engines]) -> Section:
+    """What machines with a GPU differ in; see `compare_engines`."""
     return Section(
         "The engines side by side",
         [

@@ -24,7 +24,7 @@ AHEAD = 2
 """Batches that each worker of ours prepares ahead; 4 and 8 were no faster."""
 
 TURN = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(15, InterpolationMode.BILINEAR)])
-"""Of Pillow images, as most scripts do it. Pillow rotates grey images faster than torchvision does tensors."""
+"""On Pillow images, as most scripts do it. Pillow rotates grey images faster than torchvision does tensors."""
 
 TO_TENSOR = v2.PILToTensor()
 

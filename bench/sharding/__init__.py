@@ -1,1 +1,1 @@
-"""How fast sharding is, beside what users do instead."""
+"""How fast sharding is, next to what users do instead."""

@@ -81,7 +81,7 @@ class Call:
 
 @dataclass
 class Notes:
-    """What is seen beside the rates."""
+    """What is observed besides the rates."""
 
     stages: list[dict[str, float]] = field(default_factory=list)
     """ms an image, a line for each run of `ours`."""
@@ -99,7 +99,7 @@ class Memory:
     workers: int
     worker_rss: int
     worker_uss: int
-    """Of the largest worker, bytes."""
+    """In the largest worker, bytes."""
     parent_rss: int
     parent_uss: int
     seconds: float
@@ -232,7 +232,7 @@ def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
 
 
 def startup_seconds(setup: Setup) -> float:
-    """From nothing to a worker that has done a task without rows, and is gone."""
+    """From nothing to a worker that has done a task without rows and exited."""
     start = time.perf_counter()
     with start_pool(1) as pool:
         for _, error in run_here([replace(setup.task, rows=[], scales=[])], 1, lambda text: None, pool):
@@ -286,7 +286,7 @@ def _peaks(child: subprocess.Popen[str]) -> tuple[tuple[int, int], tuple[int, in
 
 
 def _workers(parent: psutil.Process) -> list[psutil.Process]:
-    """Its worker processes, without the helper that multiprocessing starts beside them."""
+    """Its worker processes, without the helper that multiprocessing starts for them."""
     found = []
     try:
         for process in parent.children():

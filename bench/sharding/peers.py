@@ -52,7 +52,7 @@ def _save(picture: Image.Image, path: Path, scales: list[int], folder: Path) -> 
 
 
 def libvips(path: Path, scales: list[int], folder: Path) -> None:
-    """As `vipsthumbnail` does it: each scale is read anew, decoded at the smallest size that serves it, and streamed."""
+    """As `vipsthumbnail` does it: each scale is read again, decoded at the smallest size that serves it, and streamed."""
     import pyvips
 
     for scale in scales:

@@ -1,4 +1,4 @@
-"""`cxrfast bench shard`: images/s a core of sharding beside what users do instead, its scaling, its memory.
+"""`cxrfast bench shard`: images/s per core of sharding, next to what users do instead; its scaling and memory.
 
 Radiographs come in, drawn on the spot or copied from a tree, and a table, JSON and a plot go out. All rates are measured
 in one run in turns, so that ratios hold whatever the machine does meanwhile; what is computed says so. The given tree is

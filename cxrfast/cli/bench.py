@@ -149,7 +149,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
     from cxrfast.bench.loading.load import bench as measure
-    from cxrfast.bench.loading.load import sections
+    from cxrfast.bench.loading.result import sections
     from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(shards, list(scales), out, only=list(only), **options))))
