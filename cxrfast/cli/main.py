@@ -315,11 +315,10 @@ def shard(
 )
 def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
     """Replace the labels of SET by those of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
-    from cxrfast.shards.upkeep.relabel import describe
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
     result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
-    click.echo(describe(result, shards))
+    click.echo(result.summary(shards))
 
 
 @cli.command()
