@@ -18,8 +18,8 @@ from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lease
 from cxrfast.shards.format.names import RELABELLING, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
+from cxrfast.shards.sources.label_table import LabelTable, read_label_table
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
-from cxrfast.shards.upkeep.label_table import LabelTable, read_label_table
 
 SHOWN = 20
 """Ids of one side alone that a summary lists."""

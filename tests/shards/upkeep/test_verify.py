@@ -16,7 +16,8 @@ from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
-from cxrfast.shards.upkeep.verify import Problem, Verdict, describe, verify
+from cxrfast.shards.upkeep.problem import Problem
+from cxrfast.shards.upkeep.verify import Verdict, verify
 
 
 def check(folder: Path, deep: bool = False) -> Verdict:
@@ -199,11 +200,11 @@ def test_deep_finds_a_grid_that_is_off_by_more_than_decoding_may_be(folder):
 
 
 def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no_grids(folder):
-    assert "grids" not in describe(check(folder), folder)
+    assert "grids" not in check(folder).summary(folder)
     without_grids(folder, [(64, 1)])
     verdict = check(folder, deep=True)
     assert (verdict.problems, verdict.without_grids) == ([], 1)
-    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in describe(verdict, folder)
+    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
 
 
 @pytest.mark.parametrize("what", ["empty folder", "folder in the place of a file", "dangling link", "pipe"])
