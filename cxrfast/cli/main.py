@@ -329,13 +329,11 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, 
 def describe(shards: Path, out: Path) -> None:
     """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as look
-    from cxrfast.shards.upkeep.describe import heading, to_tables, write
 
-    description = look(shards)
-    written = write(description, shards, out)
-    click.echo(heading(description))
-    show(*to_tables(description))
-    click.echo(f"written: {', '.join(map(str, written))}")
+    description = look(shards, out)
+    click.echo(description.heading)
+    show(*description.tables)
+    click.echo(f"written: {', '.join(map(str, description.written))}")
 
 
 @cli.command()
