@@ -12,7 +12,8 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE
-from cxrfast.shards.sources.tables import columns_of, filled, raw_labels, read_table
+from cxrfast.shards.sources.table_files import columns_of, read_table
+from cxrfast.shards.sources.text_columns import filled, raw_labels
 from cxrfast.shards.storage import Tree
 
 KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
