@@ -18,8 +18,8 @@ from typing import Any
 from rich.table import Table
 
 from cxrfast.analysis import ensemble, evaluate
+from cxrfast.analysis.erf import erf, has_erf
 from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
-from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
@@ -95,9 +95,9 @@ def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
     """Tables, ensemble, maps and report of the runs that are done."""
     runs = plan.runtime.runs
     evaluation = evaluate.evaluate(runs)
-    tables = [evaluate.to_table(evaluation)]
+    tables = [evaluate.auroc_table(evaluation)]
     if len({run.config.scale for run in done}) > 1:
-        tables.append(ensemble.to_table(ensemble.ensemble(runs)))
+        tables.append(ensemble.ensemble_table(ensemble.ensemble(runs)))
     first = min(run.config.fold for run in done)
     _maps([run for run in done if run.config.fold == first], evaluation, plan.runtime.shards, plan.runtime.device)
     return Study(tables, report(runs), failures)
@@ -182,7 +182,7 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     for run in runs:
         try:
             if not has_erf(run):
-                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words(), file=sys.stderr)
         except RunError as error:  # an architecture without a known feature map has tables all the same
             print(error, file=sys.stderr)
             return
