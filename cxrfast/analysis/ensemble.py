@@ -17,7 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cxrfast import metrics
-from cxrfast.analysis.join import by_name, check_same_rows, check_same_study, read_answers, with_predictions
+from cxrfast.analysis.join import (
+    check_same_study,
+    choose_scales,
+    join_logits,
+)
 from cxrfast.analysis.mixture import (
     DECAY,
     EPOCHS,
@@ -104,7 +108,7 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     Raises RunError if there are fewer than two scales, if they share no fold, if it is unclear which groups are
     meant, or if runs differ in shard set, label policy, or rows and labels of a fold.
     """
-    groups = choose(runs, names)
+    groups = choose_scales(runs, names)
     check_same_study([run for group in groups.values() for run in group.values()])
     folds = sorted(set.intersection(*(set(group) for group in groups.values())))
     if not folds:
@@ -125,35 +129,10 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     return result
 
 
-def choose(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:
-    """Groups to combine, ascending in scale: name → fold → run. Raises RunError as `ensemble` does."""
-    predicted, skipped = with_predictions(runs)
-    known = {run.folder.parent.name: run.config for run in predicted}
-    have = ", ".join(names or known)
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
-    if names is None:
-        scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
-        several = [arch for arch, those in scales.items() if len(those) > 1]
-        names = [name for name, c in known.items() if c.arch in several]
-        if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
-            raise RunError(
-                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
-                "move those not meant to another --runs folder, or give `names` in Python"
-            )
-    if len({known[name].scale for name in names}) < 2:
-        waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
-        raise RunError(
-            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
-            f"has only those of {have}{waiting}: train and predict another scale"
-        )
-    return by_name(run for run in predicted if run.folder.parent.name in names)
-
-
 def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
     fold, labels = runs[0].config.fold, runs[0].config.labels
-    logits, targets, mask = _join(runs, "val")
+    logits, targets, mask = join_logits(runs, "val")
     fitted, optimum, fixed = (
         fit_weights(logits, targets, mask),
         fit_weights_by_em(logits, targets, mask),
@@ -184,7 +163,7 @@ def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
             for s, run in enumerate(runs)
         ]
     )
-    logits, targets, mask = _join(runs, "test")
+    logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
     auroc = pd.concat(
@@ -196,14 +175,6 @@ def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
         ]
     )
     return weights, auroc, bce
-
-
-def _join(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row."""
-    answers = [read_answers(run, part) for run in runs]
-    for other in answers[1:]:
-        check_same_rows(answers[0], other)
-    return np.stack([mine.logits for mine in answers]), *answers[0].targets()
 
 
 # Tables and figure

@@ -138,3 +138,36 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
         at, j = np.argwhere(differ)[0]
         example = f"{first.config.labels[j]} of row {row[at]}: {raw[at, j]:g} is not {other[at, j]:g}"
         _refuse(first, second, f"{differ.sum():,} labels of {what} rows differ, such as {example}")
+
+
+def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:
+    """Groups to combine, ascending in scale: name → fold → run. Raises RunError as `ensemble` does."""
+    predicted, skipped = with_predictions(runs)
+    known = {run.folder.parent.name: run.config for run in predicted}
+    have = ", ".join(names or known)
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
+    if names is None:
+        scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
+        several = [arch for arch, those in scales.items() if len(those) > 1]
+        names = [name for name, c in known.items() if c.arch in several]
+        if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
+            raise RunError(
+                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
+                "move those not meant to another --runs folder, or give `names` in Python"
+            )
+    if len({known[name].scale for name in names}) < 2:
+        waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
+        raise RunError(
+            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
+            f"has only those of {have}{waiting}: train and predict another scale"
+        )
+    return by_name(run for run in predicted if run.folder.parent.name in names)
+
+
+def join_logits(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row."""
+    answers = [read_answers(run, part) for run in runs]
+    for other in answers[1:]:
+        check_same_rows(answers[0], other)
+    return np.stack([mine.logits for mine in answers]), *answers[0].targets()
