@@ -4,7 +4,6 @@ Each step is skipped where its result is there already, so a study that was stop
 """
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -23,11 +22,10 @@ from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.phantoms.dataset import synth
 from cxrfast.runs.arrays import has_predictions
 from cxrfast.runs.run import Run, read_run
-from cxrfast.shards.build import build
-from cxrfast.study.forecast import Outlook, forecast, projection
+from cxrfast.study.forecast import forecast, projection
+from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.launch import Stopped, call
 from cxrfast.training.predict import predict
@@ -56,19 +54,19 @@ def study(
     folds: list[int] | None = None,
     *,
     nproc: int = 1,
-    recipe: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     keep_going: bool = False,
     **runtime: Any,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
+    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
     that failed, go on with the others. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
-    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **runtime)
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
     pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
     prospect = forecast(plan)
     prospect.check()
@@ -197,26 +195,3 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         if not figure_path(largest, label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
             save_figure(largest, label, shards=shards)
-
-
-DEMO_SCALES, DEMO_FOLDS = [32, 64, 128], [0, 1]
-DEMO_RECIPE: dict[str, Any] = {
-    "weights": "none",
-    "epochs": 4,
-    "global_batch": 16,
-    "micro_batch": 16,
-    "learning_rate": 3e-4,  # at 1e-3 the statistics of BatchNorm lag behind the weights in so few steps
-}
-"""From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
-
-
-def demo(out: Path) -> Study:
-    """Phantoms of 512 px, shards at four small scales, two folds, every table and figure; minutes on two cores."""
-    source, shards = out / "mimic-cxr-jpg", out / "shards"
-    if not source.exists():
-        drawing = out / "drawing"
-        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
-        synth(drawing, images=600, size=512)
-        drawing.rename(source)
-    build(source, shards, DEMO_SCALES)
-    return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", recipe=DEMO_RECIPE)

@@ -20,7 +20,13 @@ BASE = {
     "cxrfast",
     *(f"cxrfast.{name}" for name in ("errors", "config", "labels", "splits", "files", "machine", "progress")),
 }
-TOP = {"cxrfast.analysis.report": 4, "cxrfast.study.study": 5, "cxrfast.cli.main": 7, "cxrfast.__main__": 8}
+TOP = {
+    "cxrfast.analysis.report": 4,
+    "cxrfast.study.study": 5,
+    "cxrfast.study.demo": 5,
+    "cxrfast.cli.main": 7,
+    "cxrfast.__main__": 8,
+}
 HEAVY = ("torch", "torchvision", "pandas", "matplotlib", "cv2", "pyarrow", "zarr", "sklearn", "nvidia")
 CLI = "cxrfast.cli.main"
 
