@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.receptive_field import frozen, small_batches
+from cxrfast.analysis.gradients import frozen, small_batches
 from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
@@ -68,7 +68,7 @@ def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.
 
 
 ARRAYS = ("rows", "maps", "logits")
-"""Of `Maps`, as they are called in maps.zarr."""
+"""Fields of `Maps`, as they are called in maps.zarr."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _group(label: str) -> str:
 
 
 def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
-    """Each image alone and, beside it, under its map; titled with the start of its id and its probability.
+    """Each image alone and, next to it, under its map; titled with the start of its id and its probability.
 
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """

@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
-from cxrfast.study.forecast import NOTICE_SECONDS, Outlook, parse_walltime
+from cxrfast.study.outlook import Outlook
+from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
 from cxrfast.study.plan import Plan
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
@@ -30,9 +31,9 @@ class Slurm:
     account: str = ""
     partition: str = ""
     time: str = "24:00:00"
-    """Of one job, [DAYS-]HH:MM:SS; a training that takes longer goes on in the next."""
+    """Wall time of one job, [DAYS-]HH:MM:SS; a training that takes longer goes on in the next."""
     nodes: int = 1
-    """Of one training."""
+    """Nodes a training."""
     gpus: int | None = None
     """A node; default: a process each, none with --device cpu."""
     cpus: int | None = None

@@ -4,7 +4,6 @@ Each step is skipped where its result is there already, so a study that was stop
 """
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -18,16 +17,15 @@ from typing import Any
 from rich.table import Table
 
 from cxrfast.analysis import ensemble, evaluate
+from cxrfast.analysis.erf import erf, has_erf
 from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
-from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.phantoms.dataset import synth
 from cxrfast.runs.arrays import has_predictions
 from cxrfast.runs.run import Run, read_run
-from cxrfast.shards.build import build
-from cxrfast.study.forecast import Outlook, forecast, projection
+from cxrfast.study.forecast import forecast, projection
+from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.launch import Stopped, call
 from cxrfast.training.predict import predict
@@ -56,19 +54,19 @@ def study(
     folds: list[int] | None = None,
     *,
     nproc: int = 1,
-    recipe: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     keep_going: bool = False,
     **runtime: Any,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
+    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
     that failed, go on with the others. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
-    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **runtime)
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
     pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
     prospect = forecast(plan)
     prospect.check()
@@ -95,9 +93,9 @@ def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
     """Tables, ensemble, maps and report of the runs that are done."""
     runs = plan.runtime.runs
     evaluation = evaluate.evaluate(runs)
-    tables = [evaluate.to_table(evaluation)]
+    tables = [evaluate.auroc_table(evaluation)]
     if len({run.config.scale for run in done}) > 1:
-        tables.append(ensemble.to_table(ensemble.ensemble(runs)))
+        tables.append(ensemble.ensemble_table(ensemble.ensemble(runs)))
     first = min(run.config.fold for run in done)
     _maps([run for run in done if run.config.fold == first], evaluation, plan.runtime.shards, plan.runtime.device)
     return Study(tables, report(runs), failures)
@@ -182,7 +180,7 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     for run in runs:
         try:
             if not has_erf(run):
-                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words(), file=sys.stderr)
         except RunError as error:  # an architecture without a known feature map has tables all the same
             print(error, file=sys.stderr)
             return
@@ -197,26 +195,3 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         if not figure_path(largest, label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
             save_figure(largest, label, shards=shards)
-
-
-DEMO_SCALES, DEMO_FOLDS = [32, 64, 128], [0, 1]
-DEMO_RECIPE: dict[str, Any] = {
-    "weights": "none",
-    "epochs": 4,
-    "global_batch": 16,
-    "micro_batch": 16,
-    "learning_rate": 3e-4,  # at 1e-3 the statistics of BatchNorm lag behind the weights in so few steps
-}
-"""From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
-
-
-def demo(out: Path) -> Study:
-    """Phantoms of 512 px, shards at four small scales, two folds, every table and figure; minutes on two cores."""
-    source, shards = out / "mimic-cxr-jpg", out / "shards"
-    if not source.exists():
-        drawing = out / "drawing"
-        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
-        synth(drawing, images=600, size=512)
-        drawing.rename(source)
-    build(source, shards, DEMO_SCALES)
-    return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", recipe=DEMO_RECIPE)

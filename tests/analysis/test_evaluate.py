@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxrfast.analysis.evaluate import evaluate, to_table
+from cxrfast.analysis.evaluate import auroc_table, evaluate
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.runs.arrays import Predictions, read_predictions, write_predictions
@@ -144,7 +144,7 @@ def test_a_finding_nobody_has_is_undefined_never_a_number(study):
     assert result.table.query("label == 'Fracture'")[["auroc", "auprc"]].isna().all(axis=None)
     line = next(x for x in (study / "evaluation" / "auroc.md").read_text().splitlines() if x.startswith("| Fracture"))
     assert line == "| Fracture | 0 | undefined | undefined |"
-    assert "undefined" in text_of(to_table(result))
+    assert "undefined" in text_of(auroc_table(result))
 
 
 def test_the_mean_is_over_the_findings_defined_everywhere(study):
@@ -174,7 +174,7 @@ def test_positives_count_each_row_once(study):
 def test_the_best_scale_is_bold(study):
     result = evaluate(study)
     assert result.matrix("densenet121-512")[:, 0].mean() > result.matrix("densenet121-256")[:, 0].mean()
-    table = to_table(result)
+    table = auroc_table(result)
     first = [next(iter(column.cells)) for column in table.columns[2:]]
     assert [cell.style for cell in first if isinstance(cell, Text)] == ["", "bold"]
 
@@ -292,7 +292,7 @@ def test_labels_with_markup_survive_both_tables(tmp_path):
     labels = ("A|B", "[bold]x", "C")
     rows = rows_of(0).rename(columns=dict(zip(LABELS, labels, strict=True)))
     make_run(tmp_path, 256, 0, rows, labels=labels)
-    assert "[bold]x" in text_of(to_table(evaluate(tmp_path)))
+    assert "[bold]x" in text_of(auroc_table(evaluate(tmp_path)))
     assert "| A\\|B |" in (tmp_path / "evaluation" / "auroc.md").read_text()
 
 
@@ -327,9 +327,9 @@ def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
     note = "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
     text = (study / "evaluation" / "auroc.md").read_text()
     assert "| densenet121-128† | densenet121-256 |" in text
-    for shown in (text, text_of(to_table(result))):
+    for shown in (text, text_of(auroc_table(result))):
         assert note in " ".join(shown.split()), "a terminal breaks the line"
-    assert "128†" in text_of(to_table(result))
+    assert "128†" in text_of(auroc_table(result))
     table = pd.read_csv(study / "evaluation" / "auroc.csv")
     starts = table.groupby(["name", "fold"])["start"].unique().str.join("")
     assert starts["densenet121-128", 1] == "from densenet121-64/fold-1"
@@ -340,7 +340,7 @@ def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
 
 def test_without_such_a_scale_nothing_is_marked(study):
     result = evaluate(study)
-    assert "†" not in (study / "evaluation" / "auroc.md").read_text() + text_of(to_table(result))
+    assert "†" not in (study / "evaluation" / "auroc.md").read_text() + text_of(auroc_table(result))
 
 
 def test_folds_of_one_group_that_started_from_different_groups_are_not_joined(study):

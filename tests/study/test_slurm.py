@@ -16,11 +16,11 @@ from cxrfast.study.forecast import forecast
 from cxrfast.study.plan import make_plan
 from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
 
-RECIPE = {"weights": "none", "global_batch": 8, "micro_batch": 2}
+OPTIONS = {"weights": "none", "global_batch": 8, "micro_batch": 2}
 
 
 def scripts(shards: Path, out: Path, slurm: Slurm, nproc: int = 2, **runtime: object) -> dict[str, str]:
-    plan = make_plan(shards, out / "runs", [32], [0, 1], nproc=nproc, nodes=slurm.nodes, recipe=RECIPE, **runtime)
+    plan = make_plan(shards, out / "runs", [32], [0, 1], nproc=nproc, nodes=slurm.nodes, options=OPTIONS, **runtime)
     written = write_scripts(plan, forecast(plan).outlooks, slurm, out / "jobs")
     for path in written:
         subprocess.run(["bash", "-n", path], check=True)

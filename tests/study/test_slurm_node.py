@@ -110,7 +110,7 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
     setup = [f"export PATH={tools}:$PATH PYTHONPATH={Path(__file__).parents[2]}"]
     (tmp_path / "slurm.toml").write_text(f"[slurm]\npartition = 'p'\ncpus = 1\ntime = '00:10:00'\nsetup = {setup}\n")
     runs, jobs = tmp_path / "runs", tmp_path / "jobs"
-    recipe = [
+    options = [
         "--weights",
         "none",
         "--epochs",
@@ -125,7 +125,7 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
         "cpu",
     ]
     where = ["--scale", "32", "--fold", "0", "--sbatch", str(jobs), "--slurm", str(tmp_path / "slurm.toml")]
-    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *recipe])
+    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *options])
     assert done.exit_code == 0, done.output
     said = subprocess.run([jobs / "submit.sh"], capture_output=True, text=True, check=True).stdout
     job, report = (line.split(": job ")[1].split(",")[0] for line in said.splitlines()[:2])

@@ -397,7 +397,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
 def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Path, tmp_path: Path) -> None:
     listed = tmp_path / "rows.txt"
     listed.write_text("\n".join(map(str, range(140))))
-    recipe = {
+    options = {
         **OPTIONS,
         "subset": listed,
         "views": ("AP", "PA"),
@@ -406,7 +406,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
         "sizes": ((32, 2), (48, 1)),
     }
     runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
-    plan = make_plan(tiny_set, tmp_path, [32], [1], recipe=recipe, **runtime)
+    plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
     taken = {}
     with patch.object(
         cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
@@ -415,7 +415,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     assert done.exit_code == 0, done.output
     assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
-    assert changed >= {*recipe, "fold"} - {"precision"}
+    assert changed >= {*options, "fold"} - {"precision"}
 
 
 def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
