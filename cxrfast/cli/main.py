@@ -601,13 +601,14 @@ def fetch_weights(arch: str, to: Path | None) -> None:
 def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
     """Logits of each RUN for its validation and test rows."""
     from cxrfast.distributed import world
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
     from cxrfast.training.predict import predict as score
 
     with world(device) as ranks:
         for folder in runs:
-            score(read_run(folder), ranks, shards=shards, **options)
-            click.echo(folder / "predictions.zarr")
+            run = Run.open(folder)
+            score(run, ranks, shards=shards, **options)
+            click.echo(run.predictions_path)
 
 
 @cli.command()
@@ -642,10 +643,10 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
     """Effective receptive field of each RUN, beside the theoretical one."""
     from cxrfast.analysis.receptive_field import erf as measure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        click.echo(measure(read_run(folder), images=images, shards=shards, device=pick_device(device)).describe())
+        click.echo(measure(Run.open(folder), images=images, shards=shards, device=pick_device(device)).describe())
 
 
 @cli.command()
@@ -658,10 +659,10 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
     """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        run = read_run(folder)
+        run = Run.open(folder)
         gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
         click.echo(save_figure(run, label, shards=shards))
 

@@ -25,13 +25,14 @@ from cxrfast.errors import CxrfastError, RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run, read_run, run_folder
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.runs.status import SILENT_SECONDS, read_metrics
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
-from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order
+from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 from cxrfast.units import size
 
 NOTICE_SECONDS = 120
@@ -152,7 +153,7 @@ def _look(
     config = attempt(lambda: plan.config(scale, fold, "cpu"))
     if config is None:
         return _refused(plan, scale, fold, refusals)
-    folder = run_folder(plan.runtime.runs, config)
+    folder = RunFolder.of(plan.runtime.runs, config.arch, scale, fold)
     outlook = replace(_refused(plan, scale, fold, refusals), config=config)
     subset = plan.runtime.subset
     rows = attempt(lambda: select_rows(table, config, held, None if subset is None else read_subset(subset)))
@@ -163,19 +164,19 @@ def _look(
         images = order.steps * order.global_batch if order else 0
         outlook = replace(outlook, rows={part: int(counts.get(part, 0)) for part in PARTS}, images=images)
     found = attempt(lambda: _found(plan, config, folder))
-    weights = attempt(lambda: _weights(config, is_started=found is not None and found[0] != "start"))
+    is_resumed = found is not None and found[0] != "start"
+    weights = folder.checkpoint_path.name if is_resumed else attempt(lambda: _weights(config))
     if refusals:
         return replace(outlook, refusals=tuple(refusals))
     assert found is not None
     what, finished = found
-    there = sum(path.stat().st_size for name in ("last.pt", "best.safetensors") if (path := folder / name).exists())
     return replace(
         outlook,
         what=what,
         weights=weights or "",
         work=0.0 if what == "done" else config.work(finished, outlook.images, outlook.rows["val"]),
-        images_per_s=pace.of(folder, config),
-        room=0 if what == "done" else max(0, CHECKPOINT_COPIES * weight_bytes - there),
+        images_per_s=pace.of(folder.folder, config),
+        room=0 if what == "done" else max(0, CHECKPOINT_COPIES * weight_bytes - folder.checkpoint_bytes),
     )
 
 
@@ -193,14 +194,14 @@ def _weight_bytes(plan: Plan, info: SetInfo, scale: int) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-def _found(plan: Plan, config: TrainConfig, folder: Path) -> tuple[str, int]:
+def _found(plan: Plan, config: TrainConfig, place: RunFolder) -> tuple[str, int]:
     """What the training command would do with the run's folder, and the epochs that are finished.
 
     Raises RunError where it would refuse.
     """
-    if not (folder / "config.json").exists():
+    if not place.is_started:
         return "start", 0
-    run = read_run(folder)
+    run = Run.open(place.folder)
     if run.config.set_id != config.set_id:
         raise RunError(_other_set(run, plan, config.set_id))
     differences = plan.differences(config, run.config)
@@ -208,14 +209,14 @@ def _found(plan: Plan, config: TrainConfig, folder: Path) -> tuple[str, int]:
         return "start", 0
     if differences:
         raise RunError(
-            f"{folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
+            f"{run.folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
             "same options to resume it"
         )
     state = run.state()
     epoch = int(state.get("epoch") or 0)
     if state.get("state") == "done":
         return "done", epoch
-    if not (folder / "last.pt").exists():
+    if not run.has_checkpoint:
         return "start", 0
     alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
     return f"resume in epoch {epoch + 1}{', runs now' if alive else ''}", epoch
@@ -230,11 +231,13 @@ def _other_set(run: Run, plan: Plan, set_id: str) -> str:
 def _strangers(plan: Plan, info: SetInfo, names: set[str]) -> list[str]:
     """What stands against the runs in RUNS that are not of this study: they end up in the same tables."""
     refusals = []
-    for path in sorted(plan.runtime.runs.glob("*/fold-*/config.json")):
+    for place in RunFolder.below(plan.runtime.runs):
+        if not place.is_started:
+            continue
         try:
-            run = read_run(path.parent)
+            run = Run.open(place.folder)
         except CxrfastError as error:
-            if f"{path.parent.parent.name}/{path.parent.name}" not in names:
+            if place.name not in names:
                 refusals.append(str(error))
             continue
         if run.name not in names and run.config.set_id != info.id:
@@ -242,22 +245,15 @@ def _strangers(plan: Plan, info: SetInfo, names: set[str]) -> list[str]:
     return refusals
 
 
-def _weights(config: TrainConfig, is_started: bool) -> str:
+def _weights(config: TrainConfig) -> str:
     """Where the first weights come from. Raises RunError if they cannot be had, or may not be used for this fold."""
-    if is_started:
-        return "last.pt"
     if config.weights == "none":
         return "none"
     if config.weights == "imagenet":
         return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
     refuse_other_fold(config)
-    given = Path(config.weights)
-    path = given / "best.safetensors" if given.is_dir() else given
-    if not path.exists():
-        raise RunError(
-            f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
-    return given.name
+    weights_file(config)
+    return Path(config.weights).name
 
 
 class Pace:
@@ -267,14 +263,14 @@ class Pace:
         self.told = told
         self.by_folder: dict[Path, float] = {}
         self.by_scale: dict[tuple[str, int], float] = {}
-        for path in sorted(runs.glob("*/fold-*/config.json")):
+        for place in RunFolder.below(runs):
             try:
-                config = read_run(path.parent).config
+                config = Run.open(place.folder).config
             except CxrfastError:
                 continue
-            lines = [line for line in read_metrics(path.parent) if line.get("images_per_s")]
+            lines = [line for line in read_metrics(place) if line.get("images_per_s")]
             if rates := [line["images_per_s"] * config.area_at(line["epoch"]) for line in lines]:
-                self.by_folder[path.parent] = self.by_scale[config.arch, config.scale] = median(rates)
+                self.by_folder[place.folder] = self.by_scale[config.arch, config.scale] = median(rates)
 
     def of(self, folder: Path, config: TrainConfig) -> float | None:
         known = self.by_folder.get(folder) or self.by_scale.get((config.arch, config.scale))

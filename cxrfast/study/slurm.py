@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
+from cxrfast.runs.folder import RunFolder
 from cxrfast.study.forecast import NOTICE_SECONDS, Outlook, parse_walltime
 from cxrfast.study.plan import Plan
 from cxrfast.training.signals import TORCHRUN_SIGNALS
@@ -149,7 +150,7 @@ def train_script(plan: Plan, outlook: Outlook, slurm: Slurm, folder: Path) -> st
         head=top,
         name=outlook.name,
         notice=NOTICE_SECONDS,
-        run=shlex.quote(str(plan.runtime.runs / outlook.name)),
+        state_file=shlex.quote(str(RunFolder(plan.runtime.runs / outlook.name).state_path)),
         setup="\n".join(slurm.setup),
         command=_training(plan, slurm, plan.train_options(outlook.scale, outlook.fold)),
     )
