@@ -29,9 +29,8 @@ from cxrfast.errors import RunError
 from cxrfast.models.receptive_field import theoretical_receptive_field
 from cxrfast.pipelines.loader import Loader
 from cxrfast.progress import progress
-from cxrfast.runs.arrays import open_arrays, read_array, update_arrays
+from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
-from cxrfast.training.predict import load_model, open_reader
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ def erf(
             f"{run.name}: a receptive field needs at least one validation image; {images} of its "
             f"{(frame['part'] == 'val').sum():,} were asked for"
         )
-    model, scale = load_model(run, device), run.config.scale
-    with open_reader(run, shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
+    model, scale = run.load(device), run.config.scale
+    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
 
         def batches() -> Iterator[torch.Tensor]:
             for batch in Loader(reader, small_batches(rows, scale), device=device):
@@ -105,7 +104,7 @@ def erf(
         theoretical=_theoretical_or_none(run.config.arch),
     )
     numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
-    update_arrays(run.folder / "maps.zarr", {"erf": found}, {"erf": numbers})
+    run.add_maps({"erf": found}, {"erf": numbers})
     return result
 
 
@@ -131,20 +130,19 @@ def _theoretical_or_none(arch: str) -> int | None:
 
 def read_erf(run: Run) -> Erf:
     """Raises RunError if it has not been measured, or for another configuration."""
-    path, advice = run.folder / "maps.zarr", f"`cxrfast erf {run.folder}`"
-    group: Any = open_arrays(path) if path.is_dir() else {}
-    if "erf" not in group:
+    group, advice = run.open_maps(), f"`cxrfast erf {run.folder}`"
+    if group is None or "erf" not in group:
         raise RunError(f"{run.name} has no effective receptive field yet: {advice}")
     numbers = group.attrs["erf"]
     if numbers["config_hash"] != run.config.hash:
-        raise RunError(f"the receptive field in {path} belongs to another run: measure again with {advice}")
+        raise RunError(f"the receptive field in {run.maps_path} belongs to another run: measure again with {advice}")
     return Erf(run=run.name, map=read_array(group, "erf", advice), **numbers)
 
 
 def has_erf(run: Run) -> bool:
     """True if the field of this very configuration is stored."""
-    path = run.folder / "maps.zarr"
-    return path.is_dir() and open_arrays(path).attrs.get("erf", {}).get("config_hash") == run.config.hash
+    group = run.open_maps()
+    return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.config.hash
 
 
 FLOOR = 1e-4

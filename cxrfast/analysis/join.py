@@ -12,9 +12,8 @@ import numpy as np
 
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
-from cxrfast.runs.arrays import has_predictions, read_predictions
 from cxrfast.runs.lineage import FROM, shared_start, start_of
-from cxrfast.runs.run import Run, find_runs
+from cxrfast.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class Answers:
 
 def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
     """The runs that have predictions, and the names of those that have none. Raises RunError if none has."""
-    found = find_runs(runs)
-    predicted = [run for run in found if has_predictions(run)]
+    found = Run.find(runs)
+    predicted = [run for run in found if run.has_predictions]
     if not predicted:
         raise RunError(f"none of the {len(found)} runs in {runs} has predictions: `cxrfast predict {runs}/*/fold-*`")
-    return predicted, [run.name for run in found if not has_predictions(run)]
+    return predicted, [run.name for run in found if not run.has_predictions]
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
@@ -103,7 +102,7 @@ def read_answers(run: Run, part: str) -> Answers:
     Raises RunError if the rows predicted are not exactly the part's, or if a logit is not finite.
     """
     again = f"predict again with `cxrfast predict {run.folder}`"
-    labels, predictions = list(run.config.labels), read_predictions(run, part)
+    labels, predictions = list(run.config.labels), run.read_predictions(part)
     rows = run.rows()
     rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
     row = rows["row"].to_numpy(np.int64)

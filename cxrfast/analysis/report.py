@@ -25,9 +25,8 @@ from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd
-from cxrfast.runs.arrays import has_predictions
 from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
-from cxrfast.runs.run import Run, find_runs
+from cxrfast.runs.run import Run
 from cxrfast.tables import markdown_table
 
 FIGURES = "figures"
@@ -44,8 +43,8 @@ class Chapter:
 
 def report(runs: Path) -> Path:
     """Write RUNS/report.html from what the runs hold; a part that was not made yet says which command makes it."""
-    found = find_runs(runs)
-    predicted = any(has_predictions(run) for run in found)
+    found = Run.find(runs)
+    predicted = any(run.has_predictions for run in found)
     chapters = [_summary(found)]
     if predicted:
         chapters += [_auroc(runs), _ensemble(runs, found)]
@@ -157,7 +156,7 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
 
 
 def _ensemble(runs: Path, found: list[Run]) -> Chapter:
-    if len({run.config.scale for run in found if has_predictions(run)}) < 2:
+    if len({run.config.scale for run in found if run.has_predictions}) < 2:
         return Chapter("Ensemble of scales", _markdown("Needs predictions at two scales or more."))
     try:
         result = ensemble.ensemble(runs)
@@ -248,9 +247,9 @@ def _erf(folder: Path, runs: list[Run]) -> Chapter:
 def _gradcam(runs: list[Run]) -> Chapter:
     """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
     figures = [
-        (f"{path.stem.removeprefix('gradcam-')}, {run.name}", _data_url(path.read_bytes()))
+        (f"{label}, {run.name}", _data_url(path.read_bytes()))
         for run in runs
-        for path in sorted(run.folder.glob("gradcam-*.png"))
+        for label, path in run.gradcam_paths().items()
     ]
     missing = "" if figures else f"Not made yet: `cxrfast gradcam {runs[0].folder} --label …`"
     return Chapter("Grad-CAM", _markdown(missing), figures)

@@ -41,10 +41,10 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
     """Effective receptive field of each RUN, beside the theoretical one."""
     from cxrfast.analysis.erf import erf as measure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        click.echo(measure(read_run(folder), images=images, shards=shards, device=pick_device(device)).in_words())
+        click.echo(measure(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
 
 
 @click.command()
@@ -57,10 +57,10 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
     """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        run = read_run(folder)
+        run = Run.open(folder)
         gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
         click.echo(save_figure(run, label, shards=shards))
 

@@ -20,7 +20,8 @@ from cxrfast.machine import memory_bytes, usable_cores
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import resolve_precision, without_tf32
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import run_folder, start_run
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.training.micro_batch import CPU_MEMORY, Step, in_own_process
 from cxrfast.training.trainer import Trainer
 
@@ -95,7 +96,8 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
     try:
         with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:
             runtime = Runtime(shards=reader.folder, runs=Path(runs), device=str(device), quiet=True)
-            run = start_run(run_folder(runtime.runs, config), config, reader.folder, table)
+            folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold).folder
+            run = Run.start(folder, config, reader.folder, table)
             model = Classifier(config.arch, len(config.labels))
             trainer = Trainer(run, World(device), model, reader, runtime)
             with closing(trainer.train_loader), closing(trainer.val_loader):

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.runs.run import read_run
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.study.outlook import Outlook, look, other_set, read_scale, refused
 from cxrfast.study.pace import Pace, jobs
@@ -67,11 +68,13 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
 def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
     """What stands against the runs in RUNS that are not of this study: they end up in the same tables."""
     refusals = []
-    for path in sorted(plan.runtime.runs.glob("*/fold-*/config.json")):
+    for folder in RunFolder.below(plan.runtime.runs):
+        if not folder.is_started:
+            continue
         try:
-            run = read_run(path.parent)
+            run = Run.open(folder.folder)
         except CxrfastError as error:
-            if f"{path.parent.parent.name}/{path.parent.name}" not in names:
+            if folder.name not in names:
                 refusals.append(str(error))
             continue
         if run.name not in names and run.config.set_id != set_id:

@@ -20,13 +20,14 @@ from cxrfast.errors import CxrfastError, RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run, read_run, run_folder
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.runs.status import SILENT_SECONDS
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.pace import Pace
 from cxrfast.study.plan import Plan
-from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order
+from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 
 CHECKPOINT_COPIES = 7
 """Weights a run needs room for: last.pt with Adam's two moments (3), its successor while that is written (3), the best (1)."""
@@ -114,7 +115,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
         config = plan.config(data.scale, fold, "cpu")
     except CxrfastError as error:
         return refused(plan, data.scale, fold, str(error))
-    folder = run_folder(plan.runtime.runs, config)
+    folder = RunFolder.of(plan.runtime.runs, config.arch, config.scale, config.fold)
     refusals: list[str] = []
 
     rows: dict[str, int] = {}
@@ -128,7 +129,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
         found = _find(plan, config, folder)
     weights = ""
     with _collected(refusals):
-        weights = "last.pt" if found.what not in ("refused", "start") else _first_weights(config)
+        weights = folder.checkpoint_path.name if found.what not in ("refused", "start") else _first_weights(config)
 
     outlook = Outlook(
         name=plan.run_name(data.scale, fold),
@@ -141,7 +142,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
     )
     if refusals:
         return outlook
-    outlook = replace(outlook, what=found.what, weights=weights, images_per_s=pace.of(folder, config))
+    outlook = replace(outlook, what=found.what, weights=weights, images_per_s=pace.of(folder.folder, config))
     if outlook.is_done:
         return outlook
     return replace(outlook, work=config.work(found.epochs, images, rows["val"]), room=_room(data, folder))
@@ -167,11 +168,11 @@ def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd
     return order.steps * order.global_batch
 
 
-def _find(plan: Plan, config: TrainConfig, folder: Path) -> Found:
+def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> Found:
     """Raises RunError where the training command would refuse to go on with what the folder holds."""
-    if not (folder / "config.json").exists():
+    if not folder.is_started:
         return Found("start", 0)
-    run = read_run(folder)
+    run = Run.open(folder.folder)
     if run.config.set_id != config.set_id:
         raise RunError(other_set(run, plan, config.set_id))
     differences = plan.differences(config, run.config)
@@ -179,14 +180,14 @@ def _find(plan: Plan, config: TrainConfig, folder: Path) -> Found:
         return Found("start", 0)
     if differences:
         raise RunError(
-            f"{folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
+            f"{run.folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
             "same options to resume it"
         )
     state = run.state()
     epochs = int(state.get("epoch") or 0)
     if state.get("state") == "done":
         return Found("done", epochs)
-    if not (folder / "last.pt").exists():
+    if not folder.has_checkpoint:
         return Found("start", 0)
     is_alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
     return Found(f"resume in epoch {epochs + 1}{', runs now' if is_alive else ''}", epochs)
@@ -206,17 +207,10 @@ def _first_weights(config: TrainConfig) -> str:
     if config.weights == "imagenet":
         return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
     refuse_other_fold(config)
-    given = Path(config.weights)
-    path = given / "best.safetensors" if given.is_dir() else given
-    if not path.exists():
-        raise RunError(
-            f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
-    return given.name
+    weights_file(config)
+    return Path(config.weights).name
 
 
-def _room(data: ScaleData, folder: Path) -> int:
+def _room(data: ScaleData, folder: RunFolder) -> int:
     """Bytes that checkpoints will take on top of those that are in the folder."""
-    files = [folder / name for name in ("last.pt", "best.safetensors")]
-    there = sum(path.stat().st_size for path in files if path.exists())
-    return max(0, CHECKPOINT_COPIES * data.weight_bytes - there)
+    return max(0, CHECKPOINT_COPIES * data.weight_bytes - folder.checkpoint_bytes)

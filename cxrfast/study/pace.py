@@ -8,7 +8,8 @@ from statistics import median
 
 from cxrfast.config import TrainConfig
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.runs.run import read_run
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.runs.status import read_metrics
 
 NOTICE_SECONDS = 120
@@ -22,14 +23,14 @@ class Pace:
         self.told = told
         self.by_folder: dict[Path, float] = {}
         self.by_scale: dict[tuple[str, int], float] = {}
-        for path in sorted(runs.glob("*/fold-*/config.json")):
+        for folder in RunFolder.below(runs):
             try:
-                config = read_run(path.parent).config
+                config = Run.open(folder.folder).config
             except CxrfastError:
                 continue
-            lines = [line for line in read_metrics(path.parent) if line.get("images_per_s")]
+            lines = [line for line in read_metrics(folder) if line.get("images_per_s")]
             if rates := [line["images_per_s"] * config.area_at(line["epoch"]) for line in lines]:
-                self.by_folder[path.parent] = self.by_scale[config.arch, config.scale] = median(rates)
+                self.by_folder[folder.folder] = self.by_scale[config.arch, config.scale] = median(rates)
 
     def of(self, folder: Path, config: TrainConfig) -> float | None:
         known = self.by_folder.get(folder) or self.by_scale.get((config.arch, config.scale))

@@ -7,7 +7,7 @@ from typing import Any
 
 from cxrfast.config import Runtime, TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.run import run_folder
+from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.train import configure
@@ -47,7 +47,7 @@ class Plan:
         return f"{self.options.get('arch', 'densenet121')}-{scale}/fold-{fold}"
 
     def folder(self, scale: int, fold: int) -> Path:
-        return run_folder(self.runtime.runs, self.config(scale, fold, "cpu"))
+        return RunFolder.of(self.runtime.runs, self.config(scale, fold, "cpu").arch, scale, fold).folder
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """What sets a run on disk apart, but for what was left to the machine to choose."""

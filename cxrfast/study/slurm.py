@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
+from cxrfast.runs.folder import RunFolder
 from cxrfast.study.outlook import Outlook
 from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
 from cxrfast.study.plan import Plan
@@ -150,7 +151,7 @@ def train_script(plan: Plan, outlook: Outlook, slurm: Slurm, folder: Path) -> st
         head=top,
         name=outlook.name,
         notice=NOTICE_SECONDS,
-        run=shlex.quote(str(plan.runtime.runs / outlook.name)),
+        state_file=shlex.quote(str(RunFolder(plan.runtime.runs / outlook.name).state_path)),
         setup="\n".join(slurm.setup),
         command=_training(plan, slurm, plan.train_options(outlook.scale, outlook.fold)),
     )

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from cxrfast.analysis import ensemble, evaluate
 from cxrfast.analysis.erf import erf, has_erf
-from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
+from cxrfast.analysis.gradcam import gradcam_run, save_figure
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.runs.arrays import has_predictions
-from cxrfast.runs.run import Run, read_run
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.study.forecast import forecast, projection
 from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
@@ -110,10 +110,10 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
         _torchrun(plan, outlook, folder)
     else:
         _in_this_process(plan, outlook)
-    run = read_run(folder)
+    run = Run.open(folder)
     if not run.is_done:
         raise RunError(f"{folder} ended before it was done, without a word: run the study again")
-    if not has_predictions(run):
+    if not run.has_predictions:
         with world(runtime.device) as ranks:
             predict(run, ranks, shards=runtime.shards, engine=runtime.engine, threads=runtime.threads)
     return run
@@ -127,7 +127,7 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
             with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
-                state = read_run(folder).state()
+                state = Run.open(folder).state()
                 if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
                     print(projection(left, plan.ranks, rate), file=sys.stderr, flush=True)
                     return
@@ -159,7 +159,7 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
     if received is not None:
         raise Stopped(outlook.name, received)
-    state = read_run(folder).state() if (folder / "config.json").exists() else {}
+    state = Run.open(folder).state() if RunFolder(folder).is_started else {}
     if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal that came from elsewhere
         raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
     if code:
@@ -192,6 +192,6 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         & (evaluation.table["label"] != "No Finding")
     ]
     for label in known.sort_values("auroc", ascending=False)["label"].head(CAM_FINDINGS):
-        if not figure_path(largest, label).exists():
+        if not largest.gradcam_path(label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
             save_figure(largest, label, shards=shards)

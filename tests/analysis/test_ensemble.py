@@ -16,8 +16,7 @@ from cxrfast.analysis.join import read_answers
 from cxrfast.analysis.mixture import combine, fit_weights, vote
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import Predictions, write_predictions
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Predictions, Run
 
 LABELS = ("Edema", "Fracture", "Lung Lesion", "Pneumonia")
 N = 500
@@ -64,7 +63,7 @@ def make_run(
         weights=weights,
     )
     folder = runs / (name or f"{arch}-{scale}") / f"fold-{fold}"
-    run = start_run(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
+    run = Run.start(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
     rng, parts = np.random.default_rng(scale + fold), {}
     for part in ("val", "test"):
         mine = run.rows().query(f"part == '{part}'").sample(frac=1, random_state=scale)  # any order may be written
@@ -72,7 +71,7 @@ def make_run(
         parts[part] = Predictions(
             mine["row"].to_numpy(), quality * (2 * positive - 1) + rng.normal(size=positive.shape)
         )
-    write_predictions(run, parts)
+    run.write_predictions(parts)
     return run
 
 
@@ -100,7 +99,7 @@ def test_the_better_scale_leads_in_every_table(study):
 
 def test_test_scores_are_those_of_weights_fitted_on_validation(study):
     result = ensemble(study)
-    runs = [read_run(study / name / "fold-1") for name in result.names]
+    runs = [Run.open(study / name / "fold-1") for name in result.names]
     val, test = ([read_answers(run, part) for run in runs] for part in ("val", "test"))
     weights = fit_weights(np.stack([a.logits for a in val]), *val[0].targets())
     logits, (targets, mask) = np.stack([a.logits for a in test]), test[0].targets()
@@ -167,7 +166,7 @@ def test_named_groups_alone_are_combined(study):
 
 def test_one_scale_is_no_ensemble(tmp_path):
     run = make_run(tmp_path, 256, 0)
-    start_run(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), rows_of(0))
+    Run.start(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), rows_of(0))
     for names in (None, ["densenet121-256"]):
         with pytest.raises(RunError, match=r"two scales .* only those of densenet121-256 .*densenet121-512/fold-0"):
             ensemble(tmp_path, names)

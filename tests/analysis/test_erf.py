@@ -18,7 +18,7 @@ from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.receptive_field import theoretical_receptive_field
 from cxrfast.runs.arrays import open_arrays, update_arrays
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Run
 
 SMALL = "mobilenet_v3_small"
 
@@ -39,14 +39,14 @@ def make_run(folder: Path, shards: Path, scale: int = 64, fold: int = 0, seed: i
     )
     rows = pd.read_parquet(shards / "rows.parquet").iloc[:12]
     rows = rows.assign(part=["train"] * 4 + ["val"] * 4 + ["test"] * 4)
-    run = start_run(
+    run = Run.start(
         folder / f"{SMALL}-{scale}" / f"fold-{fold}",
         config,
         shards,
         rows[["row", "image_id", "patient_id", "part", *MIMIC]],
     )
     torch.manual_seed(fold)
-    run.save_best(Classifier(SMALL, len(MIMIC)).state_dict())
+    run.write_weights(Classifier(SMALL, len(MIMIC)).state_dict())
     return run
 
 
@@ -57,7 +57,7 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
     assert not has_erf(run)
     first = erf(run, images=3, quiet=True)
     assert has_erf(run)
-    stored = read_erf(read_run(run.folder))
+    stored = read_erf(Run.open(run.folder))
     np.testing.assert_array_equal(stored.map, first.map)
     assert replace(stored, map=first.map) == first
     assert (stored.map.shape, stored.map.dtype, stored.map.max()) == ((64, 64), np.float32, 1)

@@ -17,8 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from cxrfast.analysis.evaluate import auroc_table, evaluate
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import Predictions, read_predictions, write_predictions
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Predictions, Run
 
 LABELS = ("Edema", "Fracture", "Pneumonia")
 N = 240
@@ -64,7 +63,7 @@ def make_run(
         }
     )
     rows = rows_of(fold) if rows is None else rows
-    run = start_run(runs / (name or f"densenet121-{scale}") / f"fold-{fold}", config, Path("shards"), rows)
+    run = Run.start(runs / (name or f"densenet121-{scale}") / f"fold-{fold}", config, Path("shards"), rows)
     if predict:
         predict_parts(run, QUALITY.get(scale, 1.5))
     return run
@@ -79,7 +78,7 @@ def predict_parts(run: Run, quality: float, drop: int = 0) -> None:
         positive = (mine[list(run.config.labels)] == 1).to_numpy()
         logits = quality * positive + rng.normal(size=positive.shape)
         parts[part] = Predictions(mine["row"].to_numpy(), logits)
-    write_predictions(run, parts)
+    run.write_predictions(parts)
 
 
 def text_of(table: object) -> str:
@@ -99,8 +98,8 @@ def study(tmp_path: Path) -> Path:
 
 def test_scores_are_sklearns_joined_by_row(study):
     result = evaluate(study)
-    run = read_run(study / "densenet121-512" / "fold-1")
-    predictions = read_predictions(run, "test")
+    run = Run.open(study / "densenet121-512" / "fold-1")
+    predictions = run.read_predictions("test")
     raw = run.rows().set_index("row").loc[predictions.row, list(LABELS)]
     labelled = ~raw.isna().all(axis=1).to_numpy()  # rows blank everywhere were never labelled
     line = result.table.query("name == 'densenet121-512' and fold == 1 and label == 'Edema'").iloc[0]
@@ -271,7 +270,7 @@ def test_rows_predicted_must_be_the_rows_of_the_part(study):
 def test_logits_that_are_not_finite_are_refused(tmp_path):
     run = make_run(tmp_path, 256, 0, predict=False)
     row = run.rows().query("part == 'test'")["row"].to_numpy()
-    write_predictions(run, {"test": Predictions(row, np.full((len(row), 3), np.nan))})
+    run.write_predictions({"test": Predictions(row, np.full((len(row), 3), np.nan))})
     with pytest.raises(RunError, match="not finite"):
         evaluate(tmp_path)
 
@@ -314,7 +313,7 @@ def test_it_needs_neither_dali_nor_torchvision():
 def test_changed_configuration_is_not_read_as_the_old_one(study):
     """Predictions of another configuration stay refused."""
     run = make_run(study, 2048, 0)
-    other = start_run(study / "x" / "fold-0", replace(run.config, seed=1), Path("shards"), rows_of(0))
+    other = Run.start(study / "x" / "fold-0", replace(run.config, seed=1), Path("shards"), rows_of(0))
     shutil.copytree(run.folder / "predictions.zarr", other.folder / "predictions.zarr")
     with pytest.raises(RunError, match="belongs to another run"):
         evaluate(study)

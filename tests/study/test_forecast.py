@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
-from cxrfast.runs.run import Run, start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.forecast import Forecast, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
@@ -27,7 +27,7 @@ def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
     config = plan.config(scale, fold, "cpu")
     table = read_rows(plan.runtime.shards / "rows.parquet")
     rows = select_rows(table, config, table["row"].to_numpy())
-    run = start_run(plan.folder(scale, fold), config, plan.runtime.shards, rows)
+    run = Run.start(plan.folder(scale, fold), config, plan.runtime.shards, rows)
     if state:
         run.set_state(**state)
         (run.folder / "last.pt").write_bytes(b"x")

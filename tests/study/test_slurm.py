@@ -66,7 +66,7 @@ def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_pa
 def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
     text = scripts(tiny_set, tmp_path / "a b", Slurm())["densenet121-32-fold-0.sh"]
     assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
-    assert f"run='{tmp_path}/a b/runs/densenet121-32/fold-0'" in text
+    assert f"state_file='{tmp_path}/a b/runs/densenet121-32/fold-0/state.json'" in text
 
 
 @pytest.mark.parametrize(

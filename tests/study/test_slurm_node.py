@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.status import Status, read_metrics, read_status
 
 pytestmark = [
@@ -93,7 +94,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
     """Until the run in this folder has that state."""
     end = time.monotonic() + seconds
-    while (found := read_status(run, time.time())).state != state:
+    while (found := read_status(RunFolder(run), time.time())).state != state:
         assert time.monotonic() < end, found
         time.sleep(0.2)
     return found
@@ -144,4 +145,4 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
     assert "SIGUSR1; saved" in log
     assert "start 1: stopped before it was done: queued again" in log
     assert "start 2: done" in log
-    assert [line["epoch"] for line in read_metrics(run)] == list(range(4)), "no epoch lost, none twice"
+    assert [line["epoch"] for line in read_metrics(RunFolder(run))] == list(range(4)), "no epoch lost, none twice"

@@ -9,7 +9,7 @@ import psutil
 from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
-from cxrfast.runs.run import find_runs, start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.plan import make_plan
 from cxrfast.study.study import study
@@ -24,7 +24,7 @@ def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_
     weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("best.safetensors")}
     maps = (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns
     both = study(tiny_set, tmp_path, [32, 64], [0], device="cpu", options=OPTIONS)
-    assert [run.name for run in find_runs(tmp_path)] == ["densenet121-32/fold-0", "densenet121-64/fold-0"]
+    assert [run.name for run in Run.find(tmp_path)] == ["densenet121-32/fold-0", "densenet121-64/fold-0"]
     assert len(both.tables) == 2, "two scales make an ensemble"
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
     assert (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns == maps
@@ -42,7 +42,7 @@ def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set:
         r"study: [\d.]+ images/s at 32 px; 1 of 1 runs left: 0.\d\d h at most, 0.\d\d GPU-hours\n",
         capsys.readouterr().err,
     )
-    (run,) = find_runs(tmp_path)
+    (run,) = Run.find(tmp_path)
     assert run.is_done
     assert run.config.views == ("AP", "PA")
     assert run.config.fold == 1
@@ -53,7 +53,7 @@ def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
     plan = make_plan(shards, runs, [32], [fold], device="cpu", options=OPTIONS)
     config = plan.config(32, fold, "cpu")
     table = read_rows(shards / "rows.parquet")
-    run = start_run(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
+    run = Run.start(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
     return run.folder
 
