@@ -131,50 +131,52 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
 
 def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
+    fitted, weights, bce = _fit_fold(runs)
+    return weights, _test_fold(runs, fitted), bce
+
+
+def _fit_fold(runs: Sequence[Run]) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame]:
+    """Weights (L, S) of the stacked ensemble, fitted on the validation rows, then the lines of weights and bce."""
     fold, labels = runs[0].config.fold, runs[0].config.labels
     logits, targets, mask = join_logits(runs, "val")
-    fitted, optimum, fixed = (
-        fit_weights(logits, targets, mask),
-        fit_weights_by_em(logits, targets, mask),
-        uniform(logits),
-    )
+    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)
     undefined = ~has_both_classes(targets, mask)
     bce = pd.DataFrame(
         {"fold": fold, "label": labels}
         | {
             name: np.where(undefined, np.nan, mixture_bce(logits, targets, mask, weights))
-            for name, weights in (("voting", fixed), ("stacked", fitted), ("optimum", optimum))
+            for name, weights in (("voting", uniform(logits)), ("stacked", fitted), ("optimum", optimum))
         }
     )
-    shown = [np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum)]
-    weights = pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "label": labels,
-                    "name": run.folder.parent.name,
-                    "scale": run.config.scale,
-                    "start": start_of(run.config),
-                    "fold": fold,
-                    "weight": shown[0][:, s],
-                    "em_weight": shown[1][:, s],
-                }
-            )
-            for s, run in enumerate(runs)
-        ]
-    )
+    weight, em_weight = (np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum))
+    lines = [
+        pd.DataFrame(
+            {
+                "label": labels,
+                "name": run.folder.parent.name,
+                "scale": run.config.scale,
+                "start": start_of(run.config),
+                "fold": fold,
+                "weight": weight[:, s],
+                "em_weight": em_weight[:, s],
+            }
+        )
+        for s, run in enumerate(runs)
+    ]
+    return fitted, pd.concat(lines), bce
+
+
+def _test_fold(runs: Sequence[Run], fitted: np.ndarray) -> pd.DataFrame:
+    """AUROC of the test rows by each scale alone, by voting and by the `fitted` weights (L, S)."""
+    fold, labels = runs[0].config.fold, runs[0].config.labels
     logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
-    auroc = pd.concat(
-        [
-            pd.DataFrame(
-                {"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)}
-            )
-            for method, score in scores.items()
-        ]
-    )
-    return weights, auroc, bce
+    lines = [
+        pd.DataFrame({"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)})
+        for method, score in scores.items()
+    ]
+    return pd.concat(lines)
 
 
 # Tables and figure

@@ -1,7 +1,7 @@
 """Effective receptive fields of runs: how much of a radiograph one unit of the last feature map uses.
 
 In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's
-maps.zarr, the numbers that sum it up, and a figure with one panel a scale. Nothing here changes a weight.
+maps.zarr, the numbers that sum it up, and a figure with one panel per scale. Nothing here changes a weight.
 """
 
 from collections.abc import Iterator, Sequence

@@ -54,7 +54,7 @@ def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.
 
     def start_graph(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
-        return found[0].clone()  # densenet121 goes on with an in-place ReLU, which would change the map
+        return found[0].clone()  # densenet121 continues with an in-place ReLU, which would change the map
 
     last = list(model.feature_layers.children())[-1]
     hook = last.register_forward_hook(start_graph)
@@ -199,7 +199,7 @@ def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
 
 
 def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure with n pairs of axes, two pairs a line."""
+    """A figure with n pairs of axes, two pairs per line."""
     columns = min(2, n)
     lines = -(-n // columns)
     result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")

@@ -30,9 +30,9 @@ class Plan:
     options: dict[str, Any]
     """Fields of TrainConfig that were given; the others are the preset's."""
     nproc: int = 1
-    """Processes a node."""
+    """Processes per node."""
     nodes: int = 1
-    """Nodes a training; more than one by SLURM only."""
+    """Nodes per training; more than one with SLURM only."""
 
     @property
     def ranks(self) -> int:

@@ -1,4 +1,4 @@
-"""Job scripts for SLURM: one a run, one for the tables once all are done, and `submit.sh`, which queues them.
+"""Job scripts for SLURM: one per run, one for the tables once all are done, and `submit.sh`, which queues them.
 
 A training that is told to stop saves and is queued again, until it is done. Text in, text out, but for `write_scripts`.
 """
@@ -22,7 +22,7 @@ from cxrfast.study.plan import Plan
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
 PORT = 29400
-"""At which the nodes of one training meet, on the first of them: plus the job's number mod 1000, so that jobs may share a node."""
+"""Port at which the nodes of one training meet, on the first of them: plus the job's number mod 1000, so that jobs may share a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class Slurm:
     account: str = ""
     partition: str = ""
     time: str = "24:00:00"
-    """Wall time of one job, [DAYS-]HH:MM:SS; a training that takes longer goes on in the next."""
+    """Wall time of one job, [DAYS-]HH:MM:SS; a training that takes longer continues in the next."""
     nodes: int = 1
-    """Nodes a training."""
+    """Nodes per training."""
     gpus: int | None = None
-    """A node; default: a process each, none with --device cpu."""
+    """GPUs per node; default: one per process, none with --device cpu."""
     cpus: int | None = None
-    """A node; default: 8 a process."""
+    """Cores per node; default: 8 per process."""
     memory: str = ""
-    """A node, as sbatch takes it: 200G; 0 is all of it."""
+    """Memory per node, as sbatch takes it: 200G; 0 is all of it."""
     extra: tuple[str, ...] = ()
     """Further options of sbatch, such as --qos=long."""
     setup: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The whole study: every scale × fold trained and predicted, then tables, ensemble, receptive fields, Grad-CAM, report.
 
-Each step is skipped where its result is there already, so a study that was stopped goes on where it stopped.
+Each step is skipped where its result is there already, so a study that was stopped continues where it stopped.
 """
 
 import os
@@ -60,21 +60,21 @@ def study(
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
-    that failed, go on with the others. `runtime`: further fields of Runtime.
+    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes per training. `keep_going`: after a run
+    that failed, continue with the others. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
     plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
     pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
-    prospect = forecast(plan)
-    prospect.check()
+    expected = forecast(plan)
+    expected.check()
     done: list[Run] = []
     failures: list[str] = []
-    for number, outlook in enumerate(prospect.outlooks):
+    for number, outlook in enumerate(expected.outlooks):
         try:
-            with _projected(plan, prospect.outlooks[number:]):
+            with _projected(plan, expected.outlooks[number:]):
                 done.append(_run(plan, outlook))
         except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
             if not keep_going:
