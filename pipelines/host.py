@@ -139,9 +139,8 @@ class HostEngine:
             # strides are numpy's work: each operation of torch lets go of the GIL, and waits to have it back
             return torch.from_numpy(batch[..., None].transpose(0, 3, 1, 2))
         assert self._copies
-        with torch.cuda.stream(
-            self._copies
-        ):  # while the consumer's kernels run; pinned memory is kept until it has ended
+        # while the consumer's kernels run; pinned memory is kept until it has ended
+        with torch.cuda.stream(self._copies):
             moved = batch.to(self.device, non_blocking=True)[..., None].permute(0, 3, 1, 2)
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_stream(self._copies)
