@@ -32,7 +32,7 @@ class Pixels:
         self.reader, self.size, self.cache = reader, size, cache
         factor = reduction(reader.scale, size) if not reader.is_raw else 1
         self._side = reader.scale // factor
-        """Of the image that the decoder gives, px."""
+        """Side of the image that the decoder gives, px."""
         self._scaled = {"min_height": self._side, "min_width": self._side, "min_factor": factor} if factor > 1 else {}
         self._own = _Own(self._side, size, reader.largest)
 
@@ -93,7 +93,7 @@ class Pixels:
             raise LoadError(f"{self._where(row)} does not decode: {error}") from error
 
     def _check_size(self, row: int, data: memoryview) -> None:
-        """Raises LoadError where the JPEG `data` is no square of the stored side."""
+        """Raises LoadError unless the JPEG `data` is a square of the stored side."""
         try:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError as error:
@@ -106,7 +106,7 @@ class Pixels:
 
 
 class _Own(threading.local):
-    """Buffers of a thread."""
+    """Buffers of one thread."""
 
     def __init__(self, side: int, size: int, bytes_: int) -> None:
         self.image, self.kept = np.empty((side, side), np.uint8), np.empty((size, size), np.uint8)

@@ -85,7 +85,7 @@ class HostEngine:
         self.cache = PixelCache(cache, reader, size) if cache else None
         self.pixels = Pixels(reader, size, self.cache)
         self._copies: torch.cuda.Stream | None = None
-        """Of a GPU, from the first batch on."""
+        """Stream on which batches move to a GPU, from the first batch on; None on a CPU."""
         self._memory = Memory(threads + KEPT)
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
@@ -139,7 +139,8 @@ class HostEngine:
             # strides are numpy's work: each operation of torch lets go of the GIL, and waits to have it back
             return torch.from_numpy(batch[..., None].transpose(0, 3, 1, 2))
         assert self._copies
-        with torch.cuda.stream(self._copies):  # beside the consumer's kernels; pinned memory is kept until it has ended
+        # while the consumer's kernels run; pinned memory is kept until it has ended
+        with torch.cuda.stream(self._copies):
             moved = batch.to(self.device, non_blocking=True)[..., None].permute(0, 3, 1, 2)
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_stream(self._copies)

@@ -146,16 +146,16 @@ HEADROOM = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Images/s on one kind of GPU at one scale, decoded and turned."""
+    """Images/s on one kind of GPU at one scale."""
 
     scale: int
     """Side of the images, px."""
     host: float
-    """Of one core of the CPU."""
+    """Decoded and turned by one core of the CPU."""
     dali: float
-    """Of the GPU, while it does nothing else."""
+    """Decoded and turned by the GPU, while it does nothing else."""
     step: float
-    """That a training step on a cached batch asks for: densenet121 as fast as it was measured, compiled if it was."""
+    """Taken by a training step on a cached batch: densenet121 as fast as it was measured, compiled if it was."""
 
 
 MEASURED: Mapping[str, Sequence[Rates]] = {}

@@ -106,7 +106,7 @@ def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.nd
 
 
 def balanced(rows: np.ndarray, group: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """As many of `rows`, int64 (N,), from each group as the smallest has, drawn anew each epoch; in their own order.
+    """As many of `rows`, int64 (N,), from each group as the smallest has, drawn again each epoch; in their own order.
 
     `group`: (N,), the group of each row, such as its class. For the `rows` of an order that is made for each epoch.
     """

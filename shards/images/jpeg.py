@@ -28,7 +28,7 @@ TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda image: np.rot90(image, 2).T,
     8: np.rot90,
 }
-"""EXIF orientation (tag 0x0112) → what stands the image up; 1 is upright, anything else is no orientation."""
+"""EXIF orientation (tag 0x0112) → what stands the image up; 1 is upright, anything else is not an orientation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Frame:
     process: int
     """Second byte of the frame's marker."""
     precision: int
-    """Bits a sample."""
+    """Bits per sample."""
     height: int
     width: int
     components: int

@@ -20,7 +20,7 @@ DEPTHS = {GREY: (1, 2, 4, 8, 16), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPH
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 """First row, first column, row step and column step of each interlacing pass (PNG specification, section 8.2)."""
 MAX_BYTES = 4 * MAX_PIXELS
-"""Of unpacked pixels: what is more than 8 bits of RGBA at the largest size is refused."""
+"""Bytes of unpacked pixels, at most: 8 bits of RGBA at the largest size."""
 
 
 def decode_png(data: bytes) -> np.ndarray:

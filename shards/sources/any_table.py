@@ -1,4 +1,4 @@
-"""The source for everything else: any table with a line an image goes in, the images and labels it lists come out.
+"""The source for everything else: any table with one line per image goes in, the images and labels it lists come out.
 
 Names of columns are taken from the options; only the path's and the patient's may go without, if they are the usual ones.
 """
@@ -29,7 +29,7 @@ def table(
     height_column: str | None = None,
     width_column: str | None = None,
 ) -> Source:
-    """Any CSV, TSV (or .gz) or Parquet table with a line an image.
+    """Any CSV, TSV (or .gz) or Parquet table with one line per image.
 
     `table`: its path in the tree, an absolute path or a URL; `label`: the label columns. Without `image_column` an
     image's id is its path without suffix; without `study_column` each image is a study of its own.

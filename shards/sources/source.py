@@ -17,7 +17,7 @@ SPLITS = ("train", "validate", "test")
 
 NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
 CONTROL = r"[\x00-\x1f]"
-"""Tabs and line breaks would tear the plan's hash and the lists of files apart."""
+"""Tabs and line breaks would break the plan's hash and the lists of files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Source:
     """What a source tree lists."""
 
     images: pd.DataFrame
-    """A line an image: image_id, study_id, patient_id and path (relative to the tree, POSIX) as text; a float column a
-    label with 1, 0, -1 or NaN; and where they are known view, height, width (px), split (train, validate, test) and
+    """One line per image: image_id, study_id, patient_id and path (relative to the tree, POSIX) as text; one float column
+    per label with 1, 0, -1 or NaN; and where they are known view, height, width (px), split (train, validate, test) and
     reference labels, `radiologist/<label>`. Other columns are left out."""
     labels: tuple[str, ...]
     counts: dict[str, int]

@@ -176,18 +176,17 @@ def to_tables(counts: SetCounts) -> list[Table]:
 
 
 def to_markdown(counts: SetCounts) -> str:
-    """The terminal's tables, and all counts a fold."""
+    """The terminal's tables, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
     for section in [*sections(counts), *_by_fold(counts)]:
-        head = [name.replace("\n", " ") for name in section.head]
         lines = [[entry.strip() for entry in line] for line in section.lines]
-        text += f"\n## {section.title}\n\n{markdown_table(head, lines)}"
+        text += f"\n## {section.title}\n\n{markdown_table(section.head, lines)}"
         text += f"\n{section.note}\n" if section.note else ""
     return text
 
 
 def heading(counts: SetCounts) -> str:
-    """What the set is, in a line."""
+    """What the set is, in one line."""
     info = counts.info
     table = f" from {info.labels_from.rpartition(' sha256:')[0]}" if info.labels_from else ""
     return (
@@ -197,7 +196,7 @@ def heading(counts: SetCounts) -> str:
 
 
 def _by_fold(counts: SetCounts) -> list[Section]:
-    """Every fold's parts, and every state of every label a fold."""
+    """Every fold's parts, and every state of every label by fold."""
     lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in counts.folds.iterrows()]
     found = [Section(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], lines=lines)]
     for state in (*STATES, "blank"):

@@ -1,0 +1,58 @@
+"""Sets and what they are after they were relabelled; shared by the tests of relabelling."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from damage import contents
+
+from cxrfast.labels import MIMIC
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.rows import (
+    read_rows,
+)
+from cxrfast.shards.upkeep.relabel import Relabelled
+from cxrfast.shards.upkeep.relabel import relabel as replace_labels
+from cxrfast.shards.upkeep.verify import verify
+
+WRITTEN = {"rows.parquet", "set.json", "SHA256SUMS"}
+
+
+MIMIC_CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv.gz"
+
+
+def relabel(folder: Path, table: str | Path, **options) -> Relabelled:
+    return replace_labels(folder, table, quiet=True, **options)
+
+
+def rows_of(folder: Path) -> pd.DataFrame:
+    return read_rows(folder / "rows.parquet")
+
+
+def chexpert(tree: Path) -> pd.DataFrame:
+    return pd.read_csv(tree / "mimic-cxr-2.0.0-chexpert.csv.gz")
+
+
+def is_as_planned(folder: Path, tiny_set: Path, table: str | Path) -> bool:
+    """Is the set what it was before it was relabelled with its own labels, but for where they are from?"""
+    name = str(table).partition("::")[0].rpartition("/")[2]
+    info = read_set(folder)
+    file, _, digest = info.labels_from.partition(" sha256:")
+    if "://" not in str(table):
+        assert digest == hashlib.sha256(Path(table).read_bytes()).hexdigest()
+    tars = [{n: d for n, d in contents(f).items() if n not in WRITTEN} for f in (folder, tiny_set)]
+    return (
+        (file, len(digest)) == (name, 64)
+        and dataclasses.replace(info, labels_from="") == read_set(tiny_set)
+        and rows_of(folder).equals(rows_of(tiny_set))
+        and tars[0] == tars[1]
+        and verify(folder, quiet=True).problems == []
+    )
+
+
+def other_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """The same studies, with other values for every label."""
+    rng = np.random.default_rng(7)
+    return table.assign(**{name: rng.choice([1.0, 0.0, -1.0, np.nan], len(table)) for name in MIMIC})
