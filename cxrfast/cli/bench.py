@@ -118,8 +118,8 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
+    from cxrfast.bench.sharding.result import sections
     from cxrfast.bench.sharding.shard import bench as measure
-    from cxrfast.bench.sharding.shard import sections
     from cxrfast.tables import to_tables
 
     show(*to_tables(sections(measure(data, list(scales), out, **options))))
