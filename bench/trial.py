@@ -19,7 +19,7 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
 from cxrfast.pipelines.loader import Rates
-from cxrfast.runs.run import Run, find_runs
+from cxrfast.runs.run import Run
 from cxrfast.tables import markdown_table
 
 LOSSES_APART = 0.01
@@ -73,7 +73,7 @@ def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
             )
         )
     if {"deterministic-1", "deterministic-2"} <= runs.keys():
-        hashes = {sha256(runs[f"deterministic-{n}"].folder / "best.safetensors") for n in (1, 2)}
+        hashes = {sha256(runs[f"deterministic-{n}"].weights_path) for n in (1, 2)}
         found.append(
             Comparison(
                 what="weights of two runs with --deterministic, bitwise",
@@ -117,7 +117,7 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     ]  # else it was stopped
     results = {path.parent.name: json.loads(path.read_bytes()) for path in files}
     try:
-        runs = {run.folder.parent.name: run for run in find_runs(runs_folder) if run.is_done}
+        runs = {run.folder.parent.name: run for run in Run.find(runs_folder) if run.is_done}
     except CxrfastError:
         runs = {}
     findings, measured = compare_runs(runs), rates(results)

@@ -4,6 +4,8 @@ A finding without positives or without negatives has no AUROC: it is NaN here, "
 never 0.5.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -81,3 +83,14 @@ def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     squares = np.where(known, values - mean, 0.0) ** 2
     sd = np.where(n > 1, np.sqrt(squares.sum(axis=0) / np.maximum(n - 1, 1)), np.nan)
     return mean, sd
+
+
+def over_findings(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """Mean over findings of each column (K, L), as (K, 1); and how many findings it is over.
+
+    Only findings that are defined in every fold of every column count: all columns average the same ones.
+    """
+    shared = ~np.isnan(np.concatenate(columns)).any(axis=0)
+    if not shared.any():
+        return [np.full((len(values), 1), np.nan) for values in columns], 0
+    return [values[:, shared].mean(axis=1, keepdims=True) for values in columns], int(shared.sum())

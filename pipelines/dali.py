@@ -4,12 +4,13 @@
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -28,8 +29,10 @@ DEPTH = 2
 OLDEST = (2, 1)
 """Before this version of DALI, giving back a buffer waits for the device, which is an error while a stream is captured."""
 
-Fed = tuple[Any, ...]
-"""Of a batch: encoded images or pixels, then angles and flips if there are any."""
+T = TypeVar("T")
+
+Inputs = tuple[Any, ...]
+"""What a pipeline takes for a batch: encoded images or pixels, then angles and flips if there are any."""
 
 
 def available() -> bool:
@@ -54,7 +57,7 @@ class DaliEngine:
     """Decode grey (on a GPU: its JPEG engines, `mixed`), resize where the size differs, flip and rotate.
 
     Raw images, and whatever comes from or goes into a `cache`, are made by the CPU and only flipped and rotated here.
-    `hw_decoder_load`: share of the images that a GPU's JPEG engines get; None is DALI's own default. `proof` is shown every
+    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines get; None is DALI's own default. `proof` is shown every
     image at the stored scale, as it was decoded. Raises LoadError where DALI is not installed, or too old.
     """
 
@@ -74,29 +77,30 @@ class DaliEngine:
         self._host = HostEngine(reader, size, device, threads, cache)
         self._decodes = not (reader.is_raw or cache)
         self.proof = proof if self._decodes or size == reader.scale else None
-        self._lent = _Lent(device) if device.type == "cuda" else None
-        self._pipe: tuple[tuple[int, bool], _Feed, Any] | None = None
-        """With its largest batch, whether it turns images and its feed; None where there is none that can go on."""
+        self._lent = _LentMemory(device) if device.type == "cuda" else None
+        self._idle: _Pipeline | None = None
+        """The one that has ended an epoch; None while an epoch runs, and where one was left or failed."""
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
         items = list(work)
-        done, refused = 0, 0
+        done = 0
+        unexplained = 0  # errors of DALI in a row on images in which the host engine finds nothing wrong
         while done < len(items):
             try:
-                for batch in self._run(items[done:]):
-                    done, refused = done + 1, 0
+                for batch in self._decode(items[done:]):
+                    done, unexplained = done + 1, 0
                     yield batch
-                return
-            except (RuntimeError, LoadError) as error:  # DALI's pipeline is dead now: host decodes, a new one is built
+            except (RuntimeError, LoadError) as error:  # DALI's pipeline is dead now: the next `_decode` builds another
+                refused = items[done : done + 1]
                 if is_out_of_memory(error):
                     raise LoadError(
-                        f"memory ran out while DALI decoded batches of {len(items[done].rows)} images of {self.size} px: "
+                        f"memory ran out while DALI decoded batches of {len(refused[0].rows)} images of {self.size} px: "
                         f"use a smaller --micro-batch, or --engine host. DALI says: {' '.join(str(error).split())[:300]}"
                     ) from error
-                yield from self._host.batches(items[done : done + 1])
-                done, refused = done + 1, refused + isinstance(error, RuntimeError)
-                if refused == 2:  # host found nothing wrong with the images, twice in a row
+                yield from self._host.batches(refused)
+                done, unexplained = done + 1, unexplained + isinstance(error, RuntimeError)
+                if unexplained == 2:
                     raise LoadError(
                         f"DALI fails on images that are whole: use --engine host. It says: {error}"
                     ) from error
@@ -104,76 +108,82 @@ class DaliEngine:
     def close(self) -> None:
         if self._lent:
             self._lent.give_back()
-        self._pipe = None
+        self._idle = None
         self._host.close()
 
-    def _run(self, items: list[Work]) -> Iterator[torch.Tensor]:
+    def _decode(self, items: list[Work]) -> Iterator[torch.Tensor]:
+        """A batch for each item. Raises LoadError or RuntimeError for the first that cannot be read or decoded."""
         with (
             ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool,
             closing(read_ahead(self._host.pixels, items)) as upcoming,
         ):
-            key = max(len(item.rows) for item in items), items[0].angles is not None
-            # one that was left in the middle of an epoch holds batches of it: it is not used again
-            built, self._pipe = self._pipe, None
-            if built and built[0] == key:
-                _, feed, pipe = built
-            else:
-                feed = _Feed()
-                pipe = self._pipeline(*key, feed)
-            expected: deque[Future[np.ndarray]] = deque()
-            noted = self._note_expected(pool, upcoming, expected)
-            feed.batches = self._encoded(pool, noted) if self._decodes else self._made(pool, noted)
-            for item in items:
-                outputs = pipe.run(torch.cuda.current_stream(self.device)) if self._lent else pipe.run()
-                # the default executor leaves tensors alone that were handed out and are still held
-                images = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
-                if self.proof:
-                    self.proof.compare(images[-1], item.rows, expected.popleft().result())
+            pipeline = self._take_pipeline(max(len(item.rows) for item in items), items[0].angles is not None)
+            pipeline.feed.inputs = self._inputs(pool, upcoming)
+            for item, means in self._with_means(pool, items):
+                images = self._run(pipeline)
+                if self.proof and means:
+                    self.proof.compare(images[-1], item.rows, means.result())
                 yield self._lent.copy(images) if self._lent else images[0]
-            pipe.reset()
-            self._pipe = key, feed, pipe
+            pipeline.graph.reset()
+            self._idle = pipeline
 
-    def _note_expected(
-        self, pool: ThreadPoolExecutor, items: Iterable[Work], expected: deque[Future[np.ndarray]]
-    ) -> Iterator[Work]:
-        """`items`, while the means that their images should have are put into `expected`, in order."""
-        for item in items:
-            if self.proof:
-                expected.append(pool.submit(self.proof.expected, item.rows))
-            yield item
+    def _take_pipeline(self, batch: int, augmented: bool) -> "_Pipeline":
+        """The idle pipeline if it is of this kind, else a new one.
 
-    def _encoded(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
-        """Encoded images and draws, batch by batch; reading runs ahead in `pool`."""
+        None is idle from now on, until an epoch has ended: one that was left in the middle holds batches that were not
+        asked for, and is not used again.
+        """
+        idle, self._idle = self._idle, None
+        if idle and (idle.batch, idle.augmented) == (batch, augmented):
+            return idle
+        feed = _Feed()
+        return _Pipeline(batch, augmented, feed, self._pipeline(batch, augmented, feed))
 
-        def read(row: int) -> np.ndarray:
-            data = np.frombuffer(self.reader.read(row), np.uint8)
-            try:
-                shape = simplejpeg.decode_jpeg_header(data)[:2]
-            except ValueError as error:
-                # DALI 2.4 may crash on it: what one thread fails to parse frees what the others still read
-                raise LoadError(f"row {row} is no JPEG") from error  # host says more
-            if shape != (self.reader.scale, self.reader.scale):
-                raise LoadError(f"row {row} has another size")
-            return data
+    def _run(self, pipeline: "_Pipeline") -> list[torch.Tensor]:
+        """The next batch, uint8 (N, 1, size, size); for a proof, last, the same images at the stored scale as they were decoded."""
+        graph = pipeline.graph
+        outputs = graph.run(torch.cuda.current_stream(self.device)) if self._lent else graph.run()
+        # the default executor leaves tensors alone that were handed out and are still held
+        return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
 
-        def begin(item: Work) -> list[Future[np.ndarray]]:
-            return [pool.submit(read, row) for row in item.rows.tolist()]
+    def _with_means(
+        self, pool: ThreadPoolExecutor, items: list[Work]
+    ) -> Iterator[tuple[Work, Future[np.ndarray] | None]]:
+        """Each item with the means that its images should have, if they are compared: looked up as early as it is read."""
+        proof = self.proof
+        if proof is None:
+            return ((item, None) for item in items)
+        return _ahead(items, lambda item: pool.submit(proof.expected, item.rows), 2 * DEPTH)
 
-        for item, futures in _ahead(items, begin):
-            yield [future.result() for future in futures], *_draws(item)
+    def _inputs(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Inputs]:
+        """The pipeline's inputs, batch by batch, read or made ahead in `pool`."""
+        if self._decodes:
+            for item, reads in _ahead(items, lambda item: [pool.submit(self._read, row) for row in item.rows.tolist()]):
+                yield [read.result() for read in reads], *_draws(item)
+        else:
+            for item, made in _ahead(items, lambda item: pool.submit(self._make, item.rows)):
+                yield made.result(), *_draws(item)
 
-    def _made(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Fed]:
-        """Pixels, uint8 (N, size, size, 1), and draws, batch by batch; made ahead in `pool`."""
+    def _read(self, row: int) -> np.ndarray:
+        """An encoded image, uint8 (bytes,). Raises LoadError if it is no JPEG of the stored size."""
+        data = np.frombuffer(self.reader.read(row), np.uint8)
+        try:
+            shape = simplejpeg.decode_jpeg_header(data)[:2]
+        except ValueError as error:
+            # DALI 2.4 may crash on it: what one thread fails to parse frees what the others still read
+            raise LoadError(f"row {row} is no JPEG") from error  # host says more
+        if shape != (self.reader.scale, self.reader.scale):
+            raise LoadError(f"row {row} has another size")
+        return data
 
-        def make(rows: np.ndarray) -> np.ndarray:
-            out = np.empty((len(rows), self.size, self.size), np.uint8)
-            self._host.pixels.put_all(rows, out)
-            return out[..., None]
-
-        for item, future in _ahead(items, lambda item: pool.submit(make, item.rows)):
-            yield future.result(), *_draws(item)
+    def _make(self, rows: np.ndarray) -> np.ndarray:
+        """Pixels made by the CPU, uint8 (N, size, size, 1)."""
+        out = np.empty((len(rows), self.size, self.size), np.uint8)
+        self._host.pixels.put_all(rows, out)
+        return out[..., None]
 
     def _pipeline(self, batch: int, augmented: bool, feed: "_Feed") -> Any:
+        """DALI's pipeline, built: `batch` images at most, flipped and rotated if `augmented`."""
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.device.type == "cuda"
@@ -203,9 +213,9 @@ class DaliEngine:
                 )
             return (image, decoded) if self.proof and image is not decoded else image
 
-        pipe = graph()
-        pipe.build()
-        return pipe
+        built = graph()
+        built.build()
+        return built
 
     def _decoded(self, source: Any) -> Any:
         """Node of the graph: what the feed gives → pixels on the pipeline's device; those of JPEGs are of the stored size."""
@@ -223,16 +233,27 @@ class DaliEngine:
 
 
 class _Feed:
-    """Where a pipeline takes its batches from: each has its own, so that two epochs at a time are not mixed."""
+    """Where a pipeline takes its inputs from: each has its own, so that two epochs at a time are not mixed."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[Fed] = iter(())
+        self.inputs: Iterator[Inputs] = iter(())
 
-    def next(self) -> Fed:
-        return next(self.batches)
+    def next(self) -> Inputs:
+        return next(self.inputs)
 
 
-class _Lent:
+@dataclass(frozen=True)
+class _Pipeline:
+    batch: int
+    """Images in its largest batch."""
+    augmented: bool
+    """Whether it flips and rotates."""
+    feed: _Feed
+    graph: Any
+    """DALI's own object."""
+
+
+class _LentMemory:
     """DALI's memory of batches on a GPU, held until torch's stream has come past the kernels that read it.
 
     DALI takes back what nobody refers to in the order of its own stream, which knows nothing of torch's kernels, and writes
@@ -261,17 +282,18 @@ class _Lent:
         self._held.clear()
 
 
-def _ahead(items: Iterable[Work], begin: Any) -> Iterator[tuple[Work, Any]]:
-    """Each item with what `begin` gave for it, up to `DEPTH` items earlier."""
-    begun: deque[tuple[Work, Any]] = deque()
+def _ahead(items: Iterable[Work], begin: Callable[[Work], T], depth: int = DEPTH) -> Iterator[tuple[Work, T]]:
+    """Each item with what `begin` gave for it; `begin` is called `depth` - 1 items ahead."""
+    begun: deque[tuple[Work, T]] = deque()
     for item in items:
         begun.append((item, begin(item)))
-        if len(begun) == DEPTH:
+        if len(begun) == depth:
             yield begun.popleft()
     yield from begun
 
 
-def _draws(item: Work) -> Fed:
+def _draws(item: Work) -> Inputs:
+    """Angles and flips as DALI takes them; nothing where nothing is drawn."""
     if item.angles is None or item.flips is None:
         return ()
     return list(item.angles), list(item.flips.astype(np.int32))

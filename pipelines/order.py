@@ -91,13 +91,18 @@ class TrainOrder:
 
 def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.ndarray:
     """`rows`, int64 (N,), with their shards shuffled, and then shuffled themselves within windows of `WINDOW` shards' size."""
-    shards, of_row = np.unique(rows // shard_rows, return_inverse=True)
+    shards, shard_of_row = np.unique(rows // shard_rows, return_inverse=True)
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, 1], np.uint64)  # not a global order's words
     words = np.random.Philox(key=key, counter=counter).random_raw(len(shards) + len(rows))
-    place = np.argsort(np.argsort(words[: len(shards)]))[of_row]
-    by_shard = np.argsort(place, kind="stable")
-    window = (np.arange(len(rows)) // (WINDOW * shard_rows)).astype(np.uint64)
-    return rows[by_shard][np.argsort(window << np.uint64(40) | words[len(shards) :] >> np.uint64(24), kind="stable")]
+    shard_words, row_words = words[: len(shards)], words[len(shards) :]
+
+    place_of_shard = np.empty(len(shards), np.int64)
+    place_of_shard[np.argsort(shard_words)] = np.arange(len(shards))
+    by_shard = rows[np.argsort(place_of_shard[shard_of_row], kind="stable")]
+
+    window_of_place = np.arange(len(rows)) // (WINDOW * shard_rows)
+    draw_of_place = row_words >> np.uint64(24)  # 40 bits, as every version has drawn them
+    return by_shard[np.lexsort((draw_of_place, window_of_place))]  # by window, and in a window by draw
 
 
 def balanced(rows: np.ndarray, group: np.ndarray, seed: int, epoch: int) -> np.ndarray:

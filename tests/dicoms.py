@@ -2,7 +2,9 @@
 
 import io
 
+import cv2
 import numpy as np
+import pytest
 import simplejpeg
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -15,6 +17,9 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     RLELossless,
 )
+
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.decode import decode
 
 
 def radiograph(pixels: np.ndarray, stored: int = 0, **elements) -> Dataset:
@@ -97,3 +102,31 @@ def lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
     segments = ((0xC3, frame), (0xC4, table), (0xDA, b"\1\1\0\1\0\0"))
     head = b"".join(b"\xff" + bytes((kind,)) + (len(body) + 2).to_bytes(2) + body for kind, body in segments)
     return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
+def shapes(height: int = 60, width: int = 76, bits: int = 12) -> np.ndarray:
+    """uint16 (H, W) of that many bits, from end to end."""
+    rng = np.random.default_rng(bits)
+    image = cv2.GaussianBlur(rng.random((height, width)), (0, 0), 4)
+    return np.rint(cv2.normalize(image, None, 0, 2**bits - 1, cv2.NORM_MINMAX)).astype(np.uint16)
+
+
+def lut(entries: list[int], first: int, bits: int) -> list[Dataset]:
+    """A modality or VOI LUT sequence."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US" if first >= 0 else "SS", [len(entries) % 2**16, first, bits])
+    item.add_new("LUTData", "US", entries)
+    return [item]
+
+
+def reason(data: bytes, grey: str = "window") -> Reason:
+    with pytest.raises(BadImage) as caught:
+        decode(data, grey)
+    return caught.value.reason
+
+
+def as_published(pixels: np.ndarray, inverted: bool) -> np.ndarray:
+    """Johnson et al. 2019 (arXiv:1901.07042), step by step."""
+    shifted = pixels - pixels.min()
+    image = (shifted / shifted.max() * 255).astype(np.uint8)
+    return cv2.equalizeHist(cv2.bitwise_not(image) if inverted else image)

@@ -15,7 +15,7 @@ import torch
 from cxrfast.distributed import World
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
@@ -76,7 +76,7 @@ def assert_same(a: Path, b: Path) -> None:
     one, other = last_weights(a), last_weights(b)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert metrics_without_timing(read_run(a)) == metrics_without_timing(read_run(b))
+    assert metrics_without_timing(Run.open(a)) == metrics_without_timing(Run.open(b))
 
 
 def metrics_without_timing(run: Run) -> list[dict[str, object]]:
@@ -91,6 +91,6 @@ def make_trainer(
     torch.manual_seed(0)
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = start_run(runs / "run" / "fold-0", config, shards, rows)
+    run = Run.start(runs / "run" / "fold-0", config, shards, rows)
     where = Runtime(shards=shards, runs=runs, **{"quiet": True, **(runtime or {})})
     return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)

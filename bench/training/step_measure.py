@@ -23,7 +23,7 @@ from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import start_run
+from cxrfast.runs.run import Run
 from cxrfast.training.monitor import Timed, Watch
 from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
@@ -112,7 +112,7 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     )
     reader = Reader(runtime.shards, scale)
     rows = select_rows(reader.shard_set.rows(), config, reader.rows)
-    run = start_run(runtime.runs / "run", config, runtime.shards, rows)
+    run = Run.start(runtime.runs / "run", config, runtime.shards, rows)
     trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, runtime)
     trainer.train_loader.order = LongOrder(rows=trainer.order.rows, micro_batch=micro_batch)
     trainer.val_loader.order = LongOrder(rows=trainer.val_rows, micro_batch=micro_batch)

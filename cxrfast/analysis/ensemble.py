@@ -12,153 +12,36 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
 from cxrfast import metrics
-from cxrfast.analysis.evaluate import (
-    best_bold,
-    by_name,
-    cells,
-    check_same_rows,
+from cxrfast.analysis.join import (
     check_same_study,
-    folds_text,
-    markdown_table,
-    over_findings,
-    plus_minus,
-    read_answers,
-    with_predictions,
+    choose_scales,
+    join_logits,
+)
+from cxrfast.analysis.mixture import (
+    DECAY,
+    EPOCHS,
+    LEARNING_RATE,
+    combine,
+    fit_weights,
+    fit_weights_by_em,
+    has_both_classes,
+    mixture_bce,
+    uniform,
+    vote,
 )
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
 from cxrfast.runs.run import Run
+from cxrfast.tables import best_bold, cells, folds_text, markdown_table, plus_minus
 
 FOLDER = "ensemble"
-
-EPOCHS, LEARNING_RATE, DECAY = 100, 0.1, 0.96
-"""Of the fit. The study gives epochs, rate and "exponential decay"; how fast it decays is our reading."""
-
-GAP, STEPS = 1e-6, 5000
-"""EM stops when it is provably within GAP nats of the optimum, or after STEPS steps."""
-
-
-# Arrays
-
-
-def combine(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Probabilities p_f = Σ_s w_fs σ(l_fs), float64 (N, L) in [0, 1].
-
-    logits: (S, N, L), one slice a scale. weights: (L, S), rows summing to one.
-    """
-    return np.clip(np.einsum("snl,ls->nl", metrics.sigmoid(logits), weights), 0.0, 1.0)
-
-
-def vote(logits: np.ndarray) -> np.ndarray:
-    """The plain mean of the scales' probabilities, float64 (N, L), from logits (S, N, L)."""
-    return combine(logits, uniform(logits))
-
-
-def uniform(logits: np.ndarray) -> np.ndarray:
-    """Equal weights (L, S) for logits (S, N, L)."""
-    return np.full((logits.shape[2], logits.shape[0]), 1.0 / logits.shape[0])
-
-
-def fit(
-    logits: np.ndarray,
-    targets: np.ndarray,
-    mask: np.ndarray | None = None,
-    epochs: int = EPOCHS,
-    lr: float = LEARNING_RATE,
-    decay: float = DECAY,
-) -> np.ndarray:
-    """The study's stacking (Haque et al. 2023): weights float64 (L, S), rows summing to one.
-
-    w = softmax(v) over the scales of each finding; v starts at 0, which is voting, and minimises the binary
-    cross-entropy of Σ_s w_fs σ(l_fs). Published: learning rate 0.1 with exponential decay, 100 epochs. Our
-    reading: Adam, full batch, rate × 0.96 an epoch. Findings do not influence each other.
-
-    logits: (S, N, L), finite. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None:
-    all do. A finding without positives or without negatives keeps equal weights.
-    """
-    weights, defined = uniform(logits), _defined(targets, mask)
-    if not defined.any():
-        return weights
-    ratio, share = (torch.from_numpy(a[..., defined]) for a in _ratios(logits, targets, mask))
-    v = torch.zeros((int(defined.sum()), len(logits)), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([v], lr=lr)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
-    for _ in range(epochs):
-        optimiser.zero_grad()
-        mixture = torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1))
-        loss = -(share * mixture.log()).sum()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    weights[defined] = torch.softmax(v.detach(), dim=1).numpy()
-    return weights
-
-
-def fit_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The optimum of what `fit` minimises, by expectation maximisation: float64 (L, S), rows summing to one.
-
-    The likelihood of a target is a mixture Σ_s w_s L_s of those by scale: its logarithm is concave in
-    w. A step multiplies w_s by g_s, the mean of L_s / Σ_t w_t L_t (Dempster et al. 1977, section 4.3). By
-    concavity no weights are better by more than max_s g_s - 1: it stops when that is below 1e-6 nats.
-
-    Arguments and undefined findings as in `fit`.
-    """
-    weights, (ratio, share) = uniform(logits), _ratios(logits, targets, mask)
-    for j in np.flatnonzero(_defined(targets, mask)):
-        counted = share[:, j] > 0
-        likelihood, w = np.ascontiguousarray(ratio[:, counted, j]), weights[j]
-        for _ in range(STEPS):
-            gain = (likelihood @ (1.0 / (w @ likelihood))) / likelihood.shape[1]
-            if gain.max() - 1.0 < GAP:
-                break
-            w = w * gain
-        weights[j] = w / w.sum()
-    return weights
-
-
-def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
-    """Binary cross-entropy of `combine`, nats, mean over unmasked entries, float64 (L,); NaN where none is.
-
-    log p = logsumexp_s(log w_s + log σ(l_s)) and log(1 - p) with σ(-l_s): p is never rounded to 0 or 1.
-    """
-    with np.errstate(divide="ignore"):  # a weight of 0 takes its scale out: log 0 = -inf is meant
-        terms = np.log(weights).T[:, None, :] + _log_likelihood(logits, targets)
-    losses = -np.logaddexp.reduce(terms, axis=0)
-    counted = np.ones(losses.shape, bool) if mask is None else mask
-    n = counted.sum(axis=0)
-    return np.where(n > 0, np.where(counted, losses, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
-
-
-def _log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """log of the probability that each scale gives to the actual target, float64 (S, N, L)."""
-    return metrics.log_sigmoid(np.where(np.asarray(targets) > 0.5, logits, -np.asarray(logits)))
-
-
-def _ratios(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Likelihoods over the best scale's, (S, N, L) in [0, 1], and the entries' shares of the mean, (N, L).
-
-    The shift by the largest term that keeps logsumexp from underflow; free of the weights, it is done once.
-    """
-    terms = _log_likelihood(logits, targets)
-    counted = np.ones(terms.shape[1:]) if mask is None else mask.astype(np.float64)
-    return np.exp(terms - terms.max(axis=0)), counted / np.maximum(counted.sum(axis=0), 1.0)
-
-
-def _defined(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """bool (L,): the finding has positives and negatives."""
-    positives, negatives = metrics.counts(targets, mask)
-    return (positives > 0) & (negatives > 0)
-
-
-# Runs
 
 
 @dataclass(frozen=True)
@@ -168,7 +51,7 @@ class EnsembleResult:
     names: tuple[str, ...]
     """Groups of runs that were combined, by scale: densenet121-256, …"""
     scales: tuple[int, ...]
-    """Of the names."""
+    """Scale of each name, px."""
     labels: tuple[str, ...]
     folds: tuple[int, ...]
     left_out: dict[str, list[int]]
@@ -193,7 +76,7 @@ class EnsembleResult:
 
     @property
     def starts(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `start.shared_start`."""
+        """By name: where the first weights came from, see `lineage.shared_start`."""
         return {n: shared_start(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
 
     def matrix(self, method: str) -> np.ndarray:
@@ -225,7 +108,7 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     Raises RunError if there are fewer than two scales, if they share no fold, if it is unclear which groups are
     meant, or if runs differ in shard set, label policy, or rows and labels of a fold.
     """
-    groups = choose(runs, names)
+    groups = choose_scales(runs, names)
     check_same_study([run for group in groups.values() for run in group.values()])
     folds = sorted(set.intersection(*(set(group) for group in groups.values())))
     if not folds:
@@ -246,81 +129,54 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     return result
 
 
-def choose(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:
-    """Groups to combine, ascending in scale: name → fold → run. Raises RunError as `ensemble` does."""
-    predicted, skipped = with_predictions(runs)
-    known = {run.folder.parent.name: run.config for run in predicted}
-    have = ", ".join(names or known)
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
-    if names is None:
-        scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
-        several = [arch for arch, those in scales.items() if len(those) > 1]
-        names = [name for name, c in known.items() if c.arch in several]
-        if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
-            raise RunError(
-                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
-                "move those not meant to another --runs folder, or give `names` in Python"
-            )
-    if len({known[name].scale for name in names}) < 2:
-        waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
-        raise RunError(
-            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
-            f"has only those of {have}{waiting}: train and predict another scale"
-        )
-    return by_name(run for run in predicted if run.folder.parent.name in names)
-
-
 def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
+    fitted, weights, bce = _fit_fold(runs)
+    return weights, _test_fold(runs, fitted), bce
+
+
+def _fit_fold(runs: Sequence[Run]) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame]:
+    """Weights (L, S) of the stacked ensemble, fitted on the validation rows, then the lines of weights and bce."""
     fold, labels = runs[0].config.fold, runs[0].config.labels
-    logits, targets, mask = _join(runs, "val")
-    fitted, optimum, fixed = fit(logits, targets, mask), fit_em(logits, targets, mask), uniform(logits)
-    undefined = ~_defined(targets, mask)
+    logits, targets, mask = join_logits(runs, "val")
+    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)
+    undefined = ~has_both_classes(targets, mask)
     bce = pd.DataFrame(
         {"fold": fold, "label": labels}
         | {
             name: np.where(undefined, np.nan, mixture_bce(logits, targets, mask, weights))
-            for name, weights in (("voting", fixed), ("stacked", fitted), ("optimum", optimum))
+            for name, weights in (("voting", uniform(logits)), ("stacked", fitted), ("optimum", optimum))
         }
     )
-    shown = [np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum)]
-    weights = pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "label": labels,
-                    "name": run.folder.parent.name,
-                    "scale": run.config.scale,
-                    "start": start_of(run.config),
-                    "fold": fold,
-                    "weight": shown[0][:, s],
-                    "em_weight": shown[1][:, s],
-                }
-            )
-            for s, run in enumerate(runs)
-        ]
-    )
-    logits, targets, mask = _join(runs, "test")
+    weight, em_weight = (np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum))
+    lines = [
+        pd.DataFrame(
+            {
+                "label": labels,
+                "name": run.folder.parent.name,
+                "scale": run.config.scale,
+                "start": start_of(run.config),
+                "fold": fold,
+                "weight": weight[:, s],
+                "em_weight": em_weight[:, s],
+            }
+        )
+        for s, run in enumerate(runs)
+    ]
+    return fitted, pd.concat(lines), bce
+
+
+def _test_fold(runs: Sequence[Run], fitted: np.ndarray) -> pd.DataFrame:
+    """AUROC of the test rows by each scale alone, by voting and by the `fitted` weights (L, S)."""
+    fold, labels = runs[0].config.fold, runs[0].config.labels
+    logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
-    auroc = pd.concat(
-        [
-            pd.DataFrame(
-                {"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)}
-            )
-            for method, score in scores.items()
-        ]
-    )
-    return weights, auroc, bce
-
-
-def _join(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row."""
-    answers = [read_answers(run, part) for run in runs]
-    for other in answers[1:]:
-        check_same_rows(answers[0], other)
-    return np.stack([mine.logits for mine in answers]), *answers[0].targets()
+    lines = [
+        pd.DataFrame({"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)})
+        for method, score in scores.items()
+    ]
+    return pd.concat(lines)
 
 
 # Tables and figure
@@ -334,12 +190,12 @@ def _gains(result: EnsembleResult, method: str) -> np.ndarray:
     return result.matrix(method) - np.stack(best, axis=1)
 
 
-def to_markdown(result: EnsembleResult) -> str:
+def ensemble_markdown(result: EnsembleResult) -> str:
     """AUROC of every method with the gains over the best single scale, mean weights, and how to read them."""
     best, weights = result.best_single(), result.mean_weights()
     columns = [result.matrix(method) for method in result.methods]
     gains = [_gains(result, method) for method in ("voting", "stacked")]
-    means, shared = over_findings([*columns, *gains])
+    means, shared = metrics.over_findings([*columns, *gains])
     texts = [cells(values) for values in columns] + [cells(values, "+") for values in gains]
     short = dict(zip(result.names, result.short_names, strict=True))
     lines = [
@@ -395,7 +251,7 @@ def _notes(result: EnsembleResult, shared: int) -> str:
     return "".join(f"- {note}\n" for note in notes)
 
 
-def to_table(result: EnsembleResult) -> Table:
+def ensemble_table(result: EnsembleResult) -> Table:
     """Mean AUROC of every method for a terminal, the best of each finding bold; deviations are in summary.md."""
     table = Table(
         title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
@@ -406,7 +262,7 @@ def to_table(result: EnsembleResult) -> Table:
     for method in (*result.short_names, "voting", "stacked", "gain"):
         table.add_column(Text(method), justify="right", overflow="fold")
     columns, gain = [result.matrix(method) for method in result.methods], _gains(result, "stacked")
-    overall = over_findings([*columns, gain])[0]
+    overall = metrics.over_findings([*columns, gain])[0]
     # Findings and then their mean, methods and then the gain.
     means = np.stack(
         [metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1
@@ -459,7 +315,7 @@ def write(folder: Path, result: EnsembleResult) -> None:
     folder.mkdir(exist_ok=True)
     for name, table in (("weights.csv", result.weights), ("auroc.csv", result.auroc)):
         write_bytes(folder / name, table.to_csv(index=False, lineterminator="\n").encode())
-    write_bytes(folder / "summary.md", to_markdown(result).encode())
+    write_bytes(folder / "summary.md", ensemble_markdown(result).encode())
     image = io.BytesIO()
     weights_figure(result).savefig(image, format="png", metadata={"Software": None})
     write_bytes(folder / "weights.png", image.getvalue())

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.receptive_field import frozen, small_batches
+from cxrfast.analysis.gradients import frozen, small_batches
 from cxrfast.errors import RunError
 from cxrfast.files import replacing
 from cxrfast.labels import targets
@@ -25,9 +25,8 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.progress import progress
-from cxrfast.runs.arrays import has_predictions, open_arrays, read_array, read_predictions, update_arrays
+from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run
-from cxrfast.training.predict import load_model, open_reader
 
 
 def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +54,7 @@ def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.
 
     def start_graph(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
-        return found[0].clone()  # densenet121 goes on with an in-place ReLU, which would change the map
+        return found[0].clone()  # densenet121 continues with an in-place ReLU, which would change the map
 
     last = list(model.feature_layers.children())[-1]
     hook = last.register_forward_hook(start_graph)
@@ -68,7 +67,7 @@ def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.
 
 
 ARRAYS = ("rows", "maps", "logits")
-"""Of `Maps`, as they are called in maps.zarr."""
+"""Fields of `Maps`, as they are called in maps.zarr."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,10 @@ def gradcam_run(
     if images < 1:
         raise RunError(f"Grad-CAM needs at least one image, {images} were asked for")
     rows = positives(run, label, part)[:images]
-    model = load_model(run, device)
+    model = run.load(device)
     maps: list[np.ndarray] = []
     logits: list[np.ndarray] = []
-    with open_reader(run, shards) as reader, progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance:
+    with run.reader(shards) as reader, progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance:
         for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
             batch_maps, batch_logits = gradcam(model, batch.image, index)
             maps.append(batch_maps.cpu().numpy())
@@ -115,7 +114,7 @@ def gradcam_run(
     result = Maps(rows, np.concatenate(maps), np.concatenate(logits), part)
     arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
     known = {"part": part, "config_hash": run.config.hash}
-    update_arrays(run.folder / "maps.zarr", arrays, {_group(label): known})
+    run.add_maps(arrays, {_group(label): known})
     return result
 
 
@@ -130,8 +129,8 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
     raw = frame[list(run.config.labels)].to_numpy(np.float32)
     target, mask = targets(raw, run.config.policies)
     rows = frame["row"].to_numpy(np.int64, copy=True)[(target[:, index] == 1) & mask[:, index]]
-    if has_predictions(run):
-        predicted = read_predictions(run, part)
+    if run.has_predictions:
+        predicted = run.read_predictions(part)
         order = np.argsort(-predicted.logits[:, index], kind="stable")
         rows = predicted.row[order][np.isin(predicted.row[order], rows)]
     if not len(rows):
@@ -142,14 +141,13 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
 def read_gradcam(run: Run, label: str) -> Maps:
     """Raises RunError if there are no maps of this finding, or another configuration's."""
     _index(run, label)
-    path, name = run.folder / "maps.zarr", _group(label)
+    group, name = run.open_maps(), _group(label)
     advice = f"`cxrfast gradcam {run.folder} --label '{label}'`"
-    group: Any = open_arrays(path) if path.is_dir() else {}
-    if name not in group:
+    if group is None or name not in group:
         raise RunError(f"{run.name} has no Grad-CAM of {label} yet: {advice}")
     attributes = group.attrs[name]
     if attributes["config_hash"] != run.config.hash:
-        raise RunError(f"the Grad-CAM of {label} in {path} belongs to another run: make it with {advice}")
+        raise RunError(f"the Grad-CAM of {label} in {run.maps_path} belongs to another run: make it with {advice}")
     return Maps(**{array: read_array(group, f"{name}/{array}", advice) for array in ARRAYS}, part=attributes["part"])
 
 
@@ -168,7 +166,7 @@ def _group(label: str) -> str:
 
 
 def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
-    """Each image alone and, beside it, under its map; titled with the start of its id and its probability.
+    """Each image alone and, next to it, under its map; titled with the start of its id and its probability.
 
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """
@@ -192,21 +190,16 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
     return result
 
 
-def figure_path(run: Run, label: str) -> Path:
-    """Where the run keeps a finding's figure."""
-    return run.folder / f"gradcam-{quote(label, safe=' ')}.png"
-
-
 def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
-    """Write `figure` as a PNG to `figure_path`, which is returned."""
-    path = figure_path(run, label)
+    """Write `figure` as a PNG into the run. Returns its path."""
+    path = run.gradcam_path(label)
     with replacing(path) as file:
         figure(run, label, shards).savefig(file, format="png", dpi=150)
     return path
 
 
 def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure with n pairs of axes, two pairs a line."""
+    """A figure with n pairs of axes, two pairs per line."""
     columns = min(2, n)
     lines = -(-n // columns)
     result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")
@@ -218,6 +211,6 @@ def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
 
 def _read_images(run: Run, rows: np.ndarray, shards: Path | None) -> np.ndarray:
     """uint8 (n, H, W)"""
-    with open_reader(run, shards) as reader:
+    with run.reader(shards) as reader:
         loader = Loader(reader, small_batches(rows, run.config.scale))
         return np.concatenate([batch.image[:, 0].numpy() for batch in loader])

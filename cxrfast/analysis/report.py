@@ -20,21 +20,21 @@ from matplotlib.ticker import ScalarFormatter
 
 from cxrfast import __version__
 from cxrfast.analysis import ensemble, evaluate
-from cxrfast.analysis import receptive_field as erf
-from cxrfast.analysis.evaluate import Evaluation, markdown_table
+from cxrfast.analysis.erf import erf_figure, has_erf, read_erf
+from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd
-from cxrfast.runs.arrays import has_predictions
 from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
-from cxrfast.runs.run import Run, find_runs
+from cxrfast.runs.run import Run
+from cxrfast.tables import markdown_table
 
 FIGURES = "figures"
 """Folder of the report's figures, in the folder of the runs."""
 
 
 @dataclass
-class Section:
+class Chapter:
     title: str
     html: Markup = field(default_factory=Markup)
     figures: list[tuple[str, str]] = field(default_factory=list)
@@ -43,16 +43,16 @@ class Section:
 
 def report(runs: Path) -> Path:
     """Write RUNS/report.html from what the runs hold; a part that was not made yet says which command makes it."""
-    found = find_runs(runs)
-    predicted = any(has_predictions(run) for run in found)
-    sections = [_summary(found)]
+    found = Run.find(runs)
+    predicted = any(run.has_predictions for run in found)
+    chapters = [_summary(found)]
     if predicted:
-        sections += [_auroc(runs), _ensemble(runs, found)]
+        chapters += [_auroc(runs), _ensemble(runs, found)]
     else:
-        sections.append(Section("AUROC", _markdown(f"Nothing predicted yet: `cxrfast predict {found[0].folder}`")))
-    sections += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
+        chapters.append(Chapter("AUROC", _markdown(f"Nothing predicted yet: `cxrfast predict {found[0].folder}`")))
+    chapters += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
     environment = Environment(loader=PackageLoader("cxrfast.analysis", "."), autoescape=select_autoescape(default=True))
-    html = environment.get_template("report.html.j2").render(sections=sections, version=__version__)
+    html = environment.get_template("report.html.j2").render(chapters=chapters, version=__version__)
     write_bytes(runs / "report.html", html.encode())
     return runs / "report.html"
 
@@ -85,10 +85,10 @@ def _footnote(runs: list[Run]) -> str:
     return footnote(_starts(runs))
 
 
-# Sections
+# Chapters
 
 
-def _summary(runs: list[Run]) -> Section:
+def _summary(runs: list[Run]) -> Chapter:
     lines = []
     for run in runs:
         parts = run.rows()["part"].value_counts()
@@ -110,21 +110,21 @@ def _summary(runs: list[Run]) -> Section:
         + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used. "
         + _footnote(runs)
     )
-    return Section("Runs", _markdown(text))
+    return Chapter("Runs", _markdown(text))
 
 
-def _auroc(runs: Path) -> Section:
+def _auroc(runs: Path) -> Chapter:
     evaluation = evaluate.evaluate(runs)
-    text = evaluate.to_markdown(evaluation).split("\n", 1)[1]  # without its heading
-    section = Section("AUROC on the test rows", _markdown(text))
+    text = evaluate.auroc_markdown(evaluation).split("\n", 1)[1]  # without its heading
+    chapter = Chapter("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
         caption = f"AUROC by resolution, mean ± sd over folds. {footnote(evaluation.starts)}".strip()
-        section.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
-    return section
+        chapter.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
+    return chapter
 
 
 def auroc_figure(evaluation: Evaluation) -> Figure:
-    """AUROC against the side of the images, a line a finding; findings that are undefined everywhere are left out."""
+    """AUROC against the side of the images, one line per finding; findings that are undefined everywhere are left out."""
     scales = evaluation.table.groupby("name")["scale"].first()
     names = sorted(evaluation.names, key=lambda name: (int(scales[name]), name))
     statistics = [mean_sd(evaluation.matrix(name)) for name in names]
@@ -136,7 +136,7 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     colours = colormaps["tab20"]
     x = np.arange(len(names))
     for i, j in enumerate(shown):
-        offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars beside, not upon, each other
+        offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars next to, not upon, each other
         axes.errorbar(
             x + offset,
             mean[:, j],
@@ -155,15 +155,15 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _ensemble(runs: Path, found: list[Run]) -> Section:
-    if len({run.config.scale for run in found if has_predictions(run)}) < 2:
-        return Section("Ensemble of scales", _markdown("Needs predictions at two scales or more."))
+def _ensemble(runs: Path, found: list[Run]) -> Chapter:
+    if len({run.config.scale for run in found if run.has_predictions}) < 2:
+        return Chapter("Ensemble of scales", _markdown("Needs predictions at two scales or more."))
     try:
         result = ensemble.ensemble(runs)
     except RunError as error:
-        return Section("Ensemble of scales", _markdown(str(error)))
-    text = ensemble.to_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
-    return Section(
+        return Chapter("Ensemble of scales", _markdown(str(error)))
+    text = ensemble.ensemble_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
+    return Chapter(
         "Ensemble of scales",
         _markdown(text),
         [
@@ -175,12 +175,12 @@ def _ensemble(runs: Path, found: list[Run]) -> Section:
     )
 
 
-def _learning(folder: Path, runs: list[Run]) -> Section:
+def _learning(folder: Path, runs: list[Run]) -> Chapter:
     trained = [run for run in runs if run.metrics()]
     if not trained:
-        return Section("Learning curves", _markdown("No epoch has ended yet."))
+        return Chapter("Learning curves", _markdown("No epoch has ended yet."))
     caption = f"A line a fold, a colour a scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
-    return Section(
+    return Chapter(
         "Learning curves",
         figures=[(caption.strip(), _png(learning_figure(trained), folder / FIGURES / "learning.png"))],
     )
@@ -227,35 +227,35 @@ def learning_figure(runs: list[Run]) -> Figure:
     return figure
 
 
-def _erf(folder: Path, runs: list[Run]) -> Section:
-    measured = [run for run in runs if erf.has_erf(run)]
+def _erf(folder: Path, runs: list[Run]) -> Chapter:
+    measured = [run for run in runs if has_erf(run)]
     if not measured:
-        return Section("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
-    text = "\n".join(f"- {erf.read_erf(run).describe()}" for run in measured)
-    return Section(
+        return Chapter("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
+    text = "\n".join(f"- {read_erf(run).in_words()}" for run in measured)
+    return Chapter(
         "Effective receptive fields",
         _markdown(text),
         [
             (
                 "Squared gradient of the centre of the last feature map; the square has the field's area",
-                _png(erf.figure(measured), folder / FIGURES / "erf.png"),
+                _png(erf_figure(measured), folder / FIGURES / "erf.png"),
             )
         ],
     )
 
 
-def _gradcam(runs: list[Run]) -> Section:
+def _gradcam(runs: list[Run]) -> Chapter:
     """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
     figures = [
-        (f"{path.stem.removeprefix('gradcam-')}, {run.name}", _data_url(path.read_bytes()))
+        (f"{label}, {run.name}", _data_url(path.read_bytes()))
         for run in runs
-        for path in sorted(run.folder.glob("gradcam-*.png"))
+        for label, path in run.gradcam_paths().items()
     ]
     missing = "" if figures else f"Not made yet: `cxrfast gradcam {runs[0].folder} --label …`"
-    return Section("Grad-CAM", _markdown(missing), figures)
+    return Chapter("Grad-CAM", _markdown(missing), figures)
 
 
-def _resources(runs: list[Run]) -> Section:
+def _resources(runs: list[Run]) -> Chapter:
     lines = []
     for run in runs:
         metrics = run.metrics()
@@ -289,12 +289,12 @@ def _resources(runs: list[Run]) -> Section:
         "Process GiB",
         "torch peak GiB",
     ]
-    return Section(
+    return Chapter(
         "Time and memory", _markdown(markdown_table(head, lines) + f"\nMedians over epochs. {_footnote(runs)}")
     )
 
 
-def _configuration(runs: list[Run]) -> Section:
+def _configuration(runs: list[Run]) -> Chapter:
     """What all runs share, then what tells them apart."""
     configs = [asdict(run.config) for run in runs]
     shared = [[name, str(value)] for name, value in configs[0].items() if all(c[name] == value for c in configs)]
@@ -305,4 +305,4 @@ def _configuration(runs: list[Run]) -> Section:
             ["Run", *differing],
             [[run.name, *(str(c[n]) for n in differing)] for run, c in zip(runs, configs, strict=True)],
         )
-    return Section("Configuration", _markdown(text))
+    return Chapter("Configuration", _markdown(text))

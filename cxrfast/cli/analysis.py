@@ -14,10 +14,10 @@ from cxrfast.cli.terminal import show
 @click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True)
 def evaluate(runs: Path, part: str) -> None:
     """AUROC per finding and scale, mean ± sd over folds, of all predictions in RUNS."""
+    from cxrfast.analysis.evaluate import auroc_table
     from cxrfast.analysis.evaluate import evaluate as score
-    from cxrfast.analysis.evaluate import to_table
 
-    show(to_table(score(runs, part)))
+    show(auroc_table(score(runs, part)))
     click.echo(f"tables: {runs / 'evaluation'}")
 
 
@@ -26,9 +26,9 @@ def evaluate(runs: Path, part: str) -> None:
 def ensemble(runs: Path) -> None:
     """Stack the scales in RUNS: weights fitted on validation logits, beside plain voting."""
     from cxrfast.analysis.ensemble import ensemble as stack
-    from cxrfast.analysis.ensemble import to_table
+    from cxrfast.analysis.ensemble import ensemble_table
 
-    show(to_table(stack(runs)))
+    show(ensemble_table(stack(runs)))
     click.echo(f"tables and figure: {runs / 'ensemble'}")
 
 
@@ -39,12 +39,12 @@ def ensemble(runs: Path) -> None:
 @click.option("--device", default="auto", show_default=True)
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
     """Effective receptive field of each RUN, beside the theoretical one."""
-    from cxrfast.analysis.receptive_field import erf as measure
+    from cxrfast.analysis.erf import erf as measure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        click.echo(measure(read_run(folder), images=images, shards=shards, device=pick_device(device)).describe())
+        click.echo(measure(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
 
 
 @click.command()
@@ -57,10 +57,10 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
     """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
     from cxrfast.distributed import pick_device
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
 
     for folder in runs:
-        run = read_run(folder)
+        run = Run.open(folder)
         gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
         click.echo(save_figure(run, label, shards=shards))
 

@@ -58,14 +58,14 @@ def cli() -> None:
 @click.option("--scale", type=click.IntRange(min=1), help="With --deep: side, px. [default: the smallest of --shards]")
 def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
     """What this machine has, what it lacks, and what to do about it."""
-    from cxrfast.doctor.inventory import examine, to_table
+    from cxrfast.doctor.inventory import examine, inventory_table
 
     if not deep and (shards or scale):
         fail("--shards and --scale belong to --deep")
-    findings = examine()
-    show(to_table(findings))
+    items = examine()
+    show(inventory_table(items))
     problems = []
-    if any(f.is_problem for f in findings):
+    if any(item.is_problem for item in items):
         problems.append("this machine lacks something that cxrfast needs: see the advice above")
     if deep:
         from cxrfast.doctor.checkup import checkup, failed

@@ -1,6 +1,5 @@
 """Commands that write, check and copy shard sets."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +98,10 @@ def shard(
 )
 def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
     """Replace the labels of SET by those of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
-    from cxrfast.shards.upkeep.relabel import describe
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
     result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
-    click.echo(describe(result, shards))
+    click.echo(result.summary(shards))
 
 
 @click.command()
@@ -114,13 +112,11 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, 
 def describe(shards: Path, out: Path) -> None:
     """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as look
-    from cxrfast.shards.upkeep.describe import heading, to_tables, write
 
-    description = look(shards)
-    written = write(description, shards, out)
-    click.echo(heading(description))
-    show(*to_tables(description))
-    click.echo(f"written: {', '.join(map(str, written))}")
+    description = look(shards, out)
+    click.echo(description.heading)
+    show(*description.tables)
+    click.echo(f"written: {', '.join(map(str, description.written))}")
 
 
 @click.command()
@@ -145,37 +141,22 @@ def verify(
     workers: int | None,
 ) -> None:
     """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
-    from cxrfast.shards.storage import Tree
-    from cxrfast.shards.upkeep.verify import describe, verify_source
-    from cxrfast.shards.upkeep.verify import verify as check
+    from cxrfast.shards.repair.repair import repair as restore
+    from cxrfast.shards.upkeep.verify import find_source, inspect
 
-    default = str(config.DATA)
-    location = data or (default if source or "://" in default or os.path.isdir(default) else None)
-    tree = Tree(location) if location else None
-    if repair:
-        from cxrfast.shards.repair.repair import repair as repair_set
-
-        for line in repair_set(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
-            click.echo(line)
-    elif accept_new_bytes:
+    if accept_new_bytes and not repair:
         fail("--accept-new-bytes belongs to --repair")
-    verdict = check(shards, deep=deep)
-    problems = list(verdict.problems)
-    if source and tree:
-        of_source = verify_source(shards, tree)
-        problems += of_source.problems
-        click.echo(of_source.describe(tree))
-    for problem in problems:
+    tree = find_source(data, config.DATA, source)
+    if repair:
+        for line in restore(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
+            click.echo(line)
+    result = inspect(shards, tree if source else None, deep=deep, is_repaired=repair)
+    for line in result.lines:
+        click.echo(line)
+    for problem in result.problems:
         click.echo(f"{problem.path}: {problem.what}", err=True)
-    if problems:
-        advice = "" if repair else "; `cxrfast verify --repair` mends what it can"
-        if all(problem.is_signed for problem in problems):
-            advice = (
-                "; SHA256SUMS says the same, so nothing in the set tells what was right: restore these shards from a copy, or "
-                "delete their files and run the same `cxrfast shard` command again"
-            )
-        fail(f"{shards}: {len(problems):,} problems, named above{advice if verdict.problems else ''}")
-    click.echo(describe(verdict, shards, deep))
+    if not result.is_whole:
+        fail(result.advice())
 
 
 @click.command()

@@ -47,11 +47,11 @@ def study(
     walltime: str | None,
     sbatch: Path | None,
     slurm: Path | None,
-    **recipe: Any,
+    **training: Any,
 ) -> None:
     """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
-    runtime = taken_out(config.Runtime, recipe)
-    options: dict[str, Any] = {"nproc": nproc, "recipe": given(recipe), **runtime}
+    runtime = taken_out(config.Runtime, training)
+    options: dict[str, Any] = {"nproc": nproc, "options": given(training), **runtime}
     if dry_run or sbatch:
         ahead(
             shards, runs, list(scales), list(folds), dict(rates), walltime, None if dry_run else sbatch, slurm, options
@@ -88,7 +88,8 @@ def ahead(
     """Show what a study would do; write its job scripts into the folder `sbatch`, if there is one."""
     from dataclasses import replace
 
-    from cxrfast.study.forecast import forecast, parse_walltime, to_table
+    from cxrfast.study.forecast import forecast, forecast_table
+    from cxrfast.study.pace import parse_walltime
     from cxrfast.study.plan import make_plan
     from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
 
@@ -96,7 +97,7 @@ def ahead(
     asked = replace(asked, time=walltime or asked.time)
     plan = make_plan(shards, runs, scales, folds, nodes=asked.nodes, **options)
     result = forecast(plan, rates)
-    show(to_table(result, parse_walltime(asked.time) if walltime or slurm or sbatch else None))
+    show(forecast_table(result, parse_walltime(asked.time) if walltime or slurm or sbatch else None))
     result.check()
     if sbatch:
         *scripts, submit = write_scripts(plan, result.outlooks, asked, sbatch)
@@ -107,7 +108,7 @@ def ahead(
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where everything goes.")
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. CPU, minutes."""
-    from cxrfast.study.study import demo as carry_out
+    from cxrfast.study.demo import demo as carry_out
 
     result = carry_out(out)
     show(*result.tables)

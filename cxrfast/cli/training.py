@@ -74,13 +74,14 @@ def fetch_weights(arch: str, to: Path | None) -> None:
 def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
     """Logits of each RUN for its validation and test rows."""
     from cxrfast.distributed import world
-    from cxrfast.runs.run import read_run
+    from cxrfast.runs.run import Run
     from cxrfast.training.predict import predict as score
 
     with world(device) as ranks:
         for folder in runs:
-            score(read_run(folder), ranks, shards=shards, **options)
-            click.echo(folder / "predictions.zarr")
+            run = Run.open(folder)
+            score(run, ranks, shards=shards, **options)
+            click.echo(run.predictions_path)
 
 
 @click.command()

@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 from cxrfast.distributed import pick_device
-from cxrfast.doctor import pixels, training
+from cxrfast.doctor.gradients import IMAGES, compiled_step, gradients, no_compiler
+from cxrfast.doctor.pixels import dali_pixels, host_pixels, proven_pixels, slow_reader
+from cxrfast.doctor.process_group import process_group
+from cxrfast.doctor.training_step import memory, synchronisations
 from cxrfast.errors import CxrfastError, LoadError
 from cxrfast.phantoms.dataset import synth
 from cxrfast.pipelines import dali
@@ -72,30 +75,30 @@ def checks(reader: Reader, device: torch.device) -> list[Check]:
     of_dali = [
         Check(
             "DALI's pixels" + (f", {load:.0%} by JPEG engines" if load is not None else ""),
-            partial(pixels.dali_pixels, reader, device, load),
+            partial(dali_pixels, reader, device, load),
             no_dali,
         )
         for load in (HW_DECODER_LOADS if gpu else (None,))
     ]
     return [
-        Check("host's pixels", partial(pixels.host_pixels, reader, device)),
+        Check("host's pixels", partial(host_pixels, reader, device)),
         *of_dali,
-        Check("DALI's pixels, the set's means", partial(pixels.proven_pixels, reader, device), no_dali),
-        Check("host, slow reader", partial(pixels.slow_reader, reader, device, "host")),
-        Check("DALI, slow reader", partial(pixels.slow_reader, reader, device, "dali"), no_dali),
+        Check("DALI's pixels, the set's means", partial(proven_pixels, reader, device), no_dali),
+        Check("host, slow reader", partial(slow_reader, reader, device, "host")),
+        Check("DALI, slow reader", partial(slow_reader, reader, device, "dali"), no_dali),
         Check(
             "gradients",
-            partial(training.gradients, reader, device),
-            "" if len(reader.rows) >= training.IMAGES else f"the set has fewer than {training.IMAGES} images",
+            partial(gradients, reader, device),
+            "" if len(reader.rows) >= IMAGES else f"the set has fewer than {IMAGES} images",
         ),
-        Check("process group", partial(training.process_group, device)),
+        Check("process group", partial(process_group, device)),
         Check(
             "synchronisations",
-            partial(training.synchronisations, reader, device),
+            partial(synchronisations, reader, device),
             "" if gpu else "no GPU",
         ),
-        Check("compiled step", partial(training.compiled_step, device), training.no_compiler()),
-        Check("memory", partial(training.memory, reader, device)),
+        Check("compiled step", partial(compiled_step, device), no_compiler()),
+        Check("memory", partial(memory, reader, device)),
     ]
 
 

@@ -26,7 +26,9 @@ OPENCV = "opencv-python-headless"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Item:
+    """One thing that this machine has or lacks."""
+
     what: str
     found: str
     advice: str = ""
@@ -34,69 +36,67 @@ class Finding:
     """True where cxrfast cannot work before the advice is followed."""
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Item]:
     return [*_software(), *_machine(), *_dali(), *_device(), *_data()]
 
 
-def _software() -> Iterator[Finding]:
-    yield Finding("Python", platform.python_version())
+def _software() -> Iterator[Item]:
+    yield Item("Python", platform.python_version())
     for package in ("torch", "torchvision", "simplejpeg", "zarr", "webdataset"):
         found = installed(package, package)
-        yield Finding(package, found or "not installed", "" if found else f"pip install {package}", not found)
+        yield Item(package, found or "not installed", "" if found else f"pip install {package}", not found)
     yield about_opencv(installed(OPENCV, "cv2"))
 
 
-def about_opencv(found: str | None) -> Finding:
+def about_opencv(found: str | None) -> Item:
     if not found:
-        return Finding(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
+        return Item(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
     is_old = int(found.split(".")[0]) < 5
     advice = f"turns images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
-    return Finding(OPENCV, found, advice)
+    return Item(OPENCV, found, advice)
 
 
-def _machine() -> Iterator[Finding]:
+def _machine() -> Iterator[Item]:
     cores, memory = usable_cores(), memory_bytes()
-    yield Finding(
+    yield Item(
         "processor",
         f"{processor()}, {cores} usable cores",
         "decoding at 256 px wants several cores a GPU" if cores < 4 else "",
     )
-    yield Finding("memory", f"{memory / 2**30:,.0f} GiB")
+    yield Item("memory", f"{memory / 2**30:,.0f} GiB")
     shared = Path("/dev/shm")
     if shared.exists():
-        yield Finding(
-            "/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders"
-        )
+        yield Item("/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders")
 
 
-def _dali() -> Iterator[Finding]:
+def _dali() -> Iterator[Item]:
     driver = _branch(nvidia_driver())
     try:
         dali = find_dali(load=True)
     except DeviceError as error:
-        yield Finding("DALI", "does not load", f"{error}, or use --engine host", is_problem=True)
+        yield Item("DALI", "does not load", f"{error}, or use --engine host", is_problem=True)
         dali = None
     else:
         yield about_dali(dali, driver)
     yield from about_cuda(torch.version.cuda, dali, driver, torch.cuda.is_available())
 
 
-def about_dali(dali: Dali | None, driver: int | None) -> Finding:
+def about_dali(dali: Dali | None, driver: int | None) -> Item:
     wheel = "nvidia-dali-cuda130" if driver and driver >= DRIVERS[13] else "nvidia-dali-cuda120"
     if dali is None:
-        return Finding("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
+        return Item("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
     if tuple(map(int, dali.version.split(".")[:2])) < OLDEST:
-        return Finding(
+        return Item(
             "DALI",
             str(dali),
             f"pip install --upgrade {wheel}: before 2.1 it waits for the whole GPU when it frees a buffer, which "
             "breaks CUDA graphs that are being captured",
             is_problem=True,
         )
-    return Finding("DALI", str(dali))
+    return Item("DALI", str(dali))
 
 
-def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, torch_works: bool) -> Iterator[Finding]:
+def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, torch_works: bool) -> Iterator[Item]:
     """The CUDA versions of torch and DALI, and whether the driver serves each of them.
 
     `driver`: its branch, None where it is not known. `torch_works`: torch can use a GPU, so that whatever the driver's
@@ -108,7 +108,7 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
         return
     newest = max(needed.values(), key=lambda need: need[1])[1]
     differ = len({_major(cuda) for cuda, _ in needed.values()}) > 1
-    yield Finding(
+    yield Item(
         "CUDA",
         ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()),
         f"a GPU's driver must be {newest} or newer"
@@ -123,7 +123,7 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
             advice = f"update the driver to {least} or newer, or install {name} for an older CUDA version"
         elif driver < least:
             advice = "torch can use it all the same, by CUDA's forward-compatibility package"
-        yield Finding(f"driver for {name}", f"{driver}; CUDA {cuda} needs {least}", advice, not is_served)
+        yield Item(f"driver for {name}", f"{driver}; CUDA {cuda} needs {least}", advice, not is_served)
 
 
 def _major(version: str) -> int:
@@ -136,51 +136,51 @@ def _branch(driver: str | None) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def _device() -> Iterator[Finding]:
+def _device() -> Iterator[Item]:
     try:
         device = pick_device("auto")
     except CxrfastError as error:
-        yield Finding("GPU", f"driver {nvidia_driver()}", str(error), is_problem=True)
+        yield Item("GPU", f"driver {nvidia_driver()}", str(error), is_problem=True)
         return
     if device.type == "cpu":
-        yield Finding("GPU", "none", "training runs on the CPU: for small scales and trials only")
+        yield Item("GPU", "none", "training runs on the CPU: for small scales and trials only")
     for i in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         properties = torch.cuda.get_device_properties(i)
-        yield Finding(
+        yield Item(
             f"GPU {i}",
             f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
             f"CUDA {torch.version.cuda}",
         )
-    yield Finding("precision", resolve_precision("auto", device))
+    yield Item("precision", resolve_precision("auto", device))
 
 
-def _data() -> Iterator[Finding]:
+def _data() -> Iterator[Item]:
     _, weights = imagenet_file("densenet121")
-    yield Finding(
+    yield Item(
         "ImageNet weights",
         str(weights) if weights.exists() else "not on this machine",
         "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
     )
     tables = any(Path(config.DATA).glob("mimic-cxr-2.*.csv*"))
-    yield Finding(
+    yield Item(
         "source tree",
         config.DATA if tables else f"none in {config.DATA}",
         "" if tables else "set CXRFAST_DATA, or give --data",
     )
     try:
         found = ShardSet(config.SHARDS)
-        yield Finding(
+        yield Item(
             "shard set",
             f"{config.SHARDS}: {found.info.images:,} images at {', '.join(map(str, found.scales))} px",
         )
     except CxrfastError:
-        yield Finding("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
+        yield Item("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
     here = Path(os.getcwd())
-    yield Finding("free space", f"{shutil.disk_usage(here).free / 1e9:,.0f} GB in {here}")
+    yield Item("free space", f"{shutil.disk_usage(here).free / 1e9:,.0f} GB in {here}")
 
 
-def to_table(findings: list[Finding]) -> Table:
+def inventory_table(items: list[Item]) -> Table:
     table = Table("what", "found", "advice", title="cxrfast doctor")
-    for f in findings:
-        table.add_row(f.what, f.found, f.advice, style="bold red" if f.is_problem else None)
+    for item in items:
+        table.add_row(item.what, item.found, item.advice, style="bold red" if item.is_problem else None)
     return table

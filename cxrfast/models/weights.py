@@ -40,21 +40,13 @@ def fetch_weights(arch: str, to: Path | None = None) -> Path:
     return target
 
 
-def load_weights(model: Classifier, weights: str) -> None:
-    """Fill `model` from `imagenet`, `none`, a .pth or .safetensors file, or the folder of a run.
+def load_weights(model: Classifier, path: Path, option: str | None = None) -> None:
+    """Fill `model` from a .pth or .safetensors file; `option`: what --weights said, for messages.
 
-    The last layer is kept random where the file has another number of outputs. Raises RunError for a file that is no
+    The last layer is kept random where the file has another number of outputs. Raises RunError for a file that is not a
     checkpoint of this architecture.
     """
-    if weights == "none":
-        return
-    path = fetch_weights(model.arch) if weights == "imagenet" else Path(weights)
-    if path.is_dir():
-        path = path / "best.safetensors"
-    if not path.exists():
-        raise RunError(
-            f"--weights {weights}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
+    weights = option or path
     try:
         given = (
             load_file(path)

@@ -1,4 +1,4 @@
-"""`cxrfast synth`: a phantom MIMIC-CXR-JPG tree, radiographs nobody was exposed for (see `phantom`).
+"""`cxrfast synth`: a phantom MIMIC-CXR-JPG tree, radiographs nobody was exposed for.
 
 In: how many images, how large, which seed. Out: the folders, CSVs and checksums of MIMIC-CXR-JPG 2.1.0 with their
 quirks. The target must be new or empty.
@@ -16,90 +16,19 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from cxrfast import files
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.machine import usable_cores
-from cxrfast.phantoms.anatomy import FINDINGS, Image, draw, stream
+from cxrfast.phantoms.cohort import Image, make_cohort, stream
+from cxrfast.phantoms.drawing import draw
+from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.progress import progress
 from cxrfast.shards.images.decode import encode as encode_jpeg
 
 SIZES = (64, 4096)
 """Smallest and largest longer side, in pixels."""
-
-DAMAGE = ("truncated", "empty", "not a JPEG")
-"""What is done, in turn, to the images that `corrupt` asks for."""
-
-VIEWS = {
-    ("AP",): 0.40,
-    ("PA",): 0.25,
-    ("AP", "AP"): 0.13,
-    ("PA", "AP"): 0.07,
-    ("PA", "LATERAL"): 0.12,
-    ("AP", "PA", "LATERAL"): 0.03,
-}
-"""Views of a study and how often they occur; one image in ten is a lateral."""
-
-
-def plan(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list[Image]:
-    """Patients with one to four studies of one to three views, until `images` images are reached. Pure."""
-    rng = stream(seed, "set")
-    subjects = _ids(rng, 10_000_000, images)
-    studies = _ids(rng, 50_000_000, images)
-    damaged = {int(i): DAMAGE[n % len(DAMAGE)] for n, i in enumerate(rng.permutation(images)[:corrupt])}
-    made: list[Image] = []
-    study = -1
-    for patient in range(images):
-        year = int(rng.integers(0, 90))
-        for visit in range(min(4, int(rng.geometric(0.55)))):
-            study += 1
-            present = tuple(name for name, finding in FINDINGS.items() if rng.random() < finding.prevalence)
-            views = list(VIEWS)[rng.choice(len(VIEWS), p=list(VIEWS.values()))]
-            date = 21_000_101 + 10_000 * (year + visit) + 100 * int(rng.integers(12)) + int(rng.integers(28))
-            minute = int(rng.integers(0, 24 * 60 - 5))
-            for number, view in enumerate(views):
-                if len(made) == images:
-                    return made
-                height, width = _shape(rng, size, view)
-                digest = hashlib.sha256(f"{seed}/{len(made)}".encode()).hexdigest()
-                hour, past = divmod(minute + number, 60)
-                made.append(
-                    Image(
-                        len(made),
-                        patient,
-                        study,
-                        subjects[patient],
-                        studies[study],
-                        "-".join(digest[i : i + 8] for i in range(0, 40, 8)),
-                        view,
-                        height,
-                        width,
-                        present,
-                        date,
-                        hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8,
-                        damaged.get(len(made), ""),
-                    )
-                )
-    return made
-
-
-def _ids(rng: np.random.Generator, first: int, n: int) -> list[int]:
-    """`n` different numbers of eight digits, in no order."""
-    gaps = rng.integers(1, max(2, 2 * 4_999_999 // n), n)
-    return [int(i) for i in rng.permutation(first + np.cumsum(gaps))]
-
-
-def _shape(rng: np.random.Generator, size: int, view: str) -> tuple[int, int]:
-    """Height and width: portrait, the reverse, or now and then an odd ratio."""
-    kind = rng.random()
-    ratio = rng.uniform(0.74, 1.0) if kind > 0.93 else rng.choice([0.818, 0.82, 0.832])
-    short = round(size * float(ratio))
-    return (short, size) if 0.62 < kind <= 0.93 and view != "LATERAL" else (size, short)
-
-
-# ── the tree ────────────────────────────────────────────────────────────────────────────────────────────
 
 DESCRIPTION = {
     "AP": ("CHEST (PORTABLE AP)", "antero-posterior", "Recumbent"),
@@ -133,7 +62,7 @@ def tables(made: list[Image], seed: int) -> dict[str, list[list[str]]]:
 
 
 def label_rows(made: list[Image], seed: int) -> list[list[str]]:
-    """A row a study: mostly blank, some negatives said, some positives doubted. From ten studies on, one in
+    """One row per study: mostly blank, some negatives said, some positives doubted. From ten studies on, one in
     fifty (rounded up) has no row, and as many have a blank one."""
     rng = stream(seed, "labels")
     studies = {image.study_id: image for image in made}
@@ -188,7 +117,7 @@ def _splits(made: list[Image], seed: int) -> Iterator[list[str]]:
 
 
 def encode(image: Image, seed: int) -> bytes:
-    """The bytes of the file: a grey JPEG of quality 95, or what `image.damage` made of it."""
+    """Bytes of the file: a grey JPEG of quality 95, or what `image.damage` made of it."""
     if image.damage == "empty":
         return b""
     if image.damage == "not a JPEG":
@@ -258,7 +187,7 @@ def synth(
     if workers is None:
         workers = usable_cores()
     _check(out, images, size, seed, corrupt, workers)
-    made = plan(images, size, seed, corrupt)
+    made = make_cohort(images, size, seed, corrupt)
     try:
         out.mkdir(parents=True, exist_ok=True)
         hashes = _write_images(out, seed, made, min(workers, images))

@@ -1,9 +1,8 @@
-"""Arrays of a run at rest: predictions.zarr and maps.zarr, each written by one process under a temporary name, then renamed."""
+"""Arrays on disk: a zarr group, written by one process under a temporary name, then renamed. Knows nothing of runs."""
 
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +11,6 @@ import zarr
 
 from cxrfast.errors import RunError
 from cxrfast.files import TEMPORARY
-from cxrfast.runs.run import Run
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a run says of one part of its rows."""
-
-    row: np.ndarray
-    """int64 (n,), ascending, unique."""
-    logits: np.ndarray
-    """float32 (n, L)"""
-
-
-def write_predictions(run: Run, parts: Mapping[str, Predictions]) -> None:
-    """Write predictions.zarr with one group a part. Raises RunError if rows are repeated."""
-    arrays = {}
-    for part, p in parts.items():
-        if len(np.unique(p.row)) != len(p.row):
-            raise RunError(f"{run.name}: rows of {part} were predicted twice")
-        order = np.argsort(p.row)
-        arrays[f"{part}/row"], arrays[f"{part}/logits"] = (
-            p.row[order].astype(np.int64),
-            p.logits[order].astype(np.float32),
-        )
-    write_arrays(
-        run.folder / "predictions.zarr",
-        arrays,
-        {"set_id": run.config.set_id, "config_hash": run.config.hash, "labels": list(run.config.labels)},
-    )
-
-
-def read_predictions(run: Run, part: str) -> Predictions:
-    """Raises RunError if the run has not predicted `part` or if the store is another configuration's."""
-    path = run.folder / "predictions.zarr"
-    if not path.is_dir():
-        raise RunError(f"{run.name} has no predictions: `cxrfast predict {run.folder}`")
-    group = open_arrays(path)
-    if group.attrs.get("config_hash") != run.config.hash or group.attrs.get("set_id") != run.config.set_id:
-        raise RunError(f"{path} belongs to another run: predict again with `cxrfast predict {run.folder}`")
-    if part not in group:
-        raise RunError(f"{path} has no part {part!r}: predict again with `cxrfast predict {run.folder}`")
-    again = f"predict again with `cxrfast predict {run.folder}`"
-    return Predictions(read_array(group, f"{part}/row", again), read_array(group, f"{part}/logits", again))
-
-
-def has_predictions(run: Run) -> bool:
-    return (run.folder / "predictions.zarr").is_dir()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:

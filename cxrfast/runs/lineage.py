@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 from cxrfast.config import TrainConfig
+from cxrfast.runs.folder import WEIGHTS
 
 SIGN = "†"
 FROM = "from "
@@ -15,7 +16,7 @@ def start_of(config: TrainConfig) -> str:
     if config.weights in ("imagenet", "none"):
         return {"imagenet": "ImageNet", "none": "none"}[config.weights]
     path = PurePath(config.weights)
-    if path.name == "best.safetensors":
+    if path.name == WEIGHTS:
         path = path.parent
     elif path.suffix in (".pth", ".pt", ".safetensors"):
         return path.name

@@ -1,19 +1,11 @@
-"""A run's folder: RUNS/<arch>-<scale>/fold-<k>/. Every file in it is whole or absent; only this module knows their names.
-
-config.json      the configuration, its hash, where the shards lay, versions
-state.json       running | preempted | done | failed, epoch, rate, heartbeat
-metrics.jsonl    a line an epoch
-rows.parquet     its own copy of rows, parts and raw labels
-last.pt          the checkpoint to resume from
-best.safetensors weights of the epoch with the lowest validation loss
-predictions.zarr, maps.zarr   see `store`
-"""
+"""A run on disk: what its files hold. Where they are is RunFolder's; what is in the arrays' stores is read and written by `arrays`."""
 
 import io
 import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,46 +20,124 @@ from cxrfast import __version__
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.files import replacing, write_bytes, write_json
+from cxrfast.models.classifier import Classifier
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
+from cxrfast.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run on disk."""
+class Predictions:
+    """A run's logits for one part of its rows."""
 
-    folder: Path
+    row: np.ndarray
+    """int64 (n,), ascending, unique."""
+    logits: np.ndarray
+    """float32 (n, L)"""
+
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """A run on disk, opened."""
+
     config: TrainConfig
     shards: Path
-    """Where its shard set lay when it was started."""
+    """Where its shard set was when it was started."""
 
-    @property
-    def name(self) -> str:
-        """`densenet121-2048/fold-0`, as people call it."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run in a folder like `runs/densenet121-256/fold-0`. Raises RunError if there is none or its config.json is damaged."""
+        folder = Path(folder)
+        path = RunFolder(folder).config_path
+        if not path.is_file():
+            raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
+        try:
+            value = json.loads(path.read_bytes())
+            return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error})") from error
 
-    # rows
+    @classmethod
+    def find(cls, runs: Path) -> list["Run"]:
+        """Every run below `runs`, by name, scale and fold. Raises RunError if there is none."""
+        found = [cls.open(place.folder) for place in RunFolder.below(runs) if place.is_started]
+        if not found:
+            raise RunError(
+                f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
+            )
+        return sorted(
+            found, key=lambda run: (run.config.arch, run.config.scale, run.folder.parent.name, run.config.fold)
+        )
+
+    @classmethod
+    def start(cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> "Run":
+        """Create the run, or take up the one that is there if its configuration is the same.
+
+        Raises RunError naming the differences if it is not; but a run that failed with nothing to lose takes the new one.
+        """
+        run = cls(folder, config, shards)
+        if run.is_started:
+            earlier = cls.open(folder)
+            differences = config.differences(earlier.config)
+            if differences and not earlier.has_nothing_to_lose:
+                raise RunError(
+                    f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
+                    "choose another --runs or --name, or give the same options to resume it"
+                )
+            if not differences:
+                return run
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(run.rows_path) as file:
+            rows.to_parquet(file, index=False)
+        write_json(
+            run.config_path,
+            {
+                "config": asdict(config),
+                "hash": config.hash,
+                "shards": str(shards.absolute()),
+                "versions": {"cxrfast": __version__, "torch": torch.__version__},
+            },
+        )
+        return run
+
+    # Rows
 
     def rows(self) -> pd.DataFrame:
         """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits."""
-        path = self.folder / "rows.parquet"
         try:
-            return pd.read_parquet(path, columns=["row", "image_id", "patient_id", "part", *self.config.labels])
+            return pd.read_parquet(
+                self.rows_path, columns=["row", "image_id", "patient_id", "part", *self.config.labels]
+            )
         except (OSError, ValueError) as error:  # pyarrow's errors are either
             raise RunError(
-                f"{path} is missing or damaged: restore it, or train the run again in a new folder"
+                f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
             ) from error
 
-    # state
+    def reader(self, shards: Path | None = None) -> Reader:
+        """A reader of the run's shard set at its scale; `shards`: where the set is now, if not where it was.
+
+        Raises RunError if it is another set.
+        """
+        reader = Reader(shards or self.shards, self.config.scale)
+        if reader.info.id != self.config.set_id:
+            raise RunError(
+                f"{self.name} was trained on set {self.config.set_id}, {reader.folder} is set {reader.info.id}: "
+                "give the right folder with --shards"
+            )
+        return reader
+
+    # State
 
     def state(self) -> dict[str, Any]:
         """{} if the run never started."""
-        path = self.folder / "state.json"
+        path = self.state_path
         try:
             return json.loads(path.read_bytes()) if path.exists() else {}
         except ValueError as error:
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
     def set_state(self, state: str, **more: Any) -> None:
-        write_json(self.folder / "state.json", {"state": state, "time": round(time.time()), "pid": os.getpid(), **more})
+        write_json(self.state_path, {"state": state, "time": round(time.time()), "pid": os.getpid(), **more})
 
     @property
     def is_done(self) -> bool:
@@ -76,14 +146,14 @@ class Run:
     @property
     def has_nothing_to_lose(self) -> bool:
         """True if it failed before anything was trained: its folder may take another configuration."""
-        results = ("last.pt", "best.safetensors", "metrics.jsonl")
-        return self.state().get("state") == "failed" and not any((self.folder / name).exists() for name in results)
+        results = (self.checkpoint_path, self.weights_path, self.metrics_path)
+        return self.state().get("state") == "failed" and not any(path.exists() for path in results)
 
-    # metrics
+    # Metrics
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict an epoch, oldest first. A line that a killed process left unfinished is not one."""
-        path = self.folder / "metrics.jsonl"
+        path = self.metrics_path
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
             return [json.loads(line) for line in lines]
@@ -100,19 +170,19 @@ class Run:
         self._write_metrics([m for m in self.metrics() if m["epoch"] < epochs])
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        write_bytes(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines).encode())
+        write_bytes(self.metrics_path, "".join(json.dumps(m) + "\n" for m in lines).encode())
 
-    # checkpoints
+    # Checkpoint and weights
 
-    def save_last(self, checkpoint: dict[str, Any]) -> None:
+    def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = io.BytesIO()  # torch's own writing to a full disk is a RuntimeError about a position
         torch.save({**checkpoint, "config_hash": self.config.hash}, data)
-        with replacing(self.folder / "last.pt") as file:
+        with replacing(self.checkpoint_path) as file:
             file.write(data.getbuffer())
 
-    def load_last(self) -> dict[str, Any] | None:
+    def read_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, on the CPU; None if there is none. Raises RunError if it is damaged or another run's."""
-        path = self.folder / "last.pt"
+        path = self.checkpoint_path
         if not path.exists():
             return None
         try:
@@ -128,81 +198,69 @@ class Run:
             )
         return checkpoint
 
-    def save_best(self, weights: dict[str, torch.Tensor]) -> None:
-        for derived in ("predictions.zarr", "maps.zarr"):  # of the weights that go now
-            shutil.rmtree(self.folder / derived, ignore_errors=True)
-        for picture in self.folder.glob("gradcam-*.png"):
-            picture.unlink()
+    def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Replace the best weights; what was made with the old ones is deleted."""
+        for derived in (self.predictions_path, self.maps_path):
+            shutil.rmtree(derived, ignore_errors=True)
+        for figure in self.gradcam_paths().values():
+            figure.unlink()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        write_bytes(self.folder / "best.safetensors", save(tensors, metadata={"config_hash": self.config.hash}))
+        write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.config.hash}))
 
-    def load_best(self) -> dict[str, torch.Tensor]:
-        """The model's state dict. Raises RunError if the run has none yet, or a damaged one."""
-        path = self.folder / "best.safetensors"
+    def read_weights(self) -> dict[str, torch.Tensor]:
+        """The best weights, as a state dict. Raises RunError if the run has none yet, or damaged ones."""
+        path = self.weights_path
         try:
             return load_file(path)
         except (FileNotFoundError, SafetensorError) as error:
             if not path.exists():
-                raise RunError(f"{self.folder} has no best.safetensors yet: train it first") from None
+                raise RunError(f"{self.folder} has no {path.name} yet: train it first") from None
             raise RunError(f"{path} is damaged ({error}): train the run again") from error
+
+    def load(self, device: torch.device | str = "cpu") -> Classifier:
+        """The run's classifier with its best weights, in eval mode on the device."""
+        model = Classifier(self.config.arch, len(self.config.labels))
+        try:
+            model.load_state_dict(self.read_weights())
+        except RuntimeError as error:
+            raise RunError(f"the weights of {self.name} do not fit {self.config.arch}: train it again") from error
+        return model.to(device).eval()
+
+    # Predictions and maps
+
+    def write_predictions(self, parts: Mapping[str, Predictions]) -> None:
+        """Write predictions.zarr with one group per part. Raises RunError if rows are repeated."""
+        arrays = {}
+        for part, p in parts.items():
+            if len(np.unique(p.row)) != len(p.row):
+                raise RunError(f"{self.name}: rows of {part} were predicted twice")
+            order = np.argsort(p.row)
+            arrays[f"{part}/row"] = p.row[order].astype(np.int64)
+            arrays[f"{part}/logits"] = p.logits[order].astype(np.float32)
+        owner = {"set_id": self.config.set_id, "config_hash": self.config.hash, "labels": list(self.config.labels)}
+        write_arrays(self.predictions_path, arrays, owner)
+
+    def read_predictions(self, part: str) -> Predictions:
+        """Raises RunError if the run has not predicted `part` or if the store is another configuration's."""
+        path, again = self.predictions_path, f"predict again with `cxrfast predict {self.folder}`"
+        if not self.has_predictions:
+            raise RunError(f"{self.name} has no predictions: `cxrfast predict {self.folder}`")
+        group = open_arrays(path)
+        if group.attrs.get("config_hash") != self.config.hash or group.attrs.get("set_id") != self.config.set_id:
+            raise RunError(f"{path} belongs to another run: {again}")
+        if part not in group:
+            raise RunError(f"{path} has no part {part!r}: {again}")
+        return Predictions(read_array(group, f"{part}/row", again), read_array(group, f"{part}/logits", again))
+
+    def open_maps(self) -> Any:
+        """The zarr group of the run's maps, read-only; None if there are none yet. Raises RunError if it is damaged."""
+        return open_arrays(self.maps_path) if self.maps_path.is_dir() else None
+
+    def add_maps(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
+        """Write arrays and attributes into the maps, keeping what they hold under other names."""
+        update_arrays(self.maps_path, arrays, attributes)
 
 
 def part_rows(rows: pd.DataFrame, part: str) -> np.ndarray:
     """int64, ascending: the rows of a part of a run's table."""
     return rows.loc[rows["part"] == part, "row"].to_numpy(np.int64, copy=True)
-
-
-def run_folder(runs: Path, config: TrainConfig, name: str | None = None) -> Path:
-    return runs / (name or f"{config.arch}-{config.scale}") / f"fold-{config.fold}"
-
-
-def start_run(folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> Run:
-    """Create the run, or take up the one that is there if its configuration is the same.
-
-    Raises RunError naming the differences if it is not; but a run that failed with nothing to lose takes the new one.
-    """
-    if (folder / "config.json").exists():
-        run = read_run(folder)
-        differences = config.differences(run.config)
-        if differences and not run.has_nothing_to_lose:
-            raise RunError(
-                f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
-                "choose another --runs or --name, or give the same options to resume it"
-            )
-        if not differences:
-            return Run(folder, config, shards)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "rows.parquet") as file:
-        rows.to_parquet(file, index=False)
-    write_json(
-        folder / "config.json",
-        {
-            "config": asdict(config),
-            "hash": config.hash,
-            "shards": str(shards.absolute()),
-            "versions": {"cxrfast": __version__, "torch": torch.__version__},
-        },
-    )
-    return Run(folder, config, shards)
-
-
-def read_run(folder: Path) -> Run:
-    """Raises RunError if `folder` is no run or its config.json is damaged."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
-    try:
-        value = json.loads(path.read_bytes())
-        return Run(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error})") from error
-
-
-def find_runs(runs: Path) -> list[Run]:
-    """Every run below `runs`, by name, scale and fold. Raises RunError if there is none."""
-    found = [read_run(path.parent) for path in runs.glob("*/fold-*/config.json")]
-    if not found:
-        raise RunError(
-            f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
-        )
-    return sorted(found, key=lambda run: (run.config.arch, run.config.scale, run.folder.parent.name, run.config.fold))

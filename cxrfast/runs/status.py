@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxrfast.errors import RunError
+from cxrfast.runs.folder import RunFolder
 from cxrfast.units import duration
 
 if TYPE_CHECKING:
@@ -53,43 +54,43 @@ def status(runs: Path, now: float | None = None) -> list[Status]:
 
     Raises RunError if there is no run. A damaged file is a damaged run's, never an error.
     """
-    folders = {path.parent for name in ("config.json", "state.json") for path in runs.glob(f"*/fold-*/{name}")}
-    if not folders:
+    found = RunFolder.below(runs)
+    if not found:
         raise RunError(
             f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
         )
-    return [read_status(folder, time.time() if now is None else now) for folder in sorted(folders, key=_natural)]
+    return [read_status(run, time.time() if now is None else now) for run in sorted(found, key=_natural)]
 
 
-def _natural(folder: Path) -> list[Any]:
+def _natural(run: RunFolder) -> list[Any]:
     """Sorts 256 before 1024."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(folder))]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(run.folder))]
 
 
-def read_status(folder: Path, now: float) -> Status:
-    """The status of the run in `folder` at `now`, unix seconds."""
-    damaged = []
-    values = {}
-    for name in ("config.json", "state.json"):
+def read_status(run: RunFolder, now: float) -> Status:
+    """The status of a run at `now`, unix seconds."""
+    damaged: list[str] = []
+
+    def read(path: Path) -> dict[str, Any]:
         try:
-            values[name] = _read_object(folder / name)
+            return _read_object(path)
         except ValueError:
-            values[name] = {}
-            damaged.append(f"{name} is damaged")
-    state, lines = values["state.json"], read_metrics(folder)
+            damaged.append(f"{path.name} is damaged")
+            return {}
+
+    config, state, lines = read(run.config_path).get("config"), read(run.state_path), read_metrics(run)
     heartbeat = _number(state.get("time"))
     age = None if heartbeat is None else max(0.0, now - heartbeat)  # clocks of two machines differ
     shown = "damaged" if damaged else str(state.get("state") or "not started")
     if shown == "running" and (age is None or age > SILENT_SECONDS):
         shown = "silent"
-    config = values["config.json"].get("config")
     rate, epochs = _number(state.get("images_per_s")), _number(state.get("epochs"))
     if epochs is None and isinstance(config, dict):
         epochs = _number(config.get("epochs"))
     epoch = _number(state.get("epoch"))
     return Status(
-        name=f"{folder.parent.name}/{folder.name}",
-        folder=str(folder),
+        name=run.name,
+        folder=str(run.folder),
         state=shown,
         epoch=len(lines) if epoch is None else int(epoch),
         epochs=None if epochs is None else int(epochs),
@@ -115,10 +116,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that can be read, a dict an epoch, oldest first; [] without the file."""
+def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of a run's metrics that can be read, one dict per epoch, oldest first; [] if there are none."""
     try:
-        texts = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+        texts = run.metrics_path.read_text(errors="replace").splitlines()
     except OSError:
         return []
     lines = []

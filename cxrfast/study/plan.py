@@ -7,16 +7,16 @@ from typing import Any
 
 from cxrfast.config import Runtime, TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.run import run_folder
+from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.train import configure
 
 LEFT = {"precision": "auto", "micro_batch": None}
-"""What is not given."""
+"""What a run gets whose option is not given."""
 
 OPTION_NAMES = {"subset": "rows", "views": "view", "label_policies": "label-policy"}
-"""Of fields that are called otherwise on the command line."""
+"""Option names of fields that are called otherwise on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,52 +27,51 @@ class Plan:
     scales: list[int]
     """px, ascending."""
     folds: list[int]
-    recipe: dict[str, Any]
+    options: dict[str, Any]
     """Fields of TrainConfig that were given; the others are the preset's."""
     nproc: int = 1
-    """Processes a node."""
+    """Processes per node."""
     nodes: int = 1
-    """Of one training; more than one by SLURM only."""
+    """Nodes per training; more than one with SLURM only."""
 
     @property
     def ranks(self) -> int:
         return self.nproc * self.nodes
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """(scale, fold) of every run."""
-        return [(scale, fold) for scale in self.scales for fold in self.folds]
-
     def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
         """Raises RunError or DeviceError for options that make no sense. `measure`: see `train.configure`."""
-        return configure(replace(self.runtime, device=device), scale, fold, self.recipe, measure)
+        return configure(replace(self.runtime, device=device), scale, fold, self.options, measure)
+
+    def run_name(self, scale: int, fold: int) -> str:
+        """`densenet121-2048/fold-0`, whether or not the options make sense."""
+        return f"{self.options.get('arch', 'densenet121')}-{scale}/fold-{fold}"
 
     def folder(self, scale: int, fold: int) -> Path:
-        return run_folder(self.runtime.runs, self.config(scale, fold, "cpu"))
+        return RunFolder.of(self.runtime.runs, self.config(scale, fold, "cpu").arch, scale, fold).folder
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """What sets a run on disk apart, but for what was left to the machine to choose."""
-        left = [name for name in ("precision", "micro_batch") if self.recipe.get(name, LEFT[name]) == "auto"]
+        left = [name for name in ("precision", "micro_batch") if self.options.get(name, LEFT[name]) == "auto"]
         return [text for text in config.differences(other) if text.partition(":")[0] not in left]
 
-    def options(self) -> list[str]:
+    def _common_options(self) -> list[str]:
         """Options that `train` and `study` share, as they were given."""
         where = {
             f.name: getattr(self.runtime, f.name) for f in fields(Runtime) if f.name not in ("shards", "runs", "quiet")
         }
         usual = {f.name: f.default for f in fields(Runtime)}
         given = {name: value for name, value in where.items() if value != usual[name]}
-        return as_options({**given, **self.recipe})
+        return as_options({**given, **self.options})
 
     def train_options(self, scale: int, fold: int) -> list[str]:
         """Options of `cxrfast train` for one run."""
         where = [f"--shards={self.runtime.shards}", f"--runs={self.runtime.runs}"]
-        return [*where, f"--scale={scale}", f"--fold={fold}", *self.options()]
+        return [*where, f"--scale={scale}", f"--fold={fold}", *self._common_options()]
 
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs in single processes."""
         runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
-        return [str(self.runtime.shards), str(self.runtime.runs), *runs, *self.options()]
+        return [str(self.runtime.shards), str(self.runtime.runs), *runs, *self._common_options()]
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
@@ -98,25 +97,26 @@ def make_plan(
     *,
     nproc: int = 1,
     nodes: int = 1,
-    recipe: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     **runtime: Any,
 ) -> Plan:
     """All `scales` of the set and all five folds where none are given; `runtime`: further fields of Runtime.
 
-    Raises ShardError if `shards` is no set, RunError if nothing is in it.
+    `options`: fields of TrainConfig, None for the preset's. Raises ShardError if `shards` is not a set, RunError if
+    nothing is in it.
     """
     built = ShardSet(shards).scales
-    recipe = {name: value for name, value in (recipe or {}).items() if value is not None}
-    runtime.setdefault("subset", recipe.pop("subset", None))
+    options = {name: value for name, value in (options or {}).items() if value is not None}
+    runtime.setdefault("subset", options.pop("subset", None))
     scales = sorted(set(scales or built))
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
-    folds = sorted(set(folds or ([0] if recipe.get("split") == "official" else range(FOLDS))))
+    folds = sorted(set(folds or ([0] if options.get("split") == "official" else range(FOLDS))))
     return Plan(
         runtime=Runtime(shards=shards, runs=runs, **runtime),
         scales=scales,
         folds=folds,
-        recipe=recipe,
+        options=options,
         nproc=nproc,
         nodes=nodes,
     )

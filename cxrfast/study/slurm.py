@@ -1,4 +1,4 @@
-"""Job scripts for SLURM: one a run, one for the tables once all are done, and `submit.sh`, which queues them.
+"""Job scripts for SLURM: one per run, one for the tables once all are done, and `submit.sh`, which queues them.
 
 A training that is told to stop saves and is queued again, until it is done. Text in, text out, but for `write_scripts`.
 """
@@ -15,12 +15,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
-from cxrfast.study.forecast import NOTICE_SECONDS, Outlook, parse_walltime
+from cxrfast.runs.folder import RunFolder
+from cxrfast.study.outlook import Outlook
+from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
 from cxrfast.study.plan import Plan
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
 PORT = 29400
-"""At which the nodes of one training meet, on the first of them: plus the job's number mod 1000, so that jobs may share a node."""
+"""Port at which the nodes of one training meet, on the first of them: plus the job's number mod 1000, so that jobs may share a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +32,15 @@ class Slurm:
     account: str = ""
     partition: str = ""
     time: str = "24:00:00"
-    """Of one job, [DAYS-]HH:MM:SS; a training that takes longer goes on in the next."""
+    """Wall time of one job, [DAYS-]HH:MM:SS; a training that takes longer continues in the next."""
     nodes: int = 1
-    """Of one training."""
+    """Nodes per training."""
     gpus: int | None = None
-    """A node; default: a process each, none with --device cpu."""
+    """GPUs per node; default: one per process, none with --device cpu."""
     cpus: int | None = None
-    """A node; default: 8 a process."""
+    """Cores per node; default: 8 per process."""
     memory: str = ""
-    """A node, as sbatch takes it: 200G; 0 is all of it."""
+    """Memory per node, as sbatch takes it: 200G; 0 is all of it."""
     extra: tuple[str, ...] = ()
     """Further options of sbatch, such as --qos=long."""
     setup: tuple[str, ...] = ()
@@ -149,7 +151,7 @@ def train_script(plan: Plan, outlook: Outlook, slurm: Slurm, folder: Path) -> st
         head=top,
         name=outlook.name,
         notice=NOTICE_SECONDS,
-        run=shlex.quote(str(plan.runtime.runs / outlook.name)),
+        state_file=shlex.quote(str(RunFolder(plan.runtime.runs / outlook.name).state_path)),
         setup="\n".join(slurm.setup),
         command=_training(plan, slurm, plan.train_options(outlook.scale, outlook.fold)),
     )

@@ -1,10 +1,9 @@
 """The whole study: every scale × fold trained and predicted, then tables, ensemble, receptive fields, Grad-CAM, report.
 
-Each step is skipped where its result is there already, so a study that was stopped goes on where it stopped.
+Each step is skipped where its result is there already, so a study that was stopped continues where it stopped.
 """
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -18,16 +17,15 @@ from typing import Any
 from rich.table import Table
 
 from cxrfast.analysis import ensemble, evaluate
-from cxrfast.analysis.gradcam import figure_path, gradcam_run, save_figure
-from cxrfast.analysis.receptive_field import erf, has_erf
+from cxrfast.analysis.erf import erf, has_erf
+from cxrfast.analysis.gradcam import gradcam_run, save_figure
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.phantoms.dataset import synth
-from cxrfast.runs.arrays import has_predictions
-from cxrfast.runs.run import Run, read_run
-from cxrfast.shards.build import build
-from cxrfast.study.forecast import Outlook, forecast, projection
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
+from cxrfast.study.forecast import forecast, projection
+from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.launch import Stopped, call
 from cxrfast.training.predict import predict
@@ -56,27 +54,27 @@ def study(
     folds: list[int] | None = None,
     *,
     nproc: int = 1,
-    recipe: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     keep_going: bool = False,
     **runtime: Any,
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `recipe`: fields of TrainConfig, None for the preset's. `nproc`: processes a training. `keep_going`: after a run
-    that failed, go on with the others. `runtime`: further fields of Runtime.
+    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes per training. `keep_going`: after a run
+    that failed, continue with the others. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
-    plan = make_plan(shards, runs, scales, folds, nproc=nproc, recipe=recipe, **runtime)
+    plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
     pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
-    prospect = forecast(plan)
-    prospect.check()
+    expected = forecast(plan)
+    expected.check()
     done: list[Run] = []
     failures: list[str] = []
-    for number, outlook in enumerate(prospect.outlooks):
+    for number, outlook in enumerate(expected.outlooks):
         try:
-            with _projected(plan, prospect.outlooks[number:]):
+            with _projected(plan, expected.outlooks[number:]):
                 done.append(_run(plan, outlook))
         except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
             if not keep_going:
@@ -95,9 +93,9 @@ def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
     """Tables, ensemble, maps and report of the runs that are done."""
     runs = plan.runtime.runs
     evaluation = evaluate.evaluate(runs)
-    tables = [evaluate.to_table(evaluation)]
+    tables = [evaluate.auroc_table(evaluation)]
     if len({run.config.scale for run in done}) > 1:
-        tables.append(ensemble.to_table(ensemble.ensemble(runs)))
+        tables.append(ensemble.ensemble_table(ensemble.ensemble(runs)))
     first = min(run.config.fold for run in done)
     _maps([run for run in done if run.config.fold == first], evaluation, plan.runtime.shards, plan.runtime.device)
     return Study(tables, report(runs), failures)
@@ -112,10 +110,10 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
         _torchrun(plan, outlook, folder)
     else:
         _in_this_process(plan, outlook)
-    run = read_run(folder)
+    run = Run.open(folder)
     if not run.is_done:
         raise RunError(f"{folder} ended before it was done, without a word: run the study again")
-    if not has_predictions(run):
+    if not run.has_predictions:
         with world(runtime.device) as ranks:
             predict(run, ranks, shards=runtime.shards, engine=runtime.engine, threads=runtime.threads)
     return run
@@ -129,7 +127,7 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
             with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
-                state = read_run(folder).state()
+                state = Run.open(folder).state()
                 if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
                     print(projection(left, plan.ranks, rate), file=sys.stderr, flush=True)
                     return
@@ -161,7 +159,7 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
     if received is not None:
         raise Stopped(outlook.name, received)
-    state = read_run(folder).state() if (folder / "config.json").exists() else {}
+    state = Run.open(folder).state() if RunFolder(folder).is_started else {}
     if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal that came from elsewhere
         raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
     if code:
@@ -182,7 +180,7 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     for run in runs:
         try:
             if not has_erf(run):
-                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).describe(), file=sys.stderr)
+                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words(), file=sys.stderr)
         except RunError as error:  # an architecture without a known feature map has tables all the same
             print(error, file=sys.stderr)
             return
@@ -194,29 +192,6 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         & (evaluation.table["label"] != "No Finding")
     ]
     for label in known.sort_values("auroc", ascending=False)["label"].head(CAM_FINDINGS):
-        if not figure_path(largest, label).exists():
+        if not largest.gradcam_path(label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
             save_figure(largest, label, shards=shards)
-
-
-DEMO_SCALES, DEMO_FOLDS = [32, 64, 128], [0, 1]
-DEMO_RECIPE: dict[str, Any] = {
-    "weights": "none",
-    "epochs": 4,
-    "global_batch": 16,
-    "micro_batch": 16,
-    "learning_rate": 3e-4,  # at 1e-3 the statistics of BatchNorm lag behind the weights in so few steps
-}
-"""From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
-
-
-def demo(out: Path) -> Study:
-    """Phantoms of 512 px, shards at four small scales, two folds, every table and figure; minutes on two cores."""
-    source, shards = out / "mimic-cxr-jpg", out / "shards"
-    if not source.exists():
-        drawing = out / "drawing"
-        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
-        synth(drawing, images=600, size=512)
-        drawing.rename(source)
-    build(source, shards, DEMO_SCALES)
-    return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", recipe=DEMO_RECIPE)

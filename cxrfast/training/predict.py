@@ -7,14 +7,11 @@ import torch
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import autocast, use_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
-from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import Advance, progress
-from cxrfast.runs.arrays import Predictions, write_predictions
-from cxrfast.runs.run import Run, part_rows
+from cxrfast.runs.run import Predictions, Run, part_rows
 
 PARTS = ("val", "test")
 
@@ -32,8 +29,8 @@ def predict(
 
     `shards`: where the set lies now, if not where it lay in training. Raises RunError if it is another set.
     """
-    reader = open_reader(run, shards)
-    model = load_model(run, world.device)
+    reader = run.reader(shards)
+    model = run.load(world.device)
     table = run.rows()
     rows = {part: part_rows(table, part) for part in PARTS}
     parts: dict[str, Predictions] = {}
@@ -48,29 +45,8 @@ def predict(
             if scores is not None:
                 parts[part] = complete(scores, rows[part], run.name)
     if world.is_first:
-        write_predictions(run, parts)
+        run.write_predictions(parts)
     world.barrier()
-
-
-def open_reader(run: Run, shards: Path | None = None) -> Reader:
-    """The run's shard set at its scale, wherever it lies now. Raises RunError if it is another set."""
-    reader = Reader(shards or run.shards, run.config.scale)
-    if reader.info.id != run.config.set_id:
-        raise RunError(
-            f"{run.name} was trained on set {run.config.set_id}, {reader.folder} is set {reader.info.id}: "
-            "give the right folder with --shards"
-        )
-    return reader
-
-
-def load_model(run: Run, device: torch.device | str) -> Classifier:
-    """The run's classifier with its best weights, in eval mode on the device."""
-    model = Classifier(run.config.arch, len(run.config.labels))
-    try:
-        model.load_state_dict(run.load_best())
-    except RuntimeError as error:
-        raise RunError(f"the weights of {run.name} do not fit {run.config.arch}: train it again") from error
-    return model.to(device).eval()
 
 
 def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:

@@ -1,11 +1,9 @@
-"""TensorBoard's view of a run: the lines of metrics.jsonl as scalars, into RUN/tensorboard/. Needs `cxrfast[tensorboard]`."""
+"""TensorBoard's view of a run: the lines of its metrics as scalars, into a folder in the run. Needs `cxrfast[tensorboard]`."""
 
 from pathlib import Path
 from typing import Any
 
 from cxrfast.errors import RunError
-
-FOLDER = "tensorboard"
 
 TAGS = {
     "train_loss": "loss/training",
@@ -23,17 +21,17 @@ TAGS = {
 class Board:
     """Writes the epochs of a run as events."""
 
-    def __init__(self, run: Path, epoch: int = 0) -> None:
-        """`run`: its folder. `epoch`: the first that will be added, from 0: events of it and later ones, left by a
+    def __init__(self, folder: Path, epoch: int = 0) -> None:
+        """`folder`: for the events. `epoch`: the first that will be added, from 0: events of it and later ones, left by a
         training that was cut back, are hidden from then on. Raises RunError if TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RunError(f"TensorBoard cannot be used ({error}): pip install 'cxrfast[tensorboard]'") from error
-        self.writer = SummaryWriter(run / FOLDER, purge_step=epoch)
+        self.writer = SummaryWriter(folder, purge_step=epoch)
 
     def add(self, line: dict[str, Any], step: int) -> None:
-        """Show a line of metrics.jsonl at `step`, the epoch from 0; what is undefined there is left out."""
+        """Show a line of the metrics at `step`, the epoch from 0; what is undefined there is left out."""
         scalars = {tag: line.get(name) for name, tag in TAGS.items()}
         scalars |= {f"AUROC/{label}": value for label, value in line.get("val_auroc_by_label", {}).items()}
         for tag, value in scalars.items():

@@ -23,9 +23,10 @@ from cxrfast.distributed import pick_device, world
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import resolve_precision
-from cxrfast.models.weights import load_weights
+from cxrfast.models.weights import fetch_weights, load_weights
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run, read_run, run_folder, start_run
+from cxrfast.runs.folder import WEIGHTS, RunFolder
+from cxrfast.runs.run import Run
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
 from cxrfast.splits import check_parts, official_masks, part_masks
@@ -42,10 +43,9 @@ def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], me
     tried out, or, unless `measure`, the preset's.
     """
     if given.get("micro_batch") == "auto":
-        name = runtime.name or f"{given.get('arch') or TrainConfig.arch}-{scale}"
-        folder = runtime.runs / name / f"fold-{fold}"
-        if (folder / "config.json").exists():
-            given = {**given, "micro_batch": read_run(folder).config.micro_batch}
+        place = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
+        if place.is_started:
+            given = {**given, "micro_batch": Run.open(place.folder).config.micro_batch}
         elif not measure:
             given = {**given, "micro_batch": None}
     return make_config(
@@ -170,13 +170,14 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         # refuses sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
-        folder = run_folder(runtime.runs, config, runtime.name)
+        place = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
 
         def start() -> Run:
-            if not (folder / "last.pt").exists():  # else the checkpoint brings its own weights
+            if not place.has_checkpoint:  # else the checkpoint brings its own weights
                 refuse_other_fold(config)
-                load_weights(model, config.weights)  # the other ranks get them from DistributedDataParallel
-            return start_run(folder, config, runtime.shards, rows)
+                if file := weights_file(config):
+                    load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
+            return Run.start(place.folder, config, runtime.shards, rows)
 
         run = ranks.on_first(start)
         if ranks.rank:  # else all ranks would drop the same units of different images
@@ -209,16 +210,31 @@ def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
     return copy
 
 
+def weights_file(config: TrainConfig) -> Path | None:
+    """File of the first weights, ImageNet's downloaded unless kept; None for `--weights none`. Raises RunError without one."""
+    if config.weights == "none":
+        return None
+    if config.weights == "imagenet":
+        return fetch_weights(config.arch)
+    given = Path(config.weights)
+    path = RunFolder(given).weights_path if given.is_dir() else given
+    if not path.exists():
+        raise RunError(
+            f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
+        )
+    return path
+
+
 def refuse_other_fold(config: TrainConfig) -> None:
     """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
-    if not (Path(config.weights) / "config.json").exists():
+    if not RunFolder(Path(config.weights)).is_started:
         return
-    parent = read_run(Path(config.weights)).config
+    parent = Run.open(Path(config.weights)).config
     if parent.set_id != config.set_id:
         raise RunError(
             f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
             f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
-            "path of its best.safetensors if you know that its patients are others"
+            f"path of its {WEIGHTS} if you know that its patients are others"
         )
     if (parent.fold, parent.split) != (config.fold, config.split):
         raise RunError(

@@ -147,7 +147,7 @@ class Trainer:
         if self.ranks.is_first and not self.runtime.quiet:
             self._tell_engine()
         if self.runtime.tensorboard and self.ranks.is_first:
-            self.board = Board(self.run.folder, self.epoch)
+            self.board = Board(self.run.tensorboard_path, self.epoch)
         try:
             with self.stop:  # to the end of the last word: torchrun sends SIGTERM when another rank has ended
                 try:
@@ -258,7 +258,7 @@ class Trainer:
             if self.board:
                 self.board.add(line, self.epoch)
             if better:
-                self.run.save_best(self.model.state_dict())
+                self.run.write_weights(self.model.state_dict())
             self._report(result, measured, better)
         area = self.config.area_at(self.epoch)
         self.epoch, self.consumed = self.epoch + 1, 0
@@ -319,7 +319,7 @@ class Trainer:
 
     def _profiled(self) -> AbstractContextManager[Callable[[], None]]:
         """What to call after each step; a trace of a few of them goes into the run's folder where it was asked for."""
-        path = self.run.folder / "profile.json"
+        path = self.run.profile_path
         if not (self.runtime.profile and self.ranks.is_first) or path.exists():
             return nullcontext(lambda: None)
         return profiled(path)
@@ -328,8 +328,9 @@ class Trainer:
 
     @property
     def _held(self) -> str:
-        path = self.run.folder / "last.pt"
-        return f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
+        if not self.run.has_checkpoint:
+            return "no checkpoint was written yet"
+        return f"{self.run.checkpoint_path} holds the last good state"
 
     @property
     def _last_good(self) -> str:
@@ -441,7 +442,7 @@ class Trainer:
                     f"{self.run.name}: weights are not finite after {self.consumed:,} images of epoch {self.epoch + 1}; "
                     f"{self._last_good}"
                 )
-            self.run.save_last(
+            self.run.write_checkpoint(
                 {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -470,7 +471,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
-        checkpoint = self.run.load_last()
+        checkpoint = self.run.read_checkpoint()
         if checkpoint is None:
             return
         self.model.load_state_dict(checkpoint["model"])

@@ -10,7 +10,8 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.source import SPLITS, Source
-from cxrfast.shards.sources.tables import blank, columns_of, filled, lines, pixels, raw_labels, read_table
+from cxrfast.shards.sources.table_files import columns_of, read_table
+from cxrfast.shards.sources.text_columns import filled, is_blank, lines, pixels, raw_labels
 from cxrfast.shards.storage import URL, Tree, relative
 
 
@@ -103,7 +104,7 @@ def _parts(column: pd.Series, where: str) -> pd.Series:
     """train, validate and test from the usual words for them."""
     words = {"train": "train", "training": "train", "test": "test", "testing": "test"}
     words |= dict.fromkeys(("valid", "val", "validate", "validation", "dev"), "validate")
-    text = column.str.strip().str.lower().where(~blank(column))
+    text = column.str.strip().str.lower().where(~is_blank(column))
     known = text.map(words).astype(object)
     if (wrong := known.isna() & text.notna()).any():
         at = lines(column.index[wrong])

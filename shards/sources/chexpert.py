@@ -8,15 +8,14 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.sources.source import Source
-from cxrfast.shards.sources.tables import filled, find_table, raw_labels, read_table, tables_in
+from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
+from cxrfast.shards.sources.text_columns import filled, raw_labels
 from cxrfast.shards.storage import Tree
 
 CHEXPERT_TABLES = {"train": ("train.csv",), "validate": ("valid.csv",), "test": ("test_labels.csv", "test.csv")}
 """The tables of each part; where a part has two, the first that is there."""
 
-
 CHEXPERT_PATH = re.compile(r"(?:.*/)?(train|valid|val|test)/(patient\d+)/(study\d+)/([^/]+)(\.\w+)$")
-
 
 CHEXPERT_BATCH = re.compile(r"CheXpert-v1\.0 batch \d+", re.IGNORECASE)
 """How the archives of the full-size download unpack: `CheXpert-v1.0 batch 2 (train 1)/patient00001/…`."""
@@ -81,7 +80,7 @@ def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFra
 
 
 def _chexpert_folders(tree: Tree, folder: str, pieces: pd.DataFrame) -> pd.Series:
-    """The folder of each line's patient: train/, valid/ or test/ beside the table, else a batch of the full download."""
+    """The folder of each line's patient: train/, valid/ or test/ next to the table, else a batch of the full download."""
     at = {part: posixpath.join(folder, part) for part in pieces["part"].unique()}
     batches = [
         posixpath.join(place, name)

@@ -9,10 +9,9 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import REFERENCE
 from cxrfast.shards.sources.source import Source
-from cxrfast.shards.sources.tables import filled, find_table, pixels, raw_labels, read_table, tables_in
+from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
+from cxrfast.shards.sources.text_columns import filled, pixels, raw_labels
 from cxrfast.shards.storage import Tree
-
-# MIMIC-CXR-JPG
 
 
 def mimic(tree: Tree, *, labels: str = "chexpert") -> Source:

@@ -7,7 +7,8 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.source import Source
-from cxrfast.shards.sources.tables import filled, find_table, lines, pixels, read_table, tables_in
+from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
+from cxrfast.shards.sources.text_columns import filled, lines, pixels
 from cxrfast.shards.storage import Tree
 
 NIH = (
@@ -28,7 +29,6 @@ NIH = (
     "No Finding",
 )
 """The fourteen findings as the table spells them, and what it says where there is none."""
-
 
 NIH_SPLIT = {"train_val_list.txt": "train", "test_list.txt": "test"}
 

@@ -1,4 +1,4 @@
-"""Counts of a shard set: splits, labels, exclusions, image sizes, bytes; `describe` shows them.
+"""Counts of a shard set: splits, labels, exclusions, image sizes, bytes.
 
 In: set.json, rows.parquet, quarantine.csv and the manifests of a set, finished or not. Out: frames. It opens no tar, writes
 nothing, and needs neither torch nor DALI.
@@ -22,12 +22,14 @@ from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS, PARTS, part_masks
 
-COUNTS = ("images", "studies", "patients")
+COUNTED = ("images", "studies", "patients")
+"""What is counted in most tables."""
+
 STATES = {"positive": 1.0, "negative": 0.0, "uncertain": -1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class SetCounts:
     """The frames of a set. Unless a table says otherwise it counts all images that the set lists."""
 
     info: SetInfo
@@ -40,7 +42,7 @@ class Description:
     references: pd.DataFrame
     """label, studies that a radiologist labelled, positive, negative, uncertain: studies; empty if there are none."""
     flow: pd.DataFrame
-    """step, images, studies, patients: from what the tables list to what training uses; see `steps`."""
+    """step, images, studies, patients: from what the tables list to what training uses; see `exclusions`."""
     reasons: pd.DataFrame
     """reason, images: why images that were found cannot be used."""
     parts: pd.DataFrame
@@ -61,7 +63,7 @@ class Description:
     """`complete`, or what is missing: for a reader who would take the counts for final."""
 
 
-def describe(folder: Path) -> Description:
+def count_set(folder: Path) -> SetCounts:
     """Count what is in the set. Raises ShardError if set.json, rows.parquet or a manifest is missing or damaged."""
     folder = Path(folder)
     shards = ShardSet(folder)
@@ -73,13 +75,13 @@ def describe(folder: Path) -> Description:
     raw = rows[info.labels].to_numpy(np.float32)
     sizes = image_sizes(rows, built)
     listed = np.ones(len(rows), bool)
-    return Description(
+    return SetCounts(
         info=info,
         splits=_by_value(rows["split"].fillna("none"), "split", count, order=("train", "validate", "test")),
         folds=_folds(rows, listed, count),
         labels=label_counts(info.labels, raw, rows["fold"].to_numpy()),
         references=reference_counts(rows),
-        **steps(rows, raw, built, count),
+        **exclusions(rows, raw, built, count),
         **sizes,
         scales=_scales(info, built.manifests),
         views=_by_value(rows["view"].fillna("unknown"), "view", count),
@@ -158,10 +160,10 @@ def _state(info: SetInfo, built: Built) -> str:
 
 # Counts
 
-Counter3 = Callable[[np.ndarray], tuple[int, int, int]]
+CountMask = Callable[[np.ndarray], tuple[int, int, int]]
 
 
-def counter(rows: pd.DataFrame) -> Counter3:
+def counter(rows: pd.DataFrame) -> CountMask:
     """A function: mask (N,) → its images, different studies, different patients."""
     codes = [pd.factorize(rows[name])[0] for name in ("study_id", "patient_id")]  # -1 where there is none
 
@@ -172,24 +174,24 @@ def counter(rows: pd.DataFrame) -> Counter3:
     return count
 
 
-def _frame(name: str, masks: dict[str, np.ndarray], count: Counter3) -> pd.DataFrame:
-    """A line a mask: `name`, images, studies, patients."""
-    return pd.DataFrame([(key, *count(mask)) for key, mask in masks.items()], columns=[name, *COUNTS])
+def _frame(name: str, masks: dict[str, np.ndarray], count: CountMask) -> pd.DataFrame:
+    """One line per mask: `name`, images, studies, patients."""
+    return pd.DataFrame([(key, *count(mask)) for key, mask in masks.items()], columns=[name, *COUNTED])
 
 
-def _by_value(column: pd.Series, name: str, count: Counter3, order: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A line a value: those of `order` first, then by how frequent they are."""
+def _by_value(column: pd.Series, name: str, count: CountMask, order: tuple[str, ...] = ()) -> pd.DataFrame:
+    """One line per value: those of `order` first, then by how frequent they are."""
     found = column.value_counts()
     values = [*(v for v in order if v in found), *(v for v in found.index if v not in order)]
     return _frame(name, {value: (column == value).to_numpy(bool) for value in values}, count)
 
 
-def _folds(rows: pd.DataFrame, among: np.ndarray, count: Counter3) -> pd.DataFrame:
+def _folds(rows: pd.DataFrame, among: np.ndarray, count: CountMask) -> pd.DataFrame:
     frames = []
     for fold in range(FOLDS):
         masks = part_masks(rows["fold"].to_numpy(), rows["block"].to_numpy(), fold)
         frames.append(_frame("part", {part: masks[part] & among for part in PARTS}, count).assign(fold=fold))
-    return pd.concat(frames, ignore_index=True)[["fold", "part", *COUNTS]]
+    return pd.concat(frames, ignore_index=True)[["fold", "part", *COUNTED]]
 
 
 def label_counts(names: list[str], raw: np.ndarray, fold: np.ndarray) -> pd.DataFrame:
@@ -211,7 +213,7 @@ def reference_counts(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"label": [name.removeprefix(REFERENCE) for name in names], "studies": read, **columns})
 
 
-def steps(rows: pd.DataFrame, raw: np.ndarray, built: Built, count: Counter3) -> dict[str, Any]:
+def exclusions(rows: pd.DataFrame, raw: np.ndarray, built: Built, count: CountMask) -> dict[str, Any]:
     """The frames `flow`, `reasons` and `parts`: how many images are left after each exclusion.
 
     The last step is what `cxrfast train` takes by default: rows that the set holds and that have a label.

@@ -1,7 +1,7 @@
 """Who and what is in a shard set, as tables for a terminal, Markdown and a figure for a paper.
 
-In: a set, finished or not, of which neither tars nor torch nor DALI are needed. Out: tables, describe.md, sizes.png; never
-inside of the set.
+In: a set, finished or not; its tars are not needed, nor torch, nor DALI. Out: tables, describe.md, sizes.png; never inside
+the set.
 """
 
 import io
@@ -21,135 +21,143 @@ from rich.text import Text
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
-from cxrfast.shards.upkeep.counts import COUNTS, STATES, Description, describe
+from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
-from cxrfast.tables import markdown_table
+from cxrfast.tables import Section, markdown_table
 from cxrfast.units import size
 
-__all__ = ["Description", "describe", "heading", "save_figure", "to_markdown", "to_tables", "write"]
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """A set for people."""
+
+    heading: str
+    """What the set is, in one line."""
+    tables: list[Table]
+    """For a terminal of 100 columns or more."""
+    written: list[Path]
+    """describe.md and, if a size is known, sizes.png."""
+
+
+def describe(folder: Path, out: Path) -> Description:
+    """Describe a set in the folder `out`. Raises ShardError for a damaged set, and if `out` lies inside of it."""
+    counts = count_set(folder)
+    return Description(heading=heading(counts), tables=to_tables(counts), written=write(counts, folder, out))
+
 
 # Tables
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A table as text, for a terminal and for Markdown."""
-
-    title: str
-    head: list[str]
-    """Lines within an entry are parted by a newline."""
-    lines: list[list[str]]
-    note: str = ""
-
-
-def sections(d: Description) -> list[Section]:
+def sections(counts: SetCounts) -> list[Section]:
     """What a terminal shows."""
-    parts = [_splits(d), _labels(d), _flow(d), _sizes(d), _scales_section(d), _views(d)]
-    return parts + ([_references(d)] if len(d.references) else [])
+    parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales_section(counts), _views(counts)]
+    return parts + ([_references(counts)] if len(counts.references) else [])
 
 
-def _numbers(line: pd.Series, names: tuple[str, ...] = COUNTS) -> list[str]:
+def _numbers(line: pd.Series, names: tuple[str, ...] = COUNTED) -> list[str]:
     return [f"{line[name]:,}" for name in names]
 
 
-def _splits(d: Description) -> Section:
-    lines = [["all", *_numbers(d.flow.iloc[0])]]
-    lines += [[f"official {line['split']}", *_numbers(line)] for _, line in d.splits.iterrows()]
-    lines += [[f"fold {line['fold']}", *_numbers(line)] for _, line in d.folds.query("part == 'test'").iterrows()]
-    note = f"Fold k is the test part of training k. Folds are dealt by patient, seed {d.info.seed}."
+def _splits(counts: SetCounts) -> Section:
+    lines = [["all", *_numbers(counts.flow.iloc[0])]]
+    lines += [[f"official {line['split']}", *_numbers(line)] for _, line in counts.splits.iterrows()]
+    lines += [[f"fold {line['fold']}", *_numbers(line)] for _, line in counts.folds.query("part == 'test'").iterrows()]
+    note = f"Fold k is the test part of training k. Folds are dealt by patient, seed {counts.info.seed}."
     return Section(
         title="Images, studies and patients", head=["Part", "Images", "Studies", "Patients"], lines=lines, note=note
     )
 
 
-def _labels(d: Description) -> Section:
-    wide = d.labels.pivot(index="label", columns="fold", values="positive")
-    total = d.labels.query("fold == -1")
+def _labels(counts: SetCounts) -> Section:
+    wide = counts.labels.pivot(index="label", columns="fold", values="positive")
+    total = counts.labels.query("fold == -1")
     lines = [
         [line["label"], *_numbers(line, (*STATES, "blank")), *(f"{wide.loc[line['label'], k]:,}" for k in range(FOLDS))]
         for _, line in total.iterrows()
     ]
     head = ["Finding", "Positive", "Negative", "Uncertain", "Blank", *(f"fold {k}" for k in range(FOLDS))]
     note = "Fold 0 to 4: positives in that fold. Counted are all images listed; the images of a study share its labels."
-    return Section(title=f"Labels of {d.info.images:,} images", head=head, lines=lines, note=note)
+    return Section(title=f"Labels of {counts.info.images:,} images", head=head, lines=lines, note=note)
 
 
-def _flow(d: Description) -> Section:
+def _flow(counts: SetCounts) -> Section:
     lines: list[list[str]] = []
-    before = d.info.images
-    for _, line in d.flow.iterrows():
+    before = counts.info.images
+    for _, line in counts.flow.iterrows():
         lines.append([line["step"], *_numbers(line), f"{before - line['images']:,}" if lines else ""])
         before = line["images"]
         if line["step"] == "readable":
             lines += [
                 [f"  of these {reason}", "", "", "", f"{images:,}"]
-                for reason, images in d.reasons.itertuples(index=False)
+                for reason, images in counts.reasons.itertuples(index=False)
             ]
-    lines += [[f"  {line['part']} of fold 0", *_numbers(line), ""] for _, line in d.parts.iterrows()]
+    lines += [[f"  {line['part']} of fold 0", *_numbers(line), ""] for _, line in counts.parts.iterrows()]
     return Section(
         title="From the tables to training",
         head=["Images that are", "Images", "Studies", "Patients", "Left out"],
         lines=lines,
-        note="" if d.state == "complete" else f"{d.state[0].upper()}{d.state[1:]}.",
+        note="" if counts.state == "complete" else f"{counts.state[0].upper()}{counts.state[1:]}.",
     )
 
 
-def _sizes(d: Description, shown: int = 10) -> Section:
-    images = d.sizes["images"].sum()
+def _sizes(counts: SetCounts, shown: int = 10) -> Section:
+    images = counts.sizes["images"].sum()
     lines = [
         [f"{line['height']:,} × {line['width']:,}", f"{line['images']:,}", f"{100 * line['images'] / images:.1f}"]
-        for _, line in d.sizes.head(shown).iterrows()
+        for _, line in counts.sizes.head(shown).iterrows()
     ]
-    if len(rest := d.sizes.iloc[shown:]):
+    if len(rest := counts.sizes.iloc[shown:]):
         n = rest["images"].sum()
         lines.append([f"{len(rest):,} other sizes", f"{n:,}", f"{100 * n / images:.1f}"])
     return Section(
-        title="Sizes of the images", head=["Height × width, px", "Images", "%"], lines=lines, note=size_note(d)
+        title="Sizes of the images", head=["Height × width, px", "Images", "%"], lines=lines, note=size_note(counts)
     )
 
 
-def size_note(d: Description) -> str:
+def size_note(counts: SetCounts) -> str:
     """Where the sizes come from."""
-    claimed = int(d.sizes["images"].sum()) - d.decoded
-    known = [(d.decoded, "as decoded"), (claimed, "as the source's tables say"), (d.unknown, "unknown")]
+    claimed = int(counts.sizes["images"].sum()) - counts.decoded
+    known = [(counts.decoded, "as decoded"), (claimed, "as the source's tables say"), (counts.unknown, "unknown")]
     text = "; ".join(f"{n:,} images {what}" for n, what in known if n)
-    return f"{text}." + (f" The tables give another size for {d.differing:,} of those decoded." if d.differing else "")
+    return f"{text}." + (
+        f" The tables give another size for {counts.differing:,} of those decoded." if counts.differing else ""
+    )
 
 
-def _scales_section(d: Description) -> Section:
+def _scales_section(counts: SetCounts) -> Section:
     lines = [
         [
             f"{line['scale']:.0f} px",
-            f"{line['shards']:,.0f} of {d.info.shards:,}",
+            f"{line['shards']:,.0f} of {counts.info.shards:,}",
             f"{line['rows']:,.0f}",
             size(line["bytes"]),
             f"{line['files']:,.0f}",
             "-" if np.isnan(line["kB_per_image"]) else f"{line['kB_per_image']:,.1f}",
         ]
-        for line in d.scales.astype(float).to_dict("records")
+        for line in counts.scales.astype(float).to_dict("records")
     ]
     head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB an image"]
-    codec = "Raw (PGM)" if d.info.codec == "raw" else f"JPEG, quality {d.info.quality}"
-    note = f"{codec}, {d.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
+    codec = "Raw (PGM)" if counts.info.codec == "raw" else f"JPEG, quality {counts.info.quality}"
+    note = f"{codec}, {counts.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
     return Section(title="Shards", head=head, lines=lines, note=note)
 
 
-def _views(d: Description) -> Section:
-    lines = [[str(line["view"]), *_numbers(line)] for _, line in d.views.iterrows()]
+def _views(counts: SetCounts) -> Section:
+    lines = [[str(line["view"]), *_numbers(line)] for _, line in counts.views.iterrows()]
     return Section(title="Views", head=["View", "Images", "Studies", "Patients"], lines=lines)
 
 
-def _references(d: Description) -> Section:
+def _references(counts: SetCounts) -> Section:
     names = ("studies", *STATES)
-    lines = [[line["label"], *_numbers(line, names)] for _, line in d.references.iterrows()]
+    lines = [[line["label"], *_numbers(line, names)] for _, line in counts.references.iterrows()]
     head = ["Finding", "Studies read", "Positive", "Negative", "Uncertain"]
     return Section(title="Studies labelled by a radiologist", head=head, lines=lines, note="Never trained on.")
 
 
-def to_tables(d: Description) -> list[Table]:
+def to_tables(counts: SetCounts) -> list[Table]:
     """For a terminal of 100 columns or more."""
     tables = []
-    for section in sections(d):
+    for section in sections(counts):
         table = Table(
             title=Text(section.title, style="bold"),
             caption=section.note or None,
@@ -167,10 +175,10 @@ def to_tables(d: Description) -> list[Table]:
     return tables
 
 
-def to_markdown(d: Description) -> str:
+def to_markdown(counts: SetCounts) -> str:
     """The terminal's tables, and all counts a fold."""
-    text = f"# Shard set {d.info.id}\n\n{heading(d)}\n"
-    for section in [*sections(d), *_by_fold(d)]:
+    text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
+    for section in [*sections(counts), *_by_fold(counts)]:
         head = [name.replace("\n", " ") for name in section.head]
         lines = [[entry.strip() for entry in line] for line in section.lines]
         text += f"\n## {section.title}\n\n{markdown_table(head, lines)}"
@@ -178,23 +186,23 @@ def to_markdown(d: Description) -> str:
     return text
 
 
-def heading(d: Description) -> str:
+def heading(counts: SetCounts) -> str:
     """What the set is, in a line."""
-    info = d.info
+    info = counts.info
     table = f" from {info.labels_from.rpartition(' sha256:')[0]}" if info.labels_from else ""
     return (
         f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}; "
-        f"{len(info.labels)} labels{table}; seed {info.seed}; {d.state}."
+        f"{len(info.labels)} labels{table}; seed {info.seed}; {counts.state}."
     )
 
 
-def _by_fold(d: Description) -> list[Section]:
+def _by_fold(counts: SetCounts) -> list[Section]:
     """Every fold's parts, and every state of every label a fold."""
-    lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in d.folds.iterrows()]
+    lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in counts.folds.iterrows()]
     found = [Section(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], lines=lines)]
     for state in (*STATES, "blank"):
-        wide = d.labels.pivot(index="label", columns="fold", values=state)
-        lines = [[label, *(f"{n:,}" for n in wide.loc[label])] for label in d.info.labels]
+        wide = counts.labels.pivot(index="label", columns="fold", values=state)
+        lines = [[label, *(f"{n:,}" for n in wide.loc[label])] for label in counts.info.labels]
         head = ["Finding", "All", *(f"Fold {k}" for k in range(FOLDS))]
         found.append(Section(title=f"Images {state} for each finding", head=head, lines=lines))
     return found
@@ -203,18 +211,18 @@ def _by_fold(d: Description) -> list[Section]:
 # Figure
 
 
-def save_figure(d: Description, path: Path) -> None:
+def save_figure(counts: SetCounts, path: Path) -> None:
     """Images by height and width, with the sum over either side, as a PNG. Raises ShardError if no size is known."""
-    if d.sizes.empty:
+    if counts.sizes.empty:
         raise ShardError("no image has a known size: there is nothing to draw")
     image = io.BytesIO()
-    figure(d).savefig(image, format="png", dpi=150, metadata={"Software": None})
+    figure(counts).savefig(image, format="png", dpi=150, metadata={"Software": None})
     write_bytes(path, image.getvalue())
 
 
-def figure(d: Description) -> Figure:
+def figure(counts: SetCounts) -> Figure:
     """A histogram over height and width with logarithmic counts; both axes start at 0 and have the same scale."""
-    height, width, images = (d.sizes[name].to_numpy() for name in ("height", "width", "images"))
+    height, width, images = (counts.sizes[name].to_numpy() for name in ("height", "width", "images"))
     longest = int(max(height.max(), width.max()))
     step = 2 ** max(0, round(np.log2(longest / 48)))
     edges = np.arange(0, longest + step + 1, step)
@@ -226,23 +234,23 @@ def figure(d: Description) -> Figure:
 
     axes = panel(0.9, 0.6, 4.2, 4.2)
     top, right = panel(0.9, 4.9, 4.2, 1.0, sharex=axes), panel(5.3, 0.6, 1.0, 4.2, sharey=axes)
-    counts = np.histogram2d(height, width, bins=(edges, edges), weights=images)[0]
-    colours = LogNorm(1, max(2, counts.max()))
-    shown = axes.pcolormesh(edges, edges, np.ma.masked_equal(counts, 0), norm=colours, cmap="viridis_r")
+    held = np.histogram2d(height, width, bins=(edges, edges), weights=images)[0]
+    colours = LogNorm(1, max(2, held.max()))
+    shown = axes.pcolormesh(edges, edges, np.ma.masked_equal(held, 0), norm=colours, cmap="viridis_r")
     axes.axline((0, 0), slope=1, linestyle=":", color="grey", linewidth=0.8)
     axes.text(0.04, 0.07, "square", transform=axes.transAxes, rotation=45, color="grey", fontsize="small")
     axes.set(xlim=(0, edges[-1]), ylim=(0, edges[-1]), xlabel="width, px", ylabel="height, px")
-    limits = (0.5, 2 * max(counts.sum(axis=0).max(), counts.sum(axis=1).max()))  # a single image has a bar, too
-    top.stairs(counts.sum(axis=0), edges, fill=True, color="0.45")
+    limits = (0.5, 2 * max(held.sum(axis=0).max(), held.sum(axis=1).max()))  # a single image has a bar, too
+    top.stairs(held.sum(axis=0), edges, fill=True, color="0.45")
     top.set(yscale="log", ylim=limits, ylabel="images")
-    right.stairs(counts.sum(axis=1), edges, fill=True, color="0.45", orientation="horizontal")
+    right.stairs(held.sum(axis=1), edges, fill=True, color="0.45", orientation="horizontal")
     right.set(xscale="log", xlim=limits, xlabel="images")
     top.tick_params(labelbottom=False)
     right.tick_params(labelleft=False)
     bar = result.colorbar(shown, cax=panel(6.5, 0.6, 0.15, 4.2), label=f"images a bin of {step} × {step} px")
     for axis in (axes.xaxis, axes.yaxis, top.yaxis, right.xaxis, bar.ax.yaxis):
         axis.set_major_formatter("{x:,.0f}")
-    note = textwrap.fill(f"Sizes of {size_note(d)}", 90)
+    note = textwrap.fill(f"Sizes of {size_note(counts)}", 90)
     result.text(0.9 / 7.7, 6.0 / 6.4, note, fontsize="small", verticalalignment="bottom")
     return result
 
@@ -250,7 +258,7 @@ def figure(d: Description) -> Figure:
 # Files
 
 
-def write(d: Description, folder: Path, out: Path) -> list[Path]:
+def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
     """describe.md and, if a size is known, sizes.png in `out`. Raises ShardError if that is inside of the set."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
@@ -258,8 +266,8 @@ def write(d: Description, folder: Path, out: Path) -> list[Path]:
         )
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "describe.md"]
-    write_bytes(written[0], to_markdown(d).encode())
-    if len(d.sizes):
-        save_figure(d, out / "sizes.png")
+    write_bytes(written[0], to_markdown(counts).encode())
+    if len(counts.sizes):
+        save_figure(counts, out / "sizes.png")
         written.append(out / "sizes.png")
     return written

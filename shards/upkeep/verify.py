@@ -1,12 +1,10 @@
 """Is a shard set what it was when it was built? Hashes, indexes, rows; every image decoded on request. Reads only."""
 
-import re
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import sha256 as new_sha256
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxrfast.errors import ShardError
@@ -25,24 +23,19 @@ from cxrfast.shards.format.tar import read_contents, read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.grid import STEPS, grid, tolerance, unpack
 from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.problem import Problem, hashing_speed
+from cxrfast.shards.upkeep.verify_source import SourceVerdict, verify_source
 from cxrfast.splits import deal
-
-
-@dataclass(frozen=True)
-class Problem:
-    path: str
-    """Relative to the set, or to the source tree."""
-    what: str
-    is_signed: bool = False
-    """True where SHA256SUMS says the same: found in images alone, and nothing in the set tells what was right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
+    """What became of comparing a set with its hashes."""
+
     info: SetInfo | None
     """None where set.json is damaged."""
     rows: dict[int, int]
-    """Rows held a scale; empty where files have changed."""
+    """Rows held by scale; empty where files have changed."""
     quarantined: int
     without_grids: int
     """Manifests, of all scales; earlier versions took no grids."""
@@ -51,6 +44,19 @@ class Verdict:
     seconds: float
     """That hashing took."""
     problems: list[Problem]
+
+    def summary(self, folder: Path, deep: bool = False) -> str:
+        """A whole set in one line for people."""
+        held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in self.rows.items())
+        planned = self.info.images if self.info else 0
+        partly = [f"{scale} px" for scale, n in self.rows.items() if n + self.quarantined < planned]
+        rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
+        if self.without_grids:
+            rest += f"; shards that hold no grids: {self.without_grids:,} (`cxrfast verify --repair` adds them)"
+        return (
+            f"{folder}: {held}; {planned:,} planned, {self.quarantined:,} quarantined; "
+            f"{hashing_speed(self.bytes, self.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
+        )
 
 
 def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
@@ -61,59 +67,29 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     folder = Path(folder)
     sums, problems = _read_sums(folder)
     there = set(files_in(folder))
-    start = time.monotonic()
+    regular = {name for name in sums.keys() & there if (folder / name).is_file()}
     problems += [Problem(name, "missing") for name in sorted(sums.keys() - there)]
     problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
-    irregular = {name for name in sums.keys() & there if not (folder / name).is_file()}
-    problems += [Problem(name, "is no regular file") for name in sorted(irregular)]
-    problems += _changed(folder, {name: sums[name] for name in sorted((sums.keys() & there) - irregular)}, quiet)
+    problems += [Problem(name, "is no regular file") for name in sorted((sums.keys() & there) - regular)]
+    start = time.monotonic()
+    problems += _changed(folder, {name: sums[name] for name in sorted(regular)}, quiet)
     seconds = time.monotonic() - start
     info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
-    held: dict[int, int] = {}
-    quarantined: dict[int, int] = {}
-    without_grids = 0
+    inside = _Inside()
     if info and not problems:  # what follows reads files that are known to be as they were signed
-        try:
-            problems += _unreadable(folder)
-            problems += _plan_problems(folder, info) if not problems else []
-            for scale in manifest.scales_in(folder) if not problems else []:
-                manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
-                held[scale] = sum(len(m.rows) for m in manifests)
-                quarantined[scale] = sum(len(m.quarantined) for m in manifests)
-                without_grids += sum(m.lacks_grids for m in manifests)
-                problems += _misplaced(folder, scale, manifests, sums)
-                problems += _shard_problems(folder, info, manifests)
-                if deep:
-                    problems += _image_problems(folder, info, manifests, quiet)
-        except ShardError as error:  # a file that makes no sense, and was signed so
-            problems.append(Problem(".", str(error)))
+        _look_inside(inside, folder, info, sums, deep, quiet)
     return Verdict(
         info=info,
-        rows=held,
-        quarantined=max(quarantined.values(), default=0),
-        without_grids=without_grids,
-        bytes=sum((folder / name).stat().st_size for name in there - irregular if name in sums),
+        rows=inside.rows,
+        quarantined=max(inside.quarantined.values(), default=0),
+        without_grids=inside.without_grids,
+        bytes=sum((folder / name).stat().st_size for name in regular),
         seconds=seconds,
-        problems=problems,
+        problems=problems + inside.problems,
     )
 
 
-def describe(verdict: Verdict, folder: Path, deep: bool = False) -> str:
-    """A whole set in one line for people."""
-    held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in verdict.rows.items())
-    planned = verdict.info.images if verdict.info else 0
-    partly = [f"{scale} px" for scale, n in verdict.rows.items() if n + verdict.quarantined < planned]
-    rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
-    if verdict.without_grids:
-        rest += f"; shards that hold no grids: {verdict.without_grids:,} (`cxrfast verify --repair` adds them)"
-    return (
-        f"{folder}: {held}; {planned:,} planned, {verdict.quarantined:,} quarantined; "
-        f"{_speed(verdict.bytes, verdict.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
-    )
-
-
-def _speed(n: int, seconds: float) -> str:
-    return f"{n / 1e6:,.0f} MB hashed at {n / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+# Files and their hashes
 
 
 def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
@@ -148,6 +124,40 @@ def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Proble
             count(sizes[name])
             if what:
                 yield Problem(name, what)
+
+
+# Files and each other
+
+
+@dataclass
+class _Inside:
+    """What is found in files that are as they were signed."""
+
+    rows: dict[int, int] = field(default_factory=dict)
+    """Rows held by scale."""
+    quarantined: dict[int, int] = field(default_factory=dict)
+    """Rows quarantined by scale."""
+    without_grids: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, str], deep: bool, quiet: bool) -> None:
+    """Compare plan, manifests, indexes and tars with each other; `deep`: images, too. Fills `found`."""
+    try:
+        found.problems += _unreadable(folder)
+        if not found.problems:
+            found.problems += _plan_problems(folder, info)
+        for scale in manifest.scales_in(folder) if not found.problems else []:
+            manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
+            found.rows[scale] = sum(len(m.rows) for m in manifests)
+            found.quarantined[scale] = sum(len(m.quarantined) for m in manifests)
+            found.without_grids += sum(m.lacks_grids for m in manifests)
+            found.problems += _misplaced(folder, scale, manifests, sums)
+            found.problems += _shard_problems(folder, info, manifests)
+            if deep:
+                found.problems += _image_problems(folder, info, manifests, quiet)
+    except ShardError as error:  # a file that makes no sense, and was signed so
+        found.problems.append(Problem(".", str(error)))
 
 
 def _unreadable(folder: Path) -> Iterator[Problem]:
@@ -211,8 +221,11 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
             yield Problem(name, str(error))
 
 
+# Images
+
+
 def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
-    """Images that do not decode to scale × scale pixels or differ from their crc32 or grid, a shard a thread."""
+    """Images that do not decode to scale × scale pixels or differ from their crc32 or grid; one thread per shard."""
     scale = manifests[0].scale if manifests else 0
     ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
 
@@ -261,62 +274,55 @@ def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str])
     return problems
 
 
-# The source tree
-
-
-LINE = re.compile(r"([0-9a-f]{64}) [ *]?(.+)")
-"""Of SHA256SUMS.txt: PhysioNet's has one space, sha256sum's two."""
+# The command
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceVerdict:
-    files: int
-    bytes: int
-    seconds: float
-    problems: list[Problem]
+class Inspection:
+    """What `cxrfast verify` says of a set and, where it was asked for, of its source tree."""
 
-    def describe(self, tree: Tree) -> str:
-        found = f"{len(self.problems):,} problems" if self.problems else "as listed in SHA256SUMS.txt"
-        return f"{tree}: {self.files:,} files, {_speed(self.bytes, self.seconds)}: {found}"
+    folder: Path
+    verdict: Verdict
+    source: SourceVerdict | None
+    lines: list[str]
+    """What is printed, problems apart."""
+    is_repaired: bool
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [*self.verdict.problems, *(self.source.problems if self.source else ())]
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problems
+
+    def advice(self) -> str:
+        """How many problems there are, and what to do about those of the set."""
+        what = f"{self.folder}: {len(self.problems):,} problems, named above"
+        if not self.verdict.problems:
+            return what
+        if all(problem.is_signed for problem in self.problems):
+            return (
+                f"{what}; SHA256SUMS says the same, so nothing in the set tells what was right: restore these shards from a "
+                "copy, or delete their files and run the same `cxrfast shard` command again"
+            )
+        return what if self.is_repaired else f"{what}; `cxrfast verify --repair` mends what it can"
 
 
-def verify_source(folder: Path, tree: Tree, quiet: bool = False) -> SourceVerdict:
-    """Compare the source images of a set, and whatever else the tree's SHA256SUMS.txt lists, with that list.
+def find_source(location: str | None, default: str, is_needed: bool) -> Tree | None:
+    """The source tree: what was given, else the default, if the source is needed, if it is a URL or if it is there."""
+    if not location and (is_needed or "://" in default or Path(default).is_dir()):
+        location = default
+    return Tree(location) if location else None
 
-    Raises ShardError if there is no such list or it cannot be read.
-    """
-    read_set(folder)
-    rows = read_rows(folder / "rows.parquet")
-    try:
-        text = tree.read("SHA256SUMS.txt").decode()
-    except FileNotFoundError:
-        raise ShardError(f"{tree} has no SHA256SUMS.txt to compare it with: download it beside the tables") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"SHA256SUMS.txt in {tree} cannot be read ({error}): download it again") from error
-    matches = [LINE.fullmatch(line) for line in text.splitlines() if line.strip()]
-    if not all(matches) or not matches:
-        raise ShardError(f"SHA256SUMS.txt in {tree} is no list of hashes and names: download it again")
-    sums = {m[2].removeprefix("./"): m[1] for m in matches if m}
-    present = rows.loc[rows["bytes"] >= 0, "path"]
-    problems = [Problem(path, "not listed in SHA256SUMS.txt") for path in present if path not in sums]
 
-    def look(name: str) -> tuple[int, str]:
-        try:
-            data = tree.read(name)
-        except FileNotFoundError:
-            return 0, "missing"
-        except OSError as error:
-            return 0, f"cannot be read ({error.strerror or error})"
-        return len(data), "" if new_sha256(data).hexdigest() == sums[name] else "its bytes have changed"
-
-    total, start = 0, time.monotonic()
-    with (
-        ThreadPoolExecutor(2 * usable_cores()) as pool,
-        progress("hashing the source", len(sums), unit="files", quiet=quiet) as advance,
-    ):
-        for name, (size, what) in zip(sums, pool.map(look, sums), strict=True):
-            total += size
-            if what:
-                problems.append(Problem(name, what))
-            advance()
-    return SourceVerdict(files=len(sums), bytes=total, seconds=time.monotonic() - start, problems=problems)
+def inspect(folder: Path, source: Tree | None, *, deep: bool = False, is_repaired: bool = False) -> Inspection:
+    """`verify` the set and, where it is given, its source tree. `is_repaired`: a repair has been tried before."""
+    verdict = verify(folder, deep=deep)
+    lines, of_source = [], None
+    if source:
+        of_source = verify_source(folder, source)
+        lines.append(of_source.summary(source))
+    if not verdict.problems and not (of_source and of_source.problems):
+        lines.append(verdict.summary(folder, deep))
+    return Inspection(folder=folder, verdict=verdict, source=of_source, lines=lines, is_repaired=is_repaired)

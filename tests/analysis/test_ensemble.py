@@ -1,4 +1,4 @@
-"""The stacked ensemble: its arithmetic, its optimum, and what it refuses to combine."""
+"""The stacked ensemble of runs: what it writes, and what it refuses to combine."""
 
 import io
 from dataclasses import replace
@@ -7,149 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
 from cxrfast import metrics
-from cxrfast.analysis.ensemble import combine, ensemble, fit, fit_em, mixture_bce, to_table, uniform, vote
-from cxrfast.analysis.evaluate import read_answers
+from cxrfast.analysis.ensemble import ensemble, ensemble_table
+from cxrfast.analysis.join import read_answers
+from cxrfast.analysis.mixture import combine, fit_weights, vote
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import Predictions, write_predictions
-from cxrfast.runs.run import Run, read_run, start_run
-
-# Arrays
-
-
-def planted(
-    quality: tuple[float, ...], n: int = 600, findings: int = 3, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (S, N, L) that know the targets (N, L) by `quality`, calibrated: l = q (2t - 1) + noise of sd √(2q)."""
-    rng = np.random.default_rng(seed)
-    targets = (rng.random((n, findings)) < 0.3).astype(np.float32)
-    noise = rng.normal(size=(len(quality), n, findings))
-    q = np.array(quality)[:, None, None]
-    return q * (2 * targets - 1) + np.sqrt(2 * q) * noise + np.log(0.3 / 0.7), targets
-
-
-cases = st.tuples(st.integers(2, 4), st.integers(0, 1000), st.sampled_from((0.5, 2.0, 20.0)))
-
-
-@given(cases)
-@settings(max_examples=8, deadline=None)
-def test_weights_are_probabilities_and_em_is_never_worse_than_the_schedule(case):
-    scales, seed, spread = case
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(scales, 120, 4)) * spread
-    targets, mask = rng.integers(0, 2, (120, 4)), rng.random((120, 4)) < 0.9
-    fitted, optimum = fit(logits, targets, mask), fit_em(logits, targets, mask)
-    for weights in (fitted, optimum):
-        assert weights.shape == (4, scales)
-        assert (weights >= 0).all()
-        np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-12)
-    losses = [mixture_bce(logits, targets, mask, w) for w in (uniform(logits), fitted, optimum)]
-    assert (losses[2] <= losses[1] + 1e-6).all()  # what EM promises
-    assert (losses[1] <= losses[0] + 1e-6).all()  # a fit is not worse than its start
-
-
-def test_the_schedule_comes_within_two_hundredths_of_the_optimum():
-    logits, targets = planted((0.3, 0.8, 1.5, 2.0), n=2000)
-    gap = mixture_bce(logits, targets, None, fit(logits, targets)) - mixture_bce(
-        logits, targets, None, fit_em(logits, targets)
-    )
-    assert (gap >= -1e-6).all()
-    assert (gap < 0.02).all()
-
-
-def test_em_finds_what_a_grid_finds():
-    logits, targets = planted((1.0, 1.4), n=400, findings=1)
-    grid = np.linspace(0, 1, 401)
-    losses = [mixture_bce(logits, targets, None, np.array([[w, 1 - w]]))[0] for w in grid]
-    optimum = fit_em(logits, targets)
-    assert 0.05 < optimum[0, 0] < 0.95
-    assert optimum[0, 0] == pytest.approx(grid[np.argmin(losses)], abs=0.02)
-    assert mixture_bce(logits, targets, None, optimum)[0] <= min(losses) + 1e-6
-
-
-def test_the_start_of_the_fit_is_voting_exactly():
-    logits, targets = planted((0.5, 1.0, 2.0))
-    start = fit(logits, targets, epochs=0)
-    np.testing.assert_array_equal(combine(logits, start), vote(logits))
-    np.testing.assert_allclose(vote(logits), metrics.sigmoid(logits).mean(axis=0), rtol=1e-12)
-
-
-def test_a_planted_better_scale_gets_the_largest_weight():
-    for best in range(3):
-        quality = [0.3, 0.3, 0.3]
-        quality[best] = 3.0
-        logits, targets = planted(tuple(quality))
-        assert (fit(logits, targets).argmax(axis=1) == best).all()
-        assert (fit_em(logits, targets).argmax(axis=1) == best).all()
-
-
-def test_permuting_scales_permutes_weights():
-    logits, targets = planted((0.4, 0.9, 1.8))
-    order = [2, 0, 1]
-    for solve in (fit, fit_em):
-        np.testing.assert_allclose(solve(logits[order], targets), solve(logits, targets)[:, order], atol=1e-6)
-
-
-def test_findings_do_not_influence_each_other():
-    logits, targets = planted((0.4, 1.5), findings=3)
-    for solve in (fit, fit_em):
-        np.testing.assert_allclose(solve(logits[:, :, [1]], targets[:, [1]]), solve(logits, targets)[[1]], atol=1e-9)
-
-
-def test_masked_rows_change_nothing():
-    logits, targets = planted((0.4, 1.5))
-    mask = np.arange(len(targets))[:, None] % 3 + np.zeros(targets.shape, int) > 0
-    other = np.where(mask, targets, 1 - targets)
-    for solve in (fit, fit_em):
-        np.testing.assert_array_equal(solve(logits, targets, mask), solve(logits, other, mask))
-        np.testing.assert_allclose(
-            solve(logits, targets, mask), solve(logits[:, mask[:, 0]], targets[mask[:, 0]]), atol=1e-8
-        )
-
-
-def test_findings_without_both_classes_keep_equal_weights():
-    logits, targets = planted((0.4, 1.5), findings=4)
-    targets[:, 0], targets[:, 1] = 0, 1
-    mask = np.ones(targets.shape, bool)
-    mask[targets[:, 2] == 1, 2] = False
-    for solve in (fit, fit_em):
-        weights = solve(logits, targets, mask)
-        np.testing.assert_array_equal(weights[:3], 0.5)
-        assert weights[3, 0] != 0.5
-        np.testing.assert_array_equal(solve(logits[:, :, :1], targets[:, :1]), 0.5)
-
-
-def test_extreme_logits_give_finite_values():
-    rng = np.random.default_rng(0)
-    logits = rng.choice([-100.0, 100.0, -1000.0, 1000.0], size=(3, 200, 2))
-    targets = rng.integers(0, 2, (200, 2))
-    for solve in (fit, fit_em):
-        weights = solve(logits, targets)
-        assert np.isfinite(weights).all()
-        assert np.isfinite(mixture_bce(logits, targets, None, weights)).all()
-        assert ((combine(logits, weights) >= 0) & (combine(logits, weights) <= 1)).all()
-    np.testing.assert_array_equal(mixture_bce(logits[:1], np.ones((200, 2)), None, np.ones((2, 1))) > 0, True)
-
-
-def test_the_loss_is_that_of_the_combined_probabilities():
-    logits, targets = planted((0.4, 1.5))
-    weights = np.array([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
-    p = combine(logits, weights)
-    np.testing.assert_allclose(
-        mixture_bce(logits, targets, None, weights),
-        -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(axis=0),
-        rtol=1e-10,
-    )
-    assert np.isnan(mixture_bce(logits, targets, np.zeros(targets.shape, bool), weights)).all()
-
-
-# Runs
+from cxrfast.runs.run import Predictions, Run
 
 LABELS = ("Edema", "Fracture", "Lung Lesion", "Pneumonia")
 N = 500
@@ -196,7 +63,7 @@ def make_run(
         weights=weights,
     )
     folder = runs / (name or f"{arch}-{scale}") / f"fold-{fold}"
-    run = start_run(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
+    run = Run.start(folder, config, Path("shards"), rows_of(fold) if rows is None else rows)
     rng, parts = np.random.default_rng(scale + fold), {}
     for part in ("val", "test"):
         mine = run.rows().query(f"part == '{part}'").sample(frac=1, random_state=scale)  # any order may be written
@@ -204,7 +71,7 @@ def make_run(
         parts[part] = Predictions(
             mine["row"].to_numpy(), quality * (2 * positive - 1) + rng.normal(size=positive.shape)
         )
-    write_predictions(run, parts)
+    run.write_predictions(parts)
     return run
 
 
@@ -232,9 +99,9 @@ def test_the_better_scale_leads_in_every_table(study):
 
 def test_test_scores_are_those_of_weights_fitted_on_validation(study):
     result = ensemble(study)
-    runs = [read_run(study / name / "fold-1") for name in result.names]
+    runs = [Run.open(study / name / "fold-1") for name in result.names]
     val, test = ([read_answers(run, part) for run in runs] for part in ("val", "test"))
-    weights = fit(np.stack([a.logits for a in val]), *val[0].targets())
+    weights = fit_weights(np.stack([a.logits for a in val]), *val[0].targets())
     logits, (targets, mask) = np.stack([a.logits for a in test]), test[0].targets()
     np.testing.assert_array_equal(result.matrix("stacked")[1], metrics.auroc(combine(logits, weights), targets, mask))
     np.testing.assert_array_equal(result.matrix("voting")[1], metrics.auroc(vote(logits), targets, mask))
@@ -278,7 +145,7 @@ def test_undefined_findings_are_never_numbers(study):
 
 def test_the_table_for_a_terminal_has_every_method(study):
     console = Console(file=io.StringIO(), width=200)
-    console.print(to_table(ensemble(study)))
+    console.print(ensemble_table(ensemble(study)))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for word in ("256 px", "voting", "stacked", "gain", "undefined", "Mean"):
         assert word in text
@@ -299,7 +166,7 @@ def test_named_groups_alone_are_combined(study):
 
 def test_one_scale_is_no_ensemble(tmp_path):
     run = make_run(tmp_path, 256, 0)
-    start_run(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), rows_of(0))
+    Run.start(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), rows_of(0))
     for names in (None, ["densenet121-256"]):
         with pytest.raises(RunError, match=r"two scales .* only those of densenet121-256 .*densenet121-512/fold-0"):
             ensemble(tmp_path, names)
@@ -352,7 +219,7 @@ def test_a_scale_that_started_from_another_run_is_marked(study):
     result = ensemble(study)
     note = "† weights started from the run of a smaller scale: densenet121-512 from densenet121-256."
     console = Console(file=io.StringIO(), width=200)
-    console.print(to_table(result))
+    console.print(ensemble_table(result))
     for text in ((study / "ensemble" / "summary.md").read_text(), console.file.getvalue()):  # type: ignore[attr-defined]
         assert note in text
         assert "512 px†" in text

@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.text import Text
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxrfast.analysis.evaluate import evaluate, to_table
+from cxrfast.analysis.evaluate import auroc_table, evaluate
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import Predictions, read_predictions, write_predictions
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Predictions, Run
 
 LABELS = ("Edema", "Fracture", "Pneumonia")
 N = 240
@@ -64,7 +63,7 @@ def make_run(
         }
     )
     rows = rows_of(fold) if rows is None else rows
-    run = start_run(runs / (name or f"densenet121-{scale}") / f"fold-{fold}", config, Path("shards"), rows)
+    run = Run.start(runs / (name or f"densenet121-{scale}") / f"fold-{fold}", config, Path("shards"), rows)
     if predict:
         predict_parts(run, QUALITY.get(scale, 1.5))
     return run
@@ -79,7 +78,7 @@ def predict_parts(run: Run, quality: float, drop: int = 0) -> None:
         positive = (mine[list(run.config.labels)] == 1).to_numpy()
         logits = quality * positive + rng.normal(size=positive.shape)
         parts[part] = Predictions(mine["row"].to_numpy(), logits)
-    write_predictions(run, parts)
+    run.write_predictions(parts)
 
 
 def text_of(table: object) -> str:
@@ -99,8 +98,8 @@ def study(tmp_path: Path) -> Path:
 
 def test_scores_are_sklearns_joined_by_row(study):
     result = evaluate(study)
-    run = read_run(study / "densenet121-512" / "fold-1")
-    predictions = read_predictions(run, "test")
+    run = Run.open(study / "densenet121-512" / "fold-1")
+    predictions = run.read_predictions("test")
     raw = run.rows().set_index("row").loc[predictions.row, list(LABELS)]
     labelled = ~raw.isna().all(axis=1).to_numpy()  # rows blank everywhere were never labelled
     line = result.table.query("name == 'densenet121-512' and fold == 1 and label == 'Edema'").iloc[0]
@@ -144,7 +143,7 @@ def test_a_finding_nobody_has_is_undefined_never_a_number(study):
     assert result.table.query("label == 'Fracture'")[["auroc", "auprc"]].isna().all(axis=None)
     line = next(x for x in (study / "evaluation" / "auroc.md").read_text().splitlines() if x.startswith("| Fracture"))
     assert line == "| Fracture | 0 | undefined | undefined |"
-    assert "undefined" in text_of(to_table(result))
+    assert "undefined" in text_of(auroc_table(result))
 
 
 def test_the_mean_is_over_the_findings_defined_everywhere(study):
@@ -174,7 +173,7 @@ def test_positives_count_each_row_once(study):
 def test_the_best_scale_is_bold(study):
     result = evaluate(study)
     assert result.matrix("densenet121-512")[:, 0].mean() > result.matrix("densenet121-256")[:, 0].mean()
-    table = to_table(result)
+    table = auroc_table(result)
     first = [next(iter(column.cells)) for column in table.columns[2:]]
     assert [cell.style for cell in first if isinstance(cell, Text)] == ["", "bold"]
 
@@ -271,7 +270,7 @@ def test_rows_predicted_must_be_the_rows_of_the_part(study):
 def test_logits_that_are_not_finite_are_refused(tmp_path):
     run = make_run(tmp_path, 256, 0, predict=False)
     row = run.rows().query("part == 'test'")["row"].to_numpy()
-    write_predictions(run, {"test": Predictions(row, np.full((len(row), 3), np.nan))})
+    run.write_predictions({"test": Predictions(row, np.full((len(row), 3), np.nan))})
     with pytest.raises(RunError, match="not finite"):
         evaluate(tmp_path)
 
@@ -292,7 +291,7 @@ def test_labels_with_markup_survive_both_tables(tmp_path):
     labels = ("A|B", "[bold]x", "C")
     rows = rows_of(0).rename(columns=dict(zip(LABELS, labels, strict=True)))
     make_run(tmp_path, 256, 0, rows, labels=labels)
-    assert "[bold]x" in text_of(to_table(evaluate(tmp_path)))
+    assert "[bold]x" in text_of(auroc_table(evaluate(tmp_path)))
     assert "| A\\|B |" in (tmp_path / "evaluation" / "auroc.md").read_text()
 
 
@@ -314,7 +313,7 @@ def test_it_needs_neither_dali_nor_torchvision():
 def test_changed_configuration_is_not_read_as_the_old_one(study):
     """Predictions of another configuration stay refused."""
     run = make_run(study, 2048, 0)
-    other = start_run(study / "x" / "fold-0", replace(run.config, seed=1), Path("shards"), rows_of(0))
+    other = Run.start(study / "x" / "fold-0", replace(run.config, seed=1), Path("shards"), rows_of(0))
     shutil.copytree(run.folder / "predictions.zarr", other.folder / "predictions.zarr")
     with pytest.raises(RunError, match="belongs to another run"):
         evaluate(study)
@@ -327,9 +326,9 @@ def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
     note = "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
     text = (study / "evaluation" / "auroc.md").read_text()
     assert "| densenet121-128† | densenet121-256 |" in text
-    for shown in (text, text_of(to_table(result))):
+    for shown in (text, text_of(auroc_table(result))):
         assert note in " ".join(shown.split()), "a terminal breaks the line"
-    assert "128†" in text_of(to_table(result))
+    assert "128†" in text_of(auroc_table(result))
     table = pd.read_csv(study / "evaluation" / "auroc.csv")
     starts = table.groupby(["name", "fold"])["start"].unique().str.join("")
     assert starts["densenet121-128", 1] == "from densenet121-64/fold-1"
@@ -340,7 +339,7 @@ def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
 
 def test_without_such_a_scale_nothing_is_marked(study):
     result = evaluate(study)
-    assert "†" not in (study / "evaluation" / "auroc.md").read_text() + text_of(to_table(result))
+    assert "†" not in (study / "evaluation" / "auroc.md").read_text() + text_of(auroc_table(result))
 
 
 def test_folds_of_one_group_that_started_from_different_groups_are_not_joined(study):

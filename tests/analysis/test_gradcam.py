@@ -15,13 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from cxrfast.analysis import gradcam as cams
-from cxrfast.analysis.receptive_field import erf, read_erf
+from cxrfast.analysis.erf import erf, read_erf
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import MEAN, STD, Classifier
-from cxrfast.runs.arrays import Predictions, write_predictions
-from cxrfast.runs.run import Run, read_run, start_run
+from cxrfast.runs.run import Predictions, Run
 
 SMALL, LABEL = "mobilenet_v3_small", "Pneumonia"
 
@@ -124,14 +123,14 @@ def make_run(folder: Path, shards: Path, raw: list[float]) -> Run:
     n = len(raw)
     rows = pd.read_parquet(shards / "rows.parquet").iloc[: n + 4]
     rows = rows.assign(part=["test"] * n + ["train"] * 2 + ["val"] * 2, **{LABEL: [*raw, 0, 0, 0, 0]})
-    run = start_run(
+    run = Run.start(
         folder / f"{SMALL}-64" / "fold-0",
         config,
         shards,
         rows[["row", "image_id", "patient_id", "part", *MIMIC]].astype({LABEL: np.float32}),
     )
     torch.manual_seed(0)
-    run.save_best(Classifier(SMALL, len(MIMIC)).state_dict())
+    run.write_weights(Classifier(SMALL, len(MIMIC)).state_dict())
     return run
 
 
@@ -144,7 +143,7 @@ def predict(run: Run, logits: list[float]) -> None:
     rows = run.rows().query("part == 'test'")["row"].to_numpy()
     found = np.zeros((len(rows), len(MIMIC)), np.float32)
     found[:, MIMIC.index(LABEL)] = logits
-    write_predictions(run, {"test": Predictions(rows, found)})
+    run.write_predictions({"test": Predictions(rows, found)})
 
 
 def test_positives_come_highest_logit_first_once_predicted(tiny_set: Path, tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
         cams.read_gradcam(run, LABEL)
     field = erf(run, images=1, quiet=True)
     made = cams.gradcam_run(run, LABEL, images=3, quiet=True)
-    stored = cams.read_gradcam(read_run(run.folder), LABEL)
+    stored = cams.read_gradcam(Run.open(run.folder), LABEL)
     assert made.rows.tolist() == stored.rows.tolist() == [0, 2, 4]
     assert stored.part == "test"
     assert (stored.maps.shape, stored.maps.dtype) == ((3, 64, 64), np.float32)
@@ -213,7 +212,7 @@ def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, 
     np.testing.assert_array_equal(overlays[1].images[1].get_array(), made.maps[1])
     path = cams.save_figure(run, LABEL)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert path == cams.figure_path(run, LABEL)
+    assert path == run.gradcam_path(LABEL)
     assert path.parent == run.folder
 
 
@@ -222,8 +221,8 @@ def test_a_slash_in_a_findings_name_opens_no_other_level(tiny_set: Path, tmp_pat
     run = make_run(tmp_path, tiny_set, RAW)
     renamed = run.rows().rename(columns={LABEL: name})
     labels = tuple(name if label == LABEL else label for label in MIMIC)
-    other = start_run(tmp_path / "x" / "fold-0", replace(run.config, labels=labels), tiny_set, renamed)
-    other.save_best(run.load_best())
+    other = Run.start(tmp_path / "x" / "fold-0", replace(run.config, labels=labels), tiny_set, renamed)
+    other.write_weights(run.read_weights())
     made = cams.gradcam_run(other, name, images=1, quiet=True)
     np.testing.assert_array_equal(cams.read_gradcam(other, name).maps, made.maps)
     assert cams.save_figure(other, name).parent == other.folder

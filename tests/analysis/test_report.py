@@ -8,8 +8,7 @@ import pytest
 
 from cxrfast.analysis.report import learning_figure, report
 from cxrfast.config import TrainConfig
-from cxrfast.runs.arrays import Predictions, write_predictions
-from cxrfast.runs.run import Run, start_run
+from cxrfast.runs.run import Predictions, Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.train import select_rows
 
@@ -33,7 +32,7 @@ def make_runs(shards: Path, runs: Path, predicted: bool = True, curriculum: bool
                 weights=str(runs / "densenet121-32" / f"fold-{fold}") if curriculum and scale == 64 else "none",
             )
             rows = select_rows(table, config, table["row"].to_numpy())
-            run = start_run(runs / f"densenet121-{scale}" / f"fold-{fold}", config, shards, rows)
+            run = Run.start(runs / f"densenet121-{scale}" / f"fold-{fold}", config, shards, rows)
             for epoch in range(3):
                 run.add_metrics(
                     {
@@ -58,7 +57,7 @@ def make_runs(shards: Path, runs: Path, predicted: bool = True, curriculum: bool
                 logits = truth * scale / 32 + rng.normal(size=truth.shape)
                 parts[part] = Predictions(chosen["row"].to_numpy(np.int64), logits.astype(np.float32))
             if predicted:
-                write_predictions(run, parts)
+                run.write_predictions(parts)
             made.append(run)
     return made
 

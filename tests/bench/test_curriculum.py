@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from cxrfast.bench.curriculum import RESIZED, SCRATCH, SMALLER, bench, main, way
 from cxrfast.config import TrainConfig
 from cxrfast.errors import LoadError
-from cxrfast.runs.run import read_run
+from cxrfast.runs.run import Run
 
 OPTIONS = {"global_batch": 8, "micro_batch": 8, "limit": 16, "precision": "fp32"}
 
@@ -20,8 +20,8 @@ def test_every_way_is_trained_and_the_smaller_run_s_seconds_count(tiny_set: Path
     scratch, smaller = result.ways
     assert result.target == scratch.best
     assert scratch.reached == scratch.seconds[-1]
-    below = read_run(tmp_path / "runs" / "scratch-32" / "fold-0")
-    above = read_run(tmp_path / "runs" / "from-32-64" / "fold-0")
+    below = Run.open(tmp_path / "runs" / "scratch-32" / "fold-0")
+    above = Run.open(tmp_path / "runs" / "from-32-64" / "fold-0")
     assert above.config.weights == str(below.folder)
     assert smaller.before == below.metrics()[0]["seconds"]
     assert smaller.seconds == [smaller.before + above.metrics()[0]["seconds"]]

@@ -12,7 +12,7 @@ import pytest
 from cxrfast.bench.trial import compare_runs, rates, read_steps, trial
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.loader import Rates
-from cxrfast.runs.run import read_run
+from cxrfast.runs.run import Run
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_trial.sh"
 
@@ -74,7 +74,7 @@ def test_losses_that_differ_and_steps_that_failed_are_not_passed_over(
     rehearsal: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     work = rehearsal[0] / "work"
-    runs = {name: read_run(work / "runs" / name / "fold-0") for name in ("train-host", "train-dali")}
+    runs = {name: Run.open(work / "runs" / name / "fold-0") for name in ("train-host", "train-dali")}
     assert [finding.is_right for finding in compare_runs(runs)] == [True]
     metrics = runs["train-dali"].folder / "metrics.jsonl"
     before = metrics.read_text()

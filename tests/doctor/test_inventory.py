@@ -9,18 +9,18 @@ import torch
 
 from cxrfast import distributed
 from cxrfast.distributed import Dali, dali_build, find_dali
-from cxrfast.doctor.inventory import Finding, about_cuda, about_dali, examine
+from cxrfast.doctor.inventory import Item, about_cuda, about_dali, examine
 from cxrfast.pipelines import dali
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
 
 
-def cuda(torch_cuda: str | None, dali_cuda: str, driver: int | None, torch_works: bool) -> dict[str, Finding]:
+def cuda(torch_cuda: str | None, dali_cuda: str, driver: int | None, torch_works: bool) -> dict[str, Item]:
     return {f.what: f for f in about_cuda(torch_cuda, Dali("2.4.0", dali_cuda), driver, torch_works)}
 
 
-def problems(found: dict[str, Finding]) -> list[str]:
-    return [name for name, finding in found.items() if finding.is_problem]
+def problems(found: dict[str, Item]) -> list[str]:
+    return [name for name, item in found.items() if item.is_problem]
 
 
 def test_the_doctor_names_what_matters_and_finds_this_machine_fit() -> None:

@@ -41,8 +41,6 @@ def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) ->
     torch.manual_seed(0)
     model = Classifier(arch, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    load_weights(model, "none")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, weight in model.named_parameters():
         assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last), name
     features: list[torch.Tensor] = []
@@ -92,7 +90,7 @@ def test_a_torchvision_file_loads_but_for_its_last_layer(tmp_path, suffix: str) 
     path = tmp_path / f"weights{suffix}"
     save_file(old, path) if suffix == ".safetensors" else torch.save(old, path)
     model = Classifier("densenet121", 5)
-    load_weights(model, str(path))
+    load_weights(model, path)
     for name, value in file.items():
         if not name.startswith("classifier."):
             assert torch.equal(model.state_dict()["net." + name], value), name
@@ -103,7 +101,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path) -> None:  # t
     path = tmp_path / "resnet.pth"
     torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), path)
     with pytest.raises(RunError, match="does not fit densenet121"):
-        load_weights(Classifier("densenet121", 5), str(path))
+        load_weights(Classifier("densenet121", 5), path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
@@ -112,12 +110,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content: bytes, suffi
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     with pytest.raises(RunError, match="is no checkpoint"):
-        load_weights(Classifier("densenet121", 5), str(path))
-
-
-def test_a_path_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(RunError, match="does not exist"):
-        load_weights(Classifier("densenet121", 5), "/nowhere/weights.pth")
+        load_weights(Classifier("densenet121", 5), path)
 
 
 def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path) -> None:  # type: ignore[no-untyped-def]

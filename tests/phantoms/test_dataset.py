@@ -1,10 +1,11 @@
+"""The tree is that of MIMIC-CXR-JPG, with true labels, and the same bytes every time."""
+
 import gzip
 import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,12 +16,9 @@ from hypothesis import strategies as st
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.phantoms import dataset as module
-from cxrfast.phantoms.anatomy import FINDINGS, Anatomy, Image, draw, heart, stream
-from cxrfast.phantoms.dataset import label_rows, plan, synth, tables
-
-LARGE = [name for name, finding in FINDINGS.items() if finding.kind == "large"]
-MIDDLE = [name for name, finding in FINDINGS.items() if finding.kind == "middle"]
-FINE = [name for name, finding in FINDINGS.items() if finding.kind == "fine"]
+from cxrfast.phantoms.cohort import Image, make_cohort
+from cxrfast.phantoms.dataset import label_rows, synth, tables
+from cxrfast.phantoms.findings import FINDINGS
 
 
 def contents(tree: Path) -> dict[str, bytes]:
@@ -35,21 +33,6 @@ def frame(made: list[Image], name: str, seed: int = 0) -> pd.DataFrame:
     header, *rows = tables(made, seed)[name]
     text = "\n".join(",".join(row) for row in [header, *rows])
     return pd.read_csv(io.StringIO(text), dtype={"StudyTime": str})
-
-
-def pair(finding: str, view: str, patient: int, size: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """The same phantom without and with one finding."""
-    image = Image(patient, patient, patient, 0, 0, "", view, size, round(0.82 * size), (), 0, 0.0)
-    return draw(image, 5), draw(replace(image, present=(finding,)), 5)
-
-
-def difference(finding: str, view: str, patient: int, at: int, size: int = 512) -> np.ndarray:
-    """Absolute difference in grey levels, averaged over cells of an `at`×`at` image."""
-    without, present = (
-        cv2.resize(pixels.astype(np.float32), (at, at), interpolation=cv2.INTER_AREA)
-        for pixels in pair(finding, view, patient, size)
-    )
-    return np.abs(present - without)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +102,7 @@ def test_sizes_and_pixels_agree_with_the_metadata(tree):
 
 
 def test_corrupt_files_are_truncated_empty_and_text_in_turn(tree):
-    made = [image for image in plan(40, 96, 3, corrupt=4) if image.damage]
+    made = [image for image in make_cohort(40, 96, 3, corrupt=4) if image.damage]
     assert sorted(image.damage for image in made) == ["empty", "not a JPEG", "truncated", "truncated"]
     for image in made:
         data = (tree / image.path).read_bytes()
@@ -129,8 +112,8 @@ def test_corrupt_files_are_truncated_empty_and_text_in_turn(tree):
             assert whole.startswith(data)
         else:
             assert len(data) == 0 if image.damage == "empty" else not data.startswith(b"\xff\xd8")
-    clean = plan(40, 96, 3)
-    assert [replace(image, damage="") for image in plan(40, 96, 3, corrupt=4)] == clean
+    clean = make_cohort(40, 96, 3)
+    assert [replace(image, damage="") for image in make_cohort(40, 96, 3, corrupt=4)] == clean
 
 
 def test_a_tree_of_one_image_is_complete(tmp_path):
@@ -141,8 +124,8 @@ def test_a_tree_of_one_image_is_complete(tmp_path):
 
 @given(images=st.integers(1, 300), size=st.integers(64, 4096), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=25, deadline=None)
-def test_plans_have_the_asked_number_of_different_images(images, size, seed):
-    made = plan(images, size, seed, corrupt=images // 3)
+def test_cohorts_have_the_asked_number_of_different_images(images, size, seed):
+    made = make_cohort(images, size, seed, corrupt=images // 3)
     assert len(made) == images == len({image.dicom_id for image in made})
     assert sum(bool(image.damage) for image in made) == images // 3
     assert all(max(image.height, image.width) == size for image in made)
@@ -152,7 +135,7 @@ def test_plans_have_the_asked_number_of_different_images(images, size, seed):
 
 
 def test_the_quirks_of_the_original_are_there():
-    made = plan(3000, 1024, 7)
+    made = make_cohort(3000, 1024, 7)
     metadata, labels = frame(made, "metadata"), frame(made, "chexpert", 7)
     studies = metadata.groupby("study_id")
     assert set(metadata["ViewPosition"]) == {"AP", "PA", "LATERAL"}
@@ -173,7 +156,7 @@ def test_the_quirks_of_the_original_are_there():
 
 
 def test_labels_are_true_and_findings_independent():
-    made = plan(4000, 1024, 11)
+    made = make_cohort(4000, 1024, 11)
     present = {image.study_id: image.present for image in made}
     labels = frame(made, "chexpert", 11).set_index("study_id")[list(MIMIC)].dropna(how="all")
     for name, finding in FINDINGS.items():
@@ -194,66 +177,8 @@ def test_labels_are_true_and_findings_independent():
 
 
 def test_label_rows_are_of_studies_not_of_images():
-    made = plan(8, 96, 0)
+    made = make_cohort(8, 96, 0)
     assert len(label_rows(made, 0)) == len({image.study for image in made})
-
-
-@pytest.mark.parametrize("view", ["PA", "AP", "LATERAL"])
-@pytest.mark.parametrize("finding", LARGE)
-def test_large_findings_survive_16_pixels(finding, view):
-    for patient in range(2):
-        found = difference(finding, view, patient, at=16)
-        assert found.mean() > 0.6
-        assert found.max() > 25
-
-
-@pytest.mark.parametrize("finding", MIDDLE)
-def test_middle_findings_are_there_at_64_pixels(finding):
-    for patient in range(3):
-        assert difference(finding, "PA", patient, at=64).max() > 5
-
-
-@pytest.mark.parametrize("view", ["PA", "LATERAL"])
-@pytest.mark.parametrize("finding", FINE)
-def test_fine_findings_are_seen_at_native_size_and_gone_at_a_sixteenth(finding, view):
-    for patient in range(2):
-        without, present = (pixels.astype(int) for pixels in pair(finding, view, patient))
-        assert np.abs(present - without).max() > 25
-        assert 20 < (np.abs(present - without) > 8).sum() < 1500
-        for at in (16, 32):
-            found = difference(finding, view, patient, at)
-            assert found.mean() < 0.05
-            assert found.max() < 2
-
-
-@pytest.mark.parametrize("size", [512, 1024])
-def test_fine_findings_are_one_or_two_native_pixels_wide(size):
-    without, present = (pixels.astype(int) for pixels in pair("Pneumothorax", "PA", 1, size))
-    bright = present - without > 8
-    assert bright.any()
-    runs = np.diff(np.pad(bright, ((0, 0), (1, 1))).astype(int), axis=1)
-    widths = np.nonzero(runs == -1)[1] - np.nonzero(runs == 1)[1]
-    assert np.median(widths) <= 2
-
-
-def test_cardiothoracic_ratios_leave_a_gap():
-    ratios = []
-    for patient in range(100):
-        a = Anatomy.of(stream(0, "patient", patient))
-        ratios.append([np.ptp(heart(a, ratio)[0][:, 0]) / (2 * a.half) for ratio in a.heart])
-    normal, large = np.array(ratios).T
-    assert 0.40 < normal.min() < normal.max() < 0.50
-    assert 0.55 < large.min() < large.max() < 0.67
-
-
-def test_a_patient_keeps_the_anatomy_and_differs_from_others():
-    image = Image(0, 0, 0, 0, 0, "", "PA", 128, 105, (), 0, 0.0)
-    small = [
-        cv2.resize(draw(i, 0), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
-        for i in (image, replace(image, index=1, study=1), replace(image, patient=1))
-    ]
-    assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.9
-    assert np.abs(small[0] - small[2]).mean() > 1
 
 
 @pytest.mark.parametrize(

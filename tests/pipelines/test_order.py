@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import LoadError
-from cxrfast.pipelines.order import WINDOW, Augment, EvalOrder, TrainOrder, balanced
+from cxrfast.pipelines.order import WINDOW, Augment, EvalOrder, TrainOrder, balanced, in_blocks
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 10_000)
@@ -204,6 +205,9 @@ def test_block_orders_are_the_same_in_every_version():
     order = TrainOrder(rows=np.arange(24), global_batch=12, micro_batch=6, seed=7, shard_rows=2)
     pinned = "22 9 8 12 23 13 20 21 18 1 16 4 5 0 19 17 7 6 11 10 2 3 14 15"
     assert " ".join(map(str, order.global_batches(3).ravel())) == pinned
+    large = in_blocks(np.arange(0, 100_000, 3), 64, 5, 9)
+    digest = "3026498dfc24cff278639619c72acf6f5d5f7e444f8a40e1d1e01cae24ec2f1c"
+    assert hashlib.sha256(large.astype("<i8").tobytes()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("shard_rows", [0, -64])

@@ -190,7 +190,7 @@ def test_a_pipeline_that_runs_out_of_memory_says_so(tiny_set: Path, monkeypatch:
         )
         yield
 
-    monkeypatch.setattr(DaliEngine, "_run", fail)
+    monkeypatch.setattr(DaliEngine, "_decode", fail)
     with pytest.raises(
         LoadError, match=r"memory ran out while DALI decoded batches of 16 images of 64 px: .*--micro-batch"
     ):

@@ -9,8 +9,7 @@ import torch
 from cxrfast.config import PRESETS, TrainConfig, learning_rate, preset
 from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
-from cxrfast.runs.arrays import Predictions, has_predictions, read_predictions, write_predictions
-from cxrfast.runs.run import Run, find_runs, read_run, start_run
+from cxrfast.runs.run import Predictions, Run
 
 CONFIG = TrainConfig(
     set_id="abc", scale=64, labels=("A", "B"), views=("AP",), global_batch=8, micro_batch=4, learning_rate=1e-4
@@ -29,15 +28,15 @@ ROWS = pd.DataFrame(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return start_run(tmp_path / "densenet121-64" / "fold-0", CONFIG, tmp_path, ROWS)
+    return Run.start(tmp_path / "densenet121-64" / "fold-0", CONFIG, tmp_path, ROWS)
 
 
 def test_a_run_read_back_is_the_run_that_was_started(run: Run) -> None:
-    again = read_run(run.folder)
+    again = Run.open(run.folder)
     assert again.config == CONFIG
     assert again.config.hash == CONFIG.hash
     pd.testing.assert_frame_equal(again.rows(), ROWS)
-    assert [r.config for r in find_runs(run.folder.parent.parent)] == [CONFIG]
+    assert [r.config for r in Run.find(run.folder.parent.parent)] == [CONFIG]
 
 
 def test_metrics_of_a_resumed_run_hold_each_epoch_once_and_no_torn_line(run: Run) -> None:
@@ -54,42 +53,42 @@ def test_metrics_of_a_resumed_run_hold_each_epoch_once_and_no_torn_line(run: Run
 
 def test_a_checkpoint_comes_back_bitwise_and_another_runs_is_refused(run: Run, tmp_path: Path) -> None:
     weights = torch.randn(3, 4)
-    run.save_last({"model": weights, "epoch": 2})
-    checkpoint = run.load_last()
+    run.write_checkpoint({"model": weights, "epoch": 2})
+    checkpoint = run.read_checkpoint()
     assert checkpoint is not None
     assert torch.equal(checkpoint["model"], weights)
-    other = start_run(tmp_path / "other" / "fold-0", replace(CONFIG, seed=1), tmp_path, ROWS)
+    other = Run.start(tmp_path / "other" / "fold-0", replace(CONFIG, seed=1), tmp_path, ROWS)
     (other.folder / "last.pt").write_bytes((run.folder / "last.pt").read_bytes())
     with pytest.raises(RunError, match="belongs to another configuration"):
-        other.load_last()
+        other.read_checkpoint()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}', '{"config": {"unknown": 1}, "shards": "x"}'])
 def test_a_damaged_configuration_is_refused(run: Run, text: str) -> None:
     (run.folder / "config.json").write_text(text)
     with pytest.raises(RunError):
-        read_run(run.folder)
+        Run.open(run.folder)
 
 
 def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run: Run) -> None:
-    assert not has_predictions(run)
+    assert not run.has_predictions
     with pytest.raises(RunError, match="cxrfast predict"):
-        read_predictions(run, "val")
+        run.read_predictions("val")
     logits = np.arange(6, dtype=np.float32).reshape(3, 2)
-    write_predictions(run, {"val": Predictions(np.array([9, 2, 4]), logits)})
-    write_predictions(
-        run, {"val": Predictions(np.array([9, 2, 4]), logits), "test": Predictions(np.array([1]), logits[:1])}
+    run.write_predictions({"val": Predictions(np.array([9, 2, 4]), logits)})
+    run.write_predictions(
+        {"val": Predictions(np.array([9, 2, 4]), logits), "test": Predictions(np.array([1]), logits[:1])}
     )
-    found = read_predictions(run, "val")
+    found = run.read_predictions("val")
     np.testing.assert_array_equal(found.row, [2, 4, 9])
     np.testing.assert_array_equal(found.logits, logits[[1, 2, 0]])
     with pytest.raises(RunError, match="no part 'train'"):
-        read_predictions(run, "train")
+        run.read_predictions("train")
     with pytest.raises(RunError, match="twice"):
-        write_predictions(run, {"val": Predictions(np.array([1, 1]), logits[:2])})
+        run.write_predictions({"val": Predictions(np.array([1, 1]), logits[:2])})
     changed = Run(run.folder, replace(CONFIG, seed=7), run.shards)
     with pytest.raises(RunError, match="belongs to another run"):
-        read_predictions(changed, "val")
+        changed.read_predictions("val")
 
 
 @pytest.mark.parametrize(
@@ -122,18 +121,18 @@ def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> Non
 
 
 def test_new_best_weights_take_what_was_made_of_the_old_ones_with_them(run: Run) -> None:
-    write_predictions(run, {"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
+    run.write_predictions({"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
     (run.folder / "gradcam-A.png").write_bytes(b"")
-    run.save_best({"w": torch.zeros(1)})
-    assert not has_predictions(run)
+    run.write_weights({"w": torch.zeros(1)})
+    assert not run.has_predictions
     assert not (run.folder / "gradcam-A.png").exists()
 
 
 def test_a_lost_chunk_of_predictions_is_not_read_as_zeros(run: Run) -> None:
-    write_predictions(run, {"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
+    run.write_predictions({"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
     (run.folder / "predictions.zarr" / "val" / "logits" / "c" / "0" / "0").unlink()
     with pytest.raises(RunError, match="has lost values"):
-        read_predictions(run, "val")
+        run.read_predictions("val")
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,17 @@ from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
-from cxrfast.runs.run import Run, start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.study.forecast import Forecast, forecast, jobs, parse_walltime, projection
+from cxrfast.study.forecast import Forecast, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.train import select_rows
 
-RECIPE: dict[str, Any] = {"weights": "none", "epochs": 10, "global_batch": 8, "micro_batch": 4}
+OPTIONS: dict[str, Any] = {"weights": "none", "epochs": 10, "global_batch": 8, "micro_batch": 4}
 
 
-def planned(shards: Path, runs: Path, scales: list[int], folds: list[int], nproc: int = 1, **recipe: Any) -> Plan:
-    return make_plan(shards, runs, scales, folds, nproc=nproc, device="cpu", recipe={**RECIPE, **recipe})
+def planned(shards: Path, runs: Path, scales: list[int], folds: list[int], nproc: int = 1, **options: Any) -> Plan:
+    return make_plan(shards, runs, scales, folds, nproc=nproc, device="cpu", options={**OPTIONS, **options})
 
 
 def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
@@ -27,7 +27,7 @@ def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
     config = plan.config(scale, fold, "cpu")
     table = read_rows(plan.runtime.shards / "rows.parquet")
     rows = select_rows(table, config, table["row"].to_numpy())
-    run = start_run(plan.folder(scale, fold), config, plan.runtime.shards, rows)
+    run = Run.start(plan.folder(scale, fold), config, plan.runtime.shards, rows)
     if state:
         run.set_state(**state)
         (run.folder / "last.pt").write_bytes(b"x")
@@ -138,16 +138,6 @@ def test_too_little_room(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.Mon
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "checkpoints need 1" in refusals(forecast(planned(tiny_set, tmp_path, [32], [0])))
-
-
-def test_wall_times() -> None:
-    assert parse_walltime("24:00:00") == 86400
-    assert parse_walltime("1-00:00:10") == 86410
-    for text in ("24", "24:00", "1:60:00", "00:02:00", "", "-1:00:00"):
-        with pytest.raises(RunError, match="such as 24:00:00"):
-            parse_walltime(text)
-    assert jobs(3600 * 23, 86400) == 1
-    assert jobs(86400, 86400) == 2, "what saving takes is not counted on"
 
 
 def test_the_table_tells_rows_batches_and_hours(tiny_set: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from cxrfast.study.forecast import forecast
 from cxrfast.study.plan import make_plan
 from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
 
-RECIPE = {"weights": "none", "global_batch": 8, "micro_batch": 2}
+OPTIONS = {"weights": "none", "global_batch": 8, "micro_batch": 2}
 
 
 def scripts(shards: Path, out: Path, slurm: Slurm, nproc: int = 2, **runtime: object) -> dict[str, str]:
-    plan = make_plan(shards, out / "runs", [32], [0, 1], nproc=nproc, nodes=slurm.nodes, recipe=RECIPE, **runtime)
+    plan = make_plan(shards, out / "runs", [32], [0, 1], nproc=nproc, nodes=slurm.nodes, options=OPTIONS, **runtime)
     written = write_scripts(plan, forecast(plan).outlooks, slurm, out / "jobs")
     for path in written:
         subprocess.run(["bash", "-n", path], check=True)
@@ -66,7 +66,7 @@ def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_pa
 def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
     text = scripts(tiny_set, tmp_path / "a b", Slurm())["densenet121-32-fold-0.sh"]
     assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
-    assert f"run='{tmp_path}/a b/runs/densenet121-32/fold-0'" in text
+    assert f"state_file='{tmp_path}/a b/runs/densenet121-32/fold-0/state.json'" in text
 
 
 @pytest.mark.parametrize(

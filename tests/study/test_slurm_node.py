@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.status import Status, read_metrics, read_status
 
 pytestmark = [
@@ -93,7 +94,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
     """Until the run in this folder has that state."""
     end = time.monotonic() + seconds
-    while (found := read_status(run, time.time())).state != state:
+    while (found := read_status(RunFolder(run), time.time())).state != state:
         assert time.monotonic() < end, found
         time.sleep(0.2)
     return found
@@ -110,7 +111,7 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
     setup = [f"export PATH={tools}:$PATH PYTHONPATH={Path(__file__).parents[2]}"]
     (tmp_path / "slurm.toml").write_text(f"[slurm]\npartition = 'p'\ncpus = 1\ntime = '00:10:00'\nsetup = {setup}\n")
     runs, jobs = tmp_path / "runs", tmp_path / "jobs"
-    recipe = [
+    options = [
         "--weights",
         "none",
         "--epochs",
@@ -125,7 +126,7 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
         "cpu",
     ]
     where = ["--scale", "32", "--fold", "0", "--sbatch", str(jobs), "--slurm", str(tmp_path / "slurm.toml")]
-    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *recipe])
+    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *options])
     assert done.exit_code == 0, done.output
     said = subprocess.run([jobs / "submit.sh"], capture_output=True, text=True, check=True).stdout
     job, report = (line.split(": job ")[1].split(",")[0] for line in said.splitlines()[:2])
@@ -144,4 +145,4 @@ def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tabl
     assert "SIGUSR1; saved" in log
     assert "start 1: stopped before it was done: queued again" in log
     assert "start 2: done" in log
-    assert [line["epoch"] for line in read_metrics(run)] == list(range(4)), "no epoch lost, none twice"
+    assert [line["epoch"] for line in read_metrics(RunFolder(run))] == list(range(4)), "no epoch lost, none twice"

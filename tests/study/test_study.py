@@ -9,22 +9,22 @@ import psutil
 from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
-from cxrfast.runs.run import find_runs, start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.plan import make_plan
 from cxrfast.study.study import study
 from cxrfast.training.train import select_rows
 
-RECIPE = {"weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 24}
+OPTIONS = {"weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 24}
 
 
 def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    one = study(tiny_set, tmp_path, [32], [0], device="cpu", recipe=RECIPE)
+    one = study(tiny_set, tmp_path, [32], [0], device="cpu", options=OPTIONS)
     assert len(one.tables) == 1
     weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("best.safetensors")}
     maps = (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns
-    both = study(tiny_set, tmp_path, [32, 64], [0], device="cpu", recipe=RECIPE)
-    assert [run.name for run in find_runs(tmp_path)] == ["densenet121-32/fold-0", "densenet121-64/fold-0"]
+    both = study(tiny_set, tmp_path, [32, 64], [0], device="cpu", options=OPTIONS)
+    assert [run.name for run in Run.find(tmp_path)] == ["densenet121-32/fold-0", "densenet121-64/fold-0"]
     assert len(both.tables) == 2, "two scales make an ensemble"
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
     assert (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns == maps
@@ -36,13 +36,13 @@ def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set: Path, tmp_
 
 
 def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    recipe = {**RECIPE, "micro_batch": 4, "views": ("AP", "PA"), "epochs": 8}
-    study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", recipe=recipe)
+    options = {**OPTIONS, "micro_batch": 4, "views": ("AP", "PA"), "epochs": 8}
+    study(tiny_set, tmp_path, [32], [1], nproc=2, device="cpu", options=options)
     assert re.search(
         r"study: [\d.]+ images/s at 32 px; 1 of 1 runs left: 0.\d\d h at most, 0.\d\d GPU-hours\n",
         capsys.readouterr().err,
     )
-    (run,) = find_runs(tmp_path)
+    (run,) = Run.find(tmp_path)
     assert run.is_done
     assert run.config.views == ("AP", "PA")
     assert run.config.fold == 1
@@ -50,16 +50,16 @@ def test_a_study_trains_with_several_processes_and_tells_what_it_takes(tiny_set:
 
 def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
     """A run that every training refuses to go on with."""
-    plan = make_plan(shards, runs, [32], [fold], device="cpu", recipe=RECIPE)
+    plan = make_plan(shards, runs, [32], [fold], device="cpu", options=OPTIONS)
     config = plan.config(32, fold, "cpu")
     table = read_rows(shards / "rows.parquet")
-    run = start_run(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
+    run = Run.start(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
     return run.folder
 
 
 def arguments(shards: Path, runs: Path, *more: object) -> list[str]:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     return ["study", str(shards), str(runs), "--scale", "32", "--device", "cpu", *options, *map(str, more)]
 
 
@@ -83,8 +83,8 @@ def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set:
 
 
 def test_a_stopped_study_leaves_no_process_behind(tiny_set: Path, tmp_path: Path) -> None:
-    recipe = {**RECIPE, "epochs": 50, "micro_batch": 4}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+    fields = {**OPTIONS, "epochs": 50, "micro_batch": 4}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
     command = ["study", tiny_set, tmp_path, "--scale", "32", "--fold", "0", "--device", "cpu", "--nproc", "2", *options]
     process = subprocess.Popen([sys.executable, "-m", "cxrfast", *map(str, command)], stderr=subprocess.DEVNULL)
     metrics = tmp_path / "densenet121-32" / "fold-0" / "metrics.jsonl"

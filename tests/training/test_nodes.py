@@ -10,7 +10,7 @@ import psutil
 import pytest
 from trainings import assert_same, command, kill_group, run_to_the_end, start, wait_for
 
-from cxrfast.runs.run import read_run
+from cxrfast.runs.run import Run
 
 RUN = Path("densenet121-32") / "fold-0"
 
@@ -61,7 +61,7 @@ def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_and_they_go_on_togethe
             kill_group(node)
     assert all(codes)
     assert not [pid for pid in family if psutil.pid_exists(pid)], "nobody is left"
-    state = read_run(run).state()
+    state = Run.open(run).state()
     assert (state["state"], state["signal"]) == ("preempted", "SIGUSR1")
     nodes = start_nodes(tiny_set, tmp_path, tmp_path / "second")
     try:

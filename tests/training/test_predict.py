@@ -7,12 +7,11 @@ import torch
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.arrays import read_predictions
-from cxrfast.runs.run import Run, part_rows, start_run
+from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.images.decode import decode_grey
-from cxrfast.training.predict import PARTS, load_model, predict
+from cxrfast.training.predict import PARTS, predict
 from cxrfast.training.train import Runtime, make_config, train
 
 
@@ -24,9 +23,9 @@ def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(run: Run, tiny_set: Path) -> None:
     predict(run, World(torch.device("cpu")), quiet=True)
-    model, reader = load_model(run, torch.device("cpu")), Reader(tiny_set, 32)
+    model, reader = run.load(torch.device("cpu")), Reader(tiny_set, 32)
     for part in PARTS:
-        predictions = read_predictions(run, part)
+        predictions = run.read_predictions(part)
         np.testing.assert_array_equal(predictions.row, part_rows(run.rows(), part))
         images = np.stack([decode_grey(bytes(reader.read(int(row)))) for row in predictions.row])
         with torch.inference_mode():
@@ -47,13 +46,13 @@ def test_a_set_that_was_moved_is_found_and_another_set_refused(
 
 
 def test_a_run_without_weights_is_refused(run: Run, tmp_path: Path) -> None:
-    untrained = start_run(tmp_path / "run", run.config, run.shards, run.rows())
+    untrained = Run.start(tmp_path / "run", run.config, run.shards, run.rows())
     with pytest.raises(RunError, match="train it first"):
         predict(untrained, World(torch.device("cpu")), quiet=True)
 
 
 def test_damaged_weights_are_refused(run: Run, tmp_path: Path) -> None:
-    damaged = start_run(tmp_path / "run", run.config, run.shards, run.rows())
+    damaged = Run.start(tmp_path / "run", run.config, run.shards, run.rows())
     weights = (run.folder / "best.safetensors").read_bytes()
     (damaged.folder / "best.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(RunError, match="is damaged"):

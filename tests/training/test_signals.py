@@ -24,7 +24,7 @@ from trainings import (
 
 from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
-from cxrfast.runs.run import read_run
+from cxrfast.runs.run import Run
 from cxrfast.training.signals import Preempted, StopRequest
 from cxrfast.training.train import Runtime, make_config, train
 
@@ -60,14 +60,14 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothi
     if nproc == 1:
         assert code == 128 + signal.Signals[name]
     assert not [pid for pid in family if psutil.pid_exists(pid)], "nobody is left"
-    state = read_run(run).state()
+    state = Run.open(run).state()
     assert (state["state"], state["signal"]) == ("preempted", name)
     assert f"{name}; saved, the same command goes on" in log
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2] / "cxrfast") not in log
     assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 1
     run_to_the_end(arguments)
     assert_same(whole, run)
-    assert read_run(run).is_done
+    assert Run.open(run).is_done
 
 
 def test_a_killed_training_ends_as_if_nothing_had_been(undisturbed, tiny_set: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_killed_training_ends_as_if_nothing_had_been(undisturbed, tiny_set: Pa
     finally:
         kill_group(process)
     assert 0 < torch.load(run / "last.pt", weights_only=True)["consumed"] < 96
-    assert read_run(run).state()["state"] == "running"
+    assert Run.open(run).state()["state"] == "running"
     run_to_the_end(arguments)
     assert_same(whole, run)
 
@@ -95,11 +95,11 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     finally:
         kill_group(process)
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    assert read_run(run).state()["state"] == "preempted"
+    assert Run.open(run).state()["state"] == "preempted"
     assert checkpoint["consumed"] % OPTIONS["global_batch"] == 0
     run_to_the_end(command(tiny_set, tmp_path, 1))
-    assert [line["epoch"] for line in read_run(run).metrics()] == [0, 1]
-    rows = read_run(run).rows()
+    assert [line["epoch"] for line in Run.open(run).metrics()] == [0, 1]
+    rows = Run.open(run).rows()
     order = TrainOrder(rows=rows.loc[rows["part"] == "train", "row"].to_numpy(), global_batch=8, micro_batch=4, seed=0)
     left = sum(map(len, order.micro_batches(1, checkpoint["consumed"])))
     assert left + checkpoint["consumed"] == order.steps * 8
@@ -176,7 +176,7 @@ def test_a_run_whose_loss_explodes_is_failed_and_says_so(tiny_set: Path, tmp_pat
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "the loss was not finite" in done.stderr
-    state = read_run(tmp_path / RUN).state()
+    state = Run.open(tmp_path / RUN).state()
     assert state["state"] == "failed"
     assert "the loss was not finite" in state["error"]
 
@@ -201,7 +201,7 @@ def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(
         kill_group(process)
     assert not [pid for pid in family if psutil.pid_exists(pid)]
     assert "another rank ended" in (tmp_path / "log").read_text()
-    state = read_run(run).state()
+    state = Run.open(run).state()
     assert state["state"] == "failed"
     assert "another rank ended" in state["error"]
 

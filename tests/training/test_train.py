@@ -18,11 +18,11 @@ import cxrfast.training.train
 from cxrfast.cli.main import cli
 from cxrfast.errors import LoadError, RunError, ShardError
 from cxrfast.models.classifier import Classifier
-from cxrfast.runs.run import read_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
-from cxrfast.training.train import Runtime, configure, make_config, select_rows, train
+from cxrfast.training.train import Runtime, configure, make_config, select_rows, train, weights_file
 
 
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ import torch
 from cxrfast.distributed import world
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
@@ -52,7 +52,7 @@ with world("cpu") as ranks:
     config = make_config(shards, 32, device="cpu", weights="none", global_batch=8, micro_batch=4, precision="fp32")
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = start_run(folder / str(ranks.rank), config, shards, rows)
+    run = Run.start(folder / str(ranks.rank), config, shards, rows)
     trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
     trainer.train_epoch()
     images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
@@ -217,6 +217,12 @@ def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patie
     assert child.is_done
 
 
+def test_a_path_of_weights_that_does_not_exist_is_refused(tiny_set: Path) -> None:
+    with pytest.raises(RunError, match=r"--weights /nowhere/weights\.pth: /nowhere/weights\.pth does not exist"):
+        weights_file(make_config(tiny_set, 32, device="cpu", weights="/nowhere/weights.pth"))
+    assert weights_file(make_config(tiny_set, 32, device="cpu", weights="none")) is None
+
+
 def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
     with pytest.raises(RunError, match="give --fold 0"):
         make_config(tiny_set, 32, device="cpu", split="official", fold=1)
@@ -253,7 +259,7 @@ import torch
 from cxrfast.distributed import world
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import start_run
+from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
 
@@ -266,7 +272,7 @@ with world("cpu") as ranks:
     )
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = start_run(folder / f"of-{ranks.size}-{ranks.rank}", config, shards, rows)
+    run = Run.start(folder / f"of-{ranks.size}-{ranks.rank}", config, shards, rows)
     trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
     (batch, *_) = trainer.order.global_batches(0)
     rng = np.random.default_rng(0)
@@ -381,7 +387,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
     given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", f"--config={file}"]
     done = CliRunner().invoke(cli, [*given, "--micro-batch=4"])
     assert done.exit_code == 0, done.output
-    config = read_run(tmp_path / "densenet121-32" / "fold-0").config
+    config = Run.open(tmp_path / "densenet121-32" / "fold-0").config
     assert (config.scale, config.epochs, config.limit, config.global_batch, config.micro_batch) == (32, 1, 16, 8, 4)
     assert config.label_policies == (("Edema", "u_ones"),)
     assert config.views == ("AP", "PA")
@@ -397,7 +403,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
 def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Path, tmp_path: Path) -> None:
     listed = tmp_path / "rows.txt"
     listed.write_text("\n".join(map(str, range(140))))
-    recipe = {
+    options = {
         **OPTIONS,
         "subset": listed,
         "views": ("AP", "PA"),
@@ -406,7 +412,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
         "sizes": ((32, 2), (48, 1)),
     }
     runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
-    plan = make_plan(tiny_set, tmp_path, [32], [1], recipe=recipe, **runtime)
+    plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
     taken = {}
     with patch.object(
         cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
@@ -415,7 +421,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     assert done.exit_code == 0, done.output
     assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
-    assert changed >= {*recipe, "fold"} - {"precision"}
+    assert changed >= {*options, "fold"} - {"precision"}
 
 
 def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(

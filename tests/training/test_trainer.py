@@ -35,7 +35,7 @@ from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder, TrainOrder
 from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import read_run, start_run
+from cxrfast.runs.run import Run
 from cxrfast.training.monitor import Timed
 from cxrfast.training.train import Runtime, make_config, train
 
@@ -161,12 +161,12 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
     assert "Traceback" not in done.stderr
     assert "memory ran out with micro-batches of 80 images of 64 px in fp32 (the machine has" in done.stderr
     assert "use --micro-batch 40 or --micro-batch auto or --recompute" in done.stderr
-    run = read_run(tmp_path / "densenet121-64" / "fold-0")
+    run = Run.open(tmp_path / "densenet121-64" / "fold-0")
     assert run.state()["state"] == "failed"
     # what it advises is accepted, though it is another configuration
     done = CliRunner().invoke(cli, ["train", *given, *more, "--micro-batch=40", "--limit=80"])
     assert done.exit_code == 0, done.output
-    assert read_run(run.folder).config.micro_batch == 40
+    assert Run.open(run.folder).config.micro_batch == 40
 
 
 def test_what_another_error_made_of_running_out_of_memory_is_that_too() -> None:
@@ -204,15 +204,15 @@ def test_a_run_that_has_something_to_lose_keeps_its_configuration(tiny_set: Path
     for state in ("running", "preempted", "done"):
         run.set_state(state)
         with pytest.raises(RunError, match="micro_batch: 8, not 4"):
-            start_run(run.folder, other, tiny_set, rows)
+            Run.start(run.folder, other, tiny_set, rows)
     run.set_state("failed")
     for name in ("last.pt", "best.safetensors", "metrics.jsonl"):
         (run.folder / name).touch()
         with pytest.raises(RunError, match="micro_batch: 8, not 4"):
-            start_run(run.folder, other, tiny_set, rows)
+            Run.start(run.folder, other, tiny_set, rows)
         (run.folder / name).unlink()
-    assert start_run(run.folder, other, tiny_set, rows).config == other
-    assert read_run(run.folder).config == other
+    assert Run.start(run.folder, other, tiny_set, rows).config == other
+    assert Run.open(run.folder).config == other
 
 
 # Random numbers

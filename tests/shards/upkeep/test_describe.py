@@ -22,7 +22,7 @@ from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import REFERENCE, read_rows, write_rows
 from cxrfast.shards.images.decode import decode_grey
-from cxrfast.shards.upkeep.counts import describe
+from cxrfast.shards.upkeep.counts import count_set
 from cxrfast.shards.upkeep.describe import figure, heading, to_markdown, to_tables, write
 from cxrfast.shards.upkeep.relabel import relabel
 from cxrfast.training.train import make_config, select_rows
@@ -67,7 +67,7 @@ def numbers(frame: pd.DataFrame, name: str, value: object) -> list[int]:
 
 def shown(folder: Path, width: int = 100) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    for table in to_tables(describe(folder)):
+    for table in to_tables(count_set(folder)):
         console.print(table)
     console.file.close()
     return console.export_text()
@@ -77,7 +77,7 @@ def shown(folder: Path, width: int = 100) -> str:
 
 
 def test_splits_folds_and_views_are_those_of_pandas(odd):
-    d, rows = describe(odd), rows_of(odd)
+    d, rows = count_set(odd), rows_of(odd)
     assert d.splits["split"].tolist() == ["train", "validate", "test", "none"]
     for split in d.splits["split"]:
         assert numbers(d.splits, "split", split) == counted(rows[rows["split"].fillna("none") == split])
@@ -92,7 +92,7 @@ def test_splits_folds_and_views_are_those_of_pandas(odd):
 
 
 def test_every_state_of_every_label_is_counted_in_every_fold(odd):
-    d, rows = describe(odd), rows_of(odd)
+    d, rows = count_set(odd), rows_of(odd)
     for fold in range(-1, 5):
         mine = rows if fold < 0 else rows[rows["fold"] == fold]
         lines = d.labels[d.labels["fold"] == fold].set_index("label")
@@ -104,7 +104,7 @@ def test_every_state_of_every_label_is_counted_in_every_fold(odd):
 
 
 def test_the_last_step_is_what_training_uses(odd):
-    d = describe(odd)
+    d = count_set(odd)
     config = make_config(odd, 32, device="cpu", global_batch=8, precision="fp32")
     used = select_rows(rows_of(odd), config, Reader(odd, 32).rows)
     assert d.parts.set_index("part")["images"].to_dict() == used["part"].value_counts().to_dict()
@@ -116,7 +116,7 @@ def test_the_last_step_is_what_training_uses(odd):
 
 
 def test_what_is_left_out_is_counted_with_its_reasons(odd):
-    d, rows = describe(odd), rows_of(odd)
+    d, rows = count_set(odd), rows_of(odd)
     assert d.flow["step"].tolist() == ["listed by the tables", "found in the tree", "readable", "with a label"]
     assert d.flow["images"].tolist()[:3] == [80, 79, 73]
     assert d.reasons.set_index("reason")["images"].to_dict() == {"truncated": 2, "empty": 2, "not an image": 2}
@@ -128,7 +128,7 @@ def test_what_is_left_out_is_counted_with_its_reasons(odd):
 
 
 def test_sizes_are_those_of_the_decoded_images_and_the_tables_where_there_is_none(odd):
-    d, rows = describe(odd), rows_of(odd)
+    d, rows = count_set(odd), rows_of(odd)
     assert (d.decoded, d.differing, d.unknown) == (73, 1, 0)
     tree = odd.parent / "mimic"
     expected: dict[tuple[int, int], int] = {}
@@ -143,7 +143,7 @@ def test_sizes_are_those_of_the_decoded_images_and_the_tables_where_there_is_non
 
 
 def test_bytes_and_files_are_those_on_disk(odd):
-    for line in describe(odd).scales.itertuples():
+    for line in count_set(odd).scales.itertuples():
         files = list((odd / str(line.scale)).iterdir())
         assert line.files == len(files)
         assert line.bytes == sum(path.stat().st_size for path in files if path.suffix == ".tar")
@@ -152,8 +152,8 @@ def test_bytes_and_files_are_those_on_disk(odd):
 
 
 def test_the_codec_is_said_as_a_paper_would(tiny_set, raw_set):
-    assert "JPEG, quality 95, squash; 1 kB" in to_markdown(describe(tiny_set))
-    assert "Raw (PGM), squash; 1 kB" in to_markdown(describe(raw_set))
+    assert "JPEG, quality 95, squash; 1 kB" in to_markdown(count_set(tiny_set))
+    assert "Raw (PGM), squash; 1 kB" in to_markdown(count_set(raw_set))
 
 
 def test_a_radiologist_s_labels_are_counted_by_study(copy):
@@ -162,10 +162,10 @@ def test_a_radiologist_s_labels_are_counted_by_study(copy):
     value = dict(zip(studies, [1, 1, 1, 0, 0, -1, np.nan, 1, 0], strict=True))
     rows[f"{REFERENCE}Edema"] = rows["study_id"].map(value).astype(np.float32)
     write_rows(copy / "rows.parquet", rows, read_set(copy))
-    line = describe(copy).references.iloc[0].to_dict()
+    line = count_set(copy).references.iloc[0].to_dict()
     assert line == {"label": "Edema", "studies": 8, "positive": 4, "negative": 3, "uncertain": 1}
     assert "labelled by a radiologist" in shown(copy)
-    assert tuple(describe(copy).labels["label"].unique()) == MIMIC
+    assert tuple(count_set(copy).labels["label"].unique()) == MIMIC
 
 
 # Sets of every kind
@@ -175,7 +175,7 @@ def test_a_set_that_is_planned_alone_says_so(copy):
     for scale in (16, 32):
         shutil.rmtree(copy / str(scale))
     (copy / "quarantine.csv").unlink()
-    d = describe(copy)
+    d = count_set(copy)
     assert d.state == "planned, no shard is built yet"
     assert numbers(d.flow, "step", "found in the tree")[0] == 79
     assert numbers(d.flow, "step", "in shards built so far") == [0, 0, 0]
@@ -187,11 +187,11 @@ def test_a_set_that_is_half_built_says_so_and_counts_what_is_there(copy):
     shards = read_set(copy).shards
     shard_path(copy, 16, shards - 1, "json").unlink()
     (copy / "SHA256SUMS").unlink()
-    d = describe(copy)
+    d = count_set(copy)
     assert d.state == f"not all is built: {shards - 1} of {shards} shards at 16 px"
     assert d.flow["images"].tolist()[:3] == [80, 79, 73], "the other scale holds the rows"
     shard_path(copy, 32, shards - 1, "json").unlink()
-    d = describe(copy)
+    d = count_set(copy)
     first = (shards - 1) * read_set(copy).rows_per_shard
     rows = rows_of(copy).iloc[:first]
     assert numbers(d.flow, "step", "in shards built so far") == counted(rows[rows["bytes"] >= 0])
@@ -201,7 +201,7 @@ def test_a_set_that_is_half_built_says_so_and_counts_what_is_there(copy):
 def test_a_copy_without_its_scales_is_described_from_quarantine_csv(odd, copy):
     for scale in (16, 32):
         shutil.rmtree(copy / str(scale))
-    here, there = describe(copy), describe(odd)
+    here, there = count_set(copy), count_set(odd)
     for frame in ("flow", "reasons", "parts", "labels", "folds"):
         pd.testing.assert_frame_equal(getattr(here, frame), getattr(there, frame))
     assert here.decoded == 0
@@ -214,7 +214,7 @@ def test_sizes_that_nobody_knows_are_no_figure(copy, tmp_path):
     write_rows(copy / "rows.parquet", rows, read_set(copy))
     for scale in (16, 32):
         shutil.rmtree(copy / str(scale))
-    d = describe(copy)
+    d = count_set(copy)
     assert d.unknown == 80
     assert write(d, copy, tmp_path / "out") == [tmp_path / "out" / "describe.md"]
     assert "80 images unknown" in (tmp_path / "out" / "describe.md").read_text()
@@ -224,20 +224,20 @@ def test_labels_of_other_names_without_a_positive_are_described(copy, tmp_path):
     images = rows_of(copy)["image_id"]
     pd.DataFrame({"image_id": images, "Ten | pipes [b]": 0, "never": ""}).to_csv(tmp_path / "t.csv", index=False)
     relabel(copy, tmp_path / "t.csv", quiet=True)
-    lines = describe(copy).labels.query("fold == -1").set_index("label")
+    lines = count_set(copy).labels.query("fold == -1").set_index("label")
     assert lines.loc["Ten | pipes [b]"].tolist() == [-1, 0, 80, 0, 0]
     assert lines.loc["never"].tolist() == [-1, 0, 0, 0, 80]
-    assert numbers(describe(copy).flow, "step", "with a label")[0] == 73, "a negative is a label"
-    assert heading(describe(copy)).count("from mimic; 2 labels from t.csv; seed") == 1
+    assert numbers(count_set(copy).flow, "step", "with a label")[0] == 73, "a negative is a label"
+    assert heading(count_set(copy)).count("from mimic; 2 labels from t.csv; seed") == 1
     assert "Ten | pipes [b]" in shown(copy)
-    assert "| Ten \\| pipes [b] | 0 | 80 |" in to_markdown(describe(copy))
+    assert "| Ten \\| pipes [b] | 0 | 80 |" in to_markdown(count_set(copy))
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "set.json"])
 def test_files_of_another_set_are_refused(name, copy, tiny_set):
     shutil.copy(tiny_set / name, copy / name)
     with pytest.raises(ShardError, match="cxrfast verify"):
-        describe(copy)
+        count_set(copy)
 
 
 @pytest.mark.parametrize("text", ["row,path,reason\nx,a.jpg,empty\n", "row,path,reason\n99,a.jpg,empty\n", "\0\n1\n"])
@@ -246,7 +246,7 @@ def test_a_damaged_quarantine_csv_is_one_message(text, copy):
         shutil.rmtree(copy / str(scale))
     (copy / "quarantine.csv").write_text(text)
     with pytest.raises(ShardError, match=r"quarantine\.csv (is damaged|lists rows)"):
-        describe(copy)
+        count_set(copy)
 
 
 # What is shown
@@ -297,7 +297,7 @@ def test_lines_fit_the_terminal_and_numbers_are_not_broken(odd):
 
 
 def test_the_figure_counts_every_image_once_on_axes_that_start_at_zero(odd):
-    d = describe(odd)
+    d = count_set(odd)
     panels = figure(d).axes
     mesh = panels[0].collections[0].get_array()
     assert mesh.sum() == 80
@@ -311,7 +311,7 @@ def test_the_figure_counts_every_image_once_on_axes_that_start_at_zero(odd):
 
 
 def test_markdown_holds_every_count_a_fold(odd):
-    text, d = to_markdown(describe(odd)), describe(odd)
+    text, d = to_markdown(count_set(odd)), count_set(odd)
     wide = d.labels.pivot(index="label", columns="fold", values="uncertain").loc["Pneumonia"]
     assert f"| Pneumonia | {' | '.join(map(str, wide))} |" in text.split("## Images uncertain")[1].split("##")[0]
     line = d.folds.query("fold == 3 and part == 'val'").iloc[0]
@@ -319,7 +319,7 @@ def test_markdown_holds_every_count_a_fold(odd):
 
 
 def test_real_radiographs_are_described_by_what_was_decoded(real_set, real_tree, tmp_path):
-    d = describe(real_set)
+    d = count_set(real_set)
     assert d.decoded == read_set(real_set).images == d.sizes["images"].sum()
     assert d.differing == 0
     assert tuple(d.sizes.iloc[0]) == (224, 224, 200)

@@ -42,12 +42,12 @@ from cxrfast.shards.format.rows import (
     reference_names,
     write_rows,
 )
-from cxrfast.shards.upkeep.match import match_ids, shared_tail
+from cxrfast.shards.upkeep.id_matching import match_ids, shared_tail
 from cxrfast.shards.upkeep.relabel import Relabelled
 from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.training.predict import predict
-from cxrfast.training.train import Place, make_config, select_rows, train
+from cxrfast.training.train import Runtime, make_config, select_rows, train
 
 WRITTEN = {"rows.parquet", "set.json", "SHA256SUMS"}
 
@@ -769,7 +769,7 @@ def test_runs_stay_valid_with_the_labels_they_were_trained_on_and_later_ones_use
             precision="fp32",
             limit=12,
         )
-        run = train(config, Place(shards=folder, runs=runs, device="cpu", quiet=True))
+        run = train(config, Runtime(shards=folder, runs=runs, device="cpu", quiet=True))
         predict(run, World(torch.device("cpu")), quiet=True)
         return run
 

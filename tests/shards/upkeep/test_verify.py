@@ -16,7 +16,9 @@ from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
-from cxrfast.shards.upkeep.verify import Problem, Verdict, describe, verify
+from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.problem import Problem
+from cxrfast.shards.upkeep.verify import Verdict, find_source, inspect, verify
 
 
 def check(folder: Path, deep: bool = False) -> Verdict:
@@ -199,11 +201,11 @@ def test_deep_finds_a_grid_that_is_off_by_more_than_decoding_may_be(folder):
 
 
 def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no_grids(folder):
-    assert "grids" not in describe(check(folder), folder)
+    assert "grids" not in check(folder).summary(folder)
     without_grids(folder, [(64, 1)])
     verdict = check(folder, deep=True)
     assert (verdict.problems, verdict.without_grids) == ([], 1)
-    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in describe(verdict, folder)
+    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
 
 
 @pytest.mark.parametrize("what", ["empty folder", "folder in the place of a file", "dangling link", "pipe"])
@@ -262,3 +264,49 @@ def test_a_set_of_another_schema_version_is_refused(folder):
 def test_a_folder_that_is_no_set_is_refused(tmp_path):
     with pytest.raises(ShardError, match="not a shard set"):
         check(tmp_path)
+
+
+# What the command says
+
+
+def test_a_whole_set_and_its_source_are_one_line_each(tiny_set, phantoms):
+    result = inspect(tiny_set, Tree(phantoms), deep=True)
+    source, whole = result.lines
+    assert source.endswith("as listed in SHA256SUMS.txt")
+    assert whole.startswith(f"{tiny_set}: 150 rows at 32 px, 150 rows at 64 px; 150 planned, 0 quarantined; ")
+    assert whole.endswith(" MB/s, every image decoded: whole")
+    assert result.is_whole
+
+
+@pytest.mark.parametrize(("repaired", "advice"), [(False, "; `cxrfast verify --repair` mends what it can"), (True, "")])
+def test_a_repair_is_advised_unless_it_was_tried(repaired, advice, folder):
+    (folder / "32" / "000001.idx").unlink()
+    result = inspect(folder, None, is_repaired=repaired)
+    assert (result.is_whole, result.lines) == (False, [])
+    assert result.advice() == f"{folder}: 1 problems, named above{advice}"
+
+
+def test_damage_that_was_signed_is_said_to_need_a_copy(folder):
+    replace_image(folder, 32, 70, b"no picture")
+    assert "restore these shards from a copy" in inspect(folder, None, deep=True).advice()
+
+
+def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(folder, phantoms, tmp_path):
+    tree = Path(shutil.copytree(phantoms, tmp_path / "tree"))
+    (tree / read_rows(folder / "rows.parquet")["path"].iloc[0]).unlink()
+    result = inspect(folder, Tree(tree))
+    assert [line.endswith(": 1 problems") for line in result.lines] == [True]
+    assert result.advice() == f"{folder}: 1 problems, named above"
+
+
+def test_the_default_source_counts_where_it_is_needed_is_a_url_or_is_there(tmp_path):
+    def found(*arguments) -> str | None:
+        tree = find_source(*arguments)
+        return str(tree) if tree else None
+
+    absent = str(tmp_path / "absent")
+    assert found(None, absent, False) is None
+    assert found(None, absent, True) == absent
+    assert found(None, str(tmp_path), False) == str(tmp_path)
+    assert found(None, "memory://tree", False) == "memory://tree"
+    assert found(str(tmp_path), absent, False) == str(tmp_path)

@@ -8,17 +8,27 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 
-BY = ("image_id", "study_id", "path")
+ID_COLUMNS = ("image_id", "study_id", "path")
 """Columns of the set by which a table may be matched."""
+
+
+def best_column(ids: pd.Series, rows: pd.DataFrame, what: str) -> str:
+    """The one of `ID_COLUMNS` that holds most of the table's `ids`; `what` names the table in messages."""
+
+    def found(column: str) -> int:
+        known = rows[column]
+        return int(as_in_set(ids, known, shared_tail(ids, known), what).isin(known).sum())
+
+    return max(ID_COLUMNS, key=found)
 
 
 def match_ids(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
     """The table's `ids` as the column `known` of the set writes them; those that it does not have stay as they are.
 
-    `tail`: of `shared_tail`, for paths; `what`: names table and column in messages. Raises ShardError for ids that are
-    listed twice or lack their zeros.
+    `tail`: from `shared_tail`; `what`: names table and column in messages. Raises ShardError for ids that are listed
+    twice or lack their zeros.
     """
-    ids = alike(ids, known, tail, what)
+    ids = as_in_set(ids, known, tail, what)
     if repeated := ids[ids.duplicated()].drop_duplicates().tolist():
         more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
         raise ShardError(f"{what} lists {', '.join(repeated[:3])}{more} more than once: keep one line for each")
@@ -27,19 +37,19 @@ def match_ids(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Seri
     return ids
 
 
-def _check_zeros(here: pd.Series, there: pd.Series, what: str) -> None:
-    """Raises ShardError if ids of the table alone (`here`) and of the set alone (`there`) differ in leading zeros."""
-    bare = there.str.lstrip("0")
-    apart = here[here.str.lstrip("0").isin(bare)]
+def _check_zeros(in_table: pd.Series, in_set: pd.Series, what: str) -> None:
+    """Raises ShardError if ids of the table alone and of the set alone differ in nothing but leading zeros."""
+    bare = in_set.str.lstrip("0")
+    apart = in_table[in_table.str.lstrip("0").isin(bare)]
     if len(apart):
-        whole = there[bare == apart.iloc[0].lstrip("0")].iloc[0]
+        whole = in_set[bare == apart.iloc[0].lstrip("0")].iloc[0]
         raise ShardError(
             f"{len(apart):,} ids of {what} differ from the set's in leading zeros alone ({apart.iloc[0]} is {whole} "
             "there): write them as text, with their zeros"
         )
 
 
-def alike(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
+def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
     """As the set may write them: 50000014.0 is study 50000014 and 0001.png image 0001, unless it says so itself."""
     if known.name == "path":
         whole = dict(zip(tails(known, tail), known, strict=True)) if tail else {}
@@ -64,18 +74,20 @@ def tails(paths: pd.Series, parts: int) -> list[str]:
 
 
 def shared_tail(ids: pd.Series, known: pd.Series) -> int:
-    """How many parts at their ends the paths of table and set are to be matched by; 0 if they share nothing.
+    """Number of parts at their ends by which to match paths of table and set; 0 if they share none, or are no paths.
 
     Where both lie in folders of their own, these are left out, one after the other, as long as the rest still tells all
     paths of either side apart. Of what is left the longest is taken that matches most images.
     """
+    if known.name != "path":
+        return 0
     sides = [column.drop_duplicates() for column in (ids.str.strip(), known)]
     best, most = 0, 0
     for parts in range(1 + max(int(side.str.count("/").max()) for side in sides), 0, -1):
-        here, there = (set(tails(side, parts)) for side in sides)
-        if len(here) < len(sides[0]) or len(there) < len(sides[1]):
+        in_table, in_set = (set(tails(side, parts)) for side in sides)
+        if len(in_table) < len(sides[0]) or len(in_set) < len(sides[1]):
             break
-        if (found := len(here & there)) > most:
+        if (found := len(in_table & in_set)) > most:
             best, most = parts, found
         if most == min(map(len, sides)):
             break

@@ -1,0 +1,194 @@
+"""Effective receptive fields of runs: how much of a radiograph one unit of the last feature map uses.
+
+In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's
+maps.zarr, the numbers that sum it up, and a figure with one panel per scale. Nothing here changes a weight.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from cxrfast.analysis.effective_field import (
+    draw_shifts,
+    effective_receptive_field,
+    energy_centre,
+    energy_radius,
+    erf_size,
+    shifted,
+)
+from cxrfast.analysis.gradients import small_batches
+from cxrfast.errors import RunError
+from cxrfast.models.receptive_field import theoretical_receptive_field
+from cxrfast.pipelines.loader import Loader
+from cxrfast.progress import progress
+from cxrfast.runs.arrays import read_array
+from cxrfast.runs.run import Run, part_rows
+
+
+@dataclass(frozen=True)
+class Erf:
+    """A run's effective receptive field."""
+
+    run: str
+    """Name of the run."""
+    map: np.ndarray
+    """float32 (H, W), maximum 1."""
+    images: int
+    """Averaged over this many validation images."""
+    seed: int
+    """Seed of the translations."""
+    size: float
+    """`erf_size`, px."""
+    fraction: float
+    """`size` as a share of the image's side."""
+    radius_50: float
+    """`energy_radius` that holds half of the map's sum, px."""
+    radius_95: float
+    theoretical: int | None
+    """Theoretical receptive field, px; None where none is known."""
+    config_hash: str
+    """Hash of the run's configuration."""
+
+    def in_words(self) -> str:
+        """One line for people."""
+        known = f"theoretical {self.theoretical} px" if self.theoretical else "theoretical unknown"
+        return (
+            f"{self.run}: ERF {self.size:.0f} px, {100 * self.fraction:.0f} % of the side ({known}); "
+            f"half of its energy within {self.radius_50:.0f} px of its centre, "
+            f"95 % within {self.radius_95:.0f} px; {self.images} images"
+        )
+
+
+def erf(
+    run: Run,
+    images: int = 64,
+    shards: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    quiet: bool = False,
+) -> Erf:
+    """Measure the field on the run's first `images` validation images, in fp32, and keep it in maps.zarr.
+
+    Raises RunError for a run without weights or validation rows, and for another shard set.
+    """
+    frame = run.rows()
+    rows = part_rows(frame, "val")[: max(images, 0)]
+    if not len(rows):
+        raise RunError(
+            f"{run.name}: a receptive field needs at least one validation image; {images} of its "
+            f"{(frame['part'] == 'val').sum():,} were asked for"
+        )
+    model, scale = run.load(device), run.config.scale
+    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
+
+        def batches() -> Iterator[torch.Tensor]:
+            for batch in Loader(reader, small_batches(rows, scale), device=device):
+                yield shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
+                advance(len(batch.row))
+
+        found = effective_receptive_field(model, batches()).astype(np.float32)
+    result = _summarise(
+        found,
+        run=run.name,
+        images=len(rows),
+        seed=seed,
+        config_hash=run.config.hash,
+        theoretical=_theoretical_or_none(run.config.arch),
+    )
+    numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
+    run.add_maps({"erf": found}, {"erf": numbers})
+    return result
+
+
+def _summarise(erf_map: np.ndarray, **known: Any) -> Erf:
+    """A map with the numbers that sum it up; `known` are the fields that it does not tell."""
+    size = erf_size(erf_map)
+    return Erf(
+        map=erf_map,
+        size=size,
+        fraction=size / erf_map.shape[0],
+        radius_50=energy_radius(erf_map, 0.5),
+        radius_95=energy_radius(erf_map, 0.95),
+        **known,
+    )
+
+
+def _theoretical_or_none(arch: str) -> int | None:
+    try:
+        return theoretical_receptive_field(arch)[0]
+    except RunError:
+        return None
+
+
+def read_erf(run: Run) -> Erf:
+    """Raises RunError if it has not been measured, or for another configuration."""
+    group, advice = run.open_maps(), f"`cxrfast erf {run.folder}`"
+    if group is None or "erf" not in group:
+        raise RunError(f"{run.name} has no effective receptive field yet: {advice}")
+    numbers = group.attrs["erf"]
+    if numbers["config_hash"] != run.config.hash:
+        raise RunError(f"the receptive field in {run.maps_path} belongs to another run: measure again with {advice}")
+    return Erf(run=run.name, map=read_array(group, "erf", advice), **numbers)
+
+
+def has_erf(run: Run) -> bool:
+    """True if the field of this very configuration is stored."""
+    group = run.open_maps()
+    return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.config.hash
+
+
+FLOOR = 1e-4
+"""Fraction of the maximum where the figure's colours end."""
+
+
+def erf_figure(runs: Sequence[Run]) -> Figure:
+    """A panel for each scale, and each name that runs were given; the folds' maps are averaged.
+
+    Colours are logarithmic; the square has the area of the effective receptive field. Raises RunError as
+    `read_erf` does.
+    """
+    groups: dict[tuple[int, str], list[Erf]] = {}
+    for run in sorted(runs, key=lambda run: (run.config.arch, run.config.scale)):
+        groups.setdefault((run.config.scale, run.folder.parent.name), []).append(read_erf(run))
+    if not groups:
+        raise RunError("there are no runs to draw receptive fields of")
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    result = Figure(figsize=(3.0 * columns + 1.2, 3.2 * lines + 0.4), layout="constrained")
+    panels = result.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    for axes, ((_, name), found) in zip(panels, groups.items(), strict=False):
+        shown = _draw(axes, found)
+        axes.set_xlabel(f"px, {name}")
+    bar = result.colorbar(shown, ax=panels.tolist(), shrink=0.8, extend="min")
+    bar.set_label("squared gradient / maximum")
+    return result
+
+
+def _draw(axes: Axes, found: Sequence[Erf]) -> Any:
+    """One scale: the mean of the folds' maps, each with maximum 1."""
+    erf_map = np.mean([e.map for e in found], axis=0)
+    side, size = erf_map.shape[0], erf_size(erf_map)
+    shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
+    shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
+    # A square as large as the image fits only in its middle, wherever the centre of mass lies.
+    y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in energy_centre(erf_map))
+    axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
+    known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
+    many = f"{len(found)} folds × " if len(found) > 1 else ""
+    axes.set_title(
+        f"{side} px: ERF {size:.0f} px, {100 * size / side:.0f} % of the side\n{known}{many}{found[0].images} images",
+        fontsize="small",
+    )
+    axes.set_xticks([0, side // 2, side])
+    axes.set_yticks([0, side // 2, side])
+    return shown

@@ -1,0 +1,172 @@
+"""What the runs of a study answered, joined with their labels by row, once it is sure that they belong together.
+
+In: run folders with predictions; no shard set, no GPU. Runs that did not answer the same questions are never joined.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from cxrfast.errors import RunError
+from cxrfast.labels import targets
+from cxrfast.runs.lineage import FROM, shared_start, start_of
+from cxrfast.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits of one part of a run's rows, with their raw labels."""
+
+    run: Run
+    part: str
+    row: np.ndarray
+    """int64 (n,), ascending, unique."""
+    raw: np.ndarray
+    """float32 (n, L): 1, 0, -1 (uncertain) or NaN (blank)."""
+    logits: np.ndarray
+    """float32 (n, L), finite."""
+
+    def targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Targets float32 (n, L) in {0, 1} and mask bool (n, L), by the run's label policy."""
+        return targets(self.raw, self.run.config.policies)
+
+
+def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
+    """The runs that have predictions, and the names of those that have none. Raises RunError if none has."""
+    found = Run.find(runs)
+    predicted = [run for run in found if run.has_predictions]
+    if not predicted:
+        raise RunError(f"none of the {len(found)} runs in {runs} has predictions: `cxrfast predict {runs}/*/fold-*`")
+    return predicted, [run.name for run in found if not run.has_predictions]
+
+
+def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
+    """Runs by the name of their group, then by fold, in the order given.
+
+    Raises RunError if a group holds two scales, two architectures or a fold twice: its mean means nothing.
+    """
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        group = groups.setdefault(run.folder.parent.name, {})
+        for other in group.values():
+            _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
+            if other.config.fold == run.config.fold:
+                _refuse(other, run, f"both are fold {run.config.fold}")
+            own_fold: dict[str, Any] = {"fold": run.config.fold}
+            mine, theirs = (shared_start([start_of(r.config)]) for r in (run, other))
+            if mine == theirs and mine.startswith(FROM):  # each from its own fold of one group
+                own_fold["weights"] = run.config.weights
+            if differences := run.config.differences(replace(other.config, **own_fold)):
+                _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
+        group[run.config.fold] = run
+    return groups
+
+
+def check_same_study(runs: Sequence[Run]) -> None:
+    """Raises RunError naming two runs whose shard set, findings or label policy differ, or two folds whose raw labels do."""
+    for run in runs[1:]:
+        _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "label policy": "policy"})
+    by_fold: dict[int, Run] = {}
+    for run in runs:
+        by_fold.setdefault(run.config.fold, run)  # one of each: the runs of a fold are compared by `check_same_rows`
+    first, *others = by_fold.values()
+    labels = list(first.config.labels)
+    mine = first.rows().set_index("row")[labels]
+    for run in others:
+        theirs = run.rows().set_index("row")[labels]
+        row = mine.index.intersection(theirs.index)
+        raw, other = (frame.loc[row].to_numpy(np.float32) for frame in (mine, theirs))
+        _check_same_labels(first, run, row.to_numpy(), raw, other, "shared")
+
+
+def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
+    for what, field in fields.items():
+        one, other = getattr(first.config, field), getattr(second.config, field)
+        if one != other:
+            _refuse(first, second, f"{what} {one} is not {other}")
+
+
+def _refuse(first: Run, second: Run, why: str) -> NoReturn:
+    raise RunError(
+        f"{first.name} and {second.name} cannot be joined: {why}; "
+        "move one of them to another --runs folder, or train it again like the other"
+    )
+
+
+def read_answers(run: Run, part: str) -> Answers:
+    """Join a run's logits with its own raw labels, by row.
+
+    Raises RunError if the rows predicted are not exactly the part's, or if a logit is not finite.
+    """
+    again = f"predict again with `cxrfast predict {run.folder}`"
+    labels, predictions = list(run.config.labels), run.read_predictions(part)
+    rows = run.rows()
+    rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
+    row = rows["row"].to_numpy(np.int64)
+    if not np.array_equal(row, predictions.row):
+        missing, extra = len(np.setdiff1d(row, predictions.row)), len(np.setdiff1d(predictions.row, row))
+        raise RunError(
+            f"{run.name}: of the {len(row):,} {part} rows {missing:,} have no prediction, "
+            f"and {extra:,} other rows have one: {again}"
+        )
+    shape = len(row), len(labels)
+    if predictions.logits.shape != shape:
+        raise RunError(f"{run.name}: logits of {part} are {predictions.logits.shape}, not {shape}: {again}")
+    if not np.isfinite(predictions.logits).all():
+        raise RunError(f"{run.name}: some {part} logits are not finite, its weights diverged: train it again")
+    return Answers(run, part, row, rows[labels].to_numpy(np.float32), predictions.logits)
+
+
+def check_same_rows(first: Answers, second: Answers) -> None:
+    """Raises RunError if two runs of one fold do not hold the same rows with the same raw labels."""
+    apart = np.setxor1d(first.row, second.row)
+    if len(apart):
+        _refuse(
+            first.run, second.run, f"{len(apart):,} {first.part} rows are in one of them only, such as row {apart[0]}"
+        )
+    _check_same_labels(first.run, second.run, first.row, first.raw, second.raw, first.part)
+
+
+def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray, other: np.ndarray, what: str) -> None:
+    """Raises RunError if raw labels, (n, L) each, of `row` differ: the set was relabelled between two trainings."""
+    differ = ~((raw == other) | (np.isnan(raw) & np.isnan(other)))
+    if differ.any():
+        at, j = np.argwhere(differ)[0]
+        example = f"{first.config.labels[j]} of row {row[at]}: {raw[at, j]:g} is not {other[at, j]:g}"
+        _refuse(first, second, f"{differ.sum():,} labels of {what} rows differ, such as {example}")
+
+
+def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:
+    """Groups to combine, ascending in scale: name → fold → run. Raises RunError as `ensemble` does."""
+    predicted, skipped = with_predictions(runs)
+    known = {run.folder.parent.name: run.config for run in predicted}
+    have = ", ".join(names or known)
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
+    if names is None:
+        scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
+        several = [arch for arch, those in scales.items() if len(those) > 1]
+        names = [name for name, c in known.items() if c.arch in several]
+        if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
+            raise RunError(
+                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
+                "move those not meant to another --runs folder, or give `names` in Python"
+            )
+    if len({known[name].scale for name in names}) < 2:
+        waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
+        raise RunError(
+            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
+            f"has only those of {have}{waiting}: train and predict another scale"
+        )
+    return by_name(run for run in predicted if run.folder.parent.name in names)
+
+
+def join_logits(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row."""
+    answers = [read_answers(run, part) for run in runs]
+    for other in answers[1:]:
+        check_same_rows(answers[0], other)
+    return np.stack([mine.logits for mine in answers]), *answers[0].targets()

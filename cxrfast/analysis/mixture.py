@@ -1,0 +1,124 @@
+"""Mixtures of the scales' probabilities, weighted by finding: the weights' fit, and what a mixture costs.
+
+Arrays in, arrays out; S scales, N rows, L findings. Touches no files.
+"""
+
+import numpy as np
+import torch
+
+from cxrfast import metrics
+
+EPOCHS, LEARNING_RATE, DECAY = 100, 0.1, 0.96
+"""Schedule of the fit. The study gives epochs, rate and "exponential decay"; how fast it decays is our reading."""
+
+GAP, STEPS = 1e-6, 5000
+"""EM stops when it is provably within GAP nats of the optimum, or after STEPS steps."""
+
+
+def combine(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Probabilities p_f = Σ_s w_fs σ(l_fs), float64 (N, L) in [0, 1].
+
+    logits: (S, N, L), one slice a scale. weights: (L, S), rows summing to one.
+    """
+    return np.clip(np.einsum("snl,ls->nl", metrics.sigmoid(logits), weights), 0.0, 1.0)
+
+
+def vote(logits: np.ndarray) -> np.ndarray:
+    """The plain mean of the scales' probabilities, float64 (N, L), from logits (S, N, L)."""
+    return combine(logits, uniform(logits))
+
+
+def uniform(logits: np.ndarray) -> np.ndarray:
+    """Equal weights (L, S) for logits (S, N, L)."""
+    return np.full((logits.shape[2], logits.shape[0]), 1.0 / logits.shape[0])
+
+
+def fit_weights(
+    logits: np.ndarray,
+    targets: np.ndarray,
+    mask: np.ndarray | None = None,
+    epochs: int = EPOCHS,
+    lr: float = LEARNING_RATE,
+    decay: float = DECAY,
+) -> np.ndarray:
+    """The study's stacking (Haque et al. 2023): weights float64 (L, S), rows summing to one.
+
+    w = softmax(v) over the scales of each finding; v starts at 0, which is voting, and minimises the binary
+    cross-entropy of Σ_s w_fs σ(l_fs). Published: learning rate 0.1 with exponential decay, 100 epochs. Our
+    reading: Adam, full batch, rate × 0.96 an epoch. Findings do not influence each other.
+
+    logits: (S, N, L), finite. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None:
+    all do. A finding without positives or without negatives keeps equal weights.
+    """
+    weights, defined = uniform(logits), has_both_classes(targets, mask)
+    if not defined.any():
+        return weights
+    ratio, share = (torch.from_numpy(a[..., defined]) for a in _ratios(logits, targets, mask))
+    v = torch.zeros((int(defined.sum()), len(logits)), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([v], lr=lr)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
+    for _ in range(epochs):
+        optimiser.zero_grad()
+        mixture = torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1))
+        loss = -(share * mixture.log()).sum()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    weights[defined] = torch.softmax(v.detach(), dim=1).numpy()
+    return weights
+
+
+def fit_weights_by_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The optimum of what `fit_weights` minimises, by expectation maximisation: float64 (L, S), rows summing to one.
+
+    The likelihood of a target is a mixture Σ_s w_s L_s of those by scale: its logarithm is concave in
+    w. A step multiplies w_s by g_s, the mean of L_s / Σ_t w_t L_t (Dempster et al. 1977, section 4.3). By
+    concavity no weights are better by more than max_s g_s - 1: it stops when that is below 1e-6 nats.
+
+    Arguments and undefined findings as in `fit_weights`.
+    """
+    weights, (ratio, share) = uniform(logits), _ratios(logits, targets, mask)
+    for j in np.flatnonzero(has_both_classes(targets, mask)):
+        counted = share[:, j] > 0
+        likelihood, w = np.ascontiguousarray(ratio[:, counted, j]), weights[j]
+        for _ in range(STEPS):
+            gain = (likelihood @ (1.0 / (w @ likelihood))) / likelihood.shape[1]
+            if gain.max() - 1.0 < GAP:
+                break
+            w = w * gain
+        weights[j] = w / w.sum()
+    return weights
+
+
+def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
+    """Binary cross-entropy of `combine`, nats, mean over unmasked entries, float64 (L,); NaN where none is.
+
+    log p = logsumexp_s(log w_s + log σ(l_s)) and log(1 - p) with σ(-l_s): p is never rounded to 0 or 1.
+    """
+    with np.errstate(divide="ignore"):  # a weight of 0 takes its scale out: log 0 = -inf is meant
+        terms = np.log(weights).T[:, None, :] + _log_likelihood(logits, targets)
+    losses = -np.logaddexp.reduce(terms, axis=0)
+    counted = np.ones(losses.shape, bool) if mask is None else mask
+    n = counted.sum(axis=0)
+    return np.where(n > 0, np.where(counted, losses, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
+
+
+def _log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """log of the probability that each scale gives to the actual target, float64 (S, N, L)."""
+    return metrics.log_sigmoid(np.where(np.asarray(targets) > 0.5, logits, -np.asarray(logits)))
+
+
+def _ratios(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Likelihoods over the best scale's, (S, N, L) in [0, 1], and the entries' shares of the mean, (N, L).
+
+    The shift by the largest term that keeps logsumexp from underflow; free of the weights, it is done once.
+    """
+    terms = _log_likelihood(logits, targets)
+    counted = np.ones(terms.shape[1:]) if mask is None else mask.astype(np.float64)
+    return np.exp(terms - terms.max(axis=0)), counted / np.maximum(counted.sum(axis=0), 1.0)
+
+
+def has_both_classes(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """bool (L,): the finding has positives and negatives."""
+    positives, negatives = metrics.counts(targets, mask)
+    return (positives > 0) & (negatives > 0)

@@ -1,0 +1,178 @@
+"""Checks of gradients: on the device, and when compiled, loss and gradient are what float32 gives on the CPU, or eager.
+
+A device, and a reader where images are needed, come in; each check returns what it measured, in words, or raises
+RunError saying what is wrong.
+"""
+
+import copy
+import logging
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.densenet import DenseNet, Shape
+from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32, without_tf32
+from cxrfast.pipelines.loader import Loader
+from cxrfast.pipelines.order import EvalOrder
+from cxrfast.pipelines.reader import Reader
+from cxrfast.training.trainer import masked_bce_sum
+
+ARCH = "densenet121"
+
+LIMITS = {"fp32": (1e-4, 1e-3), "tf32": (2e-3, 0.1), "bf16": (1e-2, 0.5), "fp16": (1e-2, 0.5)}
+"""Relative error of the loss, and of the smooth network's gradient, that each precision may have.
+
+On a CPU they are 1e-6 and 1e-5 in fp32, 2e-3 and 0.2 in bf16; 2e-4 and 0.04 where operands are rounded as TF32 does.
+"""
+
+IMAGES = 8
+"""Images whose gradients are compared; copies of fewer would leave BatchNorm nothing to normalise."""
+
+SCALING = 1024
+"""A loss is multiplied by it for the backward pass, so that small gradients are not zero in fp16."""
+
+TINY = Shape(4, (1, 1), 8)
+"""A DenseNet with all that a large one consists of."""
+
+SAME = 1e-3
+"""Relative difference of gradients that are computed in two ways in float32."""
+
+
+def gradients(reader: Reader, device: torch.device) -> str:
+    """Losses and gradients of 8 images on the device agree with float32 on the CPU; see LIMITS.
+
+    Gradients are those of a network whose ReLUs are smooth: where rounding moves an input of a ReLU across zero, its
+    gradient jumps, so that float32 gradients of DenseNet121 are 1 to 4 % off float64 ones. On a CPU, activations are
+    recomputed, and fp32 runs on one thread, so that it is not compared with itself.
+    """
+    gpu = device.type == "cuda"
+    image = _eight(reader, 256 if gpu else 64)
+    precisions = ["fp32", "tf32"] if gpu else ["fp32"]
+    if (lower := resolve_precision("auto", device)) != "fp32":
+        precisions.append(lower)
+    with without_tf32():
+        expected = _loss_and_gradient(image, torch.device("cpu"), "fp32", checkpoint=False)
+        measured, wrong = [], []
+        for precision in precisions:
+            with _threads(1) if precision == "fp32" and not gpu else nullcontext():
+                found = _loss_and_gradient(image, device, precision, checkpoint=not gpu)
+            errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
+            words = f"{precision}: loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
+            measured.append(words)
+            if not all(error <= limit for error, limit in zip(errors, LIMITS[precision], strict=True)):
+                loss, gradient = LIMITS[precision]
+                wrong.append(f"{words} (at most {loss:g} and {gradient:g})")
+    if wrong:
+        raise RunError(
+            "; ".join(wrong) + f" of float32 on the CPU: torch or a library under it computes wrongly on {device}"
+        )
+    return "; ".join(measured)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; NaN where either is not finite."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _eight(reader: Reader, side: int) -> torch.Tensor:
+    """uint8 (8, 1, side, side) on the CPU: of 32 px, BatchNorm would see too few pixels for bf16 to be near float32."""
+    order = EvalOrder(rows=reader.rows[:IMAGES], micro_batch=IMAGES)
+    with closing(Loader(reader, order, scale=side, engine="host")) as loader:
+        return next(iter(loader)).image
+
+
+def _loss_and_gradient(
+    image: torch.Tensor, device: torch.device, precision: str, checkpoint: bool
+) -> tuple[float, torch.Tensor]:
+    """Loss of the real network, and gradient of the smooth one: float64 (parameters,) on the CPU. Same weights each time."""
+    use_tf32(precision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(ARCH, 14, checkpoint)
+        target = torch.randint(0, 2, (len(image), 14)).float().to(device)
+    image, mask = image.to(device), torch.ones_like(target, dtype=torch.bool)
+
+    def loss_of(model: nn.Module) -> torch.Tensor:
+        with autocast(device, precision):
+            logits = model.to(device)(image)
+        return masked_bce_sum(logits.float(), target, mask) / target.numel()
+
+    with torch.no_grad():
+        loss = loss_of(copy.deepcopy(model)).item()
+    smooth = smoothed(model)
+    (SCALING * loss_of(smooth)).backward()
+    parts = [p.grad.flatten().cpu().double() / SCALING for p in smooth.parameters() if p.grad is not None]
+    return loss, torch.cat(parts)
+
+
+def smoothed(model: nn.Module) -> nn.Module:
+    """`model` itself, each of its ReLU modules replaced by SiLU, which is near it and has no kink."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.SiLU())
+    return model
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tiny_network(device: torch.device) -> nn.Module:
+    """A small DenseNet in training mode, of the same weights each time."""
+    use_tf32("fp32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DenseNet(TINY, 3).to(device).to(memory_format=torch.channels_last)
+
+
+def accumulated(
+    model: nn.Module, micro_batches: int, unsynced: Callable[[], Any] = nullcontext
+) -> tuple[float, torch.Tensor]:
+    """Summed loss and gradient, float64 (parameters,) on the CPU, of micro-batches of 4 images of 32 px."""
+    device, total = next(model.parameters()).device, 0.0
+    for i in range(micro_batches):
+        image = torch.rand((4, 3, 32, 32), generator=torch.Generator().manual_seed(i)).to(device)
+        with nullcontext() if i == micro_batches - 1 else unsynced():
+            loss = model(image.contiguous(memory_format=torch.channels_last)).square().sum()
+            loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
+
+
+def compiled_step(device: torch.device) -> str:
+    """Two accumulated micro-batches of a small DenseNet give the same loss and gradient compiled and eager."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
+    with without_tf32():
+        loss, gradient = accumulated(tiny_network(device), 2)
+        found, compiled_gradient = accumulated(compiled(tiny_network(device), "default"), 2)
+    errors = abs(found / loss - 1), relative_error(compiled_gradient, gradient)
+    words = f"loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
+    if not max(errors) <= SAME:
+        raise RunError(f"{words} when compiled (at most {SAME:g}): train without --compile")
+    return f"{words} (at most {SAME:g})"
+
+
+def no_compiler() -> str:
+    """Why torch.compile cannot work here; empty if nothing is known to be lacking."""
+    compilers = [os.environ.get("CXX") or os.environ.get("CC"), "g++", "clang++", "gcc", "clang"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "no C++ compiler, so --compile cannot be used"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers are not installed (Python.h), so --compile cannot be used"
+    return ""

@@ -1,0 +1,96 @@
+"""A check of training on several GPUs: a process group of one rank answers, and its gradients are those without it.
+
+A device comes in; what was measured goes out, in words, or RunError says what is wrong. The group runs in a process of
+its own, which is this module as a script.
+"""
+
+import copy
+import gc
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cxrfast.distributed import parallel
+from cxrfast.doctor.gradients import SAME, accumulated, relative_error, tiny_network
+from cxrfast.errors import RunError
+
+GROUP_SECONDS = 60.0
+"""Seconds until a process group that does not answer is given up."""
+
+
+def process_group(device: torch.device) -> str:
+    """A process group of one rank, in a process of its own, does all that a training asks of one."""
+    command = [sys.executable, "-m", "cxrfast.doctor.process_group", str(device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GROUP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"no answer within {GROUP_SECONDS:g} s: run `{' '.join(command)}` with NCCL_DEBUG=INFO to see where it waits"
+        ) from None
+    if done.returncode:
+        tail = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(f"a group of one rank on {device} fails: {tail}")
+    return done.stdout.strip()
+
+
+def one_rank(device: torch.device) -> str:
+    """Make a group of one rank, use it as a training does, and leave it. Raises RunError for a wrong answer."""
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=GROUP_SECONDS)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
+    at = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=at)
+    votes = torch.tensor([3, 1])
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    work: Any = dist.all_reduce(votes, dist.ReduceOp.MAX, group=group, async_op=True)  # type: ignore[arg-type]
+    work.wait()
+    _same("votes", votes.tolist(), [3, 1])
+    model = tiny_network(device)
+    difference = max(_distributed_difference(model, micro_batches) for micro_batches in (1, 2))
+    gathered: list[Any] = [None]
+    dist.gather_object({"loss": 0.5}, gathered)
+    _same("gather_object", gathered, [{"loss": 0.5}])
+    told = ["start"]
+    dist.broadcast_object_list(told, device=device)
+    _same("broadcast_object_list", told, ["start"])
+    for buffer in model.buffers():
+        before = buffer.clone()
+        dist.broadcast(buffer, src=0)
+        _same("broadcast", torch.equal(buffer, before), True)
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
+    return f"{backend}: gradients as without a group (within {difference:.0e}), votes, objects, buffers, barrier"
+
+
+def _same(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise RunError(f"{what} gives {found}, not {expected}")
+
+
+def _distributed_difference(model: nn.Module, micro_batches: int) -> float:
+    """Relative difference of a gradient under DistributedDataParallel, all but the last micro-batch not synchronised.
+
+    Raises RunError if it is above SAME.
+    """
+    ddp = parallel(copy.deepcopy(model))
+    found = accumulated(ddp, micro_batches, ddp.no_sync)[1]
+    difference = relative_error(found, accumulated(copy.deepcopy(model), micro_batches)[1])
+    if not difference <= SAME:
+        raise RunError(
+            f"the gradient of {micro_batches} micro-batches differs by {difference:.0e} under DistributedDataParallel"
+        )
+    return difference
+
+
+if __name__ == "__main__":
+    try:
+        print(one_rank(torch.device(sys.argv[1])))
+    except Exception as error:  # whatever it is, the process that asked tells it
+        sys.exit(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")

@@ -1,0 +1,139 @@
+"""Checks of a training step: it never makes the host wait for the GPU, and it fits the memory.
+
+A reader and a device come in; each check returns what it measured, in words, or raises RunError saying what is wrong.
+What fills the memory runs in a process of its own.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import torch
+
+from cxrfast.config import Runtime, TrainConfig, preset
+from cxrfast.distributed import World
+from cxrfast.doctor.gradients import ARCH
+from cxrfast.errors import RunError
+from cxrfast.machine import memory_bytes, usable_cores
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import resolve_precision, without_tf32
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
+from cxrfast.training.micro_batch import CPU_MEMORY, Step, in_own_process
+from cxrfast.training.trainer import Trainer
+
+WARM_UP = 2
+"""Training steps before those in which synchronisations are counted."""
+
+STEPS = 2
+"""Training steps in which synchronisations are counted."""
+
+MOST = 1000
+"""Rows, at most, of the training whose steps these are."""
+
+
+def synchronisations(reader: Reader, device: torch.device) -> str:
+    """No training step makes the host wait for the GPU; DALI's own waiting is not seen."""
+    with new_trainer(reader, device) as trainer:
+        batches = trainer.train_loader.epoch(0)
+        steps = iter(trainer.order.global_batches(0))
+
+        def step() -> None:
+            trainer.step(next(steps), batches)
+
+        for _ in range(WARM_UP):
+            step()
+        torch.cuda.synchronize(device)
+        found = waiting_in(step, STEPS)
+        batches.close()
+    if found:
+        raise RunError(
+            f"{len(found)} in {STEPS} steps, which cost speed and no correctness: {'; '.join(sorted(set(found)))}"
+        )
+    return f"none in {STEPS} steps of {trainer.config.global_batch} images, engine {trainer.train_loader.engine}"
+
+
+def waiting_in(step: Callable[[], None], steps: int) -> list[str]:
+    """What torch says of each synchronisation with a GPU in `steps` calls of `step`."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    messages = [str(warning.message).splitlines()[0] for warning in seen]
+    return [message for message in messages if "synchronizing" in message]
+
+
+@contextmanager
+def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
+    """A training on some rows of the set, two micro-batches a step, its run in a temporary folder.
+
+    Raises RunError for a set with too few rows.
+    """
+    table = reader.shard_set.rows()
+    table = table[table["row"].isin(reader.rows[:MOST])].reset_index(drop=True)
+    size = min(8, (len(table) - 1) // (2 * (WARM_UP + STEPS)))
+    if not size:
+        raise RunError(f"{len(table)} images are too few for {WARM_UP + STEPS} steps: give a larger set with --shards")
+    table["part"] = ["val"] + ["train"] * (len(table) - 1)
+    config = TrainConfig(
+        set_id=reader.info.id,
+        scale=reader.scale,
+        labels=tuple(reader.info.labels),
+        weights="none",
+        global_batch=2 * size,
+        micro_batch=size,
+        learning_rate=1e-4,
+        precision=resolve_precision("auto", device),
+    )
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:
+            runtime = Runtime(shards=reader.folder, runs=Path(runs), device=str(device), quiet=True)
+            folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold).folder
+            run = Run.start(folder, config, reader.folder, table)
+            model = Classifier(config.arch, len(config.labels))
+            trainer = Trainer(run, World(device), model, reader, runtime)
+            with closing(trainer.train_loader), closing(trainer.val_loader):
+                yield trainer
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def memory(reader: Reader, device: torch.device) -> str:
+    """One micro-batch of the scale's preset fits the memory, with a reserve for the loader; in a process of its own."""
+    gpu = device.type == "cuda"
+    Classifier(ARCH, 1).check_size(reader.scale)  # says what is wrong with images that are too small
+    size = preset(reader.scale).micro_batch
+    precision = resolve_precision("auto", device)
+    if gpu:
+        torch.cuda.empty_cache()
+    there = torch.cuda.get_device_properties(device).total_memory if gpu else memory_bytes()
+    step = Step(
+        arch=ARCH,
+        scale=reader.scale,
+        outputs=len(reader.info.labels),
+        precision=precision,
+        checkpoint=False,
+        compile=None,
+        device=str(device),
+        memory=there if gpu else int(CPU_MEMORY * there),
+        threads=usable_cores(),
+    )
+    trial = in_own_process(step, size)
+    what = f"{ARCH}, {size} × {reader.scale} px, {precision}"
+    if not trial.fits:
+        raise RunError(f"{what} does not fit {_gib(there)}: train with a smaller --micro-batch, or with --recompute")
+    if gpu:
+        return f"{what}: torch's peak {_gib(trial.own)}, whole GPU {_gib(trial.whole)} of {_gib(there)}"
+    return f"{what}: {_gib(trial.own)} more at the peak, {_gib(trial.peak)} resident of {_gib(there)}"
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB"

@@ -1,0 +1,216 @@
+"""One run of a study before it is trained: what its training command would find, or every reason why it would refuse.
+
+Looks only; writes nothing and needs no GPU.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cxrfast.config import TrainConfig
+from cxrfast.distributed import World
+from cxrfast.errors import CxrfastError, RunError
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.weights import imagenet_file
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.run import Run
+from cxrfast.runs.status import SILENT_SECONDS
+from cxrfast.shards.shard_set import ShardSet
+from cxrfast.splits import PARTS
+from cxrfast.study.pace import Pace
+from cxrfast.study.plan import Plan
+from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order, weights_file
+
+CHECKPOINT_COPIES = 7
+"""Weights a run needs room for: last.pt with Adam's two moments (3), its successor while that is written (3), the best (1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """One run, as its training command would find it."""
+
+    name: str
+    scale: int
+    fold: int
+    what: str = "refused"
+    """done, start, `resume in epoch 3` or refused."""
+    refusals: tuple[str, ...] = ()
+    config: TrainConfig | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows by part."""
+    images: int = 0
+    """Images trained on in an epoch."""
+    weights: str = ""
+    """Where the first weights come from."""
+    work: float = 0.0
+    """Training images at its scale that take as long as all epochs that are left; see `TrainConfig.work`."""
+    images_per_s: float | None = None
+    """Images/s of all ranks together."""
+    room: int = 0
+    """Bytes its checkpoints will take on top of what is there."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.what == "done"
+
+    @property
+    def seconds(self) -> float | None:
+        """For all epochs that are left, at most: patience may end a run earlier. None if the rate is not known."""
+        if not self.work:
+            return 0.0
+        return self.work / self.images_per_s if self.images_per_s else None
+
+
+@dataclass(frozen=True)
+class ScaleData:
+    """What all runs of one scale share."""
+
+    scale: int
+    table: pd.DataFrame
+    """rows.parquet of the set."""
+    rows_per_shard: int
+    held: np.ndarray
+    """int64: rows that the set holds at this scale."""
+    weight_bytes: int
+    """Bytes of one copy of the model's weights, float32."""
+
+
+class Found(NamedTuple):
+    """What the training command would do with a run's folder."""
+
+    what: str
+    """As in Outlook."""
+    epochs: int
+    """Number of epochs that are finished."""
+
+
+def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) -> ScaleData:
+    """Raises LoadError if the set does not hold the scale, RunError if the model cannot be trained at it."""
+    with Reader(plan.runtime.shards, scale) as reader:
+        held = reader.rows
+    config = plan.config(scale, plan.folds[0], "cpu")
+    model = Classifier(config.arch, len(shards.info.labels))
+    for side in {scale, *(side for side, _ in config.sizes)}:
+        model.check_size(side)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)
+
+
+def refused(plan: Plan, scale: int, fold: int, reason: str) -> Outlook:
+    """A run that nothing can be told of but why."""
+    return Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=(reason,))
+
+
+def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
+    """One run of a scale that the set holds."""
+    try:
+        config = plan.config(data.scale, fold, "cpu")
+    except CxrfastError as error:
+        return refused(plan, data.scale, fold, str(error))
+    folder = RunFolder.of(plan.runtime.runs, config.arch, config.scale, config.fold)
+    refusals: list[str] = []
+
+    rows: dict[str, int] = {}
+    images = 0
+    with _collected(refusals):
+        selected = _selected_rows(plan, data, config)
+        rows = {part: int((selected["part"] == part).sum()) for part in PARTS}
+        images = _images_per_epoch(plan, data, config, selected)
+    found = Found("refused", 0)
+    with _collected(refusals):
+        found = _find(plan, config, folder)
+    weights = ""
+    with _collected(refusals):
+        weights = folder.checkpoint_path.name if found.what not in ("refused", "start") else _first_weights(config)
+
+    outlook = Outlook(
+        name=plan.run_name(data.scale, fold),
+        scale=data.scale,
+        fold=fold,
+        refusals=tuple(refusals),
+        config=config,
+        rows=rows,
+        images=images,
+    )
+    if refusals:
+        return outlook
+    outlook = replace(outlook, what=found.what, weights=weights, images_per_s=pace.of(folder.folder, config))
+    if outlook.is_done:
+        return outlook
+    return replace(outlook, work=config.work(found.epochs, images, rows["val"]), room=_room(data, folder))
+
+
+@contextmanager
+def _collected(refusals: list[str]) -> Iterator[None]:
+    """An error within becomes a refusal, so that the others are found too."""
+    try:
+        yield
+    except CxrfastError as error:
+        refusals.append(str(error))
+
+
+def _selected_rows(plan: Plan, data: ScaleData, config: TrainConfig) -> pd.DataFrame:
+    subset = plan.runtime.subset
+    return select_rows(data.table, config, data.held, None if subset is None else read_subset(subset))
+
+
+def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd.DataFrame) -> int:
+    """Raises RunError if the rows do not fill a global batch, or if the ranks cannot share one."""
+    order = train_order(config, rows, World(torch.device("cpu"), 0, plan.ranks), data.rows_per_shard)
+    return order.steps * order.global_batch
+
+
+def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> Found:
+    """Raises RunError where the training command would refuse to go on with what the folder holds."""
+    if not folder.is_started:
+        return Found("start", 0)
+    run = Run.open(folder.folder)
+    if run.config.set_id != config.set_id:
+        raise RunError(other_set(run, plan, config.set_id))
+    differences = plan.differences(config, run.config)
+    if differences and run.has_nothing_to_lose:
+        return Found("start", 0)
+    if differences:
+        raise RunError(
+            f"{run.folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
+            "same options to resume it"
+        )
+    state = run.state()
+    epochs = int(state.get("epoch") or 0)
+    if state.get("state") == "done":
+        return Found("done", epochs)
+    if not folder.has_checkpoint:
+        return Found("start", 0)
+    is_alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
+    return Found(f"resume in epoch {epochs + 1}{', runs now' if is_alive else ''}", epochs)
+
+
+def other_set(run: Run, plan: Plan, set_id: str) -> str:
+    """The refusal of a run that was trained on another set than the plan's."""
+    return (
+        f"{run.folder} was trained on set {run.config.set_id}, {plan.runtime.shards} is {set_id}: choose another RUNS"
+    )
+
+
+def _first_weights(config: TrainConfig) -> str:
+    """Where the first weights come from. Raises RunError if they cannot be had, or may not be used for this fold."""
+    if config.weights == "none":
+        return "none"
+    if config.weights == "imagenet":
+        return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
+    refuse_other_fold(config)
+    weights_file(config)
+    return Path(config.weights).name
+
+
+def _room(data: ScaleData, folder: RunFolder) -> int:
+    """Bytes that checkpoints will take on top of those that are in the folder."""
+    return max(0, CHECKPOINT_COPIES * data.weight_bytes - folder.checkpoint_bytes)

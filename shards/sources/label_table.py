@@ -1,0 +1,159 @@
+"""A table of labels: a CSV, TSV or Parquet file goes in, its ids as text and its labels as numbers come out.
+
+Which column holds the ids and which are labels is told by their names, or by the caller.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+
+from cxrfast.errors import ShardError
+from cxrfast.labels import EARLIER, MIMIC
+from cxrfast.shards.format.rows import COLUMNS, REFERENCE
+from cxrfast.shards.sources.table_files import columns_of, read_table
+from cxrfast.shards.sources.text_columns import filled, raw_labels
+from cxrfast.shards.storage import Tree
+
+KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
+"""Column of the set by the plain name (see `_plain`) of the table's column that holds its ids."""
+
+BOOKKEEPING = {
+    *("subjectid", "patientid", "sex", "patientsex", "patientgender", "age", "patientage", "followup"),
+    *("split", "view", "viewposition", "frontallateral", "appa", "studydate", "studytime"),
+    *("row", "rows", "columns", "bytes", "height", "width", "fold", "block", "index", "indexlevel0"),
+}
+"""Plain names of columns that tables of this field hold next to their ids and labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTable:
+    """What a table says."""
+
+    location: str
+    """Its path or URL."""
+    source: str
+    """Its file name and the sha256 of its bytes, as set.json names it."""
+    key: str
+    """Its column of ids."""
+    by: str | None
+    """The set's column with these ids, going by the name of `key`; None where the name does not tell."""
+    ids: pd.Series
+    """Text, as the table writes them."""
+    values: pd.DataFrame
+    """float32, one column per label: 1, 0, -1 or NaN; lines as in `ids`."""
+    left: list[str]
+    """Columns that may be labels, too, and were not taken."""
+
+
+class CachedTree(Tree):
+    """A tree that reads each file once: a table's columns are looked at, then some of them are read, then it is hashed."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self._bytes: dict[str, bytes] = {}
+
+    def read(self, path: str) -> bytes:
+        if path not in self._bytes:
+            self._bytes[path] = super().read(path)
+        return self._bytes[path]
+
+
+def read_label_table(location: str, asked: list[str] | None, key: str | None, present: list[str]) -> LabelTable:
+    """Read a table: its column `key`, and those `asked` for; where they are None, `find_key` and `choose_labels` decide.
+
+    `present`: the set's labels. Raises ShardError for whatever is wrong with the table.
+    """
+    head, chain, rest = location.partition("::")  # zip://labels.csv::archive.zip
+    folder, slash, name = head.rpartition("/")
+    tree = CachedTree(folder + slash + chain + rest or ".")
+    columns = columns_of(tree, name)
+    key, by = find_key(columns, location, key)
+    labels, left = choose_labels(columns, location, key, asked, present)
+    lines = read_table(tree, name, [key, *labels.values()])
+    if lines.empty:
+        raise ShardError(f"{location} holds no lines: give a table of ids and labels")
+    try:
+        values = pd.DataFrame({label: raw_labels(lines[column], location) for label, column in labels.items()})
+    except ShardError as error:
+        raise ShardError(f"{error}; choose the columns that are labels with --label, once for each") from None
+    source = f"{name} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
+    ids = filled(lines[key], location)
+    return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left)
+
+
+def _plain(name: str) -> str:
+    """`Image Index` → `imageindex`."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+# The column of ids
+
+
+def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str | None]:
+    """The table's column of ids, and the set's column with the same ids if its name tells. Raises ShardError if unclear."""
+    known = [name for name in columns if _plain(name) in KEYS]
+    if key is None:
+        known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables of ids may tell paths, too
+        if len(known) != 1:
+            what = f"has the id columns {', '.join(known)}" if known else f"has no id column ({', '.join(columns)})"
+            raise ShardError(f"{table} {what}: name that of image ids, study ids or paths with --key COLUMN")
+        key = known[0]
+    if key not in columns:
+        raise ShardError(f"{table} has no column {key!r} (--key): its columns are {', '.join(columns)}")
+    return key, KEYS.get(_plain(key))
+
+
+# The columns of labels
+
+
+def choose_labels(
+    columns: list[str], table: str, key: str, asked: list[str] | None, present: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """{label: its column} for the labels to take, and the columns that may be labels, too, and are left.
+
+    Labels are in MIMIC's order if they are its fourteen, else in the table's. Raises ShardError for one that is absent,
+    or that a rows table cannot hold as a label.
+    """
+    column_of = {_label_of(name, columns): name for name in columns}
+    if asked:
+        _check_present(asked, column_of, columns, table)
+        candidates = {label: name for label, name in column_of.items() if label in asked or name in asked}
+        taken = candidates
+    else:
+        candidates = {label: n for label, n in column_of.items() if n != key and not _is_bookkeeping(n)}
+        known = {label: name for label, name in candidates.items() if label in MIMIC or label in present}
+        taken = known or candidates
+    if not taken:
+        raise ShardError(f"{table} has no label columns ({', '.join(columns)}): name them with --label COLUMN")
+    _check_free(taken, key, table)
+    left = [name for label, name in candidates.items() if label not in taken]
+    return {label: taken[label] for label in (MIMIC if set(taken) == set(MIMIC) else taken)}, left
+
+
+def _label_of(name: str, columns: list[str]) -> str:
+    """A column's name; for a finding that was renamed, its present one, unless the table has a column of that name."""
+    now = EARLIER.get(name, name)
+    return name if now in columns else now
+
+
+def _is_bookkeeping(name: str) -> bool:
+    plain = _plain(name)
+    return not name.strip() or plain in BOOKKEEPING or plain in KEYS or plain.startswith("unnamed")
+
+
+def _check_present(asked: list[str], column_of: dict[str, str], columns: list[str], table: str) -> None:
+    """Raises ShardError for a name that is neither a column's nor a label's."""
+    for name in asked:
+        if name not in columns and name not in column_of:
+            raise ShardError(f"{table} has no column {name!r} (--label): its columns are {', '.join(columns)}")
+
+
+def _check_free(taken: dict[str, str], key: str, table: str) -> None:
+    """Raises ShardError for a label whose name rows.parquet uses for something else."""
+    for label, name in taken.items():
+        if label in COLUMNS or name == key or label.startswith(REFERENCE):
+            raise ShardError(
+                f"{name!r} of {table} cannot be a label, the name means something else in a set: rename it"
+            )

@@ -1,0 +1,17 @@
+"""What is wrong with a file of a set or of its source tree, and how a person is told how much was looked at."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    path: str
+    """Relative to the set, or to the source tree."""
+    what: str
+    is_signed: bool = False
+    """True where SHA256SUMS says the same: found in images alone, and nothing in the set tells what was right."""
+
+
+def hashing_speed(n: int, seconds: float) -> str:
+    """`1,234 MB hashed at 567 MB/s`, from bytes and seconds."""
+    return f"{n / 1e6:,.0f} MB hashed at {n / 1e6 / max(seconds, 1e-9):,.0f} MB/s"

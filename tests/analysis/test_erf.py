@@ -1,0 +1,148 @@
+"""Effective receptive fields of runs: stored, read, refused and drawn."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cxrfast.analysis import effective_field as fields
+from cxrfast.analysis import gradients
+from cxrfast.analysis.erf import erf, erf_figure, has_erf, read_erf
+from cxrfast.config import TrainConfig
+from cxrfast.errors import RunError
+from cxrfast.labels import MIMIC
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.receptive_field import theoretical_receptive_field
+from cxrfast.runs.arrays import open_arrays, update_arrays
+from cxrfast.runs.run import Run
+
+SMALL = "mobilenet_v3_small"
+
+
+def make_run(folder: Path, shards: Path, scale: int = 64, fold: int = 0, seed: int = 0) -> Run:
+    """A run of random weights on the first 12 images: 4 to train, 4 to validate, 4 to test."""
+    set_id = json.loads((shards / "set.json").read_bytes())["id"]
+    config = TrainConfig(
+        set_id=set_id,
+        scale=scale,
+        labels=MIMIC,
+        fold=fold,
+        arch=SMALL,
+        seed=seed,
+        global_batch=4,
+        micro_batch=4,
+        learning_rate=1e-4,
+    )
+    rows = pd.read_parquet(shards / "rows.parquet").iloc[:12]
+    rows = rows.assign(part=["train"] * 4 + ["val"] * 4 + ["test"] * 4)
+    run = Run.start(
+        folder / f"{SMALL}-{scale}" / f"fold-{fold}",
+        config,
+        shards,
+        rows[["row", "image_id", "patient_id", "part", *MIMIC]],
+    )
+    torch.manual_seed(fold)
+    run.write_weights(Classifier(SMALL, len(MIMIC)).state_dict())
+    return run
+
+
+def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set)
+    with pytest.raises(RunError, match="cxrfast erf"):
+        read_erf(run)
+    assert not has_erf(run)
+    first = erf(run, images=3, quiet=True)
+    assert has_erf(run)
+    stored = read_erf(Run.open(run.folder))
+    np.testing.assert_array_equal(stored.map, first.map)
+    assert replace(stored, map=first.map) == first
+    assert (stored.map.shape, stored.map.dtype, stored.map.max()) == ((64, 64), np.float32, 1)
+    assert (stored.images, stored.fraction) == (3, stored.size / 64)
+    assert stored.theoretical == theoretical_receptive_field(SMALL)[0]
+    assert f"ERF {stored.size:.0f} px" in stored.in_words()
+    np.testing.assert_array_equal(erf(run, images=3, quiet=True).map, first.map)
+    assert not np.array_equal(erf(run, images=3, seed=1, quiet=True).map, first.map)
+
+
+def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, tiny_set)
+    whole = erf(run, quiet=True)
+    monkeypatch.setattr(gradients, "BATCH_PIXELS", 1)
+    np.testing.assert_allclose(erf(run, quiet=True).map, whole.map, atol=1e-4)
+    assert whole.images == 4  # all there are
+
+
+def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set)
+    other = replace(run, config=replace(run.config, set_id="0" * 32))
+    with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
+        erf(other, shards=tiny_set, quiet=True)
+    assert not (run.folder / "maps.zarr").exists()
+
+
+def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set)
+    with pytest.raises(RunError, match="at least one validation image; 0 of its 4"):
+        erf(run, images=0, quiet=True)
+    (run.folder / "best.safetensors").unlink()
+    with pytest.raises(RunError, match="train it first"):
+        erf(run, quiet=True)
+
+
+def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_set)
+    erf(run, images=1, quiet=True)
+    other = replace(run, config=replace(run.config, seed=1))
+    assert not has_erf(other)
+    with pytest.raises(RunError, match="another run"):
+        read_erf(other)
+
+
+def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, tiny_set, scale, fold) for scale, fold in ((64, 0), (32, 0), (64, 1))]
+    measured = {(run.config.scale, run.config.fold): erf(run, images=2, quiet=True) for run in runs}
+    drawn = erf_figure(runs)
+    drawn.savefig(tmp_path / "erf.png")
+    titles = [axes.get_title() for axes in drawn.axes if axes.get_title()]
+    assert len(titles) == 2
+    assert titles[0].startswith(f"32 px: ERF {measured[32, 0].size:.0f} px, {100 * measured[32, 0].fraction:.0f} %")
+    mean = (measured[64, 0].map + measured[64, 1].map) / 2
+    assert titles[1].startswith(f"64 px: ERF {fields.erf_size(mean):.0f} px")
+    assert "2 folds" in titles[1]
+    with pytest.raises(RunError, match="no runs"):
+        erf_figure([])
+
+
+# The shared store
+
+
+def test_maps_of_one_kind_survive_the_writing_of_another(tmp_path: Path) -> None:
+    path, a, b = tmp_path / "maps.zarr", np.arange(6.0).reshape(2, 3), np.arange(4, dtype=np.int64)
+    update_arrays(path, {"erf": a}, {"erf": {"seed": 1}})
+    update_arrays(path, {"gradcam/Lung Opacity/rows": b}, {"gradcam/Lung Opacity": {"part": "test"}})
+    update_arrays(path, {"erf": a + 1}, {"erf": {"seed": 2}})
+    group = open_arrays(path)
+    np.testing.assert_array_equal(group["erf"][:], a + 1)
+    np.testing.assert_array_equal(group["gradcam/Lung Opacity/rows"][:], b)
+    assert dict(group.attrs) == {"erf": {"seed": 2}, "gradcam/Lung Opacity": {"part": "test"}}
+
+
+def test_maps_survive_a_process_killed_between_two_renames(tmp_path: Path) -> None:
+    path = tmp_path / "maps.zarr"
+    update_arrays(path, {"erf": np.ones(3)}, {"erf": {}})
+    path.rename(tmp_path / "maps.zarr.old")
+    update_arrays(path, {"other": np.zeros(2)}, {})
+    np.testing.assert_array_equal(open_arrays(path)["erf"][:], np.ones(3))
+
+
+def test_damaged_maps_are_reported_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "maps.zarr"
+    update_arrays(path, {"erf": np.ones(3)}, {})
+    (path / "erf" / "zarr.json").write_text("{")
+    with pytest.raises(RunError, match="delete it"):
+        update_arrays(path, {"other": np.zeros(2)}, {})
+    assert (path / "erf").is_dir()

@@ -1,0 +1,135 @@
+"""Weights of a mixture: its arithmetic and its optimum."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast import metrics
+from cxrfast.analysis.mixture import combine, fit_weights, fit_weights_by_em, mixture_bce, uniform, vote
+
+
+def planted(
+    quality: tuple[float, ...], n: int = 600, findings: int = 3, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (S, N, L) that know the targets (N, L) by `quality`, calibrated: l = q (2t - 1) + noise of sd √(2q)."""
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((n, findings)) < 0.3).astype(np.float32)
+    noise = rng.normal(size=(len(quality), n, findings))
+    q = np.array(quality)[:, None, None]
+    return q * (2 * targets - 1) + np.sqrt(2 * q) * noise + np.log(0.3 / 0.7), targets
+
+
+cases = st.tuples(st.integers(2, 4), st.integers(0, 1000), st.sampled_from((0.5, 2.0, 20.0)))
+
+
+@given(cases)
+@settings(max_examples=8, deadline=None)
+def test_weights_are_probabilities_and_em_is_never_worse_than_the_schedule(case):
+    scales, seed, spread = case
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(scales, 120, 4)) * spread
+    targets, mask = rng.integers(0, 2, (120, 4)), rng.random((120, 4)) < 0.9
+    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)
+    for weights in (fitted, optimum):
+        assert weights.shape == (4, scales)
+        assert (weights >= 0).all()
+        np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-12)
+    losses = [mixture_bce(logits, targets, mask, w) for w in (uniform(logits), fitted, optimum)]
+    assert (losses[2] <= losses[1] + 1e-6).all()  # what EM promises
+    assert (losses[1] <= losses[0] + 1e-6).all()  # a fit is not worse than its start
+
+
+def test_the_schedule_comes_within_two_hundredths_of_the_optimum():
+    logits, targets = planted((0.3, 0.8, 1.5, 2.0), n=2000)
+    gap = mixture_bce(logits, targets, None, fit_weights(logits, targets)) - mixture_bce(
+        logits, targets, None, fit_weights_by_em(logits, targets)
+    )
+    assert (gap >= -1e-6).all()
+    assert (gap < 0.02).all()
+
+
+def test_em_finds_what_a_grid_finds():
+    logits, targets = planted((1.0, 1.4), n=400, findings=1)
+    grid = np.linspace(0, 1, 401)
+    losses = [mixture_bce(logits, targets, None, np.array([[w, 1 - w]]))[0] for w in grid]
+    optimum = fit_weights_by_em(logits, targets)
+    assert 0.05 < optimum[0, 0] < 0.95
+    assert optimum[0, 0] == pytest.approx(grid[np.argmin(losses)], abs=0.02)
+    assert mixture_bce(logits, targets, None, optimum)[0] <= min(losses) + 1e-6
+
+
+def test_the_start_of_the_fit_is_voting_exactly():
+    logits, targets = planted((0.5, 1.0, 2.0))
+    start = fit_weights(logits, targets, epochs=0)
+    np.testing.assert_array_equal(combine(logits, start), vote(logits))
+    np.testing.assert_allclose(vote(logits), metrics.sigmoid(logits).mean(axis=0), rtol=1e-12)
+
+
+def test_a_planted_better_scale_gets_the_largest_weight():
+    for best in range(3):
+        quality = [0.3, 0.3, 0.3]
+        quality[best] = 3.0
+        logits, targets = planted(tuple(quality))
+        assert (fit_weights(logits, targets).argmax(axis=1) == best).all()
+        assert (fit_weights_by_em(logits, targets).argmax(axis=1) == best).all()
+
+
+def test_permuting_scales_permutes_weights():
+    logits, targets = planted((0.4, 0.9, 1.8))
+    order = [2, 0, 1]
+    for solve in (fit_weights, fit_weights_by_em):
+        np.testing.assert_allclose(solve(logits[order], targets), solve(logits, targets)[:, order], atol=1e-6)
+
+
+def test_findings_do_not_influence_each_other():
+    logits, targets = planted((0.4, 1.5), findings=3)
+    for solve in (fit_weights, fit_weights_by_em):
+        np.testing.assert_allclose(solve(logits[:, :, [1]], targets[:, [1]]), solve(logits, targets)[[1]], atol=1e-9)
+
+
+def test_masked_rows_change_nothing():
+    logits, targets = planted((0.4, 1.5))
+    mask = np.arange(len(targets))[:, None] % 3 + np.zeros(targets.shape, int) > 0
+    other = np.where(mask, targets, 1 - targets)
+    for solve in (fit_weights, fit_weights_by_em):
+        np.testing.assert_array_equal(solve(logits, targets, mask), solve(logits, other, mask))
+        np.testing.assert_allclose(
+            solve(logits, targets, mask), solve(logits[:, mask[:, 0]], targets[mask[:, 0]]), atol=1e-8
+        )
+
+
+def test_findings_without_both_classes_keep_equal_weights():
+    logits, targets = planted((0.4, 1.5), findings=4)
+    targets[:, 0], targets[:, 1] = 0, 1
+    mask = np.ones(targets.shape, bool)
+    mask[targets[:, 2] == 1, 2] = False
+    for solve in (fit_weights, fit_weights_by_em):
+        weights = solve(logits, targets, mask)
+        np.testing.assert_array_equal(weights[:3], 0.5)
+        assert weights[3, 0] != 0.5
+        np.testing.assert_array_equal(solve(logits[:, :, :1], targets[:, :1]), 0.5)
+
+
+def test_extreme_logits_give_finite_values():
+    rng = np.random.default_rng(0)
+    logits = rng.choice([-100.0, 100.0, -1000.0, 1000.0], size=(3, 200, 2))
+    targets = rng.integers(0, 2, (200, 2))
+    for solve in (fit_weights, fit_weights_by_em):
+        weights = solve(logits, targets)
+        assert np.isfinite(weights).all()
+        assert np.isfinite(mixture_bce(logits, targets, None, weights)).all()
+        assert ((combine(logits, weights) >= 0) & (combine(logits, weights) <= 1)).all()
+    np.testing.assert_array_equal(mixture_bce(logits[:1], np.ones((200, 2)), None, np.ones((2, 1))) > 0, True)
+
+
+def test_the_loss_is_that_of_the_combined_probabilities():
+    logits, targets = planted((0.4, 1.5))
+    weights = np.array([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
+    p = combine(logits, weights)
+    np.testing.assert_allclose(
+        mixture_bce(logits, targets, None, weights),
+        -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(axis=0),
+        rtol=1e-10,
+    )
+    assert np.isnan(mixture_bce(logits, targets, np.zeros(targets.shape, bool), weights)).all()

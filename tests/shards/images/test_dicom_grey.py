@@ -1,0 +1,180 @@
+"""What becomes of more than 8 bits of a DICOM file: `--grey mimic` and `--grey window`."""
+
+import warnings
+
+import numpy as np
+import pytest
+from dicoms import as_published, lut, radiograph, reason, shapes, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+)
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.images.decode import BadImage, Reason, decode
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_mimic_is_what_mimic_cxr_jpg_published(photometric, bits):
+    pixels = shapes(bits=bits) // 2 + 3
+    data = written(radiograph(pixels, bits, PhotometricInterpretation=photometric, RescaleSlope=-1, RescaleIntercept=5))
+    np.testing.assert_array_equal(decode(data, "mimic"), as_published(pixels, photometric == "MONOCHROME1"))
+
+
+@pytest.mark.parametrize("grey", ["mimic", "window"])
+def test_signed_pixels_keep_their_order(grey):
+    pixels = shapes().astype(np.int16) - 2048
+    data = written(radiograph(pixels, 12))
+    np.testing.assert_array_equal(decode(data, grey), decode(written(radiograph(shapes(), 12)), grey))
+    if grey == "mimic":
+        np.testing.assert_array_equal(decode(data, grey), as_published(pixels.astype(int), False))
+
+
+@pytest.mark.parametrize("grey", ["mimic", "window"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_else_is_in_a_pixel_s_word_does_not_show(grey, signed):
+    pixels, rng = shapes(bits=10), np.random.default_rng(0)
+    clean = radiograph(pixels, 10, PixelRepresentation=int(signed))
+    junk = radiograph(pixels | rng.integers(0, 64, pixels.shape, np.uint16) << 10, 10, PixelRepresentation=int(signed))
+    low = pixels << 4 | rng.integers(0, 16, pixels.shape, np.uint16) | rng.integers(0, 4, pixels.shape, np.uint16) << 14
+    shifted = radiograph(low, 10, HighBit=13, PixelRepresentation=int(signed))
+    expected = decode(written(clean), grey)
+    for dataset in (junk, shifted):
+        np.testing.assert_array_equal(decode(written(dataset), grey), expected)
+
+
+def test_eight_bits_and_an_odd_number_of_pixels_are_fine():
+    pixels = shapes(15, 7, bits=8).astype(np.uint8)
+    np.testing.assert_array_equal(decode(written(radiograph(pixels)), "window"), pixels)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("bits", [8, 12])
+def test_the_order_of_bytes_does_not_show(syntax, bits):
+    pixels = shapes(bits=bits).astype(np.uint8 if bits == 8 else np.uint16)
+    dataset = radiograph(pixels, bits, WindowCenter="500", WindowWidth="900", VOILUTSequence=lut([0, 5, 9], 2, 8))
+    expected = decode(written(dataset), "window")
+    if syntax == ExplicitVRBigEndian:
+        dataset.PixelData = (pixels.view(np.uint16) if bits == 8 else pixels).byteswap().tobytes()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    np.testing.assert_array_equal(decode(written(dataset), "window"), expected)
+
+
+def shown_by_pydicom(dataset: Dataset) -> np.ndarray:
+    """pydicom's own chain on every pixel, from what it makes of the lowest to what it makes of the highest value: 0–255."""
+    pixels = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+    signed = dataset.PixelRepresentation * 2 ** (dataset.BitsStored - 1)
+    low, high = (slope * value + intercept for value in (-signed, 2**dataset.BitsStored - 1 - signed))
+    return (pixels - low) / (high - low) * 255
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID", None]),
+    st.floats(-3000, 6000),
+    st.floats(1, 9000),
+    st.sampled_from([(1, 0), (1, -1024), (0.25, 3.5), (-1, 4095)]),
+    st.booleans(),
+)
+def test_a_window_shows_what_pydicom_shows(function, centre, width, rescale, signed):
+    pixels = shapes().astype(np.int16) - 2048 if signed else shapes()
+    dataset = radiograph(
+        pixels,
+        12,
+        WindowCenter=[f"{centre:.5g}", "1"],
+        WindowWidth=[f"{width:.5g}", "2"],
+        RescaleSlope=str(rescale[0]),
+        RescaleIntercept=str(rescale[1]),
+    )
+    if function:
+        dataset.VOILUTFunction = function
+    with np.errstate(over="ignore"):
+        expected = shown_by_pydicom(dataset)
+    assert abs(decode(written(dataset), "window") - expected).max() <= 0.5 + 1e-6
+    dataset.PhotometricInterpretation = "MONOCHROME1"
+    assert abs(255 - decode(written(dataset), "window").astype(int) - expected).max() <= 1
+
+
+def test_without_a_window_the_lowest_value_is_black_and_the_highest_white():
+    pixels = shapes() // 3 + 100
+    image = decode(written(radiograph(pixels, 12, RescaleSlope="-2", RescaleIntercept="7")), "window")
+    np.testing.assert_allclose(image, 255 - (pixels - pixels.min()) * 255.0 / np.ptp(pixels), atol=0.5 + 1e-9)
+
+
+def test_an_empty_window_is_none():
+    dataset = radiograph(shapes(), 12, WindowCenter="", WindowWidth="")
+    np.testing.assert_array_equal(
+        decode(written(dataset), "window"), decode(written(radiograph(shapes(), 12)), "window")
+    )
+
+
+def test_one_value_everywhere_is_an_image_too():
+    for grey in ("mimic", "window"):
+        assert (decode(written(radiograph(np.full((9, 9), 700, np.uint16), 12)), grey) == 0).all()
+
+
+def test_a_voi_lut_comes_before_a_window_and_shows_what_pydicom_shows():
+    entries = (np.sqrt(np.arange(4000)) * 1000).astype(int).tolist()
+    dataset = radiograph(shapes(), 12, VOILUTSequence=lut(entries, 50, 16), WindowCenter="9", WindowWidth="9")
+    expected = apply_voi_lut(dataset.pixel_array, dataset) / max(entries) * 255
+    assert abs(decode(written(dataset), "window") - expected).max() <= 0.5 + 1e-9
+
+
+def test_a_lut_with_entries_of_eight_bits_is_used_to_its_end():
+    """pydicom 3.0 uses but its first 256 entries: when this fails for `theirs`, its own `apply_voi_lut` can be used."""
+    entries = (np.arange(4096) // 16).tolist()
+    dataset = radiograph(shapes(), 12, VOILUTSequence=lut(entries, 0, 8))
+    np.testing.assert_array_equal(decode(written(dataset), "window"), shapes() // 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = apply_voi_lut(dataset.pixel_array, dataset)
+    assert (theirs != shapes() // 16).any()
+
+
+def test_a_modality_lut_comes_before_the_voi_lut():
+    upside_down = lut(list(range(4095, -1, -1)), 0, 16)
+    dataset = radiograph(shapes(), 12, ModalityLUTSequence=upside_down, VOILUTSequence=lut([0, 100, 255], 1000, 8))
+    places = (4095 - shapes().astype(int) - 1000).clip(0, 2)
+    np.testing.assert_array_equal(decode(written(dataset), "window"), np.array([0, 100, 255])[places])
+
+
+def test_a_lut_may_start_below_zero():
+    pixels = shapes(bits=4).astype(np.int16) - 8
+    dataset = radiograph(pixels, 12, VOILUTSequence=lut([0, 50, 100, 255], -2, 8))
+    np.testing.assert_array_equal(
+        decode(written(dataset), "window"), np.array([0, 50, 100, 255])[(pixels + 2).clip(0, 3)]
+    )
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"WindowCenter": "1", "WindowWidth": "-5"},
+        {"WindowCenter": "1", "WindowWidth": "0"},
+        {"WindowCenter": "1", "WindowWidth": "9", "RescaleSlope": "0", "RescaleIntercept": "7"},
+        {"WindowCenter": "10", "WindowWidth": "9", "VOILUTFunction": "CUBIC"},
+        {"VOILUTSequence": [Dataset()]},
+    ],
+)
+def test_a_window_that_means_nothing_is_corrupt(elements):
+    data = written(radiograph(shapes(), 12, **elements))
+    assert reason(data) is Reason.CORRUPT
+    assert decode(data, "mimic").shape == (60, 76)
+
+
+def test_a_lut_shorter_than_it_says_is_corrupt():
+    sequence = lut(list(range(100)), 0, 16)
+    sequence[0].LUTDescriptor = [200, 0, 16]
+    assert reason(written(radiograph(shapes(), 12, VOILUTSequence=sequence))) is Reason.CORRUPT
+
+
+def test_a_dicom_file_asks_for_a_grey_transform_and_is_not_refused_for_the_lack_of_one():
+    with pytest.raises(ShardError, match=r"--grey mimic .* or --grey window") as caught:
+        decode(written(radiograph(shapes())), "none")
+    assert not isinstance(caught.value, BadImage)

@@ -1,0 +1,60 @@
+import io
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.sources.text_columns import BLANK, filled, lines, pixels, raw_labels
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([1.0, 0.0, -1.0, np.nan]), max_size=30))
+def test_labels_come_back_from_whatever_pandas_writes(values):
+    text = pd.DataFrame({"Edema": values, "x": 0}).to_csv(index=False)
+    column = pd.read_csv(io.StringIO(text), dtype=str)["Edema"]
+    labels = raw_labels(column, "t")
+    assert labels.dtype == np.float32
+    np.testing.assert_array_equal(labels, np.array(values, np.float32))
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=4))
+def test_a_label_is_one_of_four_values_or_an_error_that_names_it(text):
+    column = pd.Series(["1", text], [2, 3], dtype=object, name="Edema")
+    words = {**dict.fromkeys(BLANK, np.nan), "true": 1.0, "false": 0.0}
+    try:
+        value = words[text.strip().lower()] if text.strip().lower() in words else float(text)
+    except ValueError:
+        value = np.inf
+    if value in (1, 0, -1) or np.isnan(value):
+        np.testing.assert_equal(raw_labels(column, "t.csv")[3], np.float32(value))
+    else:
+        with pytest.raises(ShardError, match=re.escape(f"t.csv holds {text!r} for Edema in line 3")):
+            raw_labels(column, "t.csv")
+
+
+@pytest.mark.parametrize("text", ["2", "0.5", "yes", "-", "inf", "1,0", "−1", "0x1", "--1", "positive"])
+def test_a_label_that_means_nothing_is_refused(text):
+    with pytest.raises(ShardError, match="in lines 3, 5: only 1, 0, -1 and blank are known"):
+        raw_labels(pd.Series(["1", text, None, text], [2, 3, 4, 5], name="Edema"), "t.csv")
+
+
+def test_sizes_are_whole_pixels_or_unknown():
+    column = pd.Series(["3056", "3056.0", None, "", "0"], dtype=object, name="Rows")
+    np.testing.assert_array_equal(pixels(column, "t"), [3056, 3056, np.nan, np.nan, 0])
+    for text in ("-1", "2.5", "tall", "inf", "true", str(2**31)):
+        with pytest.raises(ShardError, match="only whole numbers of pixels and blank"):
+            pixels(pd.Series([text], name="Rows"), "t")
+
+
+def test_blank_ids_are_named_by_their_lines():
+    column = pd.Series(["a", None, "", "  ", "\t", "0", "None"], range(2, 9), dtype=object, name="patient_id")
+    with pytest.raises(ShardError, match=r"t.csv: patient_id is blank in lines 3, 4, 5, 6: give every image one"):
+        filled(column, "t.csv")
+    assert filled(column.iloc[[0, 5, 6]], "t.csv").tolist() == ["a", "0", "None"]
+    assert lines(pd.Index([7])) == "line 7"
+    assert lines(pd.RangeIndex(2000)) == "lines 0, 1, 2, 3, 4, … (2,000)"
