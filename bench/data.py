@@ -13,6 +13,9 @@ from cxrfast.shards.build import build
 
 PHANTOMS = 200
 
+MIMIC_IMAGES = 377_110
+"""Images of MIMIC-CXR-JPG."""
+
 LONG = 250_000
 """Images in an epoch of a LongOrder, at least."""
 

@@ -11,6 +11,7 @@ import pytest
 import cxrfast
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 NAMES = ["Augment", "EvalOrder", "Loader", "Reader", "Run", "ShardSet", "Source", "TrainOrder", "__version__", "build"]
 DOCUMENTED = {
     ("cxrfast.pipelines.loader", "Loader"),
@@ -29,7 +30,7 @@ DOCUMENTED = {
 def in_docs() -> set[tuple[str, str]]:
     """(module, name) of each `from cxrfast… import …` in README and docs."""
     found = set()
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for path in PAGES:
         for module, names in re.findall(r"^ *from (cxrfast[\w.]*) import (.+)$", path.read_text(), re.MULTILINE):
             found |= {(module, name.strip()) for name in names.split(",")}
     return found
@@ -62,8 +63,23 @@ def test_what_the_documentation_imports_is_there(module, name):
     assert hasattr(import_module(module), name)
 
 
+def test_files_that_the_documentation_names_are_there():
+    named = {
+        (path.name, name)
+        for path in PAGES
+        for name in re.findall(r"`((?:shards|pipelines|cxrfast|bench|tests)/[\w./-]*)`", path.read_text())
+    }
+    assert {(page, name) for page, name in named if not (ROOT / name).exists()} == set()
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_the_documentation_was_read():
-    assert ("cxrfast.pipelines.loader", "Loader") in in_docs() or ("cxrfast", "Loader") in in_docs()
+    assert ("cxrfast", "Loader") in in_docs()
 
 
 def test_importing_the_package_loads_nothing_else():

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from cxrfast.bench.data import make_phantoms
+from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms
 from cxrfast.bench.harness import (
     Budget,
     Figure,
@@ -27,7 +27,7 @@ from cxrfast.bench.harness import (
     write_results,
 )
 from cxrfast.bench.loading.engines import compare_engines
-from cxrfast.bench.loading.measure import MIMIC_ROWS, Large, large, pass_rate
+from cxrfast.bench.loading.measure import Large, large, pass_rate
 from cxrfast.bench.loading.peers import Job, Peer, peer_names, peer_versions
 from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, sections
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT, PIXEL_SCALE, RAW, WHAT, open_ways, pick_ways, typed, usable
@@ -284,4 +284,4 @@ def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> Large | N
     if budget.share([LARGE_SECONDS]) is None:
         left_out["a large set"] = no_time(LARGE_SECONDS, budget.left)
         return None
-    return large(tiny_images(scratch / "large", MIMIC_ROWS, 16), 16, 200_000)
+    return large(tiny_images(scratch / "large", MIMIC_IMAGES, 16), 16, 200_000)

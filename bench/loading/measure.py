@@ -27,8 +27,6 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 
-MIMIC_ROWS = 377_110
-
 Measurement = Callable[[float], float]
 """Takes the seconds it may use and returns images/s."""
 

@@ -33,7 +33,7 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 
 SMALLEST, LARGEST = 64, 1024
-"""Rows of a shard in sets of up to 64 shards, and in large sets; see `shards.plan.rows_per_shard`."""
+"""Rows of a shard in sets of up to 64 shards, and in large sets; see `shards.building.layout.rows_per_shard`."""
 
 STAGES = {
     "read": [Tree.read.__code__],

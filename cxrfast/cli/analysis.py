@@ -15,9 +15,9 @@ from cxrfast.cli.terminal import show
 def evaluate(runs: Path, part: str) -> None:
     """AUROC per finding and scale, mean ± sd over folds, of all predictions in RUNS."""
     from cxrfast.analysis.evaluate import auroc_table
-    from cxrfast.analysis.evaluate import evaluate as score
+    from cxrfast.analysis.evaluate import evaluate as evaluate_runs
 
-    show(auroc_table(score(runs, part)))
+    show(auroc_table(evaluate_runs(runs, part)))
     click.echo(f"tables: {runs / 'evaluation'}")
 
 
@@ -25,10 +25,10 @@ def evaluate(runs: Path, part: str) -> None:
 @click.argument("runs", type=FOLDER, default=config.RUNS)
 def ensemble(runs: Path) -> None:
     """Stack the scales in RUNS: weights fitted on validation logits, beside plain voting."""
-    from cxrfast.analysis.ensemble import ensemble as stack
+    from cxrfast.analysis.ensemble import ensemble as stack_scales
     from cxrfast.analysis.ensemble import ensemble_table
 
-    show(ensemble_table(stack(runs)))
+    show(ensemble_table(stack_scales(runs)))
     click.echo(f"tables and figure: {runs / 'ensemble'}")
 
 
@@ -39,12 +39,12 @@ def ensemble(runs: Path) -> None:
 @click.option("--device", default="auto", show_default=True)
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
     """Effective receptive field of each RUN, beside the theoretical one."""
-    from cxrfast.analysis.erf import erf as measure
+    from cxrfast.analysis.erf import erf as measure_erf
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
 
     for folder in runs:
-        click.echo(measure(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
+        click.echo(measure_erf(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
 
 
 @click.command()
@@ -69,6 +69,6 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
 @click.argument("runs", type=FOLDER, default=config.RUNS)
 def report(runs: Path) -> None:
     """report.html: tables and figures of RUNS in one file that opens anywhere."""
-    from cxrfast.analysis.report import report as write
+    from cxrfast.analysis.report import report as write_report
 
-    click.echo(write(runs))
+    click.echo(write_report(runs))

@@ -64,9 +64,9 @@ def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
-    from cxrfast.bench.training.step import bench as measure
+    from cxrfast.bench.training.step import bench as measure_steps
 
-    result = measure(shards, list(scales), out, **options)
+    result = measure_steps(shards, list(scales), out, **options)
     show(result.table())
     if not result.lines:
         fail("no scale could be measured, for the reasons above")
@@ -91,11 +91,11 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @RESULTS
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
-    from cxrfast.bench.training.ladder import bench as measure
+    from cxrfast.bench.training.ladder import bench as measure_rungs
     from cxrfast.bench.training.ladder_result import sections
     from cxrfast.tables import to_tables
 
-    show(*to_tables(sections(measure(list(scales), out, only=list(only), **options))))
+    show(*to_tables(sections(measure_rungs(list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 
@@ -118,11 +118,11 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
-    from cxrfast.bench.sharding.shard import bench as measure
-    from cxrfast.bench.sharding.shard import sections
+    from cxrfast.bench.sharding.result import sections
+    from cxrfast.bench.sharding.shard import bench as measure_sharding
     from cxrfast.tables import to_tables
 
-    show(*to_tables(sections(measure(data, list(scales), out, **options))))
+    show(*to_tables(sections(measure_sharding(data, list(scales), out, **options))))
     click.echo(f"tables, JSON and plot: {out}")
 
 
@@ -148,9 +148,9 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @RESULTS
 def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
-    from cxrfast.bench.loading.load import bench as measure
+    from cxrfast.bench.loading.load import bench as measure_loading
     from cxrfast.bench.loading.result import sections
     from cxrfast.tables import to_tables
 
-    show(*to_tables(sections(measure(shards, list(scales), out, only=list(only), **options))))
+    show(*to_tables(sections(measure_loading(shards, list(scales), out, only=list(only), **options))))
     click.echo(f"tables, JSON and plot: {out}")

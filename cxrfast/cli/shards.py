@@ -19,9 +19,9 @@ from cxrfast.cli.terminal import fail, show
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
 def synth(out: Path, **options: Any) -> None:
     """A phantom MIMIC-CXR-JPG tree in OUT, findings planted at known sizes."""
-    from cxrfast.phantoms.dataset import synth as make
+    from cxrfast.phantoms.dataset import synth as draw_tree
 
-    counts = make(out, **options)
+    counts = draw_tree(out, **options)
     click.echo(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
@@ -111,9 +111,9 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, 
 )
 def describe(shards: Path, out: Path) -> None:
     """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
-    from cxrfast.shards.upkeep.describe import describe as look
+    from cxrfast.shards.upkeep.describe import describe as describe_set
 
-    description = look(shards, out)
+    description = describe_set(shards, out)
     click.echo(description.heading)
     show(*description.tables)
     click.echo(f"written: {', '.join(map(str, description.written))}")
@@ -170,10 +170,10 @@ def verify(
 )
 def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
     """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again after any accident: it goes on."""
-    from cxrfast.shards.upkeep.stage import stage as copy
+    from cxrfast.shards.upkeep.stage import stage as copy_set
     from cxrfast.units import size
 
-    done = copy(source, to, list(scales) or None, workers=workers)
+    done = copy_set(source, to, list(scales) or None, workers=workers)
     click.echo(
         f"to {to}: {len(done.scales)} scales, {done.files:,} files, {size(done.bytes)} copied, {done.kept:,} kept, "
         f"{done.bytes / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s"

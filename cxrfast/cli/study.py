@@ -108,8 +108,8 @@ def ahead(
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where everything goes.")
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. CPU, minutes."""
-    from cxrfast.study.demo import demo as carry_out
+    from cxrfast.study.demo import demo as run_demo
 
-    result = carry_out(out)
+    result = run_demo(out)
     show(*result.tables)
     click.echo(f"report: {result.report}")

@@ -75,12 +75,12 @@ def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options:
     """Logits of each RUN for its validation and test rows."""
     from cxrfast.distributed import world
     from cxrfast.runs.run import Run
-    from cxrfast.training.predict import predict as score
+    from cxrfast.training.predict import predict as predict_run
 
     with world(device) as ranks:
         for folder in runs:
             run = Run.open(folder)
-            score(run, ranks, shards=shards, **options)
+            predict_run(run, ranks, shards=shards, **options)
             click.echo(run.predictions_path)
 
 
@@ -89,10 +89,10 @@ def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options:
 @click.option("--json", "as_json", is_flag=True, help="A JSON list instead of the table.")
 def status(runs: Path, as_json: bool) -> None:
     """A line for each run in RUNS: state, epoch, best AUROC, images/s, time left, age of its heartbeat, job."""
-    from cxrfast.runs.status import status as look
+    from cxrfast.runs.status import status as read_status
     from cxrfast.runs.status import to_json, to_table
 
-    lines = look(runs)
+    lines = read_status(runs)
     if as_json:
         click.echo(to_json(lines))
     else:

@@ -1,6 +1,6 @@
 """The command line is a contract: a change of it is a change of `cli_surface.txt`, made on purpose.
 
-To accept one: python tests/test_cli_surface.py > tests/cli_surface.txt
+To accept one: python tests/cli/test_cli_surface.py > tests/cli_surface.txt
 """
 
 from pathlib import Path
