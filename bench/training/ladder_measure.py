@@ -24,7 +24,7 @@ from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import Classifier, Normalise
 from cxrfast.models.densenet import saved_bytes
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
-from cxrfast.training.trainer import masked_bce_sum
+from cxrfast.training.loss import masked_bce_sum
 
 ARCH = "densenet121"
 ROUNDS = 5

@@ -571,7 +571,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.training.train import configure
+    from cxrfast.training.setup import configure
     from cxrfast.training.train import train as run_training
 
     runtime = config.Runtime(shards=shards, runs=runs, name=name, **taken_out(config.Runtime, options))
@@ -768,13 +768,13 @@ def study(
         fail("--slurm, --walltime and --rate belong to --dry-run or --sbatch")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
-    from cxrfast.training.launch import Stopped
+    from cxrfast.training.signals import Stopped
 
     try:
         result = carry_out(shards, runs, list(scales), list(folds), keep_going=keep_going, **options)
     except Stopped as stopped:
         click.echo(f"cxrfast: {stopped}", err=True)
-        sys.exit(stopped.exit_code)
+        raise
     show(*result.tables)
     click.echo(f"report: {result.report}")
     if result.failures:

@@ -36,8 +36,9 @@ from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
+from cxrfast.training.loss import masked_bce_sum
 from cxrfast.training.micro_batch import CPU_MEMORY, Step, in_own_process
-from cxrfast.training.trainer import Trainer, masked_bce_sum
+from cxrfast.training.trainer import Trainer
 
 ARCH = "densenet121"
 

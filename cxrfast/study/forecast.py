@@ -32,7 +32,7 @@ from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
-from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order, weights_file
+from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 from cxrfast.units import size
 
 NOTICE_SECONDS = 120

@@ -16,13 +16,15 @@ from trainings import OPTIONS, command, run_to_the_end
 
 import cxrfast.training.train
 from cxrfast.cli.main import cli
+from cxrfast.config import Runtime
 from cxrfast.errors import LoadError, RunError, ShardError
 from cxrfast.models.classifier import Classifier
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
-from cxrfast.training.train import Runtime, configure, make_config, select_rows, train, weights_file
+from cxrfast.training.setup import configure, make_config, select_rows, weights_file
+from cxrfast.training.train import train
 
 
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
@@ -44,7 +46,9 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
+from cxrfast.config import Runtime
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.trainer import Trainer
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
@@ -261,7 +265,9 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
+from cxrfast.config import Runtime
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.trainer import Trainer
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
@@ -278,8 +284,8 @@ with world("cpu") as ranks:
     rng = np.random.default_rng(0)
     for n, row in enumerate(batch.tolist()):
         # micro-batch j of 4 is rows j::4: of the first all is masked, of the others ever fewer entries
-        trainer.host_mask[row] = rng.random(14) < (n % 4) / 4
-    trainer.mask = torch.from_numpy(trainer.host_mask)
+        trainer.targets.host_mask[row] = rng.random(14) < (n % 4) / 4
+    trainer.targets.mask = torch.from_numpy(trainer.targets.host_mask)
     found = {}
     trainer.optimizer.step = lambda *a, **k: found.update((n, p.grad.clone()) for n, p in trainer.model.named_parameters())
     trainer.model.train()

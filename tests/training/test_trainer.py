@@ -26,7 +26,7 @@ from trainings import (
 
 import cxrfast.training.train
 from cxrfast.cli.main import cli
-from cxrfast.config import COMPILE_MODES
+from cxrfast.config import COMPILE_MODES, Runtime
 from cxrfast.errors import LoadError, RunError, is_out_of_memory
 from cxrfast.models.densenet import DenseNet, Shape
 from cxrfast.models.precision import compiled, resolve_precision, use_tf32, without_tf32
@@ -37,7 +37,8 @@ from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.training.monitor import Timed
-from cxrfast.training.train import Runtime, make_config, train
+from cxrfast.training.setup import make_config
+from cxrfast.training.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA = torch.device("cuda", 0)
@@ -138,7 +139,7 @@ import resource, sys
 import torch
 from cxrfast.cli.main import cli
 from cxrfast.models.classifier import Classifier
-from cxrfast.training.train import Trainer
+from cxrfast.training.trainer import Trainer
 
 Classifier("densenet121", 14)(torch.zeros((2, 1, 32, 32), dtype=torch.uint8)).sum().backward()  # loads what it needs
 now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024

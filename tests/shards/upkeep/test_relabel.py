@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from cxrfast.analysis.evaluate import evaluate
 from cxrfast.cli.main import cli
+from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import RunError, ShardError
 from cxrfast.labels import MIMIC
@@ -47,7 +48,8 @@ from cxrfast.shards.upkeep.relabel import Relabelled
 from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.training.predict import predict
-from cxrfast.training.train import Place, make_config, select_rows, train
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.train import train
 
 WRITTEN = {"rows.parquet", "set.json", "SHA256SUMS"}
 
@@ -769,7 +771,7 @@ def test_runs_stay_valid_with_the_labels_they_were_trained_on_and_later_ones_use
             precision="fp32",
             limit=12,
         )
-        run = train(config, Place(shards=folder, runs=runs, device="cpu", quiet=True))
+        run = train(config, Runtime(shards=folder, runs=runs, device="cpu", quiet=True))
         predict(run, World(torch.device("cpu")), quiet=True)
         return run
 
