@@ -32,7 +32,7 @@ from cxrfast.training.micro_batch import largest_micro_batch
 
 
 def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
-    """The configuration of a run in its place; see `make_config`.
+    """The configuration of a run, as `make_config` makes it for what `runtime` says.
 
     A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
     tried out, or, unless `measure`, the preset's.
@@ -67,8 +67,8 @@ def make_config(
 ) -> TrainConfig:
     """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: a file of row numbers, one a line, that the parts are cut down to. `recompute` and `compile` decide, as the
-    device does, what a micro-batch of `auto` is; see `fit`.
+    `subset`: a file of row numbers, one per line, that the parts are cut down to. `recompute` and `compile` decide, as the
+    device does, what a micro-batch of `auto` is; see `micro_batch`.
     """
     info = ShardSet(shards).info
     preset = presets.preset(scale)
@@ -128,7 +128,7 @@ def select_rows(
 
 
 def read_subset(path: Path) -> np.ndarray:
-    """int64, ascending: the row numbers in a file, one a line. Raises RunError if it holds anything else, or nothing."""
+    """int64, ascending: the row numbers in a file, one per line. Raises RunError if it holds anything else, or nothing."""
     try:
         rows = np.unique([int(line) for line in path.read_text().split()])
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ class Stopped(SystemExit):
     def __init__(self, name: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)
         self.name = name
-        """Of the run."""
+        """Name of the run."""
         self.signal = signal.Signals(number).name
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal that came; 0 before."""
+        """Number of the signal that came; 0 before."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":

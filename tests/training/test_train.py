@@ -385,7 +385,7 @@ def test_ranks_and_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Pa
 
 
 def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
-    file = tmp_path / "recipe.toml"
+    file = tmp_path / "options.toml"
     file.write_text(
         'scale = 32\nepochs = 1\nweights = "none"\nlimit = 16\nglobal-batch = 8\nmicro_batch = 8\n'
         'label-policy = ["Edema=u_ones"]\nview = ["AP", "PA"]\npositive_weights = true\nsizes = "32x1"\n'
