@@ -109,36 +109,6 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, runtime={"quiet": False}, epochs=3)
-    trainer.train_epoch()
-    assert capsys.readouterr().err.count("3 epochs are left, ") == 1
-    state = trainer.run.state()
-    images, steps = trainer.order.steps * 8, 5
-    left = 3 * (images + len(trainer.val_rows) / 3) - steps * 8
-    assert state["eta_seconds"] == pytest.approx(left / state["images_per_s"])
-    assert state["consumed"] == steps * 8
-    trainer.counters.epoch, trainer.counters.consumed = 1, 0
-    trainer.train_epoch()
-    assert "are left" not in capsys.readouterr().err, "told once"
-
-
-def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3)
-    images, validated = trainer.order.steps * 8, len(trainer.val_rows)
-    assert trainer.heartbeat.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), (
-        "400 small images cost as 100"
-    )
-    trainer.end_epoch(*trainer.train_epoch())
-    state, rate = trainer.run.state(), trainer.run.metrics()[0]["images_per_s"]
-    assert (state["epoch"], state["images_per_s"]) == (1, rate)
-    assert state["images_per_s_at_scale"] == rate / 4, "though the next epoch is at the whole scale"
-    assert state["eta_seconds"] == pytest.approx((2 * images + 2 / 3 * validated) / (rate / 4))
-
-
 def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(tiny_set: Path, tmp_path: Path) -> None:
     make_trainer(tiny_set, tmp_path / "whole").fit()
     first = make_trainer(tiny_set, tmp_path / "stopped")
