@@ -15,13 +15,14 @@ import click
 from matplotlib.figure import Figure as Plot
 
 from cxrfast.bench.harness import provenance, write_results
-from cxrfast.config import TrainConfig
+from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.tables import Section, to_markdown, to_tables
-from cxrfast.training.train import Runtime, make_config, train
+from cxrfast.training.setup import make_config
+from cxrfast.training.train import train
 
 SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressive resizing"
 

@@ -1,4 +1,4 @@
-"""What a training is: one frozen configuration, its presets by scale, and where things lie by default."""
+"""What a training is: one frozen configuration, its presets by scale, and default folders."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 
 VALIDATION_COST = 1 / 3
-"""Of a validation image in training images: a forward pass without the backward one."""
+"""What a validation image costs, in training images: a forward pass without the backward one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainConfig:
     """Everything that decides the weights of a run. Raises RunError for values that make no sense."""
 
     set_id: str
-    """Of the shard set."""
+    """Id of the shard set."""
     scale: int
     """Side of the images, px."""
     labels: tuple[str, ...]
@@ -82,7 +82,7 @@ class TrainConfig:
     micro_batch: int
     learning_rate: float
     epochs: int = 100
-    """At most."""
+    """Most epochs that are trained."""
     factor: float = 0.5
     """The learning rate's, after `patience` epochs without a lower validation loss."""
     patience: int = 3
@@ -99,7 +99,7 @@ class TrainConfig:
     sizes: tuple[tuple[int, int], ...] = ()
     """(side in px, epochs): train on smaller images first, and at `scale` after them (progressive resizing)."""
     order: str = "global"
-    """Of the rows in an epoch: one permutation of all, or `block`, which keeps shards together; see `pipelines.order`."""
+    """Order of the rows in an epoch: one permutation of all, or `block`, which keeps shards together; see `pipelines.order`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -174,12 +174,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how a training runs; none of it changes the rows, their order or the recipe."""
+    """Where and how a training runs: none of it changes the rows, their order or the training options."""
 
     shards: Path
     runs: Path
     name: str | None = None
-    """Of the folder that holds the folds; default `<arch>-<scale>`."""
+    """Name of the folder that holds the folds; default `<arch>-<scale>`."""
     device: str = "auto"
     engine: str = "auto"
     threads: int | None = None
@@ -191,16 +191,17 @@ class Runtime:
     subset: Path | None = None
     """File of row numbers that the parts are cut down to; its hash is part of the configuration."""
     checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, at most."""
     checkpoint_steps: int | None = None
-    """Write last.pt after so many optimiser steps, beside the end of every epoch and every `checkpoint_minutes`."""
+    """Optimiser steps between checkpoints, at most; one is also written every `checkpoint_minutes` and after every epoch."""
     dist_timeout: float = 10.0
     """Minutes that a rank waits for the others before it gives up."""
     compile: str | None = None
     """torch.compile's mode, one of COMPILE_MODES."""
     recompute: bool = False
-    """Keep less for the backward pass and compute it again (activation checkpointing): the same function, less memory."""
+    """Recompute activations in the backward pass (activation checkpointing): the same function, less memory."""
     tensorboard: bool = False
-    """Write events for TensorBoard, too."""
+    """Also write events for TensorBoard."""
     profile: bool = False
     """Write a trace of a few steps into the run's folder."""
     deterministic: bool = False

@@ -10,14 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.trainer import Trainer
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CUDA = torch.device("cuda", 0)
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}

@@ -24,7 +24,7 @@ from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import Classifier, Normalise
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
-from cxrfast.training.trainer import masked_bce_sum
+from cxrfast.training.loss import masked_bce_sum
 
 ARCH = "densenet121"
 ROUNDS = 5

@@ -19,13 +19,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from cxrfast.bench.data import LongOrder, endless
 from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
 from cxrfast.bench.training.memory import saved_bytes
+from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
 from cxrfast.pipelines.loader import Batch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
-from cxrfast.training.monitor import Timed, Watch
-from cxrfast.training.train import Runtime, Trainer, make_config, select_rows
+from cxrfast.training.monitor import Timed
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.trainer import Trainer
 
 FIGURES = ("load", "train", "cached", "bare", "validate")
 
@@ -135,13 +137,13 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[floa
     def train_on(batches: Iterator[Batch], seconds: float) -> float:
         trainer.model.train()
         source = Timed(batches, device)
-        watch = Watch(trainer, source, steps=2**62)
+        trainer.monitor.start_epoch(steps=2**62, images=trainer.counters.consumed)
 
         def step() -> int:
             trainer.step(rows, source)
-            trainer.consumed += len(rows)
-            watch.note()
-            watch.after(1)
+            trainer.counters.consumed += len(rows)
+            trainer.look(source)
+            trainer.after_step(1)
             return len(rows)
 
         step()
@@ -167,7 +169,7 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[floa
 def bare_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
     """Forward pass, loss, backward pass and Adam, on a copy of the model."""
     model = copy.deepcopy(trainer.model).train()
-    optimizer, target = torch.optim.Adam(model.parameters(), fused=True), trainer.target[batch.row]
+    optimizer, target = torch.optim.Adam(model.parameters(), fused=True), trainer.targets.target[batch.row]
 
     def step() -> int:
         with trainer.autocast():

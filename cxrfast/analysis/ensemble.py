@@ -37,7 +37,7 @@ from cxrfast.analysis.mixture import (
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
+from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
 from cxrfast.tables import best_bold, cells, folds_text, markdown_table, plus_minus
 
@@ -72,12 +72,12 @@ class EnsembleResult:
         """`256 px`, …; the names where one scale comes twice. Marked if they started from another run."""
         unique = len(set(self.scales)) == len(self.scales)
         names = [f"{scale} px" for scale in self.scales] if unique else self.names
-        return tuple(mark(name, start) for name, start in zip(names, self.starts.values(), strict=True))
+        return tuple(marked_name(name, start) for name, start in zip(names, self.starts.values(), strict=True))
 
     @property
     def starts(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_start`."""
-        return {n: shared_start(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from, see `lineage.shared_origin`."""
+        return {n: shared_origin(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
@@ -155,7 +155,7 @@ def _fit_fold(runs: Sequence[Run]) -> tuple[np.ndarray, pd.DataFrame, pd.DataFra
                 "label": labels,
                 "name": run.folder.parent.name,
                 "scale": run.config.scale,
-                "start": start_of(run.config),
+                "start": origin_of(run.config),
                 "fold": fold,
                 "weight": weight[:, s],
                 "em_weight": em_weight[:, s],
@@ -237,7 +237,7 @@ def _notes(result: EnsembleResult, shared: int) -> str:
             f"that EM finds, at most {gap.max():.4f}; "
             f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it."
         )
-    if note := footnote(result.starts):
+    if note := origin_footnote(result.starts):
         notes.append(note)
     for fold, lines in result.bce[result.bce["stacked"].isna()].groupby("fold"):
         missing = ", ".join(lines["label"])
@@ -256,7 +256,7 @@ def ensemble_table(result: EnsembleResult) -> Table:
     table = Table(
         title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
         caption="gain: of stacked over the best single scale. "
-        "Validation logits served both early stopping and the ensemble's fit.\n" + footnote(result.starts),
+        "Validation logits served both early stopping and the ensemble's fit.\n" + origin_footnote(result.starts),
     )
     table.add_column("Finding", overflow="fold")
     for method in (*result.short_names, "voting", "stacked", "gain"):

@@ -20,7 +20,7 @@ from cxrfast.analysis.join import Answers, by_name, check_same_rows, check_same_
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
+from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.splits import PARTS
 from cxrfast.tables import best_bold, cells, folds_text, markdown_table
 
@@ -52,8 +52,8 @@ class Evaluation:
 
     @property
     def starts(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_start`."""
-        return {n: shared_start(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from, see `lineage.shared_origin`."""
+        return {n: shared_origin(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
 
     def folds(self, name: str) -> list[int]:
         return sorted(int(fold) for fold in self.table.loc[self.table["name"] == name, "fold"].unique())
@@ -138,7 +138,7 @@ def score(answers: Answers) -> pd.DataFrame:
         {
             "name": answers.run.folder.parent.name,
             "scale": config.scale,
-            "start": start_of(config),
+            "start": origin_of(config),
             "fold": config.fold,
             "label": config.labels,
             "part": answers.part,
@@ -179,12 +179,12 @@ def auroc_markdown(evaluation: Evaluation) -> str:
     lines.append(["Mean", "", *(cells(values)[0] for values in means)])
     text = (
         f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-        + markdown_table(["Finding", "Positives", *(mark(n, s) for n, s in evaluation.starts.items())], lines)
+        + markdown_table(["Finding", "Positives", *(marked_name(n, s) for n, s in evaluation.starts.items())], lines)
         + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
         "fold of every column. Positives: rows that hold the finding, over all folds. "
         "Undefined: no positives or no negatives.\n"
     )
-    if note := footnote(evaluation.starts):
+    if note := origin_footnote(evaluation.starts):
         text += f"\n{note}\n"
     if evaluation.skipped:
         text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
@@ -196,14 +196,14 @@ def auroc_table(evaluation: Evaluation) -> Table:
     columns = [evaluation.matrix(name) for name in evaluation.names]
     means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
     skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else ""
-    caption = "\n".join(filter(None, (footnote(evaluation.starts), skipped)))
+    caption = "\n".join(filter(None, (origin_footnote(evaluation.starts), skipped)))
     table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=caption)
     table.add_column("Finding", overflow="fold")
     table.add_column("Positives", justify="right")
     for name, start in evaluation.starts.items():
         head = (
             "".join(name.rpartition("-")[:2]),
-            mark(name.rpartition("-")[2], start),
+            marked_name(name.rpartition("-")[2], start),
             folds_text(evaluation.folds(name)).split(" (")[0],
         )
         table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")

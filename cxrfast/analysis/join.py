@@ -12,7 +12,7 @@ import numpy as np
 
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
-from cxrfast.runs.lineage import FROM, shared_start, start_of
+from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
 from cxrfast.runs.run import Run
 
 
@@ -56,8 +56,8 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
             own_fold: dict[str, Any] = {"fold": run.config.fold}
-            mine, theirs = (shared_start([start_of(r.config)]) for r in (run, other))
-            if mine == theirs and mine.startswith(FROM):  # each from its own fold of one group
+            mine, theirs = (shared_origin([origin_of(r.config)]) for r in (run, other))
+            if mine == theirs and mine.startswith(FROM_RUN):  # each from its own fold of one group
                 own_fold["weights"] = run.config.weights
             if differences := run.config.differences(replace(other.config, **own_fold)):
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")

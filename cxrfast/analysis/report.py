@@ -25,7 +25,7 @@ from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd
-from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
+from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
 from cxrfast.tables import markdown_table
 
@@ -78,11 +78,11 @@ def _data_url(png: bytes) -> str:
 def _starts(runs: list[Run]) -> dict[str, str]:
     """By name of a group of runs: where the first weights came from."""
     names = dict.fromkeys(run.folder.parent.name for run in runs)
-    return {n: shared_start(start_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
+    return {n: shared_origin(origin_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
 
 
 def _footnote(runs: list[Run]) -> str:
-    return footnote(_starts(runs))
+    return origin_footnote(_starts(runs))
 
 
 # Chapters
@@ -96,7 +96,7 @@ def _summary(runs: list[Run]) -> Chapter:
         best = min(epochs, key=lambda m: m["val_loss"], default=None)
         lines.append(
             [
-                mark(run.name, start_of(run.config)),
+                marked_name(run.name, origin_of(run.config)),
                 run.state().get("state", "not started"),
                 *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
                 str(len(epochs)),
@@ -118,7 +118,7 @@ def _auroc(runs: Path) -> Chapter:
     text = evaluate.auroc_markdown(evaluation).split("\n", 1)[1]  # without its heading
     chapter = Chapter("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
-        caption = f"AUROC by resolution, mean ± sd over folds. {footnote(evaluation.starts)}".strip()
+        caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.starts)}".strip()
         chapter.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
     return chapter
 
@@ -149,7 +149,7 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
         )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
-    axes.set_xticks(x, [mark(tick, evaluation.starts[name]) for tick, name in zip(ticks, names, strict=True)])
+    axes.set_xticks(x, [marked_name(tick, evaluation.starts[name]) for tick, name in zip(ticks, names, strict=True)])
     axes.set_ylabel("AUROC")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
@@ -220,7 +220,7 @@ def learning_figure(runs: list[Run]) -> Figure:
     for axes in panels[1]:
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
-    handles = [Line2D([], [], color=colours[name], label=mark(name, start)) for name, start in starts.items()]
+    handles = [Line2D([], [], color=colours[name], label=marked_name(name, start)) for name, start in starts.items()]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
     )
@@ -267,7 +267,7 @@ def _resources(runs: list[Run]) -> Chapter:
             gpu = metrics[-1]["gpu_peak_bytes"]
             lines.append(
                 [
-                    mark(run.name, start_of(run.config)),
+                    marked_name(run.name, origin_of(run.config)),
                     str(run.config.global_batch),
                     str(run.config.micro_batch),
                     run.config.precision,

@@ -1,6 +1,5 @@
 """Commands that carry out the whole study."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +60,13 @@ def study(
         fail("--slurm, --walltime and --rate belong to --dry-run or --sbatch")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
-    from cxrfast.training.launch import Stopped
+    from cxrfast.training.signals import Stopped
 
     try:
         result = carry_out(shards, runs, list(scales), list(folds), keep_going=keep_going, **options)
     except Stopped as stopped:
         click.echo(f"cxrfast: {stopped}", err=True)
-        sys.exit(stopped.exit_code)
+        raise
     show(*result.tables)
     click.echo(f"report: {result.report}")
     if result.failures:

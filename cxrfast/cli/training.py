@@ -47,7 +47,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.training.train import configure
+    from cxrfast.training.setup import configure
     from cxrfast.training.train import train as run_training
 
     runtime = config.Runtime(shards=shards, runs=runs, name=name, **taken_out(config.Runtime, options))

@@ -24,7 +24,7 @@ from cxrfast.models.precision import autocast, compiled, resolve_precision, use_
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
-from cxrfast.training.trainer import masked_bce_sum
+from cxrfast.training.loss import masked_bce_sum
 
 ARCH = "densenet121"
 

@@ -128,7 +128,7 @@ def memory(reader: Reader, device: torch.device) -> str:
     )
     trial = in_own_process(step, size)
     what = f"{ARCH}, {size} × {reader.scale} px, {precision}"
-    if not trial.fits:
+    if not trial.has_room:
         raise RunError(f"{what} does not fit {_gib(there)}: train with a smaller --micro-batch, or with --recompute")
     if gpu:
         return f"{what}: torch's peak {_gib(trial.own)}, whole GPU {_gib(trial.whole)} of {_gib(there)}"

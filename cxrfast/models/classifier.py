@@ -10,7 +10,7 @@ from cxrfast.errors import RunError
 from cxrfast.models.densenet import SHAPES, DenseNet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, as torchvision's weights expect."""
+"""Mean and standard deviation of ImageNet, as torchvision's weights expect."""
 
 SMALL = 64
 """Side in px from which on no convolutional classifier runs out of pixels; smaller images are tried at their size."""

@@ -1,4 +1,4 @@
-"""Where the first weights of runs came from, and how tables say so. Reads configurations only, no files."""
+"""Origin of a run's first weights, as a text, and how tables point it out. Reads configurations only, no files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,10 +8,13 @@ from cxrfast.config import TrainConfig
 from cxrfast.runs.folder import WEIGHTS
 
 SIGN = "†"
-FROM = "from "
+"""Follows the name of a run, or of a group of runs, whose first weights came from another run."""
+
+FROM_RUN = "from "
+"""What such an origin begins with."""
 
 
-def start_of(config: TrainConfig) -> str:
+def origin_of(config: TrainConfig) -> str:
     """`ImageNet`, `none`, `from densenet121-64/fold-0` for the folder of a run, or the name of a file of weights."""
     if config.weights in ("imagenet", "none"):
         return {"imagenet": "ImageNet", "none": "none"}[config.weights]
@@ -20,27 +23,27 @@ def start_of(config: TrainConfig) -> str:
         path = path.parent
     elif path.suffix in (".pth", ".pt", ".safetensors"):
         return path.name
-    return FROM + "/".join(path.parts[-2:])
+    return FROM_RUN + "/".join(path.parts[-2:])
 
 
-def shared_start(starts: Iterable[str]) -> str:
-    """That of a group from those of its runs, whose fold is left out: `from densenet121-64`. Several: joined by `; `."""
-    return "; ".join(dict.fromkeys(re.sub(r"/fold-\d+$", "", start) for start in starts))
+def shared_origin(origins: Iterable[str]) -> str:
+    """Origin of a group of runs, without their fold: `from densenet121-64`. Several are joined by `; `."""
+    return "; ".join(dict.fromkeys(re.sub(r"/fold-\d+$", "", origin) for origin in origins))
 
 
-def mark(name: str, start: str) -> str:
-    """`name`, with the footnote's sign if it started from another run."""
-    return name + SIGN if start.startswith(FROM) else name
+def marked_name(name: str, origin: str) -> str:
+    """`name`, with the sign if the first weights came from another run."""
+    return name + SIGN if origin.startswith(FROM_RUN) else name
 
 
-def footnote(starts: Mapping[str, str]) -> str:
-    """What the sign means, from the start of each name; empty where no name carries it."""
-    marked = {name: start for name, start in starts.items() if start.startswith(FROM)}
+def origin_footnote(origins: Mapping[str, str]) -> str:
+    """What the sign means, from the origin of each name; empty where no name carries it."""
+    marked = {name: origin for name, origin in origins.items() if origin.startswith(FROM_RUN)}
     if not marked:
         return ""
-    smaller = all(0 < _scale(start) < _scale(name) for name, start in marked.items())
+    smaller = all(0 < _scale(origin) < _scale(name) for name, origin in marked.items())
     which = "the run of a smaller scale" if smaller else "another run"
-    return f"{SIGN} weights started from {which}: {', '.join(f'{n} {s}' for n, s in marked.items())}."
+    return f"{SIGN} weights started from {which}: {', '.join(f'{n} {o}' for n, o in marked.items())}."
 
 
 def _scale(name: str) -> int:

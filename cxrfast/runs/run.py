@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,12 @@ from cxrfast import __version__
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.files import replacing, write_bytes, write_json
-from cxrfast.models.classifier import Classifier
-from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 from cxrfast.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from cxrfast.models.classifier import Classifier
+    from cxrfast.pipelines.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,13 @@ class Run(RunFolder):
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
             ) from error
 
-    def reader(self, shards: Path | None = None) -> Reader:
+    def reader(self, shards: Path | None = None) -> "Reader":
         """A reader of the run's shard set at its scale; `shards`: where the set is now, if not where it was.
 
         Raises RunError if it is another set.
         """
+        from cxrfast.pipelines.reader import Reader  # OpenCV, as above
+
         reader = Reader(shards or self.shards, self.config.scale)
         if reader.info.id != self.config.set_id:
             raise RunError(
@@ -217,8 +221,10 @@ class Run(RunFolder):
                 raise RunError(f"{self.folder} has no {path.name} yet: train it first") from None
             raise RunError(f"{path} is damaged ({error}): train the run again") from error
 
-    def load(self, device: torch.device | str = "cpu") -> Classifier:
+    def load(self, device: torch.device | str = "cpu") -> "Classifier":
         """The run's classifier with its best weights, in eval mode on the device."""
+        from cxrfast.models.classifier import Classifier  # torchvision, which tables do without
+
         model = Classifier(self.config.arch, len(self.config.labels))
         try:
             model.load_state_dict(self.read_weights())

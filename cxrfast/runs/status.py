@@ -1,4 +1,4 @@
-"""How far the runs in a folder are: a line a run, from the small files that a training keeps up to date.
+"""How far the runs in a folder are: one line per run, from the small files that a training keeps up to date.
 
 Reads only, imports neither torch nor pandas, and takes what it can from files that are old, unfinished or damaged.
 """
@@ -35,7 +35,7 @@ class Status:
     epoch: int | None = None
     """Finished epochs."""
     epochs: int | None = None
-    """At most."""
+    """Most epochs that are trained."""
     val_auroc: float | None = None
     """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
     images_per_s: float | None = None

@@ -10,7 +10,7 @@ from cxrfast.errors import RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
-from cxrfast.training.train import configure
+from cxrfast.training.setup import configure
 
 LEFT = {"precision": "auto", "micro_batch": None}
 """What a run gets whose option is not given."""

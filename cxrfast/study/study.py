@@ -27,9 +27,8 @@ from cxrfast.runs.run import Run
 from cxrfast.study.forecast import forecast, projection
 from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
-from cxrfast.training.launch import Stopped, call
 from cxrfast.training.predict import predict
-from cxrfast.training.signals import TORCHRUN_SIGNALS, Preempted
+from cxrfast.training.signals import TORCHRUN_SIGNALS, Stopped, call
 from cxrfast.training.train import train
 
 POLL_SECONDS = 1.0
@@ -144,8 +143,6 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
     try:
         train(plan.config(outlook.scale, outlook.fold, plan.runtime.device, measure=True), plan.runtime)
-    except Preempted as end:
-        raise Stopped(outlook.name, end.number) from None
     except CxrfastError as error:
         raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
 

@@ -34,13 +34,13 @@ from cxrfast.models.densenet import SHAPES
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
 
 RESERVE = 0.10
-"""Share of the memory left to what a trial has not: the loader, NCCL, the buckets of DistributedDataParallel."""
+"""Fraction of memory reserved for what a trial does not allocate: loader, NCCL, the buckets of DistributedDataParallel."""
 
 CPU_MEMORY = 0.85
-"""Share of the main memory that the local ranks may have between them."""
+"""Fraction of the main memory that the local ranks may use between them."""
 
 CPU_LARGEST = 64
-"""Images; on a CPU larger micro-batches gain nothing."""
+"""Largest micro-batch tried on a CPU: more images gain nothing there."""
 
 KILLED = {-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
 """How a trial ends that the memory killer took, or whose libraries do not expect a failed allocation."""
@@ -48,7 +48,7 @@ KILLED = {-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step whose micro-batch is wanted."""
+    """A training step whose largest micro-batch is searched for."""
 
     arch: str
     scale: int
@@ -67,7 +67,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Trial:
-    fits: bool
+    """What came of trying training steps over a number of images."""
+
+    has_room: bool
+    """Whether the memory was enough."""
     peak: int = 0
     """Bytes: of the GPU, other processes and the context included; on a CPU, resident."""
     shared: bool = False
@@ -151,22 +154,22 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     """The largest of `sizes` that fits, and whether that is worth remembering. The largest is tried first, then halves."""
     tried: dict[int, Trial] = {}
 
-    def fits(size: int) -> bool:
+    def has_room(size: int) -> bool:
         trial = tried[size] = in_own_process(step, size)
-        peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.fits else "does not fit"
+        peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.has_room else "does not fit"
         print(
             f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)",
             file=sys.stderr,
             flush=True,
         )
-        return trial.fits
+        return trial.has_room
 
-    if fits(sizes[-1]):
+    if has_room(sizes[-1]):
         return sizes[-1], not tried[sizes[-1]].shared
-    low, high = -1, len(sizes) - 1  # sizes[low] fits, sizes[high] does not
+    low, high = -1, len(sizes) - 1  # sizes[low] has room, sizes[high] has not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+        low, high = (middle, high) if has_room(sizes[middle]) else (low, middle)
     if low < 0:
         raise RunError(
             f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {step.scale} px on {step.device}, none fits "
@@ -177,7 +180,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
 
 
 def in_own_process(step: Step, size: int) -> Trial:
-    """Try `size` images in a new process. Raises RunError if it fails for want of anything but memory."""
+    """Try `size` images in a new process. Raises RunError if it fails for another reason than memory."""
     argument = json.dumps({"step": asdict(step), "size": size, "parent": os.getpid()})
     done = subprocess.run(
         [sys.executable, "-m", "cxrfast.training.micro_batch", argument], capture_output=True, text=True
@@ -186,12 +189,12 @@ def in_own_process(step: Step, size: int) -> Trial:
         return Trial(**json.loads(done.stdout.splitlines()[-1]))
     tail = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if done.returncode in KILLED or is_out_of_memory(RuntimeError(tail)):
-        return Trial(fits=False)
+        return Trial(has_room=False)
     raise RunError(f"--micro-batch auto: the trial of {size} images failed, give a number instead: {tail}")
 
 
 def try_step(step: Step, size: int) -> Trial:
-    """Take training steps over `size` images in this process, which may use 90 % of the memory and is spoilt by it.
+    """Take training steps over `size` images in this process, which may use 90 % of the memory and must not be reused afterwards.
 
     Raises RuntimeError or MemoryError where the memory does not suffice.
     """

@@ -1,11 +1,14 @@
-"""Signals that ask a training to stop, and the one step at which all of its ranks agree to do so.
+"""Signals that ask a training to stop: noted, agreed on by all of its ranks, passed on to the process that trains.
 
 A scheduler sends SIGTERM when it takes a machine away and SIGUSR1 or SIGUSR2 ahead of the walltime, as told; torchrun
 passes them on where `--signals-to-handle` names them. Ranks hear of a signal at different times, hence the votes.
 """
 
 import signal
+import subprocess
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -18,16 +21,29 @@ from cxrfast.distributed import World
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""What torchrun is told to pass on: its own four, and two of which it would die, leaving its workers alone."""
+"""What torchrun is told to pass on: its own four, and two which would kill it and orphan its workers."""
 
 
-class Preempted(SystemExit):
-    """A signal asked for an end, and the ranks have saved: exit code 128 + signal, as a shell has it."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a process passes on to the training that it started."""
 
-    def __init__(self, number: int) -> None:
+LOST_RANK = (
+    "another rank ended, its message stands elsewhere in this log (none: it was killed, perhaps for want of "
+    "memory); the same command goes on from the last checkpoint"
+)
+
+
+class Stopped(SystemExit):
+    """A signal ended a training, which has saved: not an error, the same command goes on. Exit code 128 + signal, as a shell's."""
+
+    def __init__(self, name: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)
-        self.number = number
+        self.name = name
+        """Name of the run."""
         self.signal = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal} in {self.name}; the same command goes on from there"
 
 
 class StopRequest:
@@ -38,7 +54,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal that came; 0 before."""
+        """Number of the signal that came; 0 before."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -97,3 +113,37 @@ def is_lost_rank(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(word in text for word in ("gloo/transport", "Connection closed", "NCCL"))
     )
+
+
+# Trainings in a process of their own
+
+
+def call(command: Sequence[str]) -> tuple[int, int | None]:
+    """Run a command to its end. Its exit code, and the number of the last signal that was passed on to it, if any.
+
+    It runs in a process group of its own: a terminal's Ctrl-C reaches it once, by way of this process.
+    """
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with _handling(forward):
+        process = subprocess.Popen(command, process_group=0)
+        if received:  # while it was started
+            process.send_signal(received[-1])
+        code = process.wait()
+    return code, received[-1] if received else None
+
+
+@contextmanager
+def _handling(handler: "signal._HANDLER") -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

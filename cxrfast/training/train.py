@@ -4,147 +4,23 @@ A shard set and a configuration come in; a run folder with checkpoints, metrics 
 again, it goes on where the last checkpoint left off, with the same rows in the same order.
 """
 
-import fcntl
-import hashlib
 import os
 import sys
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 
-from cxrfast import config as presets
 from cxrfast.config import Runtime, TrainConfig
-from cxrfast.distributed import pick_device, world
-from cxrfast.errors import RunError
+from cxrfast.distributed import world
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.precision import resolve_precision
-from cxrfast.models.weights import fetch_weights, load_weights
+from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.folder import WEIGHTS, RunFolder
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.shards.shard_set import ShardSet
-from cxrfast.shards.upkeep.stage import stage
-from cxrfast.splits import check_parts, official_masks, part_masks
-from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
-from cxrfast.training.trainer import Trainer, train_order
-
-__all__ = ["Runtime", "Trainer", "configure", "make_config", "select_rows", "train"]
-
-
-def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
-    """The configuration of a run in its place; see `make_config`.
-
-    A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
-    tried out, or, unless `measure`, the preset's.
-    """
-    if given.get("micro_batch") == "auto":
-        place = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
-        if place.is_started:
-            given = {**given, "micro_batch": Run.open(place.folder).config.micro_batch}
-        elif not measure:
-            given = {**given, "micro_batch": None}
-    return make_config(
-        runtime.shards,
-        scale,
-        device=runtime.device,
-        subset=runtime.subset,
-        recompute=runtime.recompute,
-        compile=runtime.compile,
-        fold=fold,
-        **given,
-    )
-
-
-def make_config(
-    shards: Path,
-    scale: int,
-    *,
-    device: str = "auto",
-    subset: Path | None = None,
-    recompute: bool = False,
-    compile: str | None = None,
-    **given: Any,
-) -> TrainConfig:
-    """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
-
-    `subset`: a file of row numbers, one a line, that the parts are cut down to. `recompute` and `compile` decide, as the
-    device does, what a micro-batch of `auto` is; see `fit`.
-    """
-    info = ShardSet(shards).info
-    preset = presets.preset(scale)
-    given = {name: value for name, value in given.items() if value is not None}
-    global_batch = given.pop("global_batch", preset.global_batch)
-    given.setdefault("micro_batch", min(preset.micro_batch, global_batch))
-    given.setdefault("learning_rate", presets.learning_rate(global_batch))
-    if subset is not None:
-        given["subset"] = subset_hash(read_subset(subset))
-    given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
-    if given["micro_batch"] == "auto":
-        given["micro_batch"] = largest_micro_batch(
-            arch=given.get("arch", TrainConfig.arch),
-            scale=max([scale, *(side for side, _ in given.get("sizes", ()))]),
-            outputs=len(info.labels),
-            global_batch=global_batch,
-            precision=given["precision"],
-            checkpoint=recompute,
-            compile=compile,
-            device=device,
-        )
-    return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
-
-
-def select_rows(
-    table: pd.DataFrame, config: TrainConfig, held: np.ndarray, subset: np.ndarray | None = None
-) -> pd.DataFrame:
-    """The rows a run uses: row, image_id, patient_id, part, raw labels; sorted by row.
-
-    Left out: rows that the set does not hold (`held`, int64, lists those it does), those outside `subset`, rows without
-    any label, other views.
-    Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
-    """
-    if absent := [name for name in config.labels if name not in table]:
-        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start the training again")
-    parts = (
-        official_masks(table["split"].to_numpy())
-        if config.split == "official"
-        else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold)
-    )
-    usable = table["row"].isin(held).to_numpy() & table[list(config.labels)].notna().any(axis=1).to_numpy()
-    if subset is not None:
-        if unknown := np.setdiff1d(subset, table["row"]).tolist():
-            raise RunError(
-                f"the set has no row {unknown[0]} that --rows names: its rows are 0 to {table['row'].max():,}"
-            )
-        usable &= table["row"].isin(subset).to_numpy()
-    if config.views:
-        usable &= table["view"].isin(config.views).to_numpy()
-    masks = {part: mask & usable for part, mask in parts.items()}
-    if config.limit is not None:
-        masks = {part: mask & (np.cumsum(mask) <= config.limit) for part, mask in masks.items()}
-    check_parts(masks, f"split {config.split}, fold {config.fold}")
-    part = np.select(list(masks.values()), list(masks), default="")
-    chosen = table.assign(part=part)[part != ""]
-    return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
-
-
-def read_subset(path: Path) -> np.ndarray:
-    """int64, ascending: the row numbers in a file, one a line. Raises RunError if it holds anything else, or nothing."""
-    try:
-        rows = np.unique([int(line) for line in path.read_text().split()])
-    except (OSError, ValueError) as error:
-        raise RunError(f"--rows {path}: give a text file with a row number a line ({error})") from error
-    if not len(rows):
-        raise RunError(f"--rows {path} is empty: give a text file with a row number a line")
-    return rows
-
-
-def subset_hash(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+from cxrfast.training.micro_batch import memory_explained
+from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, staged, train_order, weights_file
+from cxrfast.training.trainer import Trainer
 
 
 def train(config: TrainConfig, runtime: Runtime) -> Run:
@@ -190,54 +66,3 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
             print(f"{run.name} is done already; its weights are in {run.folder}", file=sys.stderr)
         ranks.barrier()
         return run
-
-
-def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
-    """A copy of one scale of the set in `folder`, a place of this machine; made once for all its ranks and jobs.
-
-    Raises ShardError where it cannot be made.
-    """
-    copy = folder / ShardSet(shards).info.id
-    folder.mkdir(parents=True, exist_ok=True)
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
-    with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes later waits
-        lock.seek(0)
-        if launch.startswith("none") or lock.read() != launch:  # else another rank of this launch has checked it
-            stage(shards, copy, [scale], quiet=quiet)
-            lock.truncate(0)
-            lock.write(launch)
-    return copy
-
-
-def weights_file(config: TrainConfig) -> Path | None:
-    """File of the first weights, ImageNet's downloaded unless kept; None for `--weights none`. Raises RunError without one."""
-    if config.weights == "none":
-        return None
-    if config.weights == "imagenet":
-        return fetch_weights(config.arch)
-    given = Path(config.weights)
-    path = RunFolder(given).weights_path if given.is_dir() else given
-    if not path.exists():
-        raise RunError(
-            f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
-    return path
-
-
-def refuse_other_fold(config: TrainConfig) -> None:
-    """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
-    if not RunFolder(Path(config.weights)).is_started:
-        return
-    parent = Run.open(Path(config.weights)).config
-    if parent.set_id != config.set_id:
-        raise RunError(
-            f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
-            f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
-            f"path of its {WEIGHTS} if you know that its patients are others"
-        )
-    if (parent.fold, parent.split) != (config.fold, config.split):
-        raise RunError(
-            f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
-            f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
-        )

@@ -10,7 +10,7 @@ from cxrfast.analysis.report import learning_figure, report
 from cxrfast.config import TrainConfig
 from cxrfast.runs.run import Predictions, Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.training.train import select_rows
+from cxrfast.training.setup import select_rows
 
 
 def make_runs(shards: Path, runs: Path, predicted: bool = True, curriculum: bool = False) -> list[Run]:

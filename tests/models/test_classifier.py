@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier, Normalise
 from cxrfast.models.weights import load_weights
-from cxrfast.training.trainer import masked_bce_sum
+from cxrfast.training.loss import masked_bce_sum
 
 
 def images(n: int = 2, size: int = 64) -> torch.Tensor:

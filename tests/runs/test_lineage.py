@@ -3,7 +3,7 @@
 import pytest
 
 from cxrfast.config import TrainConfig
-from cxrfast.runs.lineage import footnote, mark, shared_start, start_of
+from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 
 
 def config(weights: str, fold: int = 0) -> TrainConfig:
@@ -32,21 +32,26 @@ def config(weights: str, fold: int = 0) -> TrainConfig:
     ],
 )
 def test_the_start_is_told_without_looking_for_the_files(weights: str, start: str) -> None:
-    assert start_of(config(weights)) == start
+    assert origin_of(config(weights)) == start
 
 
 def test_folds_that_each_started_from_their_own_fold_share_a_start() -> None:
-    assert shared_start(start_of(config(f"runs/densenet121-64/fold-{k}", k)) for k in range(5)) == "from densenet121-64"
-    assert shared_start(["none", "ImageNet", "none"]) == "none; ImageNet"
+    assert (
+        shared_origin(origin_of(config(f"runs/densenet121-64/fold-{k}", k)) for k in range(5)) == "from densenet121-64"
+    )
+    assert shared_origin(["none", "ImageNet", "none"]) == "none; ImageNet"
 
 
 def test_the_footnote_names_those_it_marks_and_stays_away_without_any() -> None:
     starts = {"densenet121-64": "ImageNet", "densenet121-128": "from densenet121-64"}
-    assert [mark(name, start) for name, start in starts.items()] == ["densenet121-64", "densenet121-128†"]
-    assert footnote(starts) == "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
-    assert footnote({"densenet121-64": "ImageNet"}) == ""
+    assert [marked_name(name, start) for name, start in starts.items()] == ["densenet121-64", "densenet121-128†"]
+    assert (
+        origin_footnote(starts)
+        == "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
+    )
+    assert origin_footnote({"densenet121-64": "ImageNet"}) == ""
 
 
 @pytest.mark.parametrize("parent", ["densenet121-128", "densenet121-256", "trial"])
 def test_a_start_that_is_not_known_to_be_smaller_is_not_called_so(parent: str) -> None:
-    assert footnote({"densenet121-128": f"from {parent}"}).startswith("† weights started from another run: ")
+    assert origin_footnote({"densenet121-128": f"from {parent}"}).startswith("† weights started from another run: ")

@@ -13,7 +13,7 @@ from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.forecast import Forecast, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
-from cxrfast.training.train import select_rows
+from cxrfast.training.setup import select_rows
 
 OPTIONS: dict[str, Any] = {"weights": "none", "epochs": 10, "global_batch": 8, "micro_batch": 4}
 

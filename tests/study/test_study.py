@@ -13,7 +13,7 @@ from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.plan import make_plan
 from cxrfast.study.study import study
-from cxrfast.training.train import select_rows
+from cxrfast.training.setup import select_rows
 
 OPTIONS = {"weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 24}
 

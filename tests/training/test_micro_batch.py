@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cxrfast.errors import RunError
-from cxrfast.training import micro_batch as fit
+from cxrfast.training import micro_batch
 from cxrfast.training.micro_batch import Step, Trial, cache_file, largest_micro_batch, shareable
 
 TINY = {"arch": "densenet121", "scale": 32, "outputs": 3, "precision": "fp32", "device": "cpu"}
@@ -29,9 +29,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def in_own_process(step: Step, size: int) -> Trial:
         tried.append(size)
-        return Trial(fits=size <= 12)
+        return Trial(has_room=size <= 12)
 
-    monkeypatch.setattr(fit, "in_own_process", in_own_process)
+    monkeypatch.setattr(micro_batch, "in_own_process", in_own_process)
     return tried
 
 
@@ -53,7 +53,7 @@ DATA = """
 import threading, time
 from pathlib import Path
 from tests.test_fit import step
-from cxrfast.training import micro_batch as fit
+from cxrfast.training import micro_batch
 
 def sample():
     while True:
@@ -63,7 +63,7 @@ def sample():
 
 peaks = []
 threading.Thread(target=sample, daemon=True).start()
-fit._train(step(2**40), 1, fit.torch.device("cpu"))
+micro_batch._train(step(2**40), 1, micro_batch.torch.device("cpu"))
 print(max(peaks))
 """
 
@@ -72,7 +72,7 @@ def memory_for_one_image() -> int:
     """Bytes in which a step over one image of 64 px fits on this machine, and one over 61, 0.7 GiB more, does not."""
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", DATA], capture_output=True, text=True, check=True, cwd=root)
-    return int((int(done.stdout) + 2**28) / (1 - fit.RESERVE))
+    return int((int(done.stdout) + 2**28) / (1 - micro_batch.RESERVE))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells what a process holds")
@@ -91,7 +91,7 @@ def test_less_memory_means_a_smaller_divisor_and_the_second_call_measures_nothin
 
 
 def test_a_cpu_takes_64_images_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "in_own_process", lambda step, size: Trial(fits=True))
+    monkeypatch.setattr(micro_batch, "in_own_process", lambda step, size: Trial(has_room=True))
     assert largest_micro_batch(**TINY, global_batch=256) == 64
     assert largest_micro_batch(**TINY, global_batch=96) == 48
 
@@ -159,7 +159,7 @@ def test_the_largest_divisor_is_found_by_halves(trials: list[int]) -> None:
 
 
 def test_what_other_processes_left_of_a_gpu_is_not_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "in_own_process", lambda step, size: Trial(size < 4, shared=True))
+    monkeypatch.setattr(micro_batch, "in_own_process", lambda step, size: Trial(size < 4, shared=True))
     assert largest_micro_batch(**TINY, global_batch=8) == 2
     assert not cache.exists()
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
 from cxrfast.pipelines.reader import Reader
@@ -12,7 +13,8 @@ from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.images.decode import decode_grey
 from cxrfast.training.predict import PARTS, predict
-from cxrfast.training.train import Runtime, make_config, train
+from cxrfast.training.setup import make_config
+from cxrfast.training.train import train
 
 
 @pytest.fixture(scope="module")

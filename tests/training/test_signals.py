@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from trainings import (
     wait_for,
 )
 
+from cxrfast.config import Runtime
 from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs.run import Run
-from cxrfast.training.signals import Preempted, StopRequest
-from cxrfast.training.train import Runtime, make_config, train
+from cxrfast.training.setup import make_config
+from cxrfast.training.signals import Stopped, StopRequest, call
+from cxrfast.training.train import train
 
 RUN = Path("densenet121-32") / "fold-0"
 
@@ -105,40 +109,12 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, runtime={"quiet": False}, epochs=3)
-    trainer.train_epoch()
-    assert capsys.readouterr().err.count("3 epochs are left, ") == 1
-    state = trainer.run.state()
-    images, steps = trainer.order.steps * 8, 5
-    left = 3 * (images + len(trainer.val_rows) / 3) - steps * 8
-    assert state["eta_seconds"] == pytest.approx(left / state["images_per_s"])
-    assert state["consumed"] == steps * 8
-    trainer.epoch, trainer.consumed = 1, 0
-    trainer.train_epoch()
-    assert "are left" not in capsys.readouterr().err, "told once"
-
-
-def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3)
-    images, validated = trainer.order.steps * 8, len(trainer.val_rows)
-    assert trainer.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), "400 small images cost as 100"
-    trainer.end_epoch(*trainer.train_epoch())
-    state, rate = trainer.run.state(), trainer.run.metrics()[0]["images_per_s"]
-    assert (state["epoch"], state["images_per_s"]) == (1, rate)
-    assert state["images_per_s_at_scale"] == rate / 4, "though the next epoch is at the whole scale"
-    assert state["eta_seconds"] == pytest.approx((2 * images + 2 / 3 * validated) / (rate / 4))
-
-
 def test_a_signal_during_validation_is_heard_and_the_epoch_is_not_trained_again(tiny_set: Path, tmp_path: Path) -> None:
     make_trainer(tiny_set, tmp_path / "whole").fit()
     first = make_trainer(tiny_set, tmp_path / "stopped")
     steps, waited = first.train_epoch()
     first.stop.number = signal.SIGUSR1
-    with pytest.raises(Preempted):
+    with pytest.raises(Stopped):
         first.end_epoch(steps, waited)
     checkpoint = torch.load(first.run.folder / "last.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["consumed"]) == (0, first.order.steps * 8)
@@ -152,8 +128,7 @@ def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoi
 ) -> None:
     trainer = make_trainer(tiny_set, tmp_path)
     trainer.train_epoch()
-    trainer.consumed = 0
-    trainer.epoch = 1
+    trainer.counters.epoch, trainer.counters.consumed = 1, 0
     trainer.save()
     good = (trainer.run.folder / "last.pt").read_bytes()
     for group in trainer.optimizer.param_groups:
@@ -245,3 +220,45 @@ def test_signals_are_noted_only_where_they_are_asked_for() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+# A training in a process of its own
+
+
+CHILD = """
+import signal, sys, time
+def end(number, frame):
+    time.sleep(0.3)
+    open(sys.argv[1], "a").write(f"{number} ")
+    sys.exit(7)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, end)
+open(sys.argv[1], "w").write("up ")
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path: Path, number: int) -> None:
+    seen = tmp_path / "seen"
+
+    def interrupt() -> None:
+        while not (seen.exists() and seen.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=interrupt).start()
+    assert call([sys.executable, "-c", CHILD, str(seen)]) == (7, number)
+    assert seen.read_text() == f"up {int(number)} ", "after its own clean-up, and told once"
+    assert signal.getsignal(number) is before
+
+
+def test_without_a_signal_there_is_only_the_exit_code() -> None:
+    assert call(["sh", "-c", "exit 3"]) == (3, None)
+
+
+def test_a_stop_has_a_shells_exit_code() -> None:
+    assert Stopped("x").code == 143
+    assert Stopped("x", signal.SIGUSR1).code == 138
+    assert "stopped by SIGUSR1 in densenet121-32/fold-0" in str(Stopped("densenet121-32/fold-0", signal.SIGUSR1))

@@ -68,12 +68,14 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
     each = measurements(trainer, 200)
     assert len(starts) == 1, "of the batch that is kept"
-    consumed = trainer.consumed
+    consumed = trainer.counters.consumed
     for name, expected in zip(FIGURES, (1, 1, 0, 0, 1), strict=True):
         starts.clear()
         assert each[name](0.01) > 0
         assert len(starts) == expected, name
-    assert trainer.consumed == consumed + 2 * 2 * 200, "a step to warm up and one that counts, of `train` and `cached`"
+    assert trainer.counters.consumed == consumed + 2 * 2 * 200, (
+        "a step to warm up and one that counts, of `train` and `cached`"
+    )
 
 
 def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

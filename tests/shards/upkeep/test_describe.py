@@ -25,7 +25,7 @@ from cxrfast.shards.images.decode import decode_grey
 from cxrfast.shards.upkeep.counts import count_set
 from cxrfast.shards.upkeep.describe import figure, heading, to_markdown, to_tables, write
 from cxrfast.shards.upkeep.relabel import relabel
-from cxrfast.training.train import make_config, select_rows
+from cxrfast.training.setup import make_config, select_rows
 
 
 @pytest.fixture(scope="module")

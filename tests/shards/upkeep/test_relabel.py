@@ -15,6 +15,7 @@ from relabelled import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_l
 
 from cxrfast.analysis.evaluate import evaluate
 from cxrfast.cli.main import cli
+from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import RunError, ShardError
 from cxrfast.labels import MIMIC
@@ -34,7 +35,8 @@ from cxrfast.shards.format.rows import (
 )
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.training.predict import predict
-from cxrfast.training.train import Runtime, make_config, select_rows, train
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.train import train
 
 
 @pytest.fixture

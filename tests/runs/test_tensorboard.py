@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cxrfast.errors import RunError
-from cxrfast.training.tensorboard import Board
+from cxrfast.runs.tensorboard import Board
 
 
 def line(epoch: int, loss: float) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_an_epoch_is_shown_with_all_that_is_defined(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = Board(tmp_path / "tensorboard")
     for epoch in range(2):
         board.add(line(epoch, 0.5 - 0.1 * epoch), epoch)
     board.close()
@@ -51,11 +51,11 @@ def test_an_epoch_is_shown_with_all_that_is_defined(tmp_path: Path) -> None:
 
 
 def test_epochs_that_were_cut_back_are_not_shown_twice(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = Board(tmp_path / "tensorboard")
     for epoch in range(3):
         board.add(line(epoch, 0.5), epoch)
     board.close()
-    again = Board(tmp_path, epoch=1)
+    again = Board(tmp_path / "tensorboard", epoch=1)
     again.add(line(1, 0.3), 1)
     again.close()
     assert shown(tmp_path)["loss/training"] == [(0, 0.5), (1, 0.3)]
@@ -63,7 +63,7 @@ def test_epochs_that_were_cut_back_are_not_shown_twice(tmp_path: Path) -> None:
 
 def test_a_training_that_starts_anew_hides_the_old_one(tmp_path: Path) -> None:
     for loss in (0.5, 0.2):
-        board = Board(tmp_path)
+        board = Board(tmp_path / "tensorboard")
         board.add(line(0, loss), 0)
         board.close()
     assert shown(tmp_path)["loss/training"] == [(0, 0.2)]
@@ -74,5 +74,5 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(RunError, match=r"pip install 'cxrfast\[tensorboard\]'"):
-        Board(tmp_path)
+        Board(tmp_path / "tensorboard")
     assert not (tmp_path / "tensorboard").exists()

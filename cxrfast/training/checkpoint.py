@@ -1,0 +1,92 @@
+"""Checkpoints of a training: all that the rest of the run depends on, saved and taken up again.
+
+What changes from step to step is in Counters and in the parts (model, optimiser, scaler, schedule); each rank adds its share
+of the epoch's loss and the state of its random generators.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cxrfast.distributed import World
+from cxrfast.runs.run import Run
+
+
+@dataclass
+class Counters:
+    """How far a training is and how well it went."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    consumed: int = 0
+    """Images of the epoch under way that were trained on."""
+    stale: int = 0
+    """Epochs since the one with the lowest validation loss."""
+    best: float = float("inf")
+    """Lowest validation loss."""
+    best_auroc: float | None = None
+    """Validation AUROC of the epoch with the lowest loss."""
+
+    def add_validation(self, loss: float, auroc: float | None) -> bool:
+        """Count an epoch's validation. Returns whether its loss is the lowest so far."""
+        is_best = loss < self.best
+        if is_best:
+            self.best, self.best_auroc, self.stale = loss, auroc, 0
+        else:
+            self.stale += 1
+        return is_best
+
+    def next_epoch(self) -> None:
+        self.epoch, self.consumed = self.epoch + 1, 0
+
+
+def save(
+    run: Run, ranks: World, counters: Counters, parts: Mapping[str, Any], loss: torch.Tensor, spent: float
+) -> None:
+    """Write the run's checkpoint; all ranks call it.
+
+    `parts`: by name, whatever has a state_dict. `loss`: this rank's share of the epoch's. `spent`: seconds in the epoch.
+    """
+    losses, rng = ranks.gather(loss.item()), ranks.gather(generator_states(ranks.device))
+
+    def write() -> None:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        run.write_checkpoint({**states, **vars(counters), "losses": losses, "spent": spent, "rng": rng})
+
+    ranks.on_first(write)
+
+
+def restore(run: Run, ranks: World, counters: Counters, parts: Mapping[str, Any], loss: torch.Tensor) -> float | None:
+    """Fill `counters`, `parts` and `loss` from the run's checkpoint. Returns the seconds already spent in the epoch.
+
+    None, with nothing changed, if there is no checkpoint. Raises RunError if it is damaged or another configuration's.
+    """
+    checkpoint = run.read_checkpoint()
+    if checkpoint is None:
+        return None
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    for name in vars(counters):
+        setattr(counters, name, checkpoint[name])
+    losses, states = checkpoint["losses"], checkpoint["rng"]
+    if len(losses) == ranks.size:
+        loss.fill_(losses[ranks.rank])
+    else:  # as many ranks as saved it go on bitwise; for others only the sum counts
+        loss.fill_(sum(losses) if ranks.is_first else 0.0)
+    set_generator_states(ranks.device, states[ranks.rank % len(states)])
+    return checkpoint["spent"]
+
+
+def generator_states(device: torch.device) -> dict[str, torch.Tensor | None]:
+    """States of this rank's generators, which dropout and stochastic depth draw from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_generator_states(device: torch.device, states: dict[str, torch.Tensor | None]) -> None:
+    cpu, cuda = states["cpu"], states["cuda"]
+    assert cpu is not None
+    torch.set_rng_state(cpu)
+    if device.type == "cuda" and cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)

@@ -1,0 +1,60 @@
+"""The loss of a training: binary cross-entropy against labels that are looked up by row, those that are masked left out."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from cxrfast.config import TrainConfig
+from cxrfast.labels import positive_weights, targets
+from cxrfast.metrics import auroc, bce
+
+
+class Targets:
+    """Targets and mask by row, (images, L): on the device for the loss, on the host for counts and scores."""
+
+    def __init__(self, rows: pd.DataFrame, config: TrainConfig, images: int, device: torch.device) -> None:
+        """`rows`: a run's table; `images`: rows of the whole set."""
+        self.labels = config.labels
+        target, mask = targets(rows[list(config.labels)].to_numpy(), config.policies)
+        self.host_target = np.zeros((images, target.shape[1]), np.float32)
+        self.host_mask = np.zeros((images, target.shape[1]), bool)
+        self.host_target[rows["row"]], self.host_mask[rows["row"]] = target, mask
+        self.target = torch.from_numpy(self.host_target).to(device)
+        self.mask = torch.from_numpy(self.host_mask).to(device)
+        self.positive_weights: torch.Tensor | None = None
+        if config.positive_weights:
+            is_train = (rows["part"] == "train").to_numpy()
+            self.positive_weights = torch.from_numpy(positive_weights(target[is_train], mask[is_train])).to(device)
+
+    def entries(self, rows: np.ndarray) -> int:
+        """Number of labels of these rows that count, at least 1."""
+        return max(1, int(self.host_mask[rows].sum()))
+
+    def loss_sum(self, logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Loss of logits float32 (N, L) of the images `row` (N,), summed over the labels that count."""
+        return masked_bce_sum(logits, self.target[row], self.mask[row], self.positive_weights)
+
+    def validate(self, logits: np.ndarray, row: np.ndarray) -> dict[str, Any]:
+        """Loss, mean AUROC and AUROC by label of logits float32 (n, L); None where an AUROC is undefined."""
+        target, mask = self.host_target[row], self.host_mask[row]
+        per_label = auroc(logits, target, mask)
+        defined = per_label[~np.isnan(per_label)]
+        by_label = {
+            name: None if np.isnan(value) else float(value) for name, value in zip(self.labels, per_label, strict=True)
+        }
+        return {
+            "val_loss": bce(logits, target, mask),
+            "val_auroc": float(defined.mean()) if len(defined) else None,
+            "val_auroc_by_label": by_label,
+        }
+
+
+def masked_bce_sum(
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, positive_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Binary cross-entropy with logits, (N, L) each, summed over the entries that count; `positive_weights`: (L,)."""
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=positive_weights)
+    return (losses * mask).sum()

@@ -1,0 +1,117 @@
+"""Ranks as processes: they score alike and do not warn."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from cxrfast.distributed import world
+from cxrfast.models.classifier import Classifier
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.run import Run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.config import Runtime
+from cxrfast.training.setup import make_config, select_rows
+from cxrfast.training.trainer import Trainer
+
+shards, folder = map(Path, sys.argv[1:])
+with world("cpu") as ranks:
+    torch.manual_seed(0)
+    config = make_config(shards, 32, device="cpu", weights="none", global_batch=8, micro_batch=4, precision="fp32")
+    reader = Reader(shards, 32)
+    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
+    run = Run.start(folder / str(ranks.rank), config, shards, rows)
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
+    trainer.train_epoch()
+    images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
+    images = ranks.broadcast(images)
+
+    def scores():
+        trainer.model.eval()
+        with torch.inference_mode():
+            return trainer.model(images)
+
+    before = ranks.gather(scores())
+    ranks.broadcast_buffers(trainer.model)
+    after = ranks.gather(scores())
+    if ranks.is_first:
+        print("before", float((before[0] - before[1]).abs().max()), "after", float((after[0] - after[1]).abs().max()))
+    del trainer
+"""
+
+
+def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            script,
+            tiny_set,
+            tmp_path / "runs",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    _, before, _, after = done.stdout.split()
+    assert float(before) > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
+    assert float(after) == 0.0
+
+
+STRIDES = """
+import sys
+import warnings
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from cxrfast.distributed import parallel
+
+class Restride(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # as channels last leaves that of a 1 x 1 convolution on a GPU
+        n = gradient.shape[1]
+        return gradient.contiguous().as_strided(gradient.shape, (n, 1, n, n))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 4, 1, 1))
+
+    def forward(self, images):
+        return nn.functional.conv2d(images, Restride.apply(self.weight))
+
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    net = parallel(Net()) if sys.argv[1] == "ours" else DistributedDataParallel(Net(), gradient_as_bucket_view=True)
+    net(torch.randn(2, 4, 5, 5)).sum().backward()
+print(sum("Grad strides" in str(warning.message) for warning in found))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("whose", "warnings"), [("ours", 0), ("torch's", 1)])
+def test_ranks_do_not_warn_of_the_strides_of_gradients_which_torch_alone_does(whose: str, warnings: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDES, whose], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.stdout.split() == [str(warnings)], done.stderr

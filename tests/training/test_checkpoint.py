@@ -1,0 +1,70 @@
+"""Checkpoints: bitwise what was saved, or refused."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from trainings import (
+    OPTIONS,
+    assert_same,
+    command,
+    is_in_second_epoch,
+    kill_group,
+    run_to_the_end,
+    start,
+    wait_for,
+)
+
+from cxrfast.config import Runtime
+from cxrfast.errors import RunError
+from cxrfast.models.classifier import Classifier
+from cxrfast.training.setup import make_config
+from cxrfast.training.train import train
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_checkpoint_is_refused(tiny_set: Path, tmp_path: Path, damage: bytes | None) -> None:
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    run = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
+    last = run.folder / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000] if damage is None else damage)
+    (run.folder / "state.json").unlink()
+    with pytest.raises(RunError, match=r"last\.pt is damaged"):
+        train(run.config, runtime)
+
+
+def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "first.safetensors"
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16, "weights": str(weights)})
+    run = train(config, runtime)
+    weights.unlink()
+    (run.folder / "state.json").unlink()
+    assert train(config, runtime).is_done
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_network_with_dropout_that_was_killed_ends_as_if_nothing_had_been(
+    tiny_set: Path, tmp_path: Path, nproc: int
+) -> None:
+    """The generators of all ranks are part of the checkpoint, and ranks draw different numbers."""
+    options = {"arch": "mobilenet_v3_small"}
+    whole, run = (tmp_path / name / "mobilenet_v3_small-32" / "fold-0" for name in ("whole", "killed"))
+    run_to_the_end(command(tiny_set, tmp_path / "whole", nproc, **options))
+    arguments = command(tiny_set, tmp_path / "killed", nproc, **options)
+    process = start(arguments, tmp_path / "log")
+    try:
+        wait_for(lambda: is_in_second_epoch(run), process)
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(timeout=40)
+    finally:
+        kill_group(process)
+    states = [state["cpu"] for state in torch.load(run / "last.pt", weights_only=True)["rng"]]
+    assert len(states) == nproc
+    assert nproc == 1 or not torch.equal(states[0], states[1])
+    run_to_the_end(arguments)
+    assert_same(whole, run)

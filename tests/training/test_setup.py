@@ -1,0 +1,185 @@
+"""What a training starts from: configuration, rows, staged shards, first weights; wrong options are named."""
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock, patch
+
+import pytest
+from click.testing import CliRunner
+from trainings import OPTIONS, command, run_to_the_end
+
+import cxrfast.training.train
+from cxrfast.cli.main import cli
+from cxrfast.config import Runtime
+from cxrfast.errors import LoadError, RunError, ShardError
+from cxrfast.runs.run import Run
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.upkeep.verify import verify
+from cxrfast.study.plan import make_plan
+from cxrfast.training.setup import configure, make_config, select_rows, weights_file
+from cxrfast.training.train import train
+
+
+def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "global_batch": 1000, "micro_batch": 10})
+    with pytest.raises(LoadError, match="do not fill one global batch of 1000"):
+        train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu", quiet=True))
+    with pytest.raises(RunError, match="micro batch 0"):
+        make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
+
+
+def test_an_absent_scale_or_set_is_named(tiny_set: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_set, 2048, device="cpu", **OPTIONS)
+    with pytest.raises(LoadError, match=r"no shards at 2048 px \(scales there: 32, 64\)"):
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    with pytest.raises(ShardError, match=r"no set\.json"):
+        make_config(tmp_path, 32, device="cpu", **OPTIONS)
+
+
+def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
+    table = read_rows(tiny_set / "rows.parquet")
+    held = table["row"].to_numpy()
+    everything = select_rows(table, make_config(tiny_set, 32, device="cpu"), held)
+    labelled = table[list(everything.columns[4:])].notna().any(axis=1)
+    assert set(everything["row"]) == set(table.loc[labelled, "row"])
+    frontal = select_rows(table, make_config(tiny_set, 32, device="cpu", views=("AP", "PA")), held)
+    assert set(table.set_index("row").loc[frontal["row"], "view"]) == {"AP", "PA"}
+    few = select_rows(table, make_config(tiny_set, 32, device="cpu", limit=7), held)
+    assert few["part"].value_counts().to_dict() == {"train": 7, "val": 7, "test": 7}
+    official = select_rows(table, make_config(tiny_set, 32, device="cpu", split="official"), held)
+    for part, name in (("train", "train"), ("val", "validate"), ("test", "test")):
+        assert set(table.set_index("row").loc[official.loc[official["part"] == part, "row"], "split"]) == {name}
+    for rows in (everything, official):
+        assert rows.groupby("patient_id")["part"].nunique().max() == 1
+    with pytest.raises(RunError, match="the train part has no rows"):
+        select_rows(table, make_config(tiny_set, 32, device="cpu", views=("NONE",)), held)
+
+
+def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patients(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), runtime)
+    options = {**OPTIONS, "epochs": 1, "limit": 16, "weights": str(parent.folder)}
+    with pytest.raises(RunError, match="start from a run of the same fold"):
+        train(make_config(tiny_set, 64, device="cpu", fold=1, **options), runtime)
+    child = train(make_config(tiny_set, 64, device="cpu", **options), runtime)
+    assert child.is_done
+
+
+def test_a_path_of_weights_that_does_not_exist_is_refused(tiny_set: Path) -> None:
+    with pytest.raises(RunError, match=r"--weights /nowhere/weights\.pth: /nowhere/weights\.pth does not exist"):
+        weights_file(make_config(tiny_set, 32, device="cpu", weights="/nowhere/weights.pth"))
+    assert weights_file(make_config(tiny_set, 32, device="cpu", weights="none")) is None
+
+
+def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
+    with pytest.raises(RunError, match="give --fold 0"):
+        make_config(tiny_set, 32, device="cpu", split="official", fold=1)
+
+
+def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set: Path, tmp_path: Path) -> None:
+    table, listed = read_rows(tiny_set / "rows.parquet"), tmp_path / "rows.txt"
+    wanted = table["row"].to_numpy()[::2]
+    listed.write_text("\n".join(map(str, wanted)))
+    config = make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS)
+    rows = select_rows(table, config, table["row"].to_numpy(), wanted)
+    assert 50 < len(rows) <= 75
+    assert set(rows["row"]) <= set(wanted)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", quiet=True)
+    run = train(replace(config, epochs=1), runtime)
+    assert set(run.rows()["row"]) == set(rows["row"])
+    listed.write_text("\n".join(map(str, wanted[:-4])))
+    with pytest.raises(RunError, match="subset: "):
+        train(replace(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), epochs=1), runtime)
+    for text, message in (("", "is empty"), ("1\ntwo", "row number a line"), ("1 150", "the set has no row 150")):
+        listed.write_text(text)
+        with pytest.raises(RunError, match=message):
+            train(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), runtime)
+
+
+def test_a_run_of_another_set_is_no_start(tiny_set: Path, raw_set: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "epochs": 1, "limit": 16}
+    parent = train(
+        make_config(raw_set, 32, device="cpu", **options),
+        Runtime(shards=raw_set, runs=tmp_path / "raw", device="cpu", quiet=True),
+    )
+    child = make_config(tiny_set, 32, device="cpu", **{**options, "weights": str(parent.folder)})
+    with pytest.raises(RunError, match="start from a run on the same set"):
+        train(child, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+
+
+def test_ranks_and_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+    err = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
+    assert err.count("staging: ") == 1
+    (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
+    assert verify(copy, quiet=True).problems == []
+    assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
+    err = run_to_the_end(command(tiny_set, tmp_path, 1, epochs=1, limit=16, name="next", stage=tmp_path / "local"))
+    assert "staging: 0/0" in err or "staging" not in err
+
+
+def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text(
+        'scale = 32\nepochs = 1\nweights = "none"\nlimit = 16\nglobal-batch = 8\nmicro_batch = 8\n'
+        'label-policy = ["Edema=u_ones"]\nview = ["AP", "PA"]\npositive_weights = true\nsizes = "32x1"\n'
+    )
+    given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", f"--config={file}"]
+    done = CliRunner().invoke(cli, [*given, "--micro-batch=4"])
+    assert done.exit_code == 0, done.output
+    config = Run.open(tmp_path / "densenet121-32" / "fold-0").config
+    assert (config.scale, config.epochs, config.limit, config.global_batch, config.micro_batch) == (32, 1, 16, 8, 4)
+    assert config.label_policies == (("Edema", "u_ones"),)
+    assert config.views == ("AP", "PA")
+    assert config.positive_weights
+    assert config.sizes == ((32, 1),)
+    for text, message in (("epoch = 1", "holds epoch, which is no option"), ("epochs", "is no TOML file")):
+        file.write_text(text)
+        done = CliRunner().invoke(cli, given)
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split()), done.output
+
+
+def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "rows.txt"
+    listed.write_text("\n".join(map(str, range(140))))
+    options = {
+        **OPTIONS,
+        "subset": listed,
+        "views": ("AP", "PA"),
+        "label_policies": (("Edema", "u_ones"), ("Fracture", "u_ignore")),
+        "positive_weights": True,
+        "sizes": ((32, 2), (48, 1)),
+    }
+    runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
+    plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
+    taken = {}
+    with patch.object(
+        cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
+    ):
+        done = CliRunner().invoke(cli, ["train", *plan.train_options(32, 1)])
+    assert done.exit_code == 0, done.output
+    assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
+    changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
+    assert changed >= {*options, "fold"} - {"precision"}
+
+
+def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    config = configure(runtime, 32, 0, given)
+    assert config.micro_batch == 8, "all of the global batch fits"
+    train(config, runtime)
+    (tmp_path / "cache" / "cxrfast" / "micro-batch.json").unlink()
+    assert configure(runtime, 32, 0, given) == config
+    assert not (tmp_path / "cache" / "cxrfast" / "micro-batch.json").exists(), "it was not measured again"
+
+
+def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}, sync_bn=True)
+    with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
