@@ -1,6 +1,6 @@
 """Copy a shard set, or some of its scales, between local folders and object stores.
 
-In: a finished set and the place where it shall be. Out: the same bytes there, hashed on their way, and a SHA256SUMS of
+In: a finished set and where its copy shall be. Out: the same bytes there, hashed on their way, and a SHA256SUMS of
 what is there, written last. A copy that was killed is finished by the same call. Never written to: the source.
 """
 
@@ -22,8 +22,7 @@ from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import leased
 from cxrfast.shards.format.names import WORKING, check_labels_settled, is_temporary
-from cxrfast.shards.place import CHUNK, Place
-from cxrfast.shards.storage import as_oserror
+from cxrfast.shards.storage import CHUNK, SetStorage, as_oserror
 from cxrfast.units import size
 
 PLAN = ("rows.parquet", "quarantine.csv", "set.json")
@@ -33,7 +32,7 @@ WAITS = (0.5, 2.0)
 """Seconds before a file that could not be copied is tried again."""
 
 CONNECTIONS = 8
-"""Files under way at once, at least, where one of the two places is remote: most of that time is waiting."""
+"""Files under way at once, at least, where one of the two ends is remote: most of that time is waiting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ def stage(
     earlier stay. `workers` files are copied at once. Raises ShardError, with whole files kept.
     """
     start = time.monotonic()
-    origin, target = Place(source), Place(to)
+    origin, target = SetStorage(source), SetStorage(to)
     if origin.overlaps(target):
         raise ShardError(f"{origin} and {target} are the same place, or one is inside the other: choose another TO")
     cargo = read_cargo(origin, scales)
@@ -123,7 +122,7 @@ def stage(
 # What shall be copied
 
 
-def read_cargo(origin: Place, scales: list[int] | None) -> Cargo:
+def read_cargo(origin: SetStorage, scales: list[int] | None) -> Cargo:
     """The files of a finished set at `scales`. Raises ShardError if there is none, or not these scales, or files lack."""
     sizes = origin.sizes()
     if "set.json" not in sizes:
@@ -145,7 +144,7 @@ def read_cargo(origin: Place, scales: list[int] | None) -> Cargo:
     return cargo
 
 
-def _sums(origin: Place, sizes: dict[str, int]) -> dict[str, str]:
+def _sums(origin: SetStorage, sizes: dict[str, int]) -> dict[str, str]:
     """SHA256SUMS of the source. Raises ShardError if there is none, or a damaged one."""
     if origin.is_local:
         return read_sums(Path(origin.root))
@@ -174,7 +173,7 @@ def _few(names: list[str]) -> str:
 # What is there already
 
 
-def _check_target(target: Place, info: SetInfo) -> None:
+def _check_target(target: SetStorage, info: SetInfo) -> None:
     """Raises ShardError, with nothing touched, if there is anything but the same set, parts of it or nothing."""
     names = target.names()
     if target.is_local:
@@ -188,9 +187,9 @@ def _check_target(target: Place, info: SetInfo) -> None:
 
 
 @contextmanager
-def _held(target: Place) -> Iterator[None]:
+def _held(target: SetStorage) -> Iterator[None]:
     """The destination, if it is a local folder, made if need be and free of others that write into it and of what
-    killed ones left; gone again if nothing came of it. Two that write to the same remote place write the same bytes."""
+    killed ones left; gone again if nothing came of it. Two that write to the same URL write the same bytes."""
     if not target.is_local:
         yield
         return
@@ -202,7 +201,7 @@ def _held(target: Place) -> Iterator[None]:
         yield
 
 
-def _earlier_sums(target: Place, there: dict[str, int]) -> dict[str, str]:
+def _earlier_sums(target: SetStorage, there: dict[str, int]) -> dict[str, str]:
     """What SHA256SUMS at the destination says; nothing if it cannot be relied on."""
     if "SHA256SUMS" not in there:
         return {}
@@ -210,7 +209,7 @@ def _earlier_sums(target: Place, there: dict[str, int]) -> dict[str, str]:
     return {} if wrong else sums
 
 
-def _check_other_scales(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int]) -> None:
+def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]) -> None:
     """Raises ShardError if scales that were not asked for are at the destination in an earlier state of the set."""
     asked = set(cargo.names)
     others = [
@@ -228,7 +227,7 @@ def _check_other_scales(pool: Executor, target: Place, cargo: Cargo, there: dict
         )
 
 
-def _lacking(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int], quiet: bool) -> list[list[str]]:
+def _lacking(pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int], quiet: bool) -> list[list[str]]:
     """For each unit, the plan first, the files to copy; units that are there are left out."""
     units = [list(PLAN), *cargo.units]
     read = [name for name in cargo.names if there.get(name) == cargo.sizes[name]]
@@ -260,7 +259,7 @@ def _lacking(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int],
         return [names for names in pool.map(missing, units) if names]
 
 
-def _check_room(target: Place, needed: int) -> None:
+def _check_room(target: SetStorage, needed: int) -> None:
     if target.is_local and needed > (free := shutil.disk_usage(target.root).free):
         raise ShardError(
             f"{target} needs {size(needed)} more and {size(free)} are free: make room, or stage fewer scales"
@@ -272,8 +271,8 @@ def _check_room(target: Place, needed: int) -> None:
 
 def _copy_all(
     pool: Executor,
-    origin: Place,
-    target: Place,
+    origin: SetStorage,
+    target: SetStorage,
     cargo: Cargo,
     lacking: list[list[str]],
     there: dict[str, int],
@@ -312,7 +311,7 @@ def _copy_all(
 
 
 def _copy(
-    origin: Place, target: Place, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
+    origin: SetStorage, target: SetStorage, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
 ) -> None:
     """Copy one file, in three tries if need be. Raises _Damaged if the bytes read are not those of `digest`."""
     for wait in (*WAITS, None):
@@ -333,7 +332,7 @@ def _copy(
 
 
 def _copy_once(
-    origin: Place, target: Place, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
+    origin: SetStorage, target: SetStorage, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
 ) -> None:
     hashed, done = hashlib.sha256(), 0
     try:
@@ -355,7 +354,7 @@ def _copy_once(
 # The end
 
 
-def _write_sums(pool: Executor, target: Place, cargo: Cargo, known: dict[str, str]) -> None:
+def _write_sums(pool: Executor, target: SetStorage, cargo: Cargo, known: dict[str, str]) -> None:
     """SHA256SUMS of what is there now: what was staged, and whole shards that came earlier."""
     there = target.sizes()
     shards = {f"{scale}/{stem}" for scale, stem in _shards(there)}

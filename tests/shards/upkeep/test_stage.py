@@ -23,7 +23,7 @@ from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lease
 from cxrfast.shards.format.rows import read_rows, write_rows
-from cxrfast.shards.place import CHUNK
+from cxrfast.shards.storage import CHUNK
 from cxrfast.shards.upkeep import stage as module
 from cxrfast.shards.upkeep.stage import Staged
 from cxrfast.shards.upkeep.stage import stage as stage_set
