@@ -292,12 +292,12 @@ def shard(
     **options: Any,
 ) -> None:
     """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
-    from cxrfast.shards.build import build, describe
+    from cxrfast.shards.build import build
     from cxrfast.shards.format.recipe import ImageRecipe
 
     recipe = ImageRecipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
     report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
-    click.echo(describe(report, out))
+    click.echo("\n".join(report.lines(out)))
 
 
 @cli.command()
@@ -371,7 +371,7 @@ def verify(
     if repair:
         from cxrfast.shards.repair.repair import repair as mend
 
-        for line in mend(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
+        for line in mend(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).lines():
             click.echo(line)
     elif accept_new_bytes:
         fail("--accept-new-bytes belongs to --repair")

@@ -2,16 +2,33 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS, reference_names
+from cxrfast.shards.storage import Tree
 from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The rows of a set, where their images are and where their shards go."""
+
+    tree: Tree | None
+    """Source of the images; None where nothing is to be read."""
+    out: Path
+    """Folder of the set, or the one where some of its shards are built first."""
+    info: SetInfo
+    rows: pd.DataFrame
+    """The table that `assign_rows` makes, `bytes` included."""
+
 
 SMALLEST, LARGEST = 8, 4096
 """Scales that are accepted, px."""
@@ -29,17 +46,17 @@ def check_scales(scales: list[int]) -> list[int]:
     return sorted(set(scales))
 
 
-PLANNING = 2**63
+ROW_ORDER = 2**63
 """Second part of the key of the set's own permutation, so that no epoch's is like it."""
 
 
-def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
+def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
     """A source's images → the rows table without `bytes` known (0): permuted once, patients dealt to folds and blocks.
 
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """
     rows = images.sort_values("image_id", ignore_index=True)
-    rows = rows.iloc[permutation(len(rows), seed, PLANNING)].reset_index(drop=True)
+    rows = rows.iloc[permutation(len(rows), seed, ROW_ORDER)].reset_index(drop=True)
     rows["row"] = np.arange(len(rows))
     rows["bytes"] = 0
     for side in ("height", "width"):

@@ -19,7 +19,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "study_id": pa.string(),
     "patient_id": pa.string(),
     "path": pa.string(),  # relative to the source tree
-    "bytes": pa.int64(),  # of the source file when planned; -1 where it was missing
+    "bytes": pa.int64(),  # of the source file when the set was laid out; -1 where it was missing
     "view": pa.string(),  # null where unknown
     "height": pa.int32(),  # px, as the source's tables say; 0 where they do not
     "width": pa.int32(),
@@ -89,9 +89,7 @@ def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
     except FileNotFoundError:
-        raise ShardError(
-            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
-        ) from None
+        raise ShardError(f"{path} is missing: {path.parent} is not a finished set; run `cxrfast shard` again") from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     absent = [c for c in COLUMNS if c not in rows.columns]

@@ -18,7 +18,7 @@ from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.progress import progress
 from cxrfast.shards.format.checksums import read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, read_set
-from cxrfast.shards.format.lock import Lease
+from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import RELABELLING, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.tables import columns_of, filled, raw_labels, read_table
@@ -82,7 +82,7 @@ def relabel(
     if unmatched is not None:
         _check_target(Path(unmatched), folder)
     found = read_labels(str(table), labels, key, info.labels)
-    with Lease(folder), progress("relabelling", info.images, quiet=quiet) as advance:
+    with Lock(folder), progress("relabelling", info.images, quiet=quiet) as advance:
         result = _replace_labels(folder, found, unmatched)
         advance(info.images)
     return result

@@ -17,7 +17,7 @@ from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.build import build
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.rows import REFERENCE, read_rows, reference_names, write_rows
 from cxrfast.shards.images.decode import encode
@@ -234,7 +234,7 @@ def test_the_radiologist_s_labels_stand_beside_the_others_for_all_images_of_a_st
 def test_the_radiologist_s_labels_reach_the_rows_table(tree, tmp_path):
     read_by_radiologist(tree, read_source("mimic", tree).images["study_id"].unique()[:30].tolist())
     source = read_source("mimic", tree)
-    rows = plan_rows(source.images, source.labels, 0)
+    rows = assign_rows(source.images, source.labels, 0)
     rows["bytes"] = 1
     write_rows(tmp_path / "rows.parquet", rows)
     back = read_rows(tmp_path / "rows.parquet").set_index("image_id")
@@ -392,7 +392,7 @@ def test_chexpert_s_test_table_has_no_views_but_those_in_the_names(small):
     assert tested["path"].tolist() == table["Path"].tolist()
     assert set(tested["view"][tested["path"].str.contains("lateral")]) == {"LATERAL"}
     assert tested["view"][tested["path"].str.contains("frontal")].isna().all()
-    plan_rows(images, MIMIC, 0)
+    assign_rows(images, MIMIC, 0)
     for gone in ("train.csv", "valid.csv"):
         (small / gone).unlink()
     pd.testing.assert_frame_equal(
@@ -677,7 +677,7 @@ def test_a_function_of_one_s_own_is_a_source(tmp_path, monkeypatch):
     assert source.images["patient_id"].tolist() == ["0007"] * 5
     assert source.images["Mass"].dtype == np.float32
     assert source.images[["view", "split", "height", "width"]].isna().all(axis=None), "what it does not say is unknown"
-    plan_rows(source.images, source.labels, 0)
+    assign_rows(source.images, source.labels, 0)
 
 
 @pytest.mark.parametrize(
