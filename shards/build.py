@@ -23,9 +23,9 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
-from cxrfast.shards.building.layout import Layout, assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
+from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
 from cxrfast.shards.building.report import Report
-from cxrfast.shards.building.tasks import Todo, find_todo, make_task
+from cxrfast.shards.building.tasks import Layout, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import mark_unfinished, write_sums
 from cxrfast.shards.format.info import SetInfo, read_set, versions

@@ -23,8 +23,7 @@ from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build
-from cxrfast.shards.building.layout import Layout
-from cxrfast.shards.building.tasks import Task, Todo, build_shard, make_task
+from cxrfast.shards.building.tasks import Layout, Task, Todo, build_shard, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter

@@ -2,33 +2,16 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS, reference_names
-from cxrfast.shards.storage import Tree
 from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The rows of a set, where their images are and where their shards go."""
-
-    tree: Tree | None
-    """Source of the images; None where nothing is to be read."""
-    out: Path
-    """Folder of the set, or the one where some of its shards are built first."""
-    info: SetInfo
-    rows: pd.DataFrame
-    """The table that `assign_rows` makes, `bytes` included."""
-
 
 SMALLEST, LARGEST = 8, 4096
 """Scales that are accepted, px."""

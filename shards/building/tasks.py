@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.layout import Layout
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.format.info import SetInfo
@@ -23,6 +22,19 @@ from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.decode import BadImage, Reason, at_scales, decode
 from cxrfast.shards.images.grid import grid, pack
 from cxrfast.shards.storage import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the tasks of a build have in common: the rows of the set, where images are and where shards go."""
+
+    tree: Tree | None
+    """Source of the images; None where nothing is to be read."""
+    out: Path
+    """Folder of the set, or the one where some of its shards are built first."""
+    info: SetInfo
+    rows: pd.DataFrame
+    """The table that `layout.assign_rows` makes, `bytes` included."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ import shutil
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.progress import progress
-from cxrfast.shards.building.layout import Layout
-from cxrfast.shards.building.tasks import Todo, make_task
+from cxrfast.shards.building.tasks import Layout, Todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import WORKSHOP, shard_files, shard_name

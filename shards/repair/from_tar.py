@@ -11,7 +11,7 @@ from tarfile import TarError
 import numpy as np
 
 from cxrfast.files import sha256
-from cxrfast.shards.building.layout import Layout
+from cxrfast.shards.building.tasks import Layout
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.names import shard_files, shard_name, shard_path

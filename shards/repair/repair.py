@@ -14,7 +14,8 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, temporary_name, write_bytes
 from cxrfast.machine import usable_cores
-from cxrfast.shards.building.layout import Layout, set_id
+from cxrfast.shards.building.layout import set_id
+from cxrfast.shards.building.tasks import Layout
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, read_set

@@ -42,7 +42,7 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("left", [[], ["rows.parquet.1.tmp"]])
-def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
+def test_a_build_killed_before_it_wrote_set_json_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
     out = tmp_path / "set"
     for scale in ("32", "64"):
         (out / scale).mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_comman
 
 
 @pytest.mark.parametrize("left", ["SHA256SUMS.1.tmp", "quarantine.csv.1.tmp", "set.json.1.tmp", "rows.parquet.1.tmp"])
-def test_what_a_killed_build_left_beside_the_plan_is_cleared_away(phantoms, tiny_set, folder, left):
+def test_what_a_killed_build_left_next_to_set_json_is_cleared_away(phantoms, tiny_set, folder, left):
     (folder / left).write_bytes(b"half")
     shard_path(folder, 64, 1, "json").unlink()
     build(phantoms, folder, [32, 64])
@@ -224,7 +224,7 @@ def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_p
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "set.json", "SHA256SUMS"])
-def test_a_damaged_plan_stops_a_build_instead_of_being_signed(phantoms, folder, name):
+def test_a_damaged_file_of_the_set_itself_stops_a_build_instead_of_being_signed(phantoms, folder, name):
     mask = 0x80 if name == "SHA256SUMS" else 1  # not one hash into another, which is for `verify` to find
     flip_bit(folder / name, (folder / name).stat().st_size // 2, mask)
     before = contents(folder)
@@ -263,7 +263,7 @@ def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantom
     assert verify(folder, quiet=True).rows == {16: 150, 32: 150, 64: 150}
 
 
-def test_other_labels_than_the_set_was_planned_with_are_refused(real_tree, tmp_path):
+def test_other_labels_than_the_set_was_laid_out_with_are_refused(real_tree, tmp_path):
     build(real_tree, tmp_path / "set", [16], limit=1)
     with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
         build(real_tree, tmp_path / "set", [16], source_options={"labels": "negbio"})

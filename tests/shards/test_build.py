@@ -240,7 +240,7 @@ def test_a_folder_without_any_of_the_images_is_named(tree, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["grown", "vanished"])
-def test_an_image_that_changes_after_planning_stops_its_shard_and_no_other(tree, phantoms, tiny_set, tmp_path, what):
+def test_an_image_that_changes_later_stops_its_shard_and_no_other(tree, phantoms, tiny_set, tmp_path, what):
     out, path = tmp_path / "set", paths(tiny_set)[70]
     build(tree, out, [32], limit=1)
     if what == "grown":

@@ -67,15 +67,15 @@ def test_permutations_are_the_same_in_every_version():
 def test_rows_do_not_depend_on_the_order_of_the_source_s_tables(random, seed):
     order = list(range(40))
     random.shuffle(order)
-    planned = assign_rows(images(), ("Edema", "Fracture"), seed)
-    pd.testing.assert_frame_equal(assign_rows(images().iloc[order], ("Edema", "Fracture"), seed), planned)
-    assert planned["row"].tolist() == list(range(40))
-    assert list(planned.columns) == [*COLUMNS, "Edema", "Fracture"]
-    together = images().set_index("image_id").loc[planned["image_id"]]
-    assert planned["path"].tolist() == together["path"].tolist(), "an image keeps its own line"
-    fold, block = deal(planned["patient_id"].tolist(), seed)
-    assert planned["fold"].tolist() == fold.tolist()
-    assert planned["block"].tolist() == block.tolist()
+    rows = assign_rows(images(), ("Edema", "Fracture"), seed)
+    pd.testing.assert_frame_equal(assign_rows(images().iloc[order], ("Edema", "Fracture"), seed), rows)
+    assert rows["row"].tolist() == list(range(40))
+    assert list(rows.columns) == [*COLUMNS, "Edema", "Fracture"]
+    together = images().set_index("image_id").loc[rows["image_id"]]
+    assert rows["path"].tolist() == together["path"].tolist(), "an image keeps its own line"
+    fold, block = deal(rows["patient_id"].tolist(), seed)
+    assert rows["fold"].tolist() == fold.tolist()
+    assert rows["block"].tolist() == block.tolist()
 
 
 def test_rows_are_permuted_and_differently_by_seed():

@@ -83,8 +83,8 @@ def astray(phantoms: Path, tmp_path: Path) -> tuple[Path, list[int]]:
     """A tree with images that crash the decoder above, and their rows: two of one shard, one of another."""
     tree = tmp_path / "mimic"
     subprocess.run(["cp", "-r", phantoms, tree], check=True)
-    build(tree, tmp_path / "plan", [8])
-    paths = read_rows(tmp_path / "plan" / "rows.parquet")["path"]
+    build(tree, tmp_path / "small", [8])
+    paths = read_rows(tmp_path / "small" / "rows.parquet")["path"]
     for row in (0, 40, 100):
         with open(tree / paths[row], "ab") as file:
             file.write(MARK)

@@ -10,7 +10,7 @@ from cxrfast.shards.upkeep.relabel import relabel
 
 
 @pytest.mark.parametrize("name", ["32/000001.tar", "64/000002.tar", "rows.parquet"])
-def test_tars_and_the_plan_need_the_source_and_say_so(either_set, phantoms, tmp_path, name):
+def test_tars_and_the_rows_table_need_the_source_and_say_so(either_set, phantoms, tmp_path, name):
     folder = copy_set(either_set, tmp_path / "set")
     flip_bit(folder / name, 700)  # in a tar, inside its first image
     before = contents(folder)
@@ -33,7 +33,7 @@ def test_rows_that_were_left_out_stay_left_out_for_the_same_reasons(corrupt, tmp
     assert contents(folder) == contents(whole)
 
 
-def test_the_plan_made_again_remembers_what_was_missing(corrupt, tmp_path):
+def test_the_rows_table_made_again_remembers_what_was_missing(corrupt, tmp_path):
     tree, whole = corrupt
     folder = copy_set(whole, tmp_path / "set")
     (folder / "rows.parquet").unlink()
@@ -60,7 +60,7 @@ def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unaske
     assert contents(folder)["32/000000.tar"] != contents(tiny_set)["32/000000.tar"]
 
 
-def test_another_tree_is_refused_for_the_plan(folder, tmp_path):
+def test_another_tree_is_refused_for_the_rows_table(folder, tmp_path):
     other = tmp_path / "other"
     synth(other, images=150, size=64, seed=5, workers=1)
     (folder / "rows.parquet").unlink()

@@ -73,7 +73,7 @@ def test_one_file_that_cannot_be_mended_does_not_keep_the_others_from_it_nor_is_
     assert problems(folder) == ["64/000001.tar: its bytes have changed"]
 
 
-def test_set_json_and_the_plan_both_damaged_is_said(folder, phantoms):
+def test_set_json_and_rows_parquet_both_damaged_is_said(folder, phantoms):
     flip_bit(folder / "set.json", 30)
     flip_bit(folder / "rows.parquet", 30)
     assert set(repair(folder, phantoms).failed) == {"set.json", "rows.parquet"}
@@ -187,7 +187,7 @@ def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_mended(rea
         assert contents(folder) == whole, f"{number}: {what}; {work.lines()}"
 
 
-def test_the_copy_of_set_json_inside_the_plan_is_the_same(tiny_set):
+def test_the_copy_of_set_json_inside_rows_parquet_is_the_same(tiny_set):
     from cxrfast.shards.format.rows import read_info
 
     assert read_info(tiny_set / "rows.parquet").to_bytes() == (tiny_set / "set.json").read_bytes()

@@ -226,7 +226,7 @@ def test_other_labels_reach_a_copy_and_no_tar_is_copied_again(folder, bucket, tm
 # Damaged
 
 
-def test_a_damaged_plan_stops_before_any_shard_is_copied(folder, bucket):
+def test_a_damaged_rows_table_stops_before_any_shard_is_copied(folder, bucket):
     flip_bit(folder / "rows.parquet", 50)
     with pytest.raises(ShardError, match=r"damaged.*rows.parquet not as"):
         stage(folder, bucket.url)
