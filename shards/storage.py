@@ -31,7 +31,7 @@ STATS = 256
 """Files that a thread asks for in one go."""
 
 FEW = 16
-"""Up to so many remote folders are listed one by one; of more, everything below what they share is listed at once."""
+"""Most remote folders that are listed one by one; of more, everything below what they share is listed at once."""
 
 
 CHUNK = 8 * 2**20

@@ -86,7 +86,7 @@ def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> 
 
 
 def sign(folder: Path) -> None:
-    """Write SHA256SUMS anew, so that only contradictions between files remain to be found."""
+    """Write SHA256SUMS again, so that only contradictions between files remain to be found."""
     manifests = [
         m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
     ]

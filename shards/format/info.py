@@ -34,11 +34,11 @@ class SetInfo:
     rows_per_shard: int
     codec: str
     quality: int | None
-    """Of JPEG; None (JSON: null) where the codec is raw."""
+    """Quality of the JPEGs; None (JSON: null) where the codec is raw."""
     resize: str
     grey: str
     versions: dict[str, str]
-    """Of the libraries that laid it out."""
+    """Versions of the libraries that laid it out."""
 
     @property
     def shards(self) -> int:

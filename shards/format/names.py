@@ -13,7 +13,7 @@ SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
 
 
 NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
-"""Files of a set beside SHA256SUMS, relative to it."""
+"""Files of a set other than SHA256SUMS, relative to it."""
 
 
 def shard_name(scale: int, shard: int, suffix: str) -> str:

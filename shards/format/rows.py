@@ -1,4 +1,4 @@
-"""The rows table: one line an image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
+"""The rows table: one line per image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
 
 import io
 from pathlib import Path
@@ -27,10 +27,10 @@ COLUMNS: dict[str, pa.DataType] = {
     "fold": pa.int8(),
     "block": pa.int8(),
 }
-"""The fixed columns; behind them one float32 column a label with the raw value 1, 0, -1 or null, then the references."""
+"""The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
 
 REFERENCE = "radiologist/"
-"""How columns begin that hold a reference standard: raw labels too, carried beside the labels and never trained on."""
+"""How columns begin that hold a reference standard: raw labels too, carried alongside the labels and never trained on."""
 
 COPY = b"set.json"
 """Key of the copy of set.json in the file's metadata."""

@@ -32,7 +32,7 @@ from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.verify import Problem, verify
 
 NEAR = 8
-"""Of 64 digits; two hashes that have nothing to do with each other differ in fewer than that once in 10^60."""
+"""Hashes that differ in fewer of their 64 digits are one that was damaged; unrelated ones do so once in 10^60."""
 
 
 def repair(

@@ -57,7 +57,7 @@ class Cargo:
     shards: list[list[str]]
     """Files of each shard in the order in which they are written: tar, index, manifest."""
     digests: dict[str, str]
-    """Of all files of the source, other scales included."""
+    """sha256 of all files of the source, other scales included."""
     sizes: dict[str, int]
 
     @property

@@ -26,7 +26,7 @@ def tars(folder: Path) -> dict[str, bytes]:
 
 
 def paths(folder: Path) -> list[str]:
-    """Of the source images, by row."""
+    """Paths of the source images, by row."""
     return read_rows(folder / "rows.parquet")["path"].tolist()
 
 
@@ -64,7 +64,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the sound tree, at 32 px."""
+    """The set of the sound tree, at 32 px."""
     out = tmp_path_factory.mktemp("sound-set") / "set"
     build(sound, out, [32])
     return out
@@ -72,7 +72,7 @@ def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """Of the damaged tree, at 32 px."""
+    """The set of the damaged tree, at 32 px."""
     out = tmp_path_factory.mktemp("corrupt-set") / "set"
     return out, build(corrupt, out, [32])
 
