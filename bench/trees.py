@@ -14,7 +14,7 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
-from cxrfast.shards.building.layout import PLANNING, rows_per_shard
+from cxrfast.shards.building.layout import ROW_ORDER, rows_per_shard
 from cxrfast.shards.format.info import SetInfo, versions
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.recipe import ImageRecipe
@@ -64,7 +64,7 @@ def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> P
     small.write_bytes(encode(np.full((16, 16), 128, np.uint8), 95))
     names = [f"{n:06d}" for n in range(rows)]
     # row r of the plan is the image at permutation[r] of those sorted by name
-    order = permutation(rows, ImageRecipe().seed, PLANNING) if mixed else range(rows)
+    order = permutation(rows, ImageRecipe().seed, ROW_ORDER) if mixed else range(rows)
     for row, index in enumerate(order):
         full = not mixed or row % FULL_SIZE == 0
         os.link(

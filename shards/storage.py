@@ -1,9 +1,11 @@
-"""A source tree: a local folder or any fsspec URL (s3://, gs://, sftp://, zip://…) goes in, names, sizes and bytes come out.
+"""Files in a local folder or behind any fsspec URL (s3://, gs://, sftp://, zip://…): names, sizes and bytes.
 
-It never writes, and no path leads out of it.
+`Tree` holds source images: it never writes, and no path leads out of it. `SetStorage` holds a shard set that is copied
+from there or to there.
 """
 
 import errno
+import hashlib
 import os
 import posixpath
 import re
@@ -18,7 +20,9 @@ from typing import IO, Any
 import numpy as np
 
 from cxrfast.errors import ShardError
+from cxrfast.files import replacing
 from cxrfast.progress import Advance, progress
+from cxrfast.shards.format.names import NAMES
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 """How a location begins that is not a path of this machine: `s3://bucket`, `zip://folder::archive.zip`."""
@@ -27,7 +31,11 @@ STATS = 256
 """Files that a thread asks for in one go."""
 
 FEW = 16
-"""Up to so many remote folders are listed one by one; of more, everything below what they share is listed at once."""
+"""Most remote folders that are listed one by one; of more, everything below what they share is listed at once."""
+
+
+CHUNK = 8 * 2**20
+"""Bytes of a set read, hashed and written at a time. S3 wants parts of at least 5 MiB, and at most 10,000 per object."""
 
 
 def relative(path: str) -> str:
@@ -47,10 +55,7 @@ class Tree:
 
     def __init__(self, location: str | Path) -> None:
         self.location = os.fspath(location)
-        self._fs: Any = None
-        self._root = self.location or "."
-        if URL.match(self.location):
-            self._fs, self._root = connect(self.location)
+        self._fs, self._root = _connect(self.location or ".")
         self.is_local = self._fs is None
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
@@ -134,12 +139,10 @@ class Tree:
             except (FileNotFoundError, NotADirectoryError):
                 return -1
 
-        def stat_some(first: int) -> list[int]:
-            return [stat(path) for path in paths[first : first + STATS]]
-
         sizes: list[int] = []
         with ThreadPoolExecutor(16) as pool:
-            for some in pool.map(stat_some, range(0, len(paths), STATS)):
+            starts = range(0, len(paths), STATS)
+            for some in pool.map(lambda start: [stat(path) for path in paths[start : start + STATS]], starts):
                 sizes += some
                 advance(len(some))
         return np.array(sizes, np.int64)
@@ -159,15 +162,12 @@ class Tree:
 
     def _sizes_in(self, folder: str, deep: bool) -> dict[str, int | None]:
         """Sizes of the files in a folder, and if `deep` in all folders below it, by path."""
-        with self._reaching(folder):
-            try:
-                if deep:
-                    infos = self._fs.find(self._at(folder), detail=True)
-                else:
-                    listed = self._fs.ls(self._at(folder), detail=True)
-                    infos = {info["name"]: info for info in listed if info["type"] == "file"}
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
+        infos: dict[str, Any] = {}
+        with self._reaching(folder), suppress(FileNotFoundError, NotADirectoryError):
+            if deep:
+                infos = self._fs.find(self._at(folder), detail=True)
+            else:
+                infos = {i["name"]: i for i in self._fs.ls(self._at(folder), detail=True) if i["type"] == "file"}
         return {name.removeprefix(self._root).lstrip("/"): info["size"] for name, info in infos.items()}
 
     def _list(self, path: str) -> tuple[list[str], list[str]]:
@@ -188,11 +188,9 @@ class Tree:
         return sorted(files), sorted(folders)
 
     def _info(self, path: str) -> dict[str, Any] | None:
-        with self._reaching(path):
-            try:
-                return self._fs.info(self._at(path))
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        with self._reaching(path), suppress(FileNotFoundError, NotADirectoryError):
+            return self._fs.info(self._at(path))
+        return None
 
     def _at(self, path: str) -> str:
         """`path` as the file system names it."""
@@ -210,7 +208,7 @@ class Tree:
             raise
         except Exception as error:
             where = posixpath.join(self.location, path) if path else self.location
-            raise ShardError(f"{where} cannot be reached ({reason(error)})") from error
+            raise ShardError(f"{where} cannot be reached ({_reason(error)})") from error
 
 
 def _leads_to_folder(entry: os.DirEntry) -> bool:
@@ -232,8 +230,143 @@ def _listings(folders: set[str]) -> list[tuple[str, bool]]:
     return sorted((posixpath.commonpath(group), top != "") for top, group in groups.items())
 
 
-def connect(url: str) -> tuple[Any, str]:
-    """The file system behind a URL and the URL's path there; none where it is this machine's own."""
+class SetStorage:
+    """Where a shard set is or will be; all names are relative to it, with slashes.
+
+    A file appears only when it is whole, except on file systems that show what is being written (sftp, smb); whoever
+    reads there compares sizes and hashes. Methods raise ShardError where the storage cannot be reached; `open` and the
+    files themselves raise OSError: those failures are worth another try.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = os.fspath(location)
+        self._fs, root = _connect(self.location)
+        self.is_local = self._fs is None
+        self.root = os.path.abspath(root) if self.is_local else root.rstrip("/")
+        """As its file system names it: an absolute path, or bucket and prefix, or nothing in an archive."""
+        if self.is_local and os.path.exists(self.root) and not os.path.isdir(self.root):
+            raise ShardError(f"{self.location} is a file: give the folder of a shard set")
+
+    def __str__(self) -> str:
+        return self.location
+
+    def overlaps(self, other: "SetStorage") -> bool:
+        """Is one of the two the other, or inside it?"""
+        if self._fs != other._fs:
+            return False
+        a, b = (os.path.realpath(p.root) if p.is_local else p.root for p in (self, other))
+        return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
+
+    def names(self) -> list[str]:
+        """Names of files and folders directly in it, sorted; none if there is nothing yet."""
+        found: list[str] = []
+        with self._reached(), suppress(FileNotFoundError):
+            if self.is_local:
+                return sorted(os.listdir(self.root))
+            self._fs.invalidate_cache()
+            found = self._fs.ls(self.root, detail=False)
+        return sorted({name for path in found if (name := path.removeprefix(self.root).strip("/"))})
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file of the set that is there, SHA256SUMS included."""
+        found: dict[str, int] = {}
+        with self._reached():
+            if self.is_local:
+                for path in Path(self.root).rglob("*"):
+                    with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
+                        found[str(path.relative_to(self.root))] = path.stat().st_size
+            else:
+                self._fs.invalidate_cache()
+                listed = self._fs.find(self.root, detail=True)
+                found = {path.removeprefix(self.root).lstrip("/"): info["size"] for path, info in listed.items()}
+        found = {name: size for name, size in found.items() if NAMES.fullmatch(name) or name == "SHA256SUMS"}
+        if None in found.values():
+            raise ShardError(f"{self} does not tell the sizes of its files: download the set by other means")
+        return found
+
+    def read(self, name: str) -> bytes:
+        """A small file, whole."""
+        with self._reached(), self.open(name) as file:
+            return file.read()
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._reached(), self.open(name) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, open for reading a chunk at a time: nothing is read ahead."""
+        with as_oserror(at := self._at(name)):
+            return open(at, "rb") if self.is_local else self._fs.open(at, "rb", block_size=CHUNK, cache_type="none")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A new file, which is there when the block ends; if it raises, there is neither the file nor half an upload."""
+        at = self._at(name)
+        if self.is_local:
+            with replacing(Path(at)) as file:
+                yield file
+            return
+        with as_oserror(at):
+            file = self._fs.open(at, "wb", block_size=CHUNK)
+        try:
+            yield file
+            with as_oserror(at):
+                file.close()
+        except BaseException:
+            self._abandon(file, at)
+            raise
+
+    def _abandon(self, file: Any, at: str) -> None:
+        from fsspec.spec import AbstractBufferedFile
+
+        with suppress(Exception):  # the original error is more informative
+            if isinstance(file, AbstractBufferedFile):
+                file.closed = True  # else whoever collects the garbage closes it, and closing uploads
+                file.discard()
+            else:
+                file.close()
+                self._fs.rm_file(at)
+
+    def remove(self, name: str) -> None:
+        with self._reached(), suppress(FileNotFoundError):
+            (os.unlink if self.is_local else self._fs.rm_file)(self._at(name))
+
+    def make_folders(self, names: list[str]) -> None:
+        """Make the storage itself and folders in it, where the file system has such things."""
+        for path in (self.root, *map(self._at, names)):
+            if self.is_local:
+                with self._reached():
+                    os.makedirs(path, exist_ok=True)
+            elif "/" in path:  # a bucket is never made
+                with suppress(Exception):  # there already, or an object store; where it is neither, writing fails
+                    self._fs.mkdir(path, create_parents=False)
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}" if self.root else name
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Any failure inside becomes a ShardError that names the storage."""
+        try:
+            with as_oserror(self.root):
+                yield
+        except OSError as error:
+            what = error.strerror or str(error) or type(error).__name__
+            if self.is_local:
+                raise ShardError(f"{error.filename or self}: {what}") from error
+            raise ShardError(
+                f"{self} cannot be reached ({what}): check the address, the credentials and the network; "
+                "AWS_ENDPOINT_URL says where an S3 server is that is not Amazon's"
+            ) from error
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    """The file system behind a URL and the URL's path there; None and the path where it is this machine's own."""
+    if not URL.match(url):
+        return None, url
     import fsspec.core
     from fsspec.implementations.local import LocalFileSystem
 
@@ -248,7 +381,7 @@ def connect(url: str) -> tuple[Any, str]:
             f"{url} cannot be opened ({error}): give a folder, or a URL that fsspec knows (s3://, gs://, sftp://, zip://, …)"
         ) from error
     except Exception as error:  # drivers raise whatever they like
-        raise ShardError(f"{url} cannot be opened ({reason(error)})") from error
+        raise ShardError(f"{url} cannot be opened ({_reason(error)})") from error
     return (None, root) if isinstance(fs, LocalFileSystem) else (fs, root)
 
 
@@ -259,8 +392,8 @@ def as_oserror(path: str) -> Iterator[None]:
     except (OSError, ShardError):
         raise
     except Exception as error:
-        raise OSError(errno.EIO, reason(error), path) from error
+        raise OSError(errno.EIO, _reason(error), path) from error
 
 
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cxrfast.files import sha256
@@ -16,6 +17,11 @@ from cxrfast.shards.format.checksums import write_sums
 from cxrfast.shards.format.manifest import built, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.tar import read_index
+from cxrfast.shards.images.grid import STEPS, tolerance, unpack
+from cxrfast.shards.repair.repair import repair as repair_set
+from cxrfast.shards.repair.state import RepairState
+from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.verify import verify
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,7 +86,7 @@ def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> 
 
 
 def sign(folder: Path) -> None:
-    """Write SHA256SUMS anew, so that only contradictions between files remain to be found."""
+    """Write SHA256SUMS again, so that only contradictions between files remain to be found."""
     manifests = [
         m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
     ]
@@ -98,3 +104,36 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def repair(folder: Path, tree: Path | None = None, **options) -> RepairState:
+    return repair_set(folder, Tree(tree) if tree else None, **{"workers": 1, "quiet": True, **options})
+
+
+def problems(folder: Path) -> list[str]:
+    return [f"{problem.path}: {problem.what}" for problem in verify(folder, quiet=True).problems]
+
+
+def requantise(path: Path) -> None:
+    """Give a JPEG other pixels, in as many bytes."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\xff\xdb") + 8] += 3
+    path.write_bytes(data)
+
+
+def assert_same_but_for_grids(folder: Path, whole: Path, *manifests: str) -> None:
+    """Every file has its old bytes, but for the grids of JPEGs in these manifests, and their hashes; and all agree."""
+    there, then = contents(folder), contents(whole)
+    for name in manifests:
+        new, old = json.loads(there.pop(name)), json.loads(then.pop(name))
+        now, before = (unpack(m.pop("grids"), len(m["rows"])).astype(int) for m in (new, old))
+        assert new == old
+        assert 0 < np.abs(now - before).max() < STEPS * tolerance("jpeg", 95, new["scale"])
+    sums = [
+        dict(line.split("  ")[::-1] for line in files.pop("SHA256SUMS").decode().splitlines())
+        for files in (there, then)
+    ]
+    assert there == then
+    assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == set(manifests)
+    assert sums[0].keys() == sums[1].keys()
+    assert verify(folder, deep=True, quiet=True).problems == []

@@ -23,8 +23,7 @@ from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build
-from cxrfast.shards.building.tasks import Task, build_shard
-from cxrfast.shards.building.todo import Plan, Todo, make_task
+from cxrfast.shards.building.tasks import Layout, Task, Todo, build_shard, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter
@@ -127,7 +126,7 @@ def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float
         images=images,
         scales=scales,
         workers=workers,
-        task=make_task(Plan(tree=Tree(tree), out=planned, info=made.info, rows=table), todo, in_turn),
+        task=make_task(Layout(tree=Tree(tree), out=planned, info=made.info, rows=table), todo, in_turn),
         tree=tree,
         shard_rows=made.info.rows_per_shard,
         each=each,
@@ -183,13 +182,13 @@ def shard_rows(setup: Setup, seconds: float) -> int:
 def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
     """One shard as a worker builds it. The profile costs it some hundred calls an image, well under 1 %."""
     with one_core(), _folder(setup) as folder:
-        task = replace(setup.task, out=folder, rows=setup.task.rows[: shard_rows(setup, seconds)])
+        task = replace(setup.task, out=folder, images=setup.task.images[: shard_rows(setup, seconds)])
         profile = cProfile.Profile()
         start = time.perf_counter()
         profile.runcall(build_shard, task)
         spent = time.perf_counter() - start
-    notes.stages.append(_stages(profile, len(task.rows), spent))
-    return len(task.rows) / spent
+    notes.stages.append(_stages(profile, len(task.images), spent))
+    return len(task.images) / spent
 
 
 def _stages(profile: cProfile.Profile, images: int, spent: float) -> dict[str, float]:
@@ -235,7 +234,7 @@ def startup_seconds(setup: Setup) -> float:
     """From nothing to a worker that has done a task without rows and exited."""
     start = time.perf_counter()
     with start_pool(1) as pool:
-        for _, error in run_here([replace(setup.task, rows=[], scales=[])], 1, lambda text: None, pool):
+        for _, error in run_here([replace(setup.task, images=[], scales=[])], 1, lambda text: None, pool):
             if error:
                 raise error
     return time.perf_counter() - start

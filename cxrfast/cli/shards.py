@@ -75,12 +75,12 @@ def shard(
     **options: Any,
 ) -> None:
     """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
-    from cxrfast.shards.build import build, describe
+    from cxrfast.shards.build import build
     from cxrfast.shards.format.recipe import ImageRecipe
 
     recipe = ImageRecipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
     report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
-    click.echo(describe(report, out))
+    click.echo("\n".join(report.lines(out)))
 
 
 @click.command()
@@ -148,7 +148,7 @@ def verify(
         fail("--accept-new-bytes belongs to --repair")
     tree = find_source(data, config.DATA, source)
     if repair:
-        for line in restore(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).report():
+        for line in restore(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).lines():
             click.echo(line)
     result = inspect(shards, tree if source else None, deep=deep, is_repaired=repair)
     for line in result.lines:

@@ -16,7 +16,7 @@ from cxrfast.shards.images.decode import BadImage, at_scales
 from cxrfast.units import size
 
 OVERHEAD = 2048
-"""Bytes a sample takes in a tar beside image and meta data: two headers, padding."""
+"""Bytes a sample takes in a tar in addition to image and meta data: two headers, padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,18 @@ class Estimate:
 
 
 def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
-    """Bytes a scale and seconds of each image of a task: decoded, resized and encoded in memory."""
+    """Bytes at each scale and seconds of each image of a task: decoded, resized and encoded in memory."""
     sizes: dict[int, list[int]] = {scale: [] for scale in task.scales}
     seconds = []
-    for image in task.rows:
+    for image in task.images:
         start = time.perf_counter()
         try:
-            source = decoded(task, image, task.data.read(image.path))
+            source = decoded(task, image, task.tree.read(image.path))
         except (BadImage, OSError):
             continue  # the build itself reports it
         meta = meta_json(image, *source.shape)
-        for scale, picture in at_scales(source, task.scales, task.resize).items():
-            member = encode_member(picture, task.codec, task.quality)
+        for scale, picture in at_scales(source, task.scales, task.info.resize).items():
+            member = encode_member(picture, task.info.codec, task.info.quality)
             sizes[scale].append(len(member) + len(meta) + OVERHEAD)
         seconds.append(time.perf_counter() - start)
     return sizes, seconds

@@ -29,17 +29,17 @@ def check_scales(scales: list[int]) -> list[int]:
     return sorted(set(scales))
 
 
-PLANNING = 2**63
+ROW_ORDER = 2**63
 """Second part of the key of the set's own permutation, so that no epoch's is like it."""
 
 
-def plan_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
+def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
     """A source's images → the rows table without `bytes` known (0): permuted once, patients dealt to folds and blocks.
 
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """
     rows = images.sort_values("image_id", ignore_index=True)
-    rows = rows.iloc[permutation(len(rows), seed, PLANNING)].reset_index(drop=True)
+    rows = rows.iloc[permutation(len(rows), seed, ROW_ORDER)].reset_index(drop=True)
     rows["row"] = np.arange(len(rows))
     rows["bytes"] = 0
     for side in ("height", "width"):

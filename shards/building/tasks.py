@@ -1,26 +1,53 @@
-"""One task of a build: a shard at every scale that lacks it, made in a worker process. Each image is decoded once."""
+"""What is left to build of a set: tasks, each one shard at every scale that lacks it. Each image is decoded once.
+
+`find_todo` reads manifests and writes nothing; `build_shard` runs in a worker process and writes the shard.
+"""
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 
-import cv2
 import numpy as np
+import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.format import manifest
 from cxrfast.shards.format.codec import encode_member
-from cxrfast.shards.format.manifest import ShardManifest
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import shard_path
+from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.decode import BadImage, Reason, at_scales, decode
 from cxrfast.shards.images.grid import grid, pack
 from cxrfast.shards.storage import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the tasks of a build have in common: the rows of the set, where images are and where shards go."""
+
+    tree: Tree | None
+    """Source of the images; None where nothing is to be read."""
+    out: Path
+    """Folder of the set, or the one where some of its shards are built first."""
+    info: SetInfo
+    rows: pd.DataFrame
+    """The table that `layout.assign_rows` makes, `bytes` included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """One shard at every asked scale that lacks it."""
+
+    shard: int
+    scales: list[int]
+    rows: range
+    quarantined: dict[str, str]
+    """Rows that an earlier scale had to leave out."""
+    held: frozenset[int] | None
+    """Rows that an earlier scale holds; None if there is no earlier scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +61,98 @@ class Image:
     """Ids and raw labels, null where blank."""
 
 
-def meta_json(image: Image, height: int, width: int) -> bytes:
-    """What goes beside an image into the tar; `height` and `width` are those of the source image, px."""
-    return json.dumps({**image.meta, "height": height, "width": width}, ensure_ascii=False).encode()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One shard at every scale that lacks it."""
+    """A `Todo` with all that a worker needs to build it."""
 
-    data: Tree
+    tree: Tree
     out: Path
-    set: str
+    info: SetInfo
     shard: int
     scales: list[int]
-    codec: str
-    quality: int | None
-    resize: str
-    grey: str
-    rows: list[Image]
+    images: list[Image]
     quarantined: dict[str, str]
-    """Rows that an earlier scale had to leave out."""
     held: frozenset[int] | None
-    """Rows that an earlier scale holds; None if there is no earlier scale."""
+
+
+def find_todo(layout: Layout, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
+    """What is left to build of these shards. An earlier scale of the same shard says which rows to leave out.
+
+    With `retry`, shards with rows that were left out are to be built again at every scale that they have.
+    Raises ShardError for a shard of another set.
+    """
+    present = manifest.scales_in(layout.out) if layout.out.is_dir() else []
+    todo = []
+    for shard in shards:
+        there = {scale: m for scale in present if (m := _whole_shard(layout, scale, shard))}
+        again = retry and any(m.quarantined for m in there.values())
+        wanted = sorted({*scales, *there}) if again else [scale for scale in scales if scale not in there]
+        earlier = next(iter(there.values()), None)
+        if wanted:
+            todo.append(
+                Todo(
+                    shard=shard,
+                    scales=wanted,
+                    rows=layout.info.rows_of(shard),
+                    quarantined=earlier.quarantined if earlier and not again else {},
+                    held=frozenset(earlier.rows) if earlier else None,
+                )
+            )
+    return todo
+
+
+def _whole_shard(layout: Layout, scale: int, shard: int) -> ShardManifest | None:
+    """The manifest of a shard whose three files are there. Raises ShardError if it is not this set's."""
+    m = read_manifest(layout.out, scale, shard)
+    if m and (m.set, m.scale, m.shard) != (layout.info.id, scale, shard):
+        raise ShardError(
+            f"{shard_path(layout.out, scale, shard, 'json')} belongs to shard {m.shard} at {m.scale} px of set {m.set}: "
+            "move what does not belong to this set out of its folder, then run this command again"
+        )
+    others = (shard_path(layout.out, scale, shard, suffix) for suffix in ("tar", "idx"))
+    return m if m and all(path.is_file() for path in others) else None
+
+
+def make_task(layout: Layout, todo: Todo, rows: list[int] | range | None = None) -> Task:
+    """What a worker needs for a shard, or for some `rows` of it."""
+    assert layout.tree is not None
+    return Task(
+        tree=layout.tree,
+        out=layout.out,
+        info=layout.info,
+        shard=todo.shard,
+        scales=todo.scales,
+        images=_images(layout.rows.iloc[list(todo.rows if rows is None else rows)]),
+        quarantined=todo.quarantined,
+        held=todo.held,
+    )
+
+
+def _images(rows: pd.DataFrame) -> list[Image]:
+    labels = label_names(rows)
+    return [
+        Image(
+            row=r["row"],
+            path=r["path"],
+            bytes=r["bytes"],
+            meta={
+                **{name: r[name] for name in ("row", "image_id", "study_id", "patient_id")},
+                "labels": {name: None if np.isnan(r[name]) else r[name] for name in labels},
+            },
+        )
+        for r in rows.to_dict("records")
+    ]
+
+
+# In a worker
 
 
 def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> None:
     """Write one shard at its scales; `began` hears of each row before its image is touched.
 
-    Raises ShardError if a row that was fine when planned or before is not fine now.
+    Raises ShardError if a row that was fine when the set was laid out, or at another scale, is not fine now.
     """
+    info = task.info
     writers: dict[int, TarWriter] = {}
     quarantined = dict(task.quarantined)
     rows: list[int] = []
@@ -71,13 +160,13 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
     grids: dict[int, list[np.ndarray]] = {scale: [] for scale in task.scales}
     try:
         for scale in task.scales:
-            writers[scale] = TarWriter(task.out, scale, task.shard, task.codec)
-        for image in task.rows:
+            writers[scale] = TarWriter(task.out, scale, task.shard, info.codec)
+        for image in task.images:
             if str(image.row) in quarantined:
                 continue
             began(image.row)
             try:
-                source = decoded(task, image, read(task, image))
+                source = decoded(task, image, _read(task, image))
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
                     raise ShardError(
@@ -88,15 +177,15 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             rows.append(image.row)
             sizes.append(list(source.shape))
             meta = meta_json(image, *source.shape)
-            for scale, picture in at_scales(source, task.scales, task.resize).items():
+            for scale, picture in at_scales(source, task.scales, info.resize).items():
                 grids[scale].append(grid(picture))
-                writers[scale].add(image.row, encode_member(picture, task.codec, task.quality), meta)
+                writers[scale].add(image.row, encode_member(picture, info.codec, info.quality), meta)
         for scale in task.scales:  # one that is replaced is not whole for a while, at any scale
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}
         for scale, (digest, length) in closed.items():
             ShardManifest(
-                set=task.set,
+                set=info.id,
                 scale=scale,
                 shard=task.shard,
                 sha256=digest,
@@ -112,22 +201,12 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             writer.discard()
 
 
-def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
-    """uint8 (H, W). Raises BadImage, or ShardError naming the image where the recipe or a missing codec is at fault."""
-    try:
-        return decode(data, task.grey)
-    except BadImage:
-        raise
-    except ShardError as error:
-        raise ShardError(f"{image.path}: {error}") from error
-
-
-def read(task: Task, image: Image) -> bytes:
-    """The file. Raises BadImage if it was missing when planned, ShardError if it is not what it was then."""
+def _read(task: Task, image: Image) -> bytes:
+    """The file. Raises BadImage if it was missing when the set was laid out, ShardError if it has changed since."""
     if image.bytes < 0:
         raise BadImage(Reason.MISSING)
     try:
-        data = task.data.read(image.path)
+        data = task.tree.read(image.path)
     except FileNotFoundError:
         raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
     except OSError as error:
@@ -139,16 +218,16 @@ def read(task: Task, image: Image) -> bytes:
     return data
 
 
-def start_worker() -> None:
-    """What a worker process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
+    """uint8 (H, W). Raises BadImage, or ShardError naming the image where the recipe or a missing codec is at fault."""
+    try:
+        return decode(data, task.info.grey)
+    except BadImage:
+        raise
+    except ShardError as error:
+        raise ShardError(f"{image.path}: {error}") from error
 
 
-def _exit_with(sentinel: int) -> None:
-    """End this worker when its parent dies, or it would go on writing beside the build that takes over."""
-    wait_for_exit([sentinel])
-    os._exit(1)
+def meta_json(image: Image, height: int, width: int) -> bytes:
+    """The JSON next to an image in the tar; `height` and `width` are those of the source image, px."""
+    return json.dumps({**image.meta, "height": height, "width": width}, ensure_ascii=False).encode()

@@ -1,24 +1,26 @@
-"""Who carries out the tasks of a build: processes of this machine, or the workers of a dask cluster.
+"""Carry out the tasks of a build in processes of this machine.
 
 Tasks go in, (task, error or None) come out in the order in which they end. A worker that dies costs its open shards,
 which are built again; an image that crashes the decoder even alone is quarantined.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_exit
 from typing import Any
 
 import cv2
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.tasks import Task, build_shard, start_worker
-from cxrfast.shards.format.info import versions
+from cxrfast.shards.building.tasks import Task, build_shard
 from cxrfast.shards.images.decode import Reason
 
 Outcome = tuple[Task, Exception | None]
@@ -27,9 +29,6 @@ SPAWN = multiprocessing.get_context("spawn")
 
 CRASHES = {int(s) for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)}
 """How a process ends that a decoder led astray; whatever else ends one came from outside."""
-
-TIMEOUT = 20.0
-"""Seconds until a dask scheduler counts as absent."""
 
 
 @contextmanager
@@ -82,16 +81,16 @@ def _in_pool(queue: Iterator[Task], workers: int, lost: list[Task], pool: Proces
             if isinstance(error, BrokenProcessPool):
                 lost.append(task)
             else:
-                yield task, _as_exception(error)
+                yield task, as_exception(error)
     for future, task in waiting.items():  # the pool is broken: all its futures end now
         error = future.exception()
         if isinstance(error, BrokenProcessPool):
             lost.append(task)
         else:
-            yield task, _as_exception(error)
+            yield task, as_exception(error)
 
 
-def _as_exception(error: BaseException | None) -> Exception | None:
+def as_exception(error: BaseException | None) -> Exception | None:
     if error is None or isinstance(error, Exception):
         return error
     raise error
@@ -144,46 +143,16 @@ def _listen(pipe: Connection) -> tuple[int | None, Exception | None]:
         row = message
 
 
-def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
-    """Build on the workers of the dask scheduler at `address`, which must have this cxrfast and see the same folders.
-
-    dask gives a lost worker's open shards to others. Raises ShardError where there is no dask, scheduler or worker.
-    """
-    try:
-        from distributed import Client, KilledWorker, as_completed
-    except ImportError:
-        raise ShardError("--dask needs dask.distributed: pip install 'cxrfast[dask]'") from None
-    try:
-        client = Client(address, timeout=TIMEOUT, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ShardError(
-            f"no dask scheduler answers at {address} ({error}): start one with `dask scheduler`, "
-            "and workers with `dask worker ADDRESS`"
-        ) from error
-    with client:
-        threads = sum(client.nthreads().values())
-        if not threads:
-            raise ShardError(f"the dask scheduler at {address} has no workers: start some with `dask worker {address}`")
-        queue = iter(tasks)
-        waiting: dict[Any, Task] = {}
-        completed = as_completed(loop=client.loop)
-        while True:
-            while len(waiting) < 2 * threads and (task := next(queue, None)):
-                future = client.submit(_build_there, task, versions(), pure=False)
-                waiting[future] = task
-                completed.add(future)
-            if not waiting:
-                return
-            future = next(completed)
-            task, failure = waiting.pop(future), future.exception()
-            if isinstance(failure, KilledWorker):
-                failure = ShardError(f"shard {task.shard}: {failure.allowed_failures + 1} dask workers died of it")
-            yield task, _as_exception(failure)
-
-
-def _build_there(task: Task, expected: dict[str, str]) -> None:
-    """On a dask worker, whose libraries must be the client's, or the bytes might differ."""
-    if versions() != expected:
-        raise ShardError(f"shard {task.shard}: the dask worker has {versions()}, the set is built with {expected}")
+def start_worker() -> None:
+    """What a worker process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     cv2.setNumThreads(1)
-    build_shard(task)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_with(sentinel: int) -> None:
+    """End this worker when its parent dies, or it would go on writing alongside the build that takes over."""
+    wait_for_exit([sentinel])
+    os._exit(1)

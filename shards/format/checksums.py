@@ -7,7 +7,7 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
 from cxrfast.shards.format.manifest import ShardManifest
-from cxrfast.shards.format.names import NAMES, PLAN, UNFINISHED, check_labels_settled, shard_name
+from cxrfast.shards.format.names import NAMES, SET_FILES, UNFINISHED, check_labels_settled, shard_files, shard_name
 
 
 def sums_bytes(sums: dict[str, str]) -> bytes:
@@ -16,7 +16,7 @@ def sums_bytes(sums: dict[str, str]) -> bytes:
 
 
 def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
-    """SHA256SUMS of the plan and of the shards of these manifests.
+    """SHA256SUMS of the set's own files and of the shards of these manifests.
 
     A tar was hashed when it was written, and what was signed before this build keeps its hash: damage stays visible.
     Raises ShardError if a tar or index is missing.
@@ -24,13 +24,13 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
     known = {shard_name(m.scale, m.shard, "tar"): m.sha256 for m in manifests}
     if (folder / UNFINISHED).exists():
         known |= parse_sums((folder / UNFINISHED).read_bytes())[0]
-    names = [shard_name(m.scale, m.shard, suffix) for m in manifests for suffix in ("tar", "idx", "json")]
+    names = [name for m in manifests for name in shard_files(m.scale, m.shard)]
     for name in names:
         if not (folder / name).is_file():
             raise ShardError(
                 f"{folder / name} is missing: run the same `cxrfast shard` command again to build it again"
             )
-    sums = {name: known.get(name) or sha256(folder / name) for name in (*names, *PLAN)}
+    sums = {name: known.get(name) or sha256(folder / name) for name in (*names, *SET_FILES)}
     write_bytes(folder / "SHA256SUMS", sums_bytes(sums))
     (folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -38,7 +38,7 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
 def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
     """Mark a finished set as unfinished; the hashes of its shards are kept, but for those of the files `rebuilt`.
 
-    Raises ShardError if the plan is not what was signed.
+    Raises ShardError if set.json or rows.parquet is not what was signed.
     """
     for earlier in (folder / UNFINISHED, folder / "SHA256SUMS"):
         if earlier.exists():
@@ -49,12 +49,12 @@ def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
         sums, wrong = parse_sums(earlier.read_bytes())
     except FileNotFoundError:
         return  # another part of the build was quicker
-    damaged = [name for name in sums if name in PLAN[:2] and sha256(folder / name) != sums[name]]
+    damaged = [name for name in sums if name in ("set.json", "rows.parquet") and sha256(folder / name) != sums[name]]
     if wrong and earlier.name == "SHA256SUMS":
         damaged.append(earlier.name)
     if damaged:
         raise ShardError(f"{folder / damaged[0]} is damaged: mend it first, with `cxrfast verify --repair {folder}`")
-    leave = {*PLAN, *rebuilt}
+    leave = {*SET_FILES, *rebuilt}
     kept = {name: digest for name, digest in sums.items() if name not in leave}
     write_bytes(folder / UNFINISHED, sums_bytes(kept))
     (folder / "SHA256SUMS").unlink(missing_ok=True)

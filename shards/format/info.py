@@ -16,17 +16,17 @@ SCHEMA = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
-    """set.json. Written when the set is planned; only `relabel` changes it, and only its labels."""
+    """set.json. Written when the set is laid out; only `relabel` changes it, and only its labels."""
 
     schema: int = SCHEMA
     id: str
-    """Hash of rows, images, patients and recipe; see `plan.set_id`."""
+    """Hash of rows, images, patients and recipe; see `building.layout.set_id`."""
     source: str
     source_options: dict[str, Any]
-    """What the source was told beside the tree, as JSON values."""
+    """What the source was told in addition to the tree, as JSON values."""
     labels: list[str]
     labels_from: str = ""
-    """The table that `relabel` took them from, `name sha256:…` of its bytes; "": the source's, as it was planned."""
+    """The table that `relabel` took them from, `name sha256:…` of its bytes; "": the source's own."""
     seed: int
     images: int
     studies: int
@@ -34,11 +34,11 @@ class SetInfo:
     rows_per_shard: int
     codec: str
     quality: int | None
-    """Of JPEG; None (JSON: null) where the codec is raw."""
+    """Quality of the JPEGs; None (JSON: null) where the codec is raw."""
     resize: str
     grey: str
     versions: dict[str, str]
-    """Of the libraries that planned it."""
+    """Versions of the libraries that laid it out."""
 
     @property
     def shards(self) -> int:

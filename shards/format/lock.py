@@ -1,6 +1,6 @@
 """Who is writing into a shard set: one build, or the parts of a job array. A second one is refused, a killed one never in the way.
 
-A lease is a file made with O_EXCL, since many cluster file systems lack flock. Its holder writes a rising number into
+A lock is a file made with O_EXCL, since many cluster file systems lack flock. Its holder writes a rising number into
 it. Whether a holder on this machine lives is asked of the system; any other one is watched for a few beats, so that
 clocks need not agree.
 """
@@ -20,7 +20,7 @@ import psutil
 
 from cxrfast.errors import ShardError
 from cxrfast.files import temporary_name
-from cxrfast.shards.format.names import WORKING
+from cxrfast.shards.format.names import LOCK_FILE
 
 BEAT = 5.0
 """Seconds between two signs of life."""
@@ -32,10 +32,10 @@ Part = tuple[int, int]
 """(i, n): the i-th of n parts of a build, from 1."""
 
 
-class Lease:
+class Lock:
     """The right to write into the set `folder`, as a context manager; `part` shares it with the other parts of a job array.
 
-    Raises ShardError naming the holder if a live one is in the way. `check` raises it if the lease was lost.
+    Raises ShardError naming the holder if a live one is in the way. `check` raises it if the lock was lost.
     """
 
     def __init__(self, folder: Path, part: Part | None = None) -> None:
@@ -45,7 +45,7 @@ class Lease:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def __enter__(self) -> "Lease":
+    def __enter__(self) -> "Lock":
         self._take()
         try:
             for other in self._others():
@@ -89,29 +89,29 @@ class Lease:
             raise
 
     def _set_aside(self, dead: dict[str, Any]) -> None:
-        """Remove a dead holder's lease. Renamed first: of two that take over, one finds it gone and starts again."""
+        """Remove a dead holder's lock. Renamed first: of two that take over, one finds it gone and starts again."""
         aside = temporary_name(self.path)
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
         try:
-            if _holder(_content(aside)) != _holder(dead):  # a third was quicker: this is its fresh lease
+            if _holder(_content(aside)) != _holder(dead):  # a third was quicker: this is its fresh lock
                 os.link(aside, self.path)
         except OSError:
-            pass  # the third finds its lease gone, and stops
+            pass  # the third finds its lock gone, and stops
         finally:
             aside.unlink(missing_ok=True)
 
     def _others(self) -> Iterator[Path]:
-        """Leases that exclude this one: every other, but for parts of the same division."""
+        """Locks that exclude this one: every other, but for parts of the same division."""
         for path in sorted(self.folder.glob("lease*.json")):
             same = self.part and path.name.endswith(f"-of-{self.part[1]}.json")
-            if WORKING.fullmatch(path.name) and path != self.path and not same:
+            if LOCK_FILE.fullmatch(path.name) and path != self.path and not same:
                 yield path
 
     def _refuse_if_alive(self, path: Path) -> dict[str, Any]:
-        """What the lease of a dead holder says; raises ShardError for a living one."""
+        """What the lock of a dead holder says; raises ShardError for a living one."""
         holder = _content(path)
         alive = _alive_here(holder)
         if alive is None:
@@ -151,13 +151,13 @@ class Lease:
 
 
 @contextmanager
-def leased(folder: Path, part: Part | None = None) -> Iterator[Lease]:
-    """The folder of a set, made if need be and held by a lease; gone again if nothing came of it."""
+def locked(folder: Path, part: Part | None = None) -> Iterator[Lock]:
+    """The folder of a set, made if need be and held by a lock; gone again if nothing came of it."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Lease(folder, part) as lease:
-            yield lease
+        with Lock(folder, part) as lock:
+            yield lock
     finally:
         if new and not any(folder.iterdir()):
             folder.rmdir()
@@ -184,7 +184,7 @@ def _machine() -> str:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a lease says; nothing if it is gone or was never written."""
+    """What a lock says; nothing if it is gone or was never written."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -217,7 +217,7 @@ def _alive_here(holder: dict[str, Any]) -> bool | None:
 
 
 def _beats(path: Path) -> bool:
-    """Watch a lease until it changes (True), is gone, or has been still for long (False)."""
+    """Watch a lock until it changes (True), is gone, or has been still for long (False)."""
     before, start = _content(path), time.monotonic()
     print(f"{path} is from another machine; waiting {WATCH:.0f} s for a sign of life", file=sys.stderr)
     while time.monotonic() - start < WATCH:

@@ -26,7 +26,7 @@ class ShardManifest:
     rows: list[int]
     """Rows held, ascending, in the order of the tar."""
     crc32: list[int]
-    """Of each row's image bytes."""
+    """Checksum of each row's image bytes."""
     sizes: list[list[int]]
     """[height, width] of each row's source image as it was decoded, px."""
     quarantined: dict[str, str]

@@ -13,7 +13,7 @@ SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
 
 
 NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
-"""Files of a set beside SHA256SUMS, relative to it."""
+"""Files of a set other than SHA256SUMS, relative to it."""
 
 
 def shard_name(scale: int, shard: int, suffix: str) -> str:
@@ -21,15 +21,24 @@ def shard_name(scale: int, shard: int, suffix: str) -> str:
     return f"{scale}/{shard:06d}.{suffix}"
 
 
+def shard_files(scale: int, shard: int) -> list[str]:
+    """A shard's tar, index and manifest, relative to the set, in the order in which they are written.
+
+    The manifest comes last: its presence means that the shard is whole.
+    """
+    return [shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
+
+
 def shard_path(folder: Path, scale: int, shard: int, suffix: str) -> Path:
     return Path(folder) / shard_name(scale, shard, suffix)
 
 
-PLAN = ("set.json", "rows.parquet", "quarantine.csv")
+SET_FILES = ("rows.parquet", "quarantine.csv", "set.json")
+"""Files that describe the whole set, in the order in which they are copied: set.json says that the others are there."""
 
 
-WORKING = re.compile(r"lease(-\d+-of-\d+)?\.json")
-"""There only while somebody writes into the set; see `lease`."""
+LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.json")
+"""There only while somebody writes into the set; see `lock`."""
 
 
 WORKSHOP = "repair.tmp"
@@ -60,19 +69,19 @@ def is_temporary(path: Path) -> bool:
 
 
 def is_foreign(path: Path) -> bool:
-    """Is this no file that a build killed before its plan was whole may have left in the folder of its set?"""
-    ours = is_temporary(path) or WORKING.fullmatch(path.name) or path.name == "rows.parquet"
+    """Is this something that no build could have left in the folder of its set before it wrote set.json?"""
+    ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name) or path.name == "rows.parquet"
     return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
 
 def files_in(folder: Path) -> list[str]:
-    """Whatever is in the folder of a set and in the folders there, but sums and leases; sorted, relative to it.
+    """Whatever is in the folder of a set and in the folders there, except sums and locks; sorted, relative to it.
 
     An empty folder ends with a slash. Raises OSError for a folder that cannot be read.
     """
     names: list[str] = []
     for name in os.listdir(folder):
-        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or WORKING.fullmatch(name):
+        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or LOCK_FILE.fullmatch(name):
             continue
         if (folder / name).is_dir():
             names += [f"{name}/{inner}" for inner in os.listdir(folder / name)] or [f"{name}/"]

@@ -1,4 +1,4 @@
-"""What the pixels of a set depend on beside the images themselves."""
+"""The recipe of a set's images: codec, size, grey."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ QUALITY = 95
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe:
-    """All that the pixels of a set depend on beside the images themselves."""
+    """All that the pixels of a set depend on except the images themselves."""
 
     seed: int = 0
-    """Of the permutation of rows and of the splits."""
+    """Seed of the permutation of rows and of the splits."""
     codec: str = "jpeg"
-    """How pixels lie in the tars: `jpeg`, or `raw`, uncompressed; see `shards.codec`."""
+    """How pixels lie in the tars: `jpeg`, or `raw`, uncompressed; see `format.codec`."""
     quality: int | None = None
-    """Of JPEG, 1 to 100; None becomes 95. Raw pixels have none: there it stays None, so that no two raw sets differ by it."""
+    """Quality of the JPEGs, 1 to 100; None becomes 95. Raw pixels have none: there it stays None, so that no two raw sets differ by it."""
     resize: str = "squash"
     """`squash`: both sides become the scale, whatever the aspect (the study); `pad`: centred on a black square."""
     grey: str = "none"

@@ -1,4 +1,4 @@
-"""The rows table: one line an image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
+"""The rows table: one line per image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "study_id": pa.string(),
     "patient_id": pa.string(),
     "path": pa.string(),  # relative to the source tree
-    "bytes": pa.int64(),  # of the source file when planned; -1 where it was missing
+    "bytes": pa.int64(),  # of the source file when the set was laid out; -1 where it was missing
     "view": pa.string(),  # null where unknown
     "height": pa.int32(),  # px, as the source's tables say; 0 where they do not
     "width": pa.int32(),
@@ -27,10 +27,10 @@ COLUMNS: dict[str, pa.DataType] = {
     "fold": pa.int8(),
     "block": pa.int8(),
 }
-"""The fixed columns; behind them one float32 column a label with the raw value 1, 0, -1 or null, then the references."""
+"""The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
 
 REFERENCE = "radiologist/"
-"""How columns begin that hold a reference standard: raw labels too, carried beside the labels and never trained on."""
+"""How columns begin that hold a reference standard: raw labels too, carried alongside the labels and never trained on."""
 
 COPY = b"set.json"
 """Key of the copy of set.json in the file's metadata."""
@@ -89,9 +89,7 @@ def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
     except FileNotFoundError:
-        raise ShardError(
-            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
-        ) from None
+        raise ShardError(f"{path} is missing: {path.parent} is not a finished set; run `cxrfast shard` again") from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     absent = [c for c in COLUMNS if c not in rows.columns]

@@ -18,7 +18,7 @@ AHEAD = 16 * 2**20
 """Bytes after which the system is asked to begin writing them to the disk, so that `close` waits for few."""
 
 LINE = re.compile(rf"({'|'.join(SUFFIX.values())}) ([0-9]+) ([0-9]+) ([0-9]+)\.\1 json [0-9]+ [0-9]+ \4\.json")
-"""Of an index: suffix, offset, bytes and name of a row's image, then of the JSON beside it."""
+"""Line of an index: suffix, offset, bytes and name of a row's image, then of its JSON."""
 
 
 class TarWriter:
@@ -87,7 +87,7 @@ class Contents:
     """What a tar itself tells of its samples."""
 
     index: bytes
-    """Of its .idx file."""
+    """Content of its .idx file."""
     rows: list[int]
     places: list[tuple[int, int, int]]
     """Row, offset and bytes of each image, as `read_index` gives them."""

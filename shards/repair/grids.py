@@ -17,31 +17,32 @@ from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
 from cxrfast.shards.format.checksums import read_sums, sums_bytes
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.manifest import read_manifest, read_manifests
-from cxrfast.shards.format.names import shard_name, shard_path
+from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.grid import SIDE, grid, pack
+from cxrfast.shards.shard_set import ShardSet
 
 
-def add_grids(folder: Path, codec: str, workers: int, quiet: bool = False) -> tuple[dict[int, int], dict[str, str]]:
+def add_grids(shards: ShardSet, workers: int, quiet: bool = False) -> tuple[dict[int, int], dict[str, str]]:
     """Give the manifests of a whole set the grids that they lack.
 
     Returns the number of manifests that got theirs at each scale, and {manifest's name: why it did not}.
     """
-    without = [(m.scale, m.shard, len(m.rows)) for m in read_manifests(folder) if m.lacks_grids]
+    without = [(m.scale, m.shard, len(m.rows)) for m in shards.manifests() if m.lacks_grids]
     added: dict[int, int] = {}
     failed: dict[str, str] = {}
     if not without:
         return added, failed
+    folder = shards.folder
     sums = read_sums(folder)
     with progress("taking grids", sum(rows for *_, rows in without), quiet=quiet) as advance:
         for scale, shard, _ in without:
-            name, m = shard_name(scale, shard, "json"), read_manifest(folder, scale, shard)
+            name, m = shard_name(scale, shard, "json"), shards.manifest(scale, shard)
             assert m is not None  # it was there a moment ago
             places = read_index(folder, scale, shard)
             try:
-                grids = take_grids(shard_path(folder, scale, shard, "tar"), places, codec, workers, advance)
+                grids = take_grids(shards.path(scale, shard), places, shards.info.codec, workers, advance)
             except ShardError as error:
                 failed[name] = str(error)
                 continue

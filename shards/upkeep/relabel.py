@@ -15,7 +15,7 @@ from cxrfast.files import sha256, sync_folder, write_bytes
 from cxrfast.progress import progress
 from cxrfast.shards.format.checksums import read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, read_set
-from cxrfast.shards.format.lock import Lease
+from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import RELABELLING, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.label_table import LabelTable, read_label_table
@@ -104,7 +104,7 @@ def relabel(
         unmatched = Path(unmatched)
         _check_target(unmatched, folder)
     read = read_label_table(str(table), labels, key, info.labels)
-    with Lease(folder), progress("relabelling", info.images, quiet=quiet) as advance:
+    with Lock(folder), progress("relabelling", info.images, quiet=quiet) as advance:
         result = _replace_labels(folder, read, unmatched)
         advance(info.images)
     return result

@@ -1,39 +1,38 @@
 """Copy a shard set, or some of its scales, between local folders and object stores.
 
-In: a finished set and the place where it shall be. Out: the same bytes there, hashed on their way, and a SHA256SUMS of
+In: a finished set and where its copy shall be. Out: the same bytes there, hashed on their way, and a SHA256SUMS of
 what is there, written last. A copy that was killed is finished by the same call. Never written to: the source.
 """
 
-import hashlib
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from cxrfast.errors import ShardError, is_disk_full
+from cxrfast.errors import ShardError
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
-from cxrfast.shards.format.lock import leased
-from cxrfast.shards.format.names import WORKING, check_labels_settled, is_temporary
-from cxrfast.shards.place import CHUNK, Place
-from cxrfast.shards.storage import as_oserror
+from cxrfast.shards.format.lock import locked
+from cxrfast.shards.format.names import (
+    LOCK_FILE,
+    SET_FILES,
+    check_labels_settled,
+    is_temporary,
+    shard_files,
+    shard_name,
+)
+from cxrfast.shards.storage import SetStorage
+from cxrfast.shards.upkeep.transfer import Transfer
 from cxrfast.units import size
 
-PLAN = ("rows.parquet", "quarantine.csv", "set.json")
-"""In the order in which they are written: set.json says that the plan is whole."""
-
-WAITS = (0.5, 2.0)
-"""Seconds before a file that could not be copied is tried again."""
-
 CONNECTIONS = 8
-"""Files under way at once, at least, where one of the two places is remote: most of that time is waiting."""
+"""Files under way at once, at least, where one of the two ends is remote: most of that time is waiting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +54,15 @@ class Cargo:
 
     info: SetInfo
     scales: list[int]
-    units: list[list[str]]
-    """Files that belong together, each list in the order in which it is written: tar, index, manifest of a shard."""
+    shards: list[list[str]]
+    """Files of each shard in the order in which they are written: tar, index, manifest."""
     digests: dict[str, str]
-    """Of all files of the source, other scales included."""
+    """sha256 of all files of the source, other scales included."""
     sizes: dict[str, int]
 
     @property
     def names(self) -> list[str]:
-        return [*PLAN, *(name for unit in self.units for name in unit)]
-
-
-class _Damaged(ShardError):
-    """A file of the source is not what its SHA256SUMS says."""
-
-
-class _Stopped(ShardError):
-    """Another thread failed."""
+        return [*SET_FILES, *(name for shard in self.shards for name in shard)]
 
 
 def stage(
@@ -89,7 +80,7 @@ def stage(
     earlier stay. `workers` files are copied at once. Raises ShardError, with whole files kept.
     """
     start = time.monotonic()
-    origin, target = Place(source), Place(to)
+    origin, target = SetStorage(source), SetStorage(to)
     if origin.overlaps(target):
         raise ShardError(f"{origin} and {target} are the same place, or one is inside the other: choose another TO")
     cargo = read_cargo(origin, scales)
@@ -100,8 +91,8 @@ def stage(
         there = target.sizes()
         known = {**_earlier_sums(target, there), **cargo.digests}
         _check_other_scales(pool, target, cargo, there)
-        lacking = _lacking(pool, target, cargo, there, quiet)
-        names = [name for unit in lacking for name in unit]
+        set_files, shards = _find_lacking(pool, target, cargo, there, quiet)
+        names = [*set_files, *(name for shard in shards for name in shard)]
         total = sum(cargo.sizes[name] for name in names)
         _check_room(target, total)
         if names:
@@ -109,7 +100,8 @@ def stage(
                 target.remove("SHA256SUMS")  # from here on the set is known to be unfinished
             target.make_folders(sorted({name.partition("/")[0] for name in names if "/" in name}))
             with progress("staging", round(total / 1e6), unit="MB", quiet=quiet) as advance:
-                _copy_all(pool, origin, target, cargo, lacking, there, megabytes(advance))
+                transfer = Transfer(origin, target, cargo.digests, megabytes(advance))
+                _refuse_damaged(origin, transfer.copy(pool, set_files, shards, there))
         _write_sums(pool, target, cargo, known)
     return Staged(
         scales=cargo.scales,
@@ -123,21 +115,20 @@ def stage(
 # What shall be copied
 
 
-def read_cargo(origin: Place, scales: list[int] | None) -> Cargo:
+def read_cargo(origin: SetStorage, scales: list[int] | None) -> Cargo:
     """The files of a finished set at `scales`. Raises ShardError if there is none, or not these scales, or files lack."""
     sizes = origin.sizes()
     if "set.json" not in sizes:
         raise ShardError(f"{origin} is not a shard set (no set.json): give the folder that `cxrfast shard --out` wrote")
     digests = _sums(origin, sizes)
     info = parse_set(origin.read("set.json"), f"{origin}/set.json")
-    shards = sorted((int(scale), stem) for scale, stem in _shards(digests))
+    shards = sorted(_shards(digests))
     held = sorted({scale for scale, _ in shards})
     chosen = held if scales is None else sorted(set(scales))
     if unknown := sorted(set(chosen) - set(held)):
         raise ShardError(f"{origin} has no {_px(unknown)}: it holds {_px(held) if held else 'no scale'}")
-    suffixes = ("tar", "idx", "json")  # the manifest last: its presence means that the shard is whole
-    units = [[f"{scale}/{stem}.{suffix}" for suffix in suffixes] for scale, stem in shards if scale in chosen]
-    cargo = Cargo(info=info, scales=chosen, units=units, digests=digests, sizes=sizes)
+    files = [shard_files(scale, shard) for scale, shard in shards if scale in chosen]
+    cargo = Cargo(info=info, scales=chosen, shards=files, digests=digests, sizes=sizes)
     if missing := [name for name in cargo.names if name not in sizes or name not in digests]:
         raise ShardError(
             f"{origin} is damaged: it lacks {_few(missing)}; see `cxrfast verify`, and restore what is missing"
@@ -145,7 +136,7 @@ def read_cargo(origin: Place, scales: list[int] | None) -> Cargo:
     return cargo
 
 
-def _sums(origin: Place, sizes: dict[str, int]) -> dict[str, str]:
+def _sums(origin: SetStorage, sizes: dict[str, int]) -> dict[str, str]:
     """SHA256SUMS of the source. Raises ShardError if there is none, or a damaged one."""
     if origin.is_local:
         return read_sums(Path(origin.root))
@@ -157,10 +148,10 @@ def _sums(origin: Place, sizes: dict[str, int]) -> dict[str, str]:
     return sums
 
 
-def _shards(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(scale, stem) of the shards that have their manifest."""
+def _shards(names: Iterable[str]) -> list[tuple[int, int]]:
+    """Scale and number of the shards that have their manifest."""
     manifests = (PurePosixPath(name) for name in names if "/" in name and name.endswith(".json"))
-    return [(path.parent.name, path.stem) for path in manifests]
+    return [(int(path.parent.name), int(path.stem)) for path in manifests]
 
 
 def _px(scales: list[int]) -> str:
@@ -174,7 +165,7 @@ def _few(names: list[str]) -> str:
 # What is there already
 
 
-def _check_target(target: Place, info: SetInfo) -> None:
+def _check_target(target: SetStorage, info: SetInfo) -> None:
     """Raises ShardError, with nothing touched, if there is anything but the same set, parts of it or nothing."""
     names = target.names()
     if target.is_local:
@@ -183,26 +174,28 @@ def _check_target(target: Place, info: SetInfo) -> None:
         held = parse_set(target.read("set.json"), f"{target}/set.json")
         if held.id != info.id:
             raise ShardError(f"{target} holds another set ({held.id}, not {info.id}): choose another TO")
-    elif any(name not in PLAN and not is_temporary(Path(name)) and not WORKING.fullmatch(name) for name in names):
+    elif any(
+        name not in SET_FILES and not is_temporary(Path(name)) and not LOCK_FILE.fullmatch(name) for name in names
+    ):
         raise ShardError(f"{target} is not empty and not a shard set: choose another TO")
 
 
 @contextmanager
-def _held(target: Place) -> Iterator[None]:
+def _held(target: SetStorage) -> Iterator[None]:
     """The destination, if it is a local folder, made if need be and free of others that write into it and of what
-    killed ones left; gone again if nothing came of it. Two that write to the same remote place write the same bytes."""
+    killed ones left; gone again if nothing came of it. Two that write to the same URL write the same bytes."""
     if not target.is_local:
         yield
         return
     folder = Path(target.root)
-    with leased(folder):
+    with locked(folder):
         for path in (*folder.glob("*"), *folder.glob("[0-9]*/*")):
             if is_temporary(path):
                 path.unlink(missing_ok=True)
         yield
 
 
-def _earlier_sums(target: Place, there: dict[str, int]) -> dict[str, str]:
+def _earlier_sums(target: SetStorage, there: dict[str, int]) -> dict[str, str]:
     """What SHA256SUMS at the destination says; nothing if it cannot be relied on."""
     if "SHA256SUMS" not in there:
         return {}
@@ -210,13 +203,13 @@ def _earlier_sums(target: Place, there: dict[str, int]) -> dict[str, str]:
     return {} if wrong else sums
 
 
-def _check_other_scales(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int]) -> None:
+def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]) -> None:
     """Raises ShardError if scales that were not asked for are at the destination in an earlier state of the set."""
     asked = set(cargo.names)
     others = [
         name
-        for scale, stem in _shards(there)
-        if (name := f"{scale}/{stem}.json") in cargo.digests and name not in asked
+        for scale, shard in _shards(there)
+        if (name := shard_name(scale, shard, "json")) in cargo.digests and name not in asked
     ]
     hashes = pool.map(target.sha256, others)
     pairs = zip(others, hashes, strict=True)
@@ -228,138 +221,62 @@ def _check_other_scales(pool: Executor, target: Place, cargo: Cargo, there: dict
         )
 
 
-def _lacking(pool: Executor, target: Place, cargo: Cargo, there: dict[str, int], quiet: bool) -> list[list[str]]:
-    """For each unit, the plan first, the files to copy; units that are there are left out."""
-    units = [list(PLAN), *cargo.units]
-    read = [name for name in cargo.names if there.get(name) == cargo.sizes[name]]
-    if not target.is_local:
-        read = [name for name in read if not name.endswith((".tar", ".idx"))]
-    total = sum(cargo.sizes[name] for name in read)
+def _find_lacking(
+    pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int], quiet: bool
+) -> tuple[list[str], list[list[str]]]:
+    """The files to copy: those of the set itself, then those of each shard, which end with its manifest.
+
+    Hashes are compared where that takes no download of tars: of all files in a local folder, elsewhere of tables and
+    manifests. There the right size is enough for a tar and an index whose manifest is right: it was written after them.
+    """
+    same_size = {name for name in cargo.names if there.get(name) == cargo.sizes[name]}
+    hashed = [name for name in same_size if target.is_local or not name.endswith((".tar", ".idx"))]
+    total = sum(cargo.sizes[name] for name in hashed)
     with progress("comparing", round(total / 1e6), unit="MB", quiet=quiet or total < 1e6) as advance:
         count = megabytes(advance)
 
-        def is_right(name: str) -> bool:
-            if there.get(name) != cargo.sizes[name]:
+        def is_same(name: str) -> bool:
+            if name not in same_size:
                 return False
             count(cargo.sizes[name])
             return target.sha256(name) == cargo.digests[name]
 
-        def missing(unit: list[str]) -> list[str]:
-            *first, last = unit
-            whole = is_right(last)
-            if target.is_local or last in PLAN:
-                rest = [name for name in first if not is_right(name)]
-            elif whole:  # it was written after the others of its shard
-                rest = [name for name in first if there.get(name) != cargo.sizes[name]]
+        def lacking(shard: list[str]) -> list[str]:
+            *data, manifest = shard
+            is_whole = is_same(manifest)
+            if target.is_local:
+                wrong = [name for name in data if not is_same(name)]
             else:
-                rest = first
-            if last in PLAN:
-                return rest if whole else [*rest, last]
-            return [*rest, last] if rest or not whole else []
+                wrong = [name for name in data if not is_whole or name not in same_size]
+            return [*wrong, manifest] if wrong or not is_whole else []
 
-        return [names for names in pool.map(missing, units) if names]
+        set_files = [name for name in SET_FILES if not is_same(name)]
+        return set_files, [names for names in pool.map(lacking, cargo.shards) if names]
 
 
-def _check_room(target: Place, needed: int) -> None:
+def _check_room(target: SetStorage, needed: int) -> None:
     if target.is_local and needed > (free := shutil.disk_usage(target.root).free):
         raise ShardError(
             f"{target} needs {size(needed)} more and {size(free)} are free: make room, or stage fewer scales"
         )
 
 
-# Copying
+# The end
 
 
-def _copy_all(
-    pool: Executor,
-    origin: Place,
-    target: Place,
-    cargo: Cargo,
-    lacking: list[list[str]],
-    there: dict[str, int],
-    count: Callable[[int], None],
-) -> None:
-    """Copy the plan, then the shards in any order; a damaged one is named at the end, and the others are copied."""
-    stop = threading.Event()
-
-    def copy_unit(unit: list[str]) -> str | None:
-        """The name of a damaged file, where copying the unit ended."""
-        if unit[0] not in PLAN and unit[-1] in there:
-            target.remove(unit[-1])  # a manifest means that its shard is whole, which it is not for a while
-        try:
-            for name in unit:
-                _copy(origin, target, name, cargo.digests[name], stop, count)
-        except _Damaged:
-            return name
-        return None
-
-    plan = [unit for unit in lacking if unit[0] in PLAN]
-    damaged = [name for unit in plan if (name := copy_unit(unit))]
-    if not damaged:
-        futures = [pool.submit(copy_unit, unit) for unit in lacking if unit not in plan]
-        try:
-            damaged = [name for future in as_completed(futures) if (name := future.result())]
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise
-    if damaged:
+def _refuse_damaged(origin: SetStorage, names: list[str]) -> None:
+    if names:
         raise ShardError(
-            f"{origin} is damaged, or was changed meanwhile: {_few(sorted(damaged))} not as its SHA256SUMS says; not "
+            f"{origin} is damaged, or was changed meanwhile: {_few(sorted(names))} not as its SHA256SUMS says; not "
             f"copied. Run `cxrfast verify` on it, restore what it names, then run the same command again"
         )
 
 
-def _copy(
-    origin: Place, target: Place, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
-) -> None:
-    """Copy one file, in three tries if need be. Raises _Damaged if the bytes read are not those of `digest`."""
-    for wait in (*WAITS, None):
-        try:
-            with as_oserror(name):
-                return _copy_once(origin, target, name, digest, stop, count)
-        except OSError as error:
-            if is_disk_full(error):
-                raise ShardError(
-                    f"no space or quota left in {target}: what was copied is kept; make room and run the same command again"
-                ) from error
-            if wait is None or isinstance(error, PermissionError):
-                raise ShardError(
-                    f"{name} could not be copied from {origin} to {target} ({error.strerror or error}): "
-                    "what was copied is kept; mend it and run the same command again"
-                ) from error
-        stop.wait(wait)
-
-
-def _copy_once(
-    origin: Place, target: Place, name: str, digest: str, stop: threading.Event, count: Callable[[int], None]
-) -> None:
-    hashed, done = hashlib.sha256(), 0
-    try:
-        with origin.open(name) as file, target.writing(name) as copy:
-            while chunk := file.read(CHUNK):
-                if stop.is_set():
-                    raise _Stopped
-                hashed.update(chunk)
-                copy.write(chunk)
-                done += len(chunk)
-                count(len(chunk))
-            if hashed.hexdigest() != digest:
-                raise _Damaged(name)  # inside: so that the copy is given up
-    except BaseException:
-        count(-done)
-        raise
-
-
-# The end
-
-
-def _write_sums(pool: Executor, target: Place, cargo: Cargo, known: dict[str, str]) -> None:
+def _write_sums(pool: Executor, target: SetStorage, cargo: Cargo, known: dict[str, str]) -> None:
     """SHA256SUMS of what is there now: what was staged, and whole shards that came earlier."""
     there = target.sizes()
-    shards = {f"{scale}/{stem}" for scale, stem in _shards(there)}
-    names = list({*cargo.names, *(name for name in there if name.rpartition(".")[0] in shards)})
+    whole = (name for scale, shard in _shards(there) for name in shard_files(scale, shard) if name in there)
+    names = list({*cargo.names, *whole})
 
     def digest(name: str) -> str:
         if name in known:

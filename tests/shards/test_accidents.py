@@ -13,15 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builds import build
 from damage import contents, copy_set, flip_bit, replace_image, sign, where
 
 from cxrfast.errors import LoadError, ShardError
-from cxrfast.phantoms.dataset import synth
 from cxrfast.pipelines.dali import DaliEngine
 from cxrfast.pipelines.order import Work
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.build import build as build_set
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import ImageRecipe
@@ -29,10 +28,6 @@ from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.upkeep.verify import verify
-
-
-def build(data, out, scales, **options):
-    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
 
 
 @pytest.fixture
@@ -47,7 +42,7 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("left", [[], ["rows.parquet.1.tmp"]])
-def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
+def test_a_build_killed_before_it_wrote_set_json_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
     out = tmp_path / "set"
     for scale in ("32", "64"):
         (out / scale).mkdir(parents=True)
@@ -58,7 +53,7 @@ def test_a_build_killed_before_its_plan_was_whole_is_finished_by_the_same_comman
 
 
 @pytest.mark.parametrize("left", ["SHA256SUMS.1.tmp", "quarantine.csv.1.tmp", "set.json.1.tmp", "rows.parquet.1.tmp"])
-def test_what_a_killed_build_left_beside_the_plan_is_cleared_away(phantoms, tiny_set, folder, left):
+def test_what_a_killed_build_left_next_to_set_json_is_cleared_away(phantoms, tiny_set, folder, left):
     (folder / left).write_bytes(b"half")
     shard_path(folder, 64, 1, "json").unlink()
     build(phantoms, folder, [32, 64])
@@ -75,7 +70,7 @@ def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tre
     """The estimate is misled on purpose: the images that it samples are flat, the others noise."""
     source = read_source("mimic", tree)
     rng = np.random.default_rng(0)
-    for row, path in enumerate(plan_rows(source.images, source.labels, 0)["path"]):
+    for row, path in enumerate(assign_rows(source.images, source.labels, 0)["path"]):
         flat = np.full((128, 128), 90, np.uint8)
         (tree / path).write_bytes(encode(flat if row % 12 == 0 else rng.integers(0, 256, (128, 128), np.uint8), 95))
     disk = tmp_path / "disk"
@@ -93,38 +88,6 @@ def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tre
         assert contents(disk / "set") == contents(tmp_path / "undisturbed")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-RETRY = """
-import os, signal, sys
-from pathlib import Path
-from cxrfast.shards import build
-if __name__ == "__main__":
-    step, data, out = sys.argv[1:]
-    real = getattr(build, step)
-    def killed(*arguments, **options):
-        os.kill(os.getpid(), signal.SIGKILL)
-    setattr(build, step, killed)
-    build.build(Path(data), Path(out), [32], workers=1, quiet=True, retry_quarantined=True)
-"""
-
-
-@pytest.mark.parametrize("step", ["write_rows", "find_todo", "_run", "_finish"])
-def test_a_retry_that_was_killed_is_finished_by_the_same_command(tmp_path, step):
-    for name, corrupt in (("corrupt", 6), ("sound", 0)):
-        synth(tmp_path / name, images=70, size=64, corrupt=corrupt, workers=1)
-    out = tmp_path / "set"
-    build(tmp_path / "corrupt", out, [32])
-    (tmp_path / "script.py").write_text(RETRY)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", step, tmp_path / "sound", out],
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    assert done.returncode == -9
-    build(tmp_path / "sound", out, [32], retry_quarantined=True)
-    build(tmp_path / "sound", tmp_path / "undisturbed", [32])
-    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_path, tiny_set):
@@ -240,18 +203,6 @@ def test_an_image_of_another_size_names_its_row(folder, rows):
         list(DaliEngine(reader, 64, torch.device("cpu"), 2).batches(work))
 
 
-def test_retrying_with_another_tree_changes_nothing(tmp_path):
-    tree, out = tmp_path / "mimic", tmp_path / "set"
-    synth(tree, images=70, size=64, corrupt=2, workers=1)
-    build(tree, out, [32])
-    before = contents(out)
-    shutil.copytree(tree, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
-    (tmp_path / "empty" / "files").mkdir(exist_ok=True)
-    with pytest.raises(ShardError, match="give --data the tree that the set was made of"):
-        build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
-    assert contents(out) == before
-
-
 def test_files_of_other_people_are_neither_removed_nor_taken_for_ours(phantoms, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "notes.tmp").write_text("mine")
@@ -273,7 +224,7 @@ def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_p
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "set.json", "SHA256SUMS"])
-def test_a_damaged_plan_stops_a_build_instead_of_being_signed(phantoms, folder, name):
+def test_a_damaged_file_of_the_set_itself_stops_a_build_instead_of_being_signed(phantoms, folder, name):
     mask = 0x80 if name == "SHA256SUMS" else 1  # not one hash into another, which is for `verify` to find
     flip_bit(folder / name, (folder / name).stat().st_size // 2, mask)
     before = contents(folder)
@@ -312,42 +263,7 @@ def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantom
     assert verify(folder, quiet=True).rows == {16: 150, 32: 150, 64: 150}
 
 
-@pytest.fixture
-def left_out(tmp_path: Path) -> tuple[Path, Path]:
-    """A tree of 130 images, whose set at 16 and 32 px lacks one that could not be used, and can be now."""
-    tree, out = tmp_path / "left-out", tmp_path / "left-out-set"
-    synth(tree, images=130, size=64, workers=1)
-    source = read_source("mimic", tree)
-    path = tree / plan_rows(source.images, source.labels, 0)["path"][5]
-    data = path.read_bytes()
-    path.write_bytes(b"no image")
-    build(tree, out, [16, 32])
-    path.write_bytes(data)
-    return tree, out
-
-
-def test_a_retry_never_loses_a_row_that_was_fine(left_out):
-    tree, out = left_out
-    path = tree / read_rows(out / "rows.parquet")["path"][6]
-    data = path.read_bytes()
-    path.write_bytes(bytes(len(data)))
-    with pytest.raises(ShardError, match="was fine at other scales and is not an image now"):
-        build(tree, out, [32], retry_quarantined=True)
-    assert 6 in read_manifest(out, 32, 0).rows, "the old shard is still there"
-    path.write_bytes(data)
-    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
-
-
-def test_a_retry_touches_the_shards_within_its_limit_and_the_scales_they_have(left_out, tmp_path):
-    tree, out = left_out
-    shutil.rmtree(out / "16")
-    build(tree, out, [16], limit=1)
-    assert build(tree, out, [32], retry_quarantined=True).quarantined == {}
-    assert [n for n in range(3) if read_manifest(out, 16, n)] == [0]
-    assert read_manifest(out, 16, 0).rows == read_manifest(out, 32, 0).rows == list(range(64))
-
-
-def test_other_labels_than_the_set_was_planned_with_are_refused(real_tree, tmp_path):
+def test_other_labels_than_the_set_was_laid_out_with_are_refused(real_tree, tmp_path):
     build(real_tree, tmp_path / "set", [16], limit=1)
     with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
         build(real_tree, tmp_path / "set", [16], source_options={"labels": "negbio"})

@@ -1,25 +1,17 @@
 import csv
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from builds import build, many
 from damage import contents, image_bytes
 
 from cxrfast.errors import ShardError
-from cxrfast.labels import MIMIC
 from cxrfast.phantoms.dataset import synth
-from cxrfast.shards.build import Report, describe
-from cxrfast.shards.build import build as build_set
+from cxrfast.shards.building.report import Report
 from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifest
@@ -29,16 +21,12 @@ from cxrfast.shards.images.decode import at_scales, decode_grey, encode
 from cxrfast.shards.upkeep.verify import verify
 
 
-def build(data: Path, out: Path, scales: list[int], **options) -> Report:
-    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
-
-
 def tars(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
 
 
 def paths(folder: Path) -> list[str]:
-    """Of the source images, by row."""
+    """Paths of the source images, by row."""
     return read_rows(folder / "rows.parquet")["path"].tolist()
 
 
@@ -76,7 +64,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the sound tree, at 32 px."""
+    """The set of the sound tree, at 32 px."""
     out = tmp_path_factory.mktemp("sound-set") / "set"
     build(sound, out, [32])
     return out
@@ -84,7 +72,7 @@ def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """Of the damaged tree, at 32 px."""
+    """The set of the damaged tree, at 32 px."""
     out = tmp_path_factory.mktemp("corrupt-set") / "set"
     return out, build(corrupt, out, [32])
 
@@ -149,7 +137,7 @@ def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, either_set,
     for scale in (32, 64):
         size = sum(path.stat().st_size for path in (either_set / str(scale)).iterdir())
         assert 0.7 < report.estimate.bytes[scale] / size < 1.4
-    assert "to do at 64 px: 150 rows" in describe(report, tmp_path / "set")
+    assert "to do at 64 px: 150 rows" in "\n".join(report.lines(tmp_path / "set"))
 
 
 def test_uncompressed_images_are_estimated_as_large_as_their_pixels(phantoms, tmp_path):
@@ -157,112 +145,6 @@ def test_uncompressed_images_are_estimated_as_large_as_their_pixels(phantoms, tm
         phantoms, tmp_path / "set", [256, 2048], dry_run=True, recipe=ImageRecipe(codec="raw")
     ).estimate.bytes
     assert needed == {scale: pytest.approx(150 * scale**2, rel=0.05) for scale in (256, 2048)}
-
-
-# Killed
-
-
-def many(tree: Path, n: int, images: list[Path]) -> Path:
-    """A tree of `n` images that are links to a few, each of a patient of its own: many shards for little work."""
-    (tree / "files").mkdir(parents=True)
-    lines = {
-        "chexpert": [",".join(["subject_id", "study_id", *MIMIC])],
-        "metadata": ["dicom_id,subject_id,study_id,ViewPosition,Rows,Columns"],
-        "split": ["dicom_id,split"],
-    }
-    for i in range(n):
-        subject, study = 10_000_000 + i, 50_000_000 + i
-        path = tree / f"files/p10/p{subject}/s{study}/image-{i}.jpg"
-        path.parent.mkdir(parents=True)
-        path.hardlink_to(images[i % len(images)])
-        lines["chexpert"].append(f"{subject},{study},1.0" + "," * (len(MIMIC) - 1))
-        lines["metadata"].append(f"image-{i},{subject},{study},AP,128,105")
-        lines["split"].append(f"image-{i},train")
-    for kind, text in lines.items():
-        (tree / f"mimic-cxr-2.0.0-{kind}.csv").write_text("\n".join(text) + "\n")
-    return tree
-
-
-def shard_command(data: Path, out: Path, scales: list[int], *options: str) -> list[str]:
-    asked = [word for scale in scales for word in ("--scale", str(scale))]
-    command = [sys.executable, "-m", "cxrfast", "shard", "--data", str(data), "--out", str(out), *asked]
-    return [*command, "--workers", "2", *options]
-
-
-def environment(mark: str) -> dict[str, str]:
-    return {**os.environ, "CXRFAST_TEST": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
-
-
-def kill_when(command: list[str], ready: Callable[[], bool], mark: str) -> bool:
-    """Start the command and SIGKILL its process, and only that, as soon as `ready`. False if it ended before."""
-    with subprocess.Popen(
-        command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as child:
-        while child.poll() is None and not ready():
-            time.sleep(0.001)
-        child.kill()
-    return child.returncode == -signal.SIGKILL
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Living processes that were started with `mark` in their environment, by whomever."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("CXRFAST_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def has_bytes(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:  # renamed since it was listed
-        return False
-
-
-def all_end(mark: str) -> bool:
-    end = time.monotonic() + 30
-    while marked(mark) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not marked(mark)
-
-
-@pytest.mark.parametrize("codec", ["jpeg", "raw"])
-def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
-    tree = many(tmp_path / "mimic", 8 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
-    out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
-    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=ImageRecipe(codec=codec))
-    command = shard_command(tree, out, scales, "--codec", codec)
-    killed = 0
-    for whole in (0, 1, 4, 7):  # of 16 tars; the run that follows meets the orphans of this one
-        pause = rng.random() * 0.04
-
-        def ready(whole: int = whole, pause: float = pause) -> bool:
-            if len(list(out.glob("*/*.json"))) < whole or not any(map(has_bytes, out.glob("320/*.tmp"))):
-                return False
-            time.sleep(pause)
-            return True
-
-        killed += kill_when(command, ready, mark)
-        assert not (out / "SHA256SUMS").exists()
-    assert killed == 4
-    done = subprocess.run(command, env=environment(mark), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert contents(out) == contents(tmp_path / "undisturbed")
-    assert all_end(mark)
-
-
-def test_workers_end_with_the_build_that_started_them(phantoms, tmp_path):
-    out, mark = tmp_path / "set", uuid.uuid4().hex
-    assert kill_when(shard_command(phantoms, out, [512]), lambda: any(out.glob("512/*.tmp")), mark)
-    assert all_end(mark), [process.cmdline() for process in marked(mark)]
-    before = contents(out)
-    time.sleep(0.2)
-    assert contents(out) == before
-    assert not list(out.glob("512/*.json"))
 
 
 # Images that cannot be used
@@ -279,7 +161,7 @@ def test_images_that_cannot_be_used_are_left_out_and_listed_with_their_reasons(c
     assert report.rows == {32: 64}
     assert report.complete
     assert report.quarantined == {int(line["row"]): line["reason"] for line in listed}
-    assert "quarantined: 6; " in describe(report, out)
+    assert "quarantined: 6; " in "\n".join(report.lines(out))
     verdict = verify(out, deep=True, quiet=True)
     assert verdict.problems == []
     assert verdict.quarantined == 6
@@ -358,7 +240,7 @@ def test_a_folder_without_any_of_the_images_is_named(tree, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["grown", "vanished"])
-def test_an_image_that_changes_after_planning_stops_its_shard_and_no_other(tree, phantoms, tiny_set, tmp_path, what):
+def test_an_image_that_changes_later_stops_its_shard_and_no_other(tree, phantoms, tiny_set, tmp_path, what):
     out, path = tmp_path / "set", paths(tiny_set)[70]
     build(tree, out, [32], limit=1)
     if what == "grown":

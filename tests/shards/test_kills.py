@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from builds import build, many
 from conftest import REAL
 from damage import contents
 
-from cxrfast.shards.build import build
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifests
+from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.upkeep.verify import verify
 
 KILLS = int(os.environ.get("CXRFAST_KILLS", "6"))
@@ -129,3 +133,85 @@ def test_the_set_does_not_depend_on_how_it_is_built(real_tree, real_set, tmp_pat
     for scales in ([1024], [64, 256]):
         build(real_tree, tmp_path / "set", scales, workers=1, quiet=True)
     assert contents(tmp_path / "set") == contents(real_set)
+
+
+def shard_command(data: Path, out: Path, scales: list[int], *options: str) -> list[str]:
+    asked = [word for scale in scales for word in ("--scale", str(scale))]
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", str(data), "--out", str(out), *asked]
+    return [*command, "--workers", "2", *options]
+
+
+def environment(mark: str) -> dict[str, str]:
+    return {**os.environ, "CXRFAST_TEST": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def kill_when(command: list[str], ready: Callable[[], bool], mark: str) -> bool:
+    """Start the command and SIGKILL its process, and only that, as soon as `ready`. False if it ended before."""
+    with subprocess.Popen(
+        command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as child:
+        while child.poll() is None and not ready():
+            time.sleep(0.001)
+        child.kill()
+    return child.returncode == -signal.SIGKILL
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes that were started with `mark` in their environment, by whomever."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CXRFAST_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def has_bytes(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # renamed since it was listed
+        return False
+
+
+def all_end(mark: str) -> bool:
+    end = time.monotonic() + 30
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not marked(mark)
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "raw"])
+def test_a_killed_build_finishes_with_the_same_bytes(phantoms, tmp_path, codec):
+    tree = many(tmp_path / "mimic", 8 * 64, sorted(phantoms.rglob("*.jpg"))[:40])
+    out, scales, rng, mark = tmp_path / "set", [32, 320], np.random.default_rng(4), uuid.uuid4().hex
+    build(tree, tmp_path / "undisturbed", scales, workers=2, recipe=ImageRecipe(codec=codec))
+    command = shard_command(tree, out, scales, "--codec", codec)
+    killed = 0
+    for whole in (0, 1, 4, 7):  # of 16 tars; the run that follows meets the orphans of this one
+        pause = rng.random() * 0.04
+
+        def ready(whole: int = whole, pause: float = pause) -> bool:
+            if len(list(out.glob("*/*.json"))) < whole or not any(map(has_bytes, out.glob("320/*.tmp"))):
+                return False
+            time.sleep(pause)
+            return True
+
+        killed += kill_when(command, ready, mark)
+        assert not (out / "SHA256SUMS").exists()
+    assert killed == 4
+    done = subprocess.run(command, env=environment(mark), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert all_end(mark)
+
+
+def test_workers_end_with_the_build_that_started_them(phantoms, tmp_path):
+    out, mark = tmp_path / "set", uuid.uuid4().hex
+    assert kill_when(shard_command(phantoms, out, [512]), lambda: any(out.glob("512/*.tmp")), mark)
+    assert all_end(mark), [process.cmdline() for process in marked(mark)]
+    before = contents(out)
+    time.sleep(0.2)
+    assert contents(out) == before
+    assert not list(out.glob("512/*.json"))

@@ -19,7 +19,7 @@ from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd, sample
 from cxrfast.cli.main import cli
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.phantoms.dataset import synth
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.images.decode import at_scales, decode, decode_grey, encode
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
@@ -148,7 +148,7 @@ def test_every_shard_of_a_mixed_tree_holds_images_of_full_size(rows: int, tmp_pa
     images = sample(Tree(tmp_path / "mimic"), tmp_path, 2)
     tree = Tree(crowd(images, tmp_path / "tree", rows, mixed=True))
     source = read_source(SOURCE["source"], tree, SOURCE["source_options"])
-    planned = plan_rows(source.images, source.labels, 0)
+    planned = assign_rows(source.images, source.labels, 0)
     is_full = pd.Series(tree.sizes(planned["path"].tolist())).isin([path.stat().st_size for path in images])
     assert np.flatnonzero(is_full).tolist() == list(range(0, rows, FULL_SIZE))
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.layout import check_scales, missing_by_folder, plan_rows, rows_per_shard, set_id
+from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS
 from cxrfast.shuffle import permutation
@@ -33,7 +33,7 @@ def images(n: int = 40) -> pd.DataFrame:
 
 
 def identity(table: pd.DataFrame, **recipe) -> str:
-    return set_id(plan_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), ImageRecipe(**recipe))
+    return set_id(assign_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), ImageRecipe(**recipe))
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,19 +67,19 @@ def test_permutations_are_the_same_in_every_version():
 def test_rows_do_not_depend_on_the_order_of_the_source_s_tables(random, seed):
     order = list(range(40))
     random.shuffle(order)
-    planned = plan_rows(images(), ("Edema", "Fracture"), seed)
-    pd.testing.assert_frame_equal(plan_rows(images().iloc[order], ("Edema", "Fracture"), seed), planned)
-    assert planned["row"].tolist() == list(range(40))
-    assert list(planned.columns) == [*COLUMNS, "Edema", "Fracture"]
-    together = images().set_index("image_id").loc[planned["image_id"]]
-    assert planned["path"].tolist() == together["path"].tolist(), "an image keeps its own line"
-    fold, block = deal(planned["patient_id"].tolist(), seed)
-    assert planned["fold"].tolist() == fold.tolist()
-    assert planned["block"].tolist() == block.tolist()
+    rows = assign_rows(images(), ("Edema", "Fracture"), seed)
+    pd.testing.assert_frame_equal(assign_rows(images().iloc[order], ("Edema", "Fracture"), seed), rows)
+    assert rows["row"].tolist() == list(range(40))
+    assert list(rows.columns) == [*COLUMNS, "Edema", "Fracture"]
+    together = images().set_index("image_id").loc[rows["image_id"]]
+    assert rows["path"].tolist() == together["path"].tolist(), "an image keeps its own line"
+    fold, block = deal(rows["patient_id"].tolist(), seed)
+    assert rows["fold"].tolist() == fold.tolist()
+    assert rows["block"].tolist() == block.tolist()
 
 
 def test_rows_are_permuted_and_differently_by_seed():
-    one, two = (plan_rows(images(), (), seed)["image_id"].tolist() for seed in (0, 1))
+    one, two = (assign_rows(images(), (), seed)["image_id"].tolist() for seed in (0, 1))
     assert one != sorted(one)
     assert one != two
 
@@ -108,7 +108,7 @@ def test_set_ids_are_the_same_in_every_version():
 
 
 def test_the_set_id_changes_with_the_seed_alone():
-    rows = plan_rows(images(), (), 0)
+    rows = assign_rows(images(), (), 0)
     assert set_id(rows, ImageRecipe(seed=0)) != set_id(rows, ImageRecipe(seed=1))
 
 
@@ -154,7 +154,7 @@ def test_a_quality_for_pixels_that_are_not_compressed_is_refused():
 
 
 def test_missing_images_are_counted_by_folder():
-    rows = plan_rows(images(), (), 0)
+    rows = assign_rows(images(), (), 0)
     rows["bytes"] = np.where(rows["path"].isin(["files/p0/3.jpg", "files/p1/20.jpg", "files/p1/39.jpg"]), -1, 100)
     counted = missing_by_folder(rows)
     assert counted["listed"].to_dict() == {"files/p0": 20, "files/p1": 20}

@@ -1,52 +1,27 @@
-"""Who builds: processes that die of outside causes or of an image, parts of a job array, and a dask cluster."""
+"""Who builds: processes that die of outside causes or of an image, and parts of a job array."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
+from builds import build as build_set
 from damage import contents
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.build import build as build_set
-from cxrfast.shards.building import workers
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.images.decode import encode
 
 ROOT = Path(__file__).parents[3]
 MARK = b"this image leads the decoder astray"
 
-
-def build(data: Path, out: Path, scales: list[int], **options):
-    return build_set(data, out, scales, **{"workers": 2, "quiet": True, **options})
-
-
-@pytest.fixture(scope="module")
-def noisy(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
-    """The phantoms' tree with noise of 640 px for images: slow enough for something to happen in between."""
-    tree = tmp_path_factory.mktemp("noisy") / "mimic"
-    subprocess.run(["cp", "-r", phantoms, tree], check=True)
-    rng = np.random.default_rng(0)
-    for path in sorted(tree.rglob("*.jpg")):
-        path.write_bytes(encode(rng.integers(0, 256, (640, 640), np.uint8), 95))
-    return tree
-
-
-@pytest.fixture(scope="module")
-def noisy_set(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("noisy-set") / "set"
-    build(noisy, out, [256, 512])
-    return out
+build = partial(build_set, workers=2)
 
 
 # Workers that die
@@ -108,8 +83,8 @@ def astray(phantoms: Path, tmp_path: Path) -> tuple[Path, list[int]]:
     """A tree with images that crash the decoder above, and their rows: two of one shard, one of another."""
     tree = tmp_path / "mimic"
     subprocess.run(["cp", "-r", phantoms, tree], check=True)
-    build(tree, tmp_path / "plan", [8])
-    paths = read_rows(tmp_path / "plan" / "rows.parquet")["path"]
+    build(tree, tmp_path / "small", [8])
+    paths = read_rows(tmp_path / "small" / "rows.parquet")["path"]
     for row in (0, 40, 100):
         with open(tree / paths[row], "ab") as file:
             file.write(MARK)
@@ -191,68 +166,3 @@ def test_a_part_beyond_the_shards_has_nothing_to_do(phantoms, tmp_path):
 def test_parts_exclude_other_ways(phantoms, tmp_path, options):
     with pytest.raises(ShardError, match="--part does not go together"):
         build(phantoms, tmp_path / "set", [8], part=(1, 2), **options)
-
-
-# dask
-
-
-@contextmanager
-def dask(*words: str) -> Iterator[subprocess.Popen]:
-    """A dask process of its own."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "dask", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """Address of a scheduler, and its two workers of one thread each."""
-    pytest.importorskip("distributed")
-    file = tmp_path / "scheduler.json"
-    at = ("--scheduler-file", str(file))
-    worker = ("worker", *at, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path))
-    with dask("scheduler", *at, "--port", "0", "--no-dashboard", "--host", "127.0.0.1"):
-        while not file.exists():
-            time.sleep(0.02)
-        address = json.loads(file.read_text())["address"]
-        with dask(*worker) as first, dask(*worker) as second:
-            from distributed import Client
-
-            with Client(address, set_as_default=False) as client:
-                client.wait_for_workers(2, timeout=60)
-            yield address, [first, second]
-
-
-def test_a_dask_cluster_builds_the_same_bytes_and_a_killed_worker_costs_its_open_shard(
-    noisy, noisy_set, tmp_path, cluster
-):
-    address, (victim, _) = cluster
-    out, hit = tmp_path / "set", []
-
-    def kill() -> None:
-        while not any(f"-{victim.pid}-" in path.name for path in out.glob("512/*.tmp")):
-            time.sleep(0.002)
-        victim.kill()
-        hit.append(victim.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    report = build(noisy, out, [256, 512], dask=address)
-    thread.join()
-    assert hit
-    assert report.complete
-    assert contents(out) == contents(noisy_set)
-
-
-def test_a_dask_scheduler_that_does_not_answer_is_named(phantoms, tmp_path, monkeypatch):
-    pytest.importorskip("distributed")
-    monkeypatch.setattr(workers, "TIMEOUT", 1.0)
-    with pytest.raises(ShardError, match=r"no dask scheduler answers at tcp://127\.0\.0\.1:9"):
-        build(phantoms, tmp_path / "set", [8], dask="tcp://127.0.0.1:9")

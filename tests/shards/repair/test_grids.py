@@ -35,7 +35,7 @@ def grids(folder: Path, scale: int) -> np.ndarray:
 def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set):
     before = contents(old)
     work = repair(old, quiet=True)
-    assert work.report() == [f"mended: {scale}/: manifests given the grids of their images: 3" for scale in (32, 64)]
+    assert work.lines() == [f"mended: {scale}/: manifests given the grids of their images: 3" for scale in (32, 64)]
     after = contents(old)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"SHA256SUMS", *(f"{scale}/00000{n}.json" for scale in (32, 64) for n in range(3))}
@@ -43,7 +43,7 @@ def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_change
     for scale in (32, 64):
         off = np.abs(grids(old, scale) - grids(tiny_set, scale)).max()
         assert 0 < off < STEPS * tolerance("jpeg", 95, scale)
-    assert repair(old, quiet=True).report() == []
+    assert repair(old, quiet=True).lines() == []
     assert contents(old) == after
 
 

@@ -10,7 +10,7 @@ from conftest import REAL
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.sources.read import read_source
 
 HEADER = (
@@ -118,7 +118,7 @@ def test_chexpert_s_test_table_has_no_views_but_those_in_the_names(small):
     assert tested["path"].tolist() == table["Path"].tolist()
     assert set(tested["view"][tested["path"].str.contains("lateral")]) == {"LATERAL"}
     assert tested["view"][tested["path"].str.contains("frontal")].isna().all()
-    plan_rows(images, MIMIC, 0)
+    assign_rows(images, MIMIC, 0)
     for gone in ("train.csv", "valid.csv"):
         (small / gone).unlink()
     pd.testing.assert_frame_equal(

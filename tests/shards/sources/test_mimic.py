@@ -10,7 +10,7 @@ import pytest
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.rows import REFERENCE, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
@@ -224,7 +224,7 @@ def test_the_radiologist_s_labels_stand_beside_the_others_for_all_images_of_a_st
 def test_the_radiologist_s_labels_reach_the_rows_table(tree, tmp_path):
     read_by_radiologist(tree, read_source("mimic", tree).images["study_id"].unique()[:30].tolist())
     source = read_source("mimic", tree)
-    rows = plan_rows(source.images, source.labels, 0)
+    rows = assign_rows(source.images, source.labels, 0)
     rows["bytes"] = 1
     write_rows(tmp_path / "rows.parquet", rows)
     back = read_rows(tmp_path / "rows.parquet").set_index("image_id")

@@ -12,7 +12,7 @@ from conftest import REAL
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
@@ -101,7 +101,7 @@ def test_a_function_of_one_s_own_is_a_source(tmp_path, monkeypatch):
     assert source.images["patient_id"].tolist() == ["0007"] * 5
     assert source.images["Mass"].dtype == np.float32
     assert source.images[["view", "split", "height", "width"]].isna().all(axis=None), "what it does not say is unknown"
-    plan_rows(source.images, source.labels, 0)
+    assign_rows(source.images, source.labels, 0)
 
 
 @pytest.mark.parametrize(

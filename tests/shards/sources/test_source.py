@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.rows import COLUMNS, read_rows, write_rows
 from cxrfast.shards.sources.source import IDS, Source, checked
 from cxrfast.shards.storage import Tree
@@ -57,7 +57,7 @@ def test_what_passes_is_complete_in_order_and_in_its_types():
 
 def test_what_passes_can_be_planned_and_written(tmp_path: Path):
     source = check(images())
-    rows = plan_rows(source.images, source.labels, 0)
+    rows = assign_rows(source.images, source.labels, 0)
     write_rows(tmp_path / "rows.parquet", rows)
     back = read_rows(tmp_path / "rows.parquet").set_index("image_id")
     assert back["patient_id"].sort_index().tolist() == ["007", "007", "8", "8", "9", "9"]

@@ -23,7 +23,7 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.build import build
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.format.lock import Lease
+from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import RELABELLING, shard_path
 from cxrfast.shards.format.rows import (
     COLUMNS,
@@ -216,7 +216,7 @@ def test_damage_elsewhere_stays_visible(other, copy):
 
 
 def test_a_set_that_somebody_writes_into_is_left_alone(other, tiny_set, copy):
-    with Lease(copy), pytest.raises(ShardError, match="is being built by process"):
+    with Lock(copy), pytest.raises(ShardError, match="is being built by process"):
         relabel(copy, other)
     assert contents(copy) == contents(tiny_set)
 

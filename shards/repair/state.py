@@ -1,5 +1,6 @@
-"""The state of a repair: what SHA256SUMS says, which files are in doubt, what was done and what could not be."""
+"""The state of a repair: what SHA256SUMS says, which files are suspect, what was done and what could not be done."""
 
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256 as new_sha256
@@ -9,7 +10,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
-from cxrfast.shards.building.layout import plan_rows
+from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
@@ -22,7 +23,7 @@ ASK = "give the source tree with --data"
 
 
 @dataclass(kw_only=True)
-class Repair:
+class RepairState:
     """A repair under way, and in the end what it did."""
 
     folder: Path
@@ -34,10 +35,11 @@ class Repair:
     sums: dict[str, str]
     """SHA256SUMS as far as it can be read."""
     suspects: set[str]
+    """Files that `verify` named."""
     done: list[Problem] = field(default_factory=list)
-    """File, and how it was mended."""
+    """File, and how it was repaired."""
     failed: dict[str, str] = field(default_factory=dict)
-    """File, and why it could not be mended."""
+    """File, and why it could not be repaired."""
 
     def is_good(self, name: str) -> bool:
         """Has the file the hash that SHA256SUMS gives?"""
@@ -68,35 +70,45 @@ class Repair:
         names = {name for name in (*self.sums, *files_in(self.folder)) if NAMES.fullmatch(name)}
         return sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
 
-    def report(self) -> list[str]:
-        """One line per file."""
+    def manifest(self, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
+        """A shard's manifest if it can be read and is the one that belongs there."""
+        try:
+            m = read_manifest(self.folder, scale, shard)
+        except ShardError:
+            return None
+        return m if m and (m.set, m.scale, m.shard) == (info.id, scale, shard) else None
+
+    def manifests(self, info: SetInfo) -> Iterator[ShardManifest]:
+        """All manifests that can be read and belong where they are."""
+        for scale in manifest.scales_in(self.folder):
+            for shard in manifest.built(self.folder, scale):
+                if m := self.manifest(info, scale, shard):
+                    yield m
+
+    def quarantined(self, info: SetInfo, scale: int, shard: int) -> dict[str, str]:
+        """Rows of a shard that were left out and why: by a manifest that is as it was written, else by quarantine.csv."""
+        for other in (scale, *manifest.scales_in(self.folder)):
+            if self.may_be_good(shard_name(other, shard, "json")) and (m := self.manifest(info, other, shard)):
+                return m.quarantined
+        rows = info.rows_of(shard)
+        try:
+            if self.may_be_good("quarantine.csv"):
+                with open(self.folder / "quarantine.csv", newline="") as file:
+                    return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it cannot be read
+        raise ShardError(
+            f"neither a manifest of shard {shard} nor quarantine.csv says which rows were left out: delete the shard's "
+            "files at all scales and run the same `cxrfast shard` command again"
+        )
+
+    def lines(self) -> list[str]:
+        """What was done and what was not, one line per file."""
         done = [f"mended: {problem.path}: {problem.what}" for problem in self.done]
         return done + [f"not mended: {name}: {why}" for name, why in self.failed.items()]
-
-
-def files_of(scale: int, shard: int) -> list[str]:
-    """Names of a shard's tar, index and manifest, relative to the set."""
-    return [shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
-
-
-def manifest_of(work: Repair, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
-    """A shard's manifest if it can be read and is the one that belongs there."""
-    try:
-        m = read_manifest(work.folder, scale, shard)
-    except ShardError:
-        return None
-    return m if m and (m.set, m.scale, m.shard) == (info.id, scale, shard) else None
-
-
-def readable(work: Repair, info: SetInfo) -> Iterator[ShardManifest]:
-    """All manifests that can be read and belong where they are."""
-    for scale in manifest.scales_in(work.folder):
-        for shard in manifest.built(work.folder, scale):
-            if m := manifest_of(work, info, scale, shard):
-                yield m
 
 
 def rows_of_source(tree: Tree, info: SetInfo) -> tuple[list[str], pd.DataFrame]:
     """Labels and rows as the source's tables give them; `bytes` is 0."""
     listed = read_source(info.source, tree, info.source_options)
-    return list(listed.labels), plan_rows(listed.images, listed.labels, info.seed)
+    return list(listed.labels), assign_rows(listed.images, listed.labels, info.seed)

@@ -1,0 +1,63 @@
+"""What a build did, or what a dry run found that there is to do."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cxrfast.shards.building.estimate import Estimate
+from cxrfast.shards.format.info import SetInfo
+from cxrfast.units import duration, size
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a build did."""
+
+    info: SetInfo
+    scales: list[int]
+    source_counts: dict[str, int]
+    estimate: Estimate
+    rows: dict[int, int] = field(default_factory=dict)
+    """Rows held at each scale, shards of earlier builds included."""
+    bytes: dict[int, int] = field(default_factory=dict)
+    quarantined: dict[int, str] = field(default_factory=dict)
+    """Rows that are left out, and why."""
+    seconds: float = 0.0
+    is_done: bool = False
+    """False after a dry run."""
+    missing_shards: int = 0
+    """Shards that `limit` or other parts left for later, over the asked scales."""
+
+    @property
+    def complete(self) -> bool:
+        return self.is_done and not self.missing_shards
+
+    def lines(self, out: Path) -> list[str]:
+        """The report for people; `out` is the folder of the set."""
+        info = self.info
+        lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
+        lines += [f"{what}: {n:,}" for what, n in self.source_counts.items() if n]
+        return lines + (self._done(out) if self.is_done else self._to_do(out))
+
+    def _to_do(self, out: Path) -> list[str]:
+        needed = self.estimate
+        lines = [
+            f"to do at {s} px: {needed.images[s]:,} rows, about {size(needed.bytes[s])} in {needed.files[s]:,} files"
+            for s in needed.images
+        ] or ["nothing left to do"]
+        return [
+            *lines,
+            f"free in {out}: {size(needed.free)}",
+            f"estimated time: {duration(needed.seconds)}, from a sample of the images",
+        ]
+
+    def _done(self, out: Path) -> list[str]:
+        reasons = Counter(self.quarantined.values())
+        left = f"{self.missing_shards:,} shards are left for other parts or a run without --limit"
+        return [
+            *(f"{s} px: {n:,} rows, {size(self.bytes[s])}" for s, n in sorted(self.rows.items())),
+            f"quarantined: {len(self.quarantined):,}"
+            + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
+            + (f" (see {out / 'quarantine.csv'})" if reasons else ""),
+            f"set {self.info.id} in {out}: {'complete' if self.complete else left}, {duration(self.seconds)}",
+        ]

@@ -1,0 +1,105 @@
+"""Damaged shards, built again from the source in a folder aside; they move in if their tars are what they were."""
+
+import os
+import shutil
+
+from cxrfast.errors import ShardError
+from cxrfast.files import sha256
+from cxrfast.progress import progress
+from cxrfast.shards.building.tasks import Layout, Todo, make_task
+from cxrfast.shards.building.workers import run_here, start_pool
+from cxrfast.shards.format.manifest import ShardManifest, read_manifest
+from cxrfast.shards.format.names import WORKSHOP, shard_files, shard_name
+from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
+from cxrfast.shards.upkeep.verify import Problem
+
+Shard = tuple[int, int]
+"""Scale and number."""
+
+
+OTHER_BYTES = (
+    "built again, it has other bytes (a source image, a label or a library has changed since): restore it from a copy, "
+    "or keep the new ones with --accept-new-bytes"
+)
+
+
+def build_again(state: RepairState, layout: Layout, shards: dict[Shard, ShardManifest | None]) -> list[ShardManifest]:
+    """Build shards again: {scale and number: the manifest that each had}. Returns the manifests of those that moved in."""
+    if not shards:
+        return []
+    if not state.tree:
+        state.failed.update({shard_name(*shard, "tar"): f"{ASK}, to build it again" for shard in shards})
+        return []
+    built = _build_aside(state, layout, shards)
+    differing = {
+        shard: old for shard, old in shards.items() if state.failed.get(shard_name(*shard, "tar")) == OTHER_BYTES
+    }
+    if differing and layout.info.labels_from:  # the tars hold the labels of when they were built
+        rows = rows_of_source(state.tree, layout.info)[1]
+        rows["bytes"] = layout.rows["bytes"]
+        earlier = Layout(tree=layout.tree, out=layout.out, info=layout.info, rows=rows)
+        for shard in differing:
+            del state.failed[shard_name(*shard, "tar")]
+        built += _build_aside(state, earlier, differing)
+    return built
+
+
+def _build_aside(state: RepairState, layout: Layout, shards: dict[Shard, ShardManifest | None]) -> list[ShardManifest]:
+    workshop = state.folder / WORKSHOP
+    aside = Layout(tree=layout.tree, out=workshop, info=layout.info, rows=layout.rows)
+    todo = []
+    for scale, shard in shards:
+        name = shard_name(scale, shard, "tar")
+        try:
+            (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
+            rows, quarantined = layout.info.rows_of(shard), state.quarantined(layout.info, scale, shard)
+        except (ShardError, OSError) as error:
+            state.failed[name] = str(error)
+            continue
+        held = frozenset(row for row in rows if str(row) not in quarantined)
+        todo.append(Todo(shard=shard, scales=[scale], rows=rows, quarantined=quarantined, held=held))
+    built = []
+    try:
+        with (
+            progress("building again", sum(len(t.rows) for t in todo), quiet=state.quiet) as advance,
+            start_pool(state.workers) as pool,
+        ):
+            tasks = (make_task(aside, item) for item in todo)
+            for task, failure in run_here(tasks, state.workers, lambda text: advance(0, text), pool):
+                advance(len(task.images))
+                scale, shard = task.scales[0], task.shard
+                if failure:
+                    state.failed[shard_name(scale, shard, "tar")] = str(failure)
+                elif m := _move_in(state, scale, shard, shards[scale, shard]):
+                    built.append(m)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return built
+
+
+def _move_in(state: RepairState, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
+    """Put a shard that was built again into its place, if its tar is what it was. Returns its manifest if so."""
+    tar, index, text = shard_files(scale, shard)
+    new = read_manifest(state.folder / WORKSHOP, scale, shard)
+    assert new is not None  # it was built a moment ago
+    there = state.folder / tar
+    expected = {state.sums.get(tar), old and old.sha256, sha256(there) if there.is_file() else None}
+    as_before = new.sha256 in expected
+    if not as_before and (state.is_good(tar) or not state.accept):
+        state.failed[tar] = OTHER_BYTES
+        return None
+    try:
+        if as_before and old and state.is_good(text):  # its grids may be of decoded images, or it may have none
+            old.write(state.folder / WORKSHOP)
+            new = old
+        # a manifest means that its shard is whole: it leaves first, comes last
+        (state.folder / text).unlink(missing_ok=True)
+        (state.folder / str(scale)).mkdir(exist_ok=True)
+        for name in (tar, index, text):
+            os.replace(state.folder / WORKSHOP / name, state.folder / name)
+    except OSError as error:
+        state.failed[tar] = f"cannot be replaced ({error.strerror}): move what is there away"
+        return None
+    how = "built again from the source" + ("" if as_before else ", with new bytes")
+    state.done += [Problem(name, how) for name in (tar, index, text) if not (as_before and state.is_good(name))]
+    return new

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+from damage import copy_set
+
+from cxrfast.phantoms.dataset import synth
+from cxrfast.shards.build import build as build_set
+from cxrfast.shards.format.recipe import ImageRecipe
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that can be spoiled."""
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.fixture(scope="module", params=["jpeg", "raw"])
+def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tree with images that cannot be used and one that is missing, and its set at two scales. Not to be written to."""
+    recipe = ImageRecipe(codec=request.param)
+    tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))
+    synth(tree, images=130, size=64, corrupt=6, workers=1)
+    sorted(tree.rglob("*.jpg"))[7].unlink()
+    build_set(tree, out, [16, 32], recipe=recipe, workers=1, quiet=True, allow_missing=True)
+    return tree, out

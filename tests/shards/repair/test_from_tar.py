@@ -1,0 +1,74 @@
+import json
+import shutil
+
+import pytest
+from damage import assert_same_but_for_grids, contents, copy_set, flip_bit, problems, repair, requantise
+
+from cxrfast.files import sha256
+from cxrfast.shards.format.names import shard_path
+from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.images.grid import STEPS, pack, unpack
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_with_the_source_a_manifest_has_its_very_bytes_again(corrupt, tmp_path, how):
+    folder = copy_set(corrupt[1], tmp_path / "set")
+    path = shard_path(folder, 32, 1, "json")
+    if how == "changed":
+        flip_bit(path, path.stat().st_size - 30)  # in its grids: it can be read, and all else agrees with the tar
+    else:
+        path.unlink()
+    repair(folder, corrupt[0])
+    assert contents(folder) == contents(corrupt[1])
+
+
+def test_where_the_source_has_changed_a_manifest_is_made_from_its_tar_and_the_tar_stays(
+    phantoms, folder, tiny_set, tmp_path
+):
+    tree = shutil.copytree(phantoms, tmp_path / "mimic")
+    requantise(tree / read_rows(folder / "rows.parquet")["path"][3])
+    shard_path(folder, 32, 0, "json").unlink()
+    gone = copy_set(folder, tmp_path / "gone")
+    repair(folder, tree, accept_new_bytes=True)
+    assert_same_but_for_grids(folder, tiny_set, "32/000000.json")
+    (tree / read_rows(gone / "rows.parquet")["path"][3]).unlink()
+    repair(gone, tree)
+    assert_same_but_for_grids(gone, tiny_set, "32/000000.json")
+
+
+def test_a_manifest_whose_line_is_lost_keeps_its_grids_if_its_images_agree_with_them(folder, tiny_set):
+    lines = (tiny_set / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000001.json" not in line))
+    repair(folder)
+    assert contents(folder) == contents(tiny_set)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000001.json" not in line))
+    path = shard_path(folder, 64, 1, "json")
+    value = json.loads(path.read_bytes())
+    grids = unpack(value["grids"], 64).copy()
+    grids[9] += 5 * STEPS
+    path.write_text(json.dumps({**value, "grids": pack(grids)}) + "\n")
+    repair(folder)
+    assert_same_but_for_grids(folder, tiny_set, "64/000001.json")
+
+
+def test_a_tar_made_again_does_not_change_the_grids_that_were_signed(phantoms, folder, tmp_path):
+    shard_path(folder, 32, 1, "json").unlink()
+    repair(folder)
+    with_grids_of_images = contents(folder)
+    flip_bit(shard_path(folder, 32, 1, "tar"), 700)
+    work = repair(folder, phantoms)
+    assert [problem.path for problem in work.done] == ["32/000001.tar"]
+    assert contents(folder) == with_grids_of_images
+
+
+@pytest.mark.parametrize("grids", ["short", None, 5])
+def test_a_manifest_that_was_signed_without_sense_is_named_and_made_again(folder, phantoms, tiny_set, grids):
+    path = folder / "64" / "000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "grids": grids}) + "\n")
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    lines = [f"{sha256(path)}  64/000001.json" if line.endswith("64/000001.json") else line for line in sums]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    assert problems(folder) == ["64/000001.json: cannot be read, and was signed so"]
+    repair(folder, phantoms)
+    assert problems(folder) == []
+    assert contents(folder)["64/000001.json"] == contents(tiny_set)["64/000001.json"]
