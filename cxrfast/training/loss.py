@@ -11,6 +11,12 @@ from cxrfast.config import TrainConfig
 from cxrfast.labels import positive_weights, targets
 from cxrfast.metrics import auroc, bce
 
+EXPLODED = 100.0
+"""Mean BCE of a step above which training ends; chance is 0.69."""
+
+NEVER = 2**62
+"""Number of a step that never comes."""
+
 
 class Targets:
     """Targets and mask by row, (images, L): on the device for the loss, on the host for counts and scores."""
@@ -50,6 +56,22 @@ class Targets:
             "val_auroc": float(defined.mean()) if len(defined) else None,
             "val_auroc_by_label": by_label,
         }
+
+
+class EpochLoss:
+    """Loss of an epoch's steps on this rank, and the first of them that was bad; both stay on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum of this rank's share of the steps' losses."""
+        self.bad_step = torch.full((), NEVER, device=device)
+        """Number of the first step whose loss was not finite, or above EXPLODED; NEVER if there is none."""
+
+    def add(self, loss: torch.Tensor, step: int, ranks: int) -> None:
+        """`loss`: of step number `step` on this rank, one of `ranks`, whose losses are averaged."""
+        self.total += loss / ranks
+        is_bad = ~(loss < EXPLODED)  # also NaN
+        self.bad_step = torch.where(is_bad & (self.bad_step == NEVER), step, self.bad_step)
 
 
 def masked_bce_sum(

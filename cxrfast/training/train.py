@@ -26,7 +26,7 @@ from cxrfast.training.trainer import Trainer
 def train(config: TrainConfig, runtime: Runtime) -> Run:
     """Train, or go on with, the run of this configuration. Returns it when it is done.
 
-    Raises Preempted (a SystemExit), with everything saved, when a signal asks for an end.
+    Raises Stopped (a SystemExit), with everything saved, when a signal asks for an end.
     """
     if runtime.stage:
         runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale, quiet=runtime.quiet))

@@ -28,19 +28,13 @@ from cxrfast.runs.run import Run, part_rows
 from cxrfast.runs.tensorboard import Board
 from cxrfast.training import checkpoint
 from cxrfast.training.checkpoint import Counters
-from cxrfast.training.loss import Targets
+from cxrfast.training.loss import EXPLODED, NEVER, EpochLoss, Targets
 from cxrfast.training.micro_batch import memory_explained
 from cxrfast.training.monitor import RATE_STEPS, Action, Heartbeat, Monitor, Timed, profiled
 from cxrfast.training.predict import complete, score
 from cxrfast.training.setup import distribute, train_order
 from cxrfast.training.signals import LOST_RANK, Stopped, StopRequest, is_lost_rank
 from cxrfast.units import duration
-
-EXPLODED = 100.0
-"""Mean BCE of a step above which training ends; chance is 0.69."""
-
-NEVER = 2**62
-"""Number of a step that never comes."""
 
 
 class Trainer:
@@ -77,10 +71,7 @@ class Trainer:
         self.counters = Counters()
         self.begun, self.spent = time.monotonic(), 0.0
         """When this epoch was begun here, and the seconds spent on it before."""
-        self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        """Sum of this rank's share of the epoch's losses."""
-        self.bad_step = torch.full((), NEVER, device=ranks.device)
-        """First step of the epoch whose loss was not finite, or above `EXPLODED`; NEVER if there is none."""
+        self.loss = EpochLoss(ranks.device)
         self.board: Board | None = None
         self.stop = StopRequest()
         self.monitor = Monitor(ranks, runtime.checkpoint_minutes, runtime.checkpoint_steps)
@@ -154,7 +145,7 @@ class Trainer:
         mine = self.order.accumulation // self.ranks.size
         # BCE summed over unmasked entries, over their number in the global batch; DDP averages over ranks, hence the size.
         weight = self.ranks.size / self.targets.entries(rows)
-        total = torch.zeros_like(self.loss)
+        total = torch.zeros_like(self.loss.total)
         for i in range(mine):
             batch = next(batches)
             with nullcontext() if i == mine - 1 else self.unsynced():
@@ -166,10 +157,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss += total / self.ranks.size
-        is_bad = ~(total < EXPLODED)  # also NaN
-        number = self.counters.consumed // self.config.global_batch
-        self.bad_step = torch.where(is_bad & (self.bad_step == NEVER), number, self.bad_step)
+        self.loss.add(total, self.counters.consumed // self.config.global_batch, self.ranks.size)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.ranks.device, self.config.precision)
@@ -178,11 +166,11 @@ class Trainer:
         """Loss, waiting and memory for the progress bar, every few seconds, else ""; it waits for the device."""
         if not self.monitor.is_look_due():
             return ""
-        self.is_bad = int(self.bad_step) != NEVER or self._wrong_pixels() is not None
+        self.is_bad = int(self.loss.bad_step) != NEVER or self._wrong_pixels() is not None
         images = self.counters.consumed
         memory = (self.gpu_peak() or resident_bytes()) / 2**30
         # rank 0's share, of all steps since the epoch began
-        loss = float(self.loss) * self.ranks.size * self.config.global_batch / images
+        loss = float(self.loss.total) * self.ranks.size * self.config.global_batch / images
         if self.ranks.is_first and self.heartbeat.is_due():
             self.heartbeat.beat(self.monitor.rate(images))
         waiting = self.monitor.waiting_share(batches.waited)
@@ -212,7 +200,7 @@ class Trainer:
 
         `steps`, `waited`: what `train_epoch` returned.
         """
-        losses = self.ranks.gather(float(self.loss))
+        losses = self.ranks.gather(float(self.loss.total))
         self.refuse_bad()
         seconds = time.monotonic() - self.begun
         rate, area = steps * self.config.global_batch / seconds, self.config.area_at(self.counters.epoch)
@@ -232,7 +220,7 @@ class Trainer:
             self._write_epoch({**result, **measured}, is_best)
         self.counters.next_epoch()
         self.begun, self.spent = time.monotonic(), 0.0
-        self.loss.zero_()
+        self.loss.total.zero_()
         self.save()
         if rate and self.ranks.is_first:
             self.heartbeat.beat(rate, area)
@@ -286,22 +274,18 @@ class Trainer:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-            "schedule": self.schedule,
-        }
+        names = ("model", "optimizer", "scaler", "schedule")
+        return {name: getattr(self, name) for name in names}
 
     def save(self) -> None:
         """Write a checkpoint; all ranks call it. Raises RunError, and writes nothing, for a bad loss or bad weights."""
         self.refuse_bad()
         self.ranks.on_first(self._refuse_bad_weights)
-        checkpoint.save(self.run, self.ranks, self.counters, self._parts, self.loss, self._seconds())
+        checkpoint.save(self.run, self.ranks, self.counters, self._parts, self.loss.total, self._seconds())
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
-        spent = checkpoint.restore(self.run, self.ranks, self.counters, self._parts, self.loss)
+        spent = checkpoint.restore(self.run, self.ranks, self.counters, self._parts, self.loss.total)
         if spent is None:
             return
         self.spent = spent
@@ -319,7 +303,7 @@ class Trainer:
     def refuse_bad(self) -> None:
         """To be called by all ranks. Raises on rank 0, and ends the others: RunError where a step's loss was not finite,
         LoadError where an image was decoded wrong."""
-        found = self.ranks.gather((int(self.bad_step), self._wrong_pixels()))
+        found = self.ranks.gather((int(self.loss.bad_step), self._wrong_pixels()))
 
         def check() -> None:
             steps, problems = zip(*found or [(NEVER, None)], strict=True)

@@ -52,7 +52,7 @@ def step(memory: int, scale: int = 64) -> Step:
 DATA = """
 import threading, time
 from pathlib import Path
-from tests.test_fit import step
+from tests.training.test_micro_batch import step
 from cxrfast.training import micro_batch
 
 def sample():
