@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sets import REAL
 
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
-
-REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batches import ENGINES, assert_agree, decoded, disc, engine, equal, oracle, plain
-from conftest import REAL
 from damage import copy_set, flip_bit, image_bytes, replace_image, where
 from PIL import Image
+from sets import REAL
 
 from cxrfast.errors import LoadError
 from cxrfast.phantoms.dataset import synth

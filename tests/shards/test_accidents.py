@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builds import build
 from damage import contents, copy_set, flip_bit, replace_image, sign, where
+from sets import build
 
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.pipelines.dali import DaliEngine

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from builds import build, many
 from damage import contents, image_bytes
+from sets import build, many
 
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from builds import build, many
-from conftest import REAL
 from damage import contents
+from sets import REAL, build, many
 
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifests

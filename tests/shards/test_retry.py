@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from builds import build
 from damage import contents
+from sets import build
 
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builds import build
+from sets import build
 
 from cxrfast.shards.images.decode import encode
 

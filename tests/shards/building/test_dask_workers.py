@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from builds import build
 from damage import contents
+from sets import build
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.building import dask_workers

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from builds import build as build_set
 from damage import contents
+from sets import build as build_set
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import read_set

@@ -4,11 +4,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import REAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import noise, reason, saved
 from PIL import Image, ImageOps
+from sets import REAL
 
 from cxrfast.shards.images.decode import (
     BadImage,

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from conftest import REAL
 from dicoms import (
     as_published,
     baseline,
@@ -38,6 +37,7 @@ from pydicom.uid import (
     RLELossless,
     SecondaryCaptureImageStorage,
 )
+from sets import REAL
 
 from cxrfast.shards.images.bad_image import MAX_PIXELS
 from cxrfast.shards.images.decode import BadImage, Reason, decode

@@ -14,10 +14,10 @@ from queue import Empty, Queue
 import cv2
 import numpy as np
 import pytest
-from conftest import REAL
 from dicoms import baseline, jpeg_2000, lossless, radiograph, rle, written
 from mutator import damaged
 from PIL import Image
+from sets import REAL
 
 from cxrfast.shards.images.decode import decode, encode
 
@@ -83,7 +83,7 @@ def run(files: list[bytes], first: int, last: int, folder: Path) -> Counter[str]
     held.write_bytes(pickle.dumps(files))
     root = TESTS.parent
     process = subprocess.Popen(
-        [sys.executable, TESTS / "mutator.py", held, str(first), str(last)],
+        [sys.executable, TESTS / "support" / "mutator.py", held, str(first), str(last)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,12 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import REAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutator import png, png_chunks
 from pictures import LUMA, exif, noise, reason, saved, smooth
 from PIL import Image
+from sets import REAL
 
 from cxrfast.shards.images.decode import (
     Reason,

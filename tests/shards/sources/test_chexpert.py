@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL
+from sets import REAL
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC

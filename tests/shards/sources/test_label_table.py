@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from damage import contents, copy_set
-from relabelled import MIMIC_CHEXPERT, chexpert, is_as_planned, relabel, rows_of
+from sets import MIMIC_CHEXPERT, chexpert, is_as_planned, relabel, rows_of
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError

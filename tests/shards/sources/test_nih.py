@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL
+from sets import REAL
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.nih import NIH

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from conftest import REAL
+from sets import REAL
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from conftest import REAL
 from damage import contents, copy_set
 from hypothesis import given
 from hypothesis import strategies as st
-from relabelled import is_as_planned, other_labels, relabel, rows_of
+from sets import REAL, is_as_planned, other_labels, relabel, rows_of
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from damage import contents, copy_set, flip_bit
-from relabelled import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_labels, relabel, rows_of
+from sets import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_labels, relabel, rows_of
 
 from cxrfast.analysis.evaluate import evaluate
 from cxrfast.cli.main import cli

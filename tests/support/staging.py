@@ -70,7 +70,7 @@ def of_scale(files: dict[str, bytes], *scales: int) -> dict[str, bytes]:
 def start(source: Path | str, to: Path | str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "cxrfast", "stage", str(source), str(to), "--workers", "2"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
