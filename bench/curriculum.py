@@ -67,21 +67,21 @@ def bench(
     epochs: int = 6,
     target: float | None = None,
     device: str = "auto",
-    **recipe: Any,
+    **options: Any,
 ) -> CurriculumResult:
     """Train every way for `epochs` epochs a run and write the results into `out`.
 
-    `target`: AUROC; default: the best that training from scratch reaches. `recipe`: fields of TrainConfig, for all runs;
+    `target`: AUROC; default: the best that training from scratch reaches. `options`: fields of TrainConfig, for all runs;
     their first weights are random unless `weights` says otherwise. Progressive resizing spends the first half of its
     epochs at the smaller scale, and is left out where TrainConfig has no `sizes`. Raises CxrfastError for a bad set.
     """
     chosen = pick_device(device)
     for side in (from_scale, scale):
         Reader(shards, side).close()  # says what is wrong before anything is trained
-    recipe = {"weights": "none", **recipe, "fold": fold, "epochs": epochs}
+    options = {"weights": "none", **options, "fold": fold, "epochs": epochs}
 
     def run(name: str, side: int, **more: Any) -> Run:
-        config = make_config(shards, side, device=device, **(recipe | more))
+        config = make_config(shards, side, device=device, **(options | more))
         return train(config, Runtime(shards=shards, runs=out / "runs", name=name, device=device))
 
     runs = {SCRATCH: run(f"scratch-{scale}", scale)}

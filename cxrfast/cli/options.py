@@ -257,7 +257,7 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of `train` and `study` that say how a run goes about it; none changes the recipe."""
+    """Options of `train` and `study` that say how a run goes about it; none changes what is learned."""
     for option in reversed(
         (
             cache_option,

@@ -90,10 +90,10 @@ def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options:
 def status(runs: Path, as_json: bool) -> None:
     """A line for each run in RUNS: state, epoch, best AUROC, images/s, time left, age of its heartbeat, job."""
     from cxrfast.runs.status import status as read_status
-    from cxrfast.runs.status import to_json, to_table
+    from cxrfast.runs.status import status_table, to_json
 
     lines = read_status(runs)
     if as_json:
         click.echo(to_json(lines))
     else:
-        show(to_table(lines, runs))
+        show(status_table(lines, runs))

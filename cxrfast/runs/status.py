@@ -150,7 +150,7 @@ def to_json(lines: list[Status]) -> str:
     return json.dumps([asdict(line) for line in lines], indent=2)
 
 
-def to_table(lines: list[Status], runs: Path) -> "Table":
+def status_table(lines: list[Status], runs: Path) -> "Table":
     from rich.table import Table
     from rich.text import Text
 

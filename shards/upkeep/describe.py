@@ -42,7 +42,7 @@ class Description:
 def describe(folder: Path, out: Path) -> Description:
     """Describe a set in the folder `out`. Raises ShardError for a damaged set, and if `out` lies inside of it."""
     counts = count_set(folder)
-    return Description(heading=heading(counts), tables=to_tables(counts), written=write(counts, folder, out))
+    return Description(heading=heading(counts), tables=description_tables(counts), written=write(counts, folder, out))
 
 
 # Tables
@@ -154,7 +154,7 @@ def _references(counts: SetCounts) -> Section:
     return Section(title="Studies labelled by a radiologist", head=head, lines=lines, note="Never trained on.")
 
 
-def to_tables(counts: SetCounts) -> list[Table]:
+def description_tables(counts: SetCounts) -> list[Table]:
     """For a terminal of 100 columns or more."""
     tables = []
     for section in sections(counts):
@@ -175,7 +175,7 @@ def to_tables(counts: SetCounts) -> list[Table]:
     return tables
 
 
-def to_markdown(counts: SetCounts) -> str:
+def description_markdown(counts: SetCounts) -> str:
     """The terminal's tables, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
     for section in [*sections(counts), *_by_fold(counts)]:
@@ -265,7 +265,7 @@ def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
         )
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "describe.md"]
-    write_bytes(written[0], to_markdown(counts).encode())
+    write_bytes(written[0], description_markdown(counts).encode())
     if len(counts.sizes):
         save_figure(counts, out / "sizes.png")
         written.append(out / "sizes.png")

@@ -23,7 +23,7 @@ from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import REFERENCE, read_rows, write_rows
 from cxrfast.shards.images.decode import decode_grey
 from cxrfast.shards.upkeep.counts import count_set
-from cxrfast.shards.upkeep.describe import figure, heading, to_markdown, to_tables, write
+from cxrfast.shards.upkeep.describe import description_markdown, description_tables, figure, heading, write
 from cxrfast.shards.upkeep.relabel import relabel
 from cxrfast.training.setup import make_config, select_rows
 
@@ -67,7 +67,7 @@ def numbers(frame: pd.DataFrame, name: str, value: object) -> list[int]:
 
 def shown(folder: Path, width: int = 100) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    for table in to_tables(count_set(folder)):
+    for table in description_tables(count_set(folder)):
         console.print(table)
     console.file.close()
     return console.export_text()
@@ -152,8 +152,8 @@ def test_bytes_and_files_are_those_on_disk(odd):
 
 
 def test_the_codec_is_said_as_a_paper_would(tiny_set, raw_set):
-    assert "JPEG, quality 95, squash; 1 kB" in to_markdown(count_set(tiny_set))
-    assert "Raw (PGM), squash; 1 kB" in to_markdown(count_set(raw_set))
+    assert "JPEG, quality 95, squash; 1 kB" in description_markdown(count_set(tiny_set))
+    assert "Raw (PGM), squash; 1 kB" in description_markdown(count_set(raw_set))
 
 
 def test_a_radiologist_s_labels_are_counted_by_study(copy):
@@ -230,7 +230,7 @@ def test_labels_of_other_names_without_a_positive_are_described(copy, tmp_path):
     assert numbers(count_set(copy).flow, "step", "with a label")[0] == 73, "a negative is a label"
     assert heading(count_set(copy)).count("from mimic; 2 labels from t.csv; seed") == 1
     assert "Ten | pipes [b]" in shown(copy)
-    assert "| Ten \\| pipes [b] | 0 | 80 |" in to_markdown(count_set(copy))
+    assert "| Ten \\| pipes [b] | 0 | 80 |" in description_markdown(count_set(copy))
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "set.json"])
@@ -311,7 +311,7 @@ def test_the_figure_counts_every_image_once_on_axes_that_start_at_zero(odd):
 
 
 def test_markdown_holds_every_count_a_fold(odd):
-    text, d = to_markdown(count_set(odd)), count_set(odd)
+    text, d = description_markdown(count_set(odd)), count_set(odd)
     wide = d.labels.pivot(index="label", columns="fold", values="uncertain").loc["Pneumonia"]
     assert f"| Pneumonia | {' | '.join(map(str, wide))} |" in text.split("## Images uncertain")[1].split("##")[0]
     line = d.folds.query("fold == 3 and part == 'val'").iloc[0]
