@@ -21,7 +21,7 @@ SOURCES: dict[str, Callable[..., Source]] = {"mimic": mimic, "chexpert": chexper
 def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | None = None) -> Source:
     """The images that source `name` lists in `tree`: one of `SOURCES`, or a function named `package.module:function`.
 
-    `options` are the function's keyword arguments. Every row is checked, so that what comes back can be planned. Raises
+    `options` are the function's keyword arguments. Every row is checked, so that what comes back can be laid out. Raises
     ShardError for whatever is wrong with the tree, its tables or the options.
     """
     tree = tree if isinstance(tree, Tree) else Tree(tree)

@@ -1,6 +1,6 @@
 """What a source lists: a table of images with their labels comes in, and goes out complete, checked and in one form.
 
-Whoever wrote the source, no row that passes here fails in the plan.
+Whoever wrote the source, no row that passes here fails in the rows table.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SPLITS = ("train", "validate", "test")
 
 NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
 CONTROL = r"[\x00-\x1f]"
-"""Tabs and line breaks would break the plan's hash and the lists of files."""
+"""Tabs and line breaks would break the hash of the rows and the lists of files."""
 
 
 @dataclass(frozen=True, kw_only=True)

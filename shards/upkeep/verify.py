@@ -48,13 +48,13 @@ class Verdict:
     def summary(self, folder: Path, deep: bool = False) -> str:
         """A whole set in one line for people."""
         held = ", ".join(f"{n:,} rows at {scale} px" for scale, n in self.rows.items())
-        planned = self.info.images if self.info else 0
-        partly = [f"{scale} px" for scale, n in self.rows.items() if n + self.quarantined < planned]
+        wanted = self.info.images if self.info else 0
+        partly = [f"{scale} px" for scale, n in self.rows.items() if n + self.quarantined < wanted]
         rest = f"; at {', '.join(partly)} not all shards are built yet" if partly else ""
         if self.without_grids:
             rest += f"; shards that hold no grids: {self.without_grids:,} (`cxrfast verify --repair` adds them)"
         return (
-            f"{folder}: {held}; {planned:,} planned, {self.quarantined:,} quarantined; "
+            f"{folder}: {held}; {wanted:,} planned, {self.quarantined:,} quarantined; "
             f"{hashing_speed(self.bytes, self.seconds)}{', every image decoded' if deep else ''}: whole{rest}"
         )
 
@@ -142,7 +142,7 @@ class _Inside:
 
 
 def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, str], deep: bool, quiet: bool) -> None:
-    """Compare plan, manifests, indexes and tars with each other; `deep`: images, too. Fills `found`."""
+    """Compare rows, manifests, indexes and tars with each other; `deep`: images, too. Fills `found`."""
     try:
         found.problems += _unreadable(folder)
         if not found.problems:
@@ -198,10 +198,10 @@ def _misplaced(folder: Path, scale: int, manifests: list[ShardManifest], sums: d
 
 
 def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest]) -> Iterator[Problem]:
-    """Manifests, indexes and tars that contradict each other, the plan, or the same shard at the first scale."""
+    """Manifests, indexes and tars that contradict each other, the rows table, or the same shard at the first scale."""
     for number, m in enumerate(manifests):
         name = str(shard_path(folder, m.scale, m.shard, "json").relative_to(folder))
-        planned = info.rows_of(number)
+        wanted = info.rows_of(number)
         if m.shard != number:
             yield Problem(
                 name, f"shard {number} is missing at {m.scale} px: `cxrfast shard --scale {m.scale}` builds it"
@@ -209,8 +209,8 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
             return
         if m.set != info.id:
             yield Problem(name, "belongs to another set")
-        if sorted([*m.rows, *map(int, m.quarantined)]) != list(planned):
-            yield Problem(name, f"does not account for the rows {planned.start:,} to {planned.stop - 1:,}")
+        if sorted([*m.rows, *map(int, m.quarantined)]) != list(wanted):
+            yield Problem(name, f"does not account for the rows {wanted.start:,} to {wanted.stop - 1:,}")
         other = read_manifest(folder, manifest.scales_in(folder)[0], m.shard)
         if other and other.rows != m.rows:
             yield Problem(name, f"holds other rows than at {other.scale} px")
