@@ -43,7 +43,7 @@ class Rung:
     channels_last: bool = True
     ours: bool = True
     """Our DenseNet, else torchvision's."""
-    checkpoint: bool = False
+    recompute: bool = False
     compile: str | None = None
     """Mode of torch.compile."""
 
@@ -54,7 +54,7 @@ RUNGS = (
     Rung("autocast", "+ autocast to bf16 or fp16", channels_last=False, ours=False),
     Rung("channels-last", "+ channels last", ours=False),
     Rung("ours", "+ our DenseNet"),
-    Rung("recompute", "our DenseNet, activations computed again", checkpoint=True),
+    Rung("recompute", "our DenseNet, activations computed again", recompute=True),
     Rung("compile", "our DenseNet, compiled", compile="default"),
     Rung("autotune", "our DenseNet, compiled, max-autotune-no-cudagraphs", compile="max-autotune-no-cudagraphs"),
 )
@@ -90,7 +90,7 @@ class TorchvisionNet(nn.Module):
 def make_net(rung: Rung, device: torch.device) -> nn.Module:
     """In training mode, not compiled yet."""
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
-    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.checkpoint) if rung.ours else TorchvisionNet(layout)
+    net: nn.Module = Classifier(ARCH, len(MIMIC), rung.recompute) if rung.ours else TorchvisionNet(layout)
     return net.to(device).train()
 
 

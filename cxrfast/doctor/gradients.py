@@ -60,11 +60,11 @@ def gradients(reader: Reader, device: torch.device) -> str:
     if (lower := resolve_precision("auto", device)) != "fp32":
         precisions.append(lower)
     with without_tf32():
-        expected = _loss_and_gradient(image, torch.device("cpu"), "fp32", checkpoint=False)
+        expected = _loss_and_gradient(image, torch.device("cpu"), "fp32", recompute=False)
         measured, wrong = [], []
         for precision in precisions:
             with _threads(1) if precision == "fp32" and not gpu else nullcontext():
-                found = _loss_and_gradient(image, device, precision, checkpoint=not gpu)
+                found = _loss_and_gradient(image, device, precision, recompute=not gpu)
             errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
             words = f"{precision}: loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
             measured.append(words)
@@ -91,13 +91,13 @@ def _eight(reader: Reader, side: int) -> torch.Tensor:
 
 
 def _loss_and_gradient(
-    image: torch.Tensor, device: torch.device, precision: str, checkpoint: bool
+    image: torch.Tensor, device: torch.device, precision: str, recompute: bool
 ) -> tuple[float, torch.Tensor]:
     """Loss of the real network, and gradient of the smooth one: float64 (parameters,) on the CPU. Same weights each time."""
     use_tf32(precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Classifier(ARCH, 14, checkpoint)
+        model = Classifier(ARCH, 14, recompute)
         target = torch.randint(0, 2, (len(image), 14)).float().to(device)
     image, mask = image.to(device), torch.ones_like(target, dtype=torch.bool)
 

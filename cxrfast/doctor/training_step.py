@@ -120,7 +120,7 @@ def memory(reader: Reader, device: torch.device) -> str:
         scale=reader.scale,
         outputs=len(reader.info.labels),
         precision=precision,
-        checkpoint=False,
+        recompute=False,
         compile=None,
         device=str(device),
         memory=there if gpu else int(CPU_MEMORY * there),

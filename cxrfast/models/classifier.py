@@ -40,19 +40,19 @@ def check_arch(arch: str) -> None:
 class Classifier(nn.Module):
     """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L).
 
-    The DenseNets are ours, which are torchvision's but for what they keep in memory. `checkpoint` has them keep less
-    still, for more time. Raises RunError for an unknown architecture, and for one that `checkpoint` is unknown to.
+    The DenseNets are ours, which are torchvision's but for what they keep in memory. `recompute` has them keep less
+    still, for more time. Raises RunError for an unknown architecture, and for one that `recompute` is unknown to.
     """
 
-    def __init__(self, arch: str, outputs: int, checkpoint: bool = False) -> None:
+    def __init__(self, arch: str, outputs: int, recompute: bool = False) -> None:
         super().__init__()
         check_arch(arch)
-        if checkpoint and arch not in SHAPES:
+        if recompute and arch not in SHAPES:
             raise RunError(f"{arch} knows no activation checkpointing: use {', '.join(SHAPES)}, or train without it")
         self.arch = arch
         self.normalise = Normalise()
         self.net = (
-            DenseNet(SHAPES[arch], outputs, checkpoint)
+            DenseNet(SHAPES[arch], outputs, recompute)
             if arch in SHAPES
             else torchvision.models.get_model(arch, weights=None, num_classes=outputs)
         )

@@ -6,7 +6,7 @@ differs from torchvision's class is what is computed, and what autograd keeps, t
 - Transitions average 2 × 2 pixels before their 1×1 convolution instead of after it. Both are linear and act on different
   axes, so they commute; the convolution has a quarter of the pixels left to do and to keep. In the stem, likewise, the
   largest of 3 × 3 pixels is taken before the ReLU, which is monotonic.
-- With `checkpoint`, what lies between two convolutions (concatenation, BatchNorm, ReLU, pooling) is computed again in
+- With `recompute`, what lies between two convolutions (concatenation, BatchNorm, ReLU, pooling) is computed again in
   the backward pass instead of kept, as in Pleiss et al. 2017, "Memory-Efficient Implementation of DenseNets". Kept are
   the outputs of convolutions alone, each once, so that memory grows with the depth of a block and not with its square.
   No convolution runs twice, and BatchNorm's running statistics move once a step, as without.
@@ -60,13 +60,13 @@ class DenseNet(nn.Module):
     """Image float (N, 3, H, W) → logits (N, outputs); `state_dict` is torchvision's, both ways, and so are first weights.
 
     `features` gives the last feature map (N, C, H/32, W/32), before its ReLU; C is 1024 for densenet121. Channels-last
-    images stay channels last. `checkpoint` trades time for memory (`cxrfast bench ladder` says how much); it changes no logit,
+    images stay channels last. `recompute` trades time for memory (`cxrfast bench ladder` says how much); it changes no logit,
     gradient or running statistic, and does nothing where no gradient is recorded.
     """
 
-    def __init__(self, shape: Shape, outputs: int, checkpoint: bool = False) -> None:
+    def __init__(self, shape: Shape, outputs: int, recompute: bool = False) -> None:
         super().__init__()
-        self.features = _Features(shape, checkpoint)
+        self.features = _Features(shape, recompute)
         self.classifier = nn.Linear(self.features.channels, outputs)
         for module in self.modules():  # in torchvision's order, which fixes who gets which random numbers
             if isinstance(module, nn.Conv2d):
@@ -81,26 +81,26 @@ class DenseNet(nn.Module):
 class _Features(nn.Module):
     """Image (N, 3, H, W) → feature map (N, `channels`, H/32, W/32)."""
 
-    def __init__(self, shape: Shape, checkpoint: bool) -> None:
+    def __init__(self, shape: Shape, recompute: bool) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
+        self.recompute = recompute
         self.conv0 = nn.Conv2d(3, shape.stem, kernel_size=7, stride=2, padding=3, bias=False)
         self.norm0 = nn.BatchNorm2d(shape.stem)
         self.relu0 = nn.ReLU(inplace=True)
         self.pool0 = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         channels = shape.stem
         for i, layers in enumerate(shape.blocks, 1):
-            self.add_module(f"denseblock{i}", _DenseBlock(layers, channels, shape.growth_rate, checkpoint))
+            self.add_module(f"denseblock{i}", _DenseBlock(layers, channels, shape.growth_rate, recompute))
             channels += layers * shape.growth_rate
             if i < len(shape.blocks):
-                self.add_module(f"transition{i}", _Transition(channels, channels // 2, checkpoint))
+                self.add_module(f"transition{i}", _Transition(channels, channels // 2, recompute))
                 channels //= 2
         self.norm5 = nn.BatchNorm2d(channels)
         self.channels = channels
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         # one map before a block, a tuple of them behind it
-        features: Any = _run(self._pool, self.norm0, self.checkpoint, self.conv0(image))
+        features: Any = _run(self._pool, self.norm0, self.recompute, self.conv0(image))
         for module in self.children():
             if isinstance(module, (_DenseBlock, _Transition)):
                 features = module(features)
@@ -113,10 +113,10 @@ class _Features(nn.Module):
 class _DenseBlock(nn.ModuleDict):
     """Feature map → the same and one more of each layer, each of which has seen all before it."""
 
-    def __init__(self, layers: int, channels: int, growth_rate: int, checkpoint: bool) -> None:
+    def __init__(self, layers: int, channels: int, growth_rate: int, recompute: bool) -> None:
         super().__init__(
             {
-                f"denselayer{i + 1}": _DenseLayer(channels + i * growth_rate, growth_rate, checkpoint)
+                f"denselayer{i + 1}": _DenseLayer(channels + i * growth_rate, growth_rate, recompute)
                 for i in range(layers)
             }
         )
@@ -131,9 +131,9 @@ class _DenseBlock(nn.ModuleDict):
 class _DenseLayer(nn.Module):
     """Feature maps, `channels` together → one new feature map (N, growth_rate, H, W)."""
 
-    def __init__(self, channels: int, growth_rate: int, checkpoint: bool) -> None:
+    def __init__(self, channels: int, growth_rate: int, recompute: bool) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
+        self.recompute = recompute
         narrow = BOTTLENECK * growth_rate
         self.norm1 = nn.BatchNorm2d(channels)
         self.relu1 = nn.ReLU(inplace=True)
@@ -143,8 +143,8 @@ class _DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(narrow, growth_rate, kernel_size=3, padding=1, bias=False)
 
     def forward(self, features: Features) -> torch.Tensor:
-        narrow = _run(self._narrow, self.norm1, self.checkpoint, *features)
-        return _run(self._grow, self.norm2, self.checkpoint, narrow)
+        narrow = _run(self._narrow, self.norm1, self.recompute, *features)
+        return _run(self._grow, self.norm2, self.recompute, narrow)
 
     def _narrow(self, norm: Layer, *features: torch.Tensor) -> torch.Tensor:
         # cat would copy even a single map
@@ -157,16 +157,16 @@ class _DenseLayer(nn.Module):
 class _Transition(nn.Module):
     """Feature maps, `channels` together → one feature map (N, out, H/2, W/2)."""
 
-    def __init__(self, channels: int, out: int, checkpoint: bool) -> None:
+    def __init__(self, channels: int, out: int, recompute: bool) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
+        self.recompute = recompute
         self.norm = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv = nn.Conv2d(channels, out, kernel_size=1, bias=False)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
     def forward(self, features: Features) -> torch.Tensor:
-        return _run(self._shrink, self.norm, self.checkpoint, *features)
+        return _run(self._shrink, self.norm, self.recompute, *features)
 
     def _shrink(self, norm: Layer, *features: torch.Tensor) -> torch.Tensor:
         return self.conv(self.pool(self.relu(norm(torch.cat(features, 1)))))
@@ -176,15 +176,15 @@ class _Transition(nn.Module):
 
 
 def _run(
-    function: Callable[..., torch.Tensor], norm: nn.Module, checkpoint: bool, *inputs: torch.Tensor
+    function: Callable[..., torch.Tensor], norm: nn.Module, recompute: bool, *inputs: torch.Tensor
 ) -> torch.Tensor:
     """`function(norm, *inputs)`, which draws no random numbers.
 
-    With `checkpoint` only the inputs are kept for the backward pass. Recomputation ends when the last tensor that the
+    With `recompute` only the inputs are kept for the backward pass. Recomputation ends when the last tensor that the
     backward pass reads is there, which is the input of the convolution that `function` ends with. Raises RuntimeError
     if the mode (train, eval) was changed between the two passes.
     """
-    if not (checkpoint and torch.is_grad_enabled()):
+    if not (recompute and torch.is_grad_enabled()):
         return function(norm, *inputs)
     if torch.compiler.is_compiling():  # a compiled graph writes buffers once, whatever it computes again
         return recomputed(function, norm, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -55,7 +55,7 @@ class Step:
     """Side of the images, px; the largest one where it changes."""
     outputs: int
     precision: str
-    checkpoint: bool
+    recompute: bool
     """Recompute activations in the backward pass."""
     compile: str | None
     """torch.compile's mode."""
@@ -88,7 +88,7 @@ def largest_micro_batch(
     outputs: int,
     global_batch: int,
     precision: str = "auto",
-    checkpoint: bool = False,
+    recompute: bool = False,
     compile: str | None = None,
     device: str = "auto",
     world: int | None = None,
@@ -116,7 +116,7 @@ def largest_micro_batch(
         scale=scale,
         outputs=outputs,
         precision=resolve_precision(precision, chosen),
-        checkpoint=checkpoint,
+        recompute=recompute,
         compile=compile,
         device=str(chosen),
         memory=memory or (properties.total_memory if properties else int(CPU_MEMORY * memory_bytes() / local_ranks)),
@@ -174,7 +174,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
         raise RunError(
             f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {step.scale} px on {step.device}, none fits "
             f"into {step.memory / 2**30:.1f} GiB less {RESERVE:.0%}: "
-            + ("use a smaller scale" if step.checkpoint else "give --recompute, or use a smaller scale")
+            + ("use a smaller scale" if step.recompute else "give --recompute, or use a smaller scale")
         )
     return sizes[low], not any(trial.shared for trial in tried.values())
 
@@ -225,7 +225,7 @@ def _peak_resident() -> int:
 
 def _train(step: Step, size: int, device: torch.device) -> None:
     """Two micro-batches and a step after the first: the second finds gradients and Adam's moments in memory."""
-    more: dict[str, Any] = {"checkpoint": True} if step.checkpoint else {}
+    more: dict[str, Any] = {"recompute": True} if step.recompute else {}
     use_tf32(step.precision)
     torch.backends.cudnn.benchmark = True  # as in training: its workspaces count
     model = Classifier(step.arch, step.outputs, **more).to(device).train()

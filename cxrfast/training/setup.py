@@ -86,7 +86,7 @@ def make_config(
             outputs=len(info.labels),
             global_batch=global_batch,
             precision=given["precision"],
-            checkpoint=recompute,
+            recompute=recompute,
             compile=compile,
             device=device,
         )

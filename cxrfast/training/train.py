@@ -38,7 +38,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         # where each machine measured its own `auto`
         smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
         config = replace(config, micro_batch=ranks.broadcast(smallest))
-        model = Classifier(config.arch, len(config.labels), checkpoint=runtime.recompute)
+        model = Classifier(config.arch, len(config.labels), recompute=runtime.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
         reader = Reader(runtime.shards, config.scale)

@@ -23,7 +23,7 @@ def test_a_model_whose_gradient_or_loss_is_off_is_refused(reader, monkeypatch, w
 
         def forward(self, image):
             logits = super().forward(image)
-            if not self.net.features.checkpoint:
+            if not self.net.features.recompute:
                 return logits
             if what == "loss":
                 return 1.01 * logits

@@ -57,11 +57,11 @@ def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) ->
 
 
 def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
-    plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, checkpoint=True)
+    plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, recompute=True)
     checkpointed.load_state_dict(plain.state_dict())
     assert torch.equal(checkpointed(images()), plain(images()))
     with pytest.raises(RunError, match="resnet50 knows no activation checkpointing: use densenet121, densenet161"):
-        Classifier("resnet50", 3, checkpoint=True)
+        Classifier("resnet50", 3, recompute=True)
 
 
 def test_the_normalisation_is_part_of_the_checkpoint() -> None:

@@ -19,10 +19,10 @@ ODD = 7
 """Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""
 
 
-def small(checkpoint: bool = False) -> DenseNet:
+def small(recompute: bool = False) -> DenseNet:
     """Three blocks of two or three layers; the same weights each time."""
     torch.manual_seed(0)
-    return DenseNet(Shape(8, (2, 3, 2), 16), 3, checkpoint)
+    return DenseNet(Shape(8, (2, 3, 2), 16), 3, recompute)
 
 
 def images(n: int = 2, side: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -59,11 +59,11 @@ def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(checkpoint: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(recompute: bool) -> None:
     torch.manual_seed(3)
     oracle = torchvision.models.densenet121(num_classes=3).double()
-    ours = DenseNet(SHAPES["densenet121"], 3, checkpoint).double()
+    ours = DenseNet(SHAPES["densenet121"], 3, recompute).double()
     ours.load_state_dict(oracle.state_dict())
     pixels = images(dtype=torch.float64)
     theirs_layers, our_layers = outputs(oracle), outputs(ours)
@@ -105,9 +105,9 @@ def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_ba
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, training: bool) -> None:
-    def one(checkpoint: bool) -> dict[str, torch.Tensor]:
+    def one(recompute: bool) -> dict[str, torch.Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
-            return step(small(checkpoint).train(training), images())
+            return step(small(recompute).train(training), images())
 
     plain, checkpointed = one(False), one(True)
     for name, value in plain.items():
@@ -115,7 +115,7 @@ def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, tr
 
 
 def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
-    net = small(checkpoint=True)
+    net = small(recompute=True)
     loss = net(images()).sum()
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     loss.backward(retain_graph=True)
@@ -138,7 +138,7 @@ def calls(net: nn.Module) -> Counter[str]:
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[torch.no_grad]) -> None:
-    net = small(checkpoint=True)
+    net = small(recompute=True)
     counted = calls(net)
     with without():
         net(images())
@@ -158,11 +158,11 @@ def test_no_convolution_runs_twice() -> None:
             net(images()).sum().backward()
         return sum(event.name in KERNELS for event in found.events())
 
-    assert convolutions(small(checkpoint=True)) == convolutions(small()) == 1 + 2 * 7 + 2
+    assert convolutions(small(recompute=True)) == convolutions(small()) == 1 + 2 * 7 + 2
 
 
 def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient() -> None:
-    net = small(checkpoint=True)
+    net = small(recompute=True)
     loss = net(images()).sum()
     net.eval()
     with pytest.raises(RuntimeError, match="between a forward pass and its backward pass"):
@@ -173,15 +173,15 @@ def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient(
 
 
 def test_a_copy_is_independent_and_equal() -> None:
-    net = small(checkpoint=True)
+    net = small(recompute=True)
     twin = copy.deepcopy(net)
     a, b = step(twin, images()), step(net, images())
     assert all(torch.equal(a[name], value) for name, value in b.items())
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_it_can_be_compiled(checkpoint: bool) -> None:
-    eager, compiled = step(small(checkpoint), images()), small(checkpoint)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_it_can_be_compiled(recompute: bool) -> None:
+    eager, compiled = step(small(recompute), images()), small(recompute)
     logits = torch.compile(compiled, backend="aot_eager", fullgraph=True)(images())
     logits.square().sum().backward()
     torch.testing.assert_close(logits.detach(), eager["logits"])
@@ -194,7 +194,7 @@ def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
     try:
         last = {"memory_format": torch.channels_last}
         alone = step(small().to(**last), images())
-        wrapped = DistributedDataParallel(small(checkpoint=True).to(**last))
+        wrapped = DistributedDataParallel(small(recompute=True).to(**last))
         together = step(wrapped, images())
         del wrapped
     finally:
@@ -223,9 +223,9 @@ def test_a_channels_last_step_copies_no_activation() -> None:
     assert copied(net, images(ODD)) == last
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_nchw_pixels_would_be_seen_as_copies_and_recomputation_makes_none(checkpoint: bool) -> None:
-    net = small(checkpoint).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nchw_pixels_would_be_seen_as_copies_and_recomputation_makes_none(recompute: bool) -> None:
+    net = small(recompute).to(memory_format=torch.channels_last)
     last = [[ODD, 8, side, side] for side in (4, 8, 16)]
     assert copied(net, images(ODD)) == last
     assert [ODD, 3, 64, 64] in copied(net, images(ODD).contiguous())

@@ -41,7 +41,7 @@ def step(memory: int, scale: int = 64) -> Step:
         scale=scale,
         outputs=3,
         precision="fp32",
-        checkpoint=False,
+        recompute=False,
         compile=None,
         device="cpu",
         memory=memory,
@@ -154,7 +154,7 @@ def test_the_largest_divisor_is_found_by_halves(trials: list[int]) -> None:
     assert largest_micro_batch(**TINY, global_batch=48) == 12
     assert len(trials) == 4
     assert largest_micro_batch(**TINY, global_batch=48, world=6) == 8
-    assert largest_micro_batch(**TINY, global_batch=48, checkpoint=True) == 12
+    assert largest_micro_batch(**TINY, global_batch=48, recompute=True) == 12
     assert len(trials) > 5, "another question is another measurement"
 
 
