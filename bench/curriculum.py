@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
 from cxrfast.bench.harness import provenance, write_results
 from cxrfast.config import Runtime, TrainConfig
@@ -131,9 +131,9 @@ def section(result: CurriculumResult) -> Section:
     )
 
 
-def plot(result: CurriculumResult) -> Plot:
+def plot(result: CurriculumResult) -> Figure:
     """Validation AUROC against the seconds since the start of everything, one line per way."""
-    figure = Plot(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for one in result.ways:
         values = [float("nan") if value is None else value for value in one.auroc]

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
 from cxrfast.distributed import dali_build, nvidia_driver
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
@@ -31,7 +31,7 @@ from cxrfast.units import duration
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measured:
     """Rates of one measurement, images/s, a value a round."""
 
     rounds: list[float]
@@ -40,7 +40,7 @@ class Figure:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
-    def ratio(self, other: "Figure") -> float:
+    def ratio(self, other: "Measured") -> float:
         """Median over the rounds of this rate / the other's in the same round, so that drift of the machine cancels."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
@@ -129,7 +129,7 @@ def interleave(
     rounds: int,
     budget: Budget | None = None,
     told: Callable[[str], object] = lambda name: None,
-) -> dict[str, Figure]:
+) -> dict[str, Measured]:
     """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
 
     A measurement takes the seconds it may use and returns images/s; `told` hears its name each time. Rounds that would
@@ -147,7 +147,7 @@ def interleave(
             told(name)
         if budget.left < (budget.clock() - begun) / 2:
             break
-    return {name: Figure(values) for name, values in results.items()}
+    return {name: Measured(values) for name, values in results.items()}
 
 
 def take_turns(
@@ -156,7 +156,7 @@ def take_turns(
     seconds: float,
     rounds: int,
     budget: Budget | None = None,
-) -> dict[str, Figure]:
+) -> dict[str, Measured]:
     """`interleave`, with a progress bar."""
     with progress(label, len(measurements) * (rounds + 1), unit="figures") as advance:
         return interleave(measurements, seconds, rounds, budget, lambda name: advance(note=name))
@@ -289,7 +289,7 @@ def file_system(folder: Path) -> str | None:
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else None
 
 
-def write_results(out: Path, name: str, values: dict[str, Any], text: str, plot: Plot | None) -> None:
+def write_results(out: Path, name: str, values: dict[str, Any], text: str, plot: Figure | None) -> None:
     """NAME.json, NAME.md (`text`, then where it ran) and NAME.png in `out`."""
     write_json(out / f"{name}.json", values)
     notes = "\n".join(f"- {what}: {value}" for what, value in values["provenance"].items() if value is not None)

@@ -19,8 +19,8 @@ from cxrfast.shards.format.info import SetInfo, versions
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.tar import TarWriter
+from cxrfast.shards.images.cell_means import grid, pack
 from cxrfast.shards.images.decode import BadImage, decode_grey, encode
-from cxrfast.shards.images.grid import grid, pack
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shuffle import permutation

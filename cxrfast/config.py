@@ -84,10 +84,11 @@ class TrainConfig:
     epochs: int = 100
     """Most epochs that are trained."""
     factor: float = 0.5
-    """The learning rate's, after `patience` epochs without a lower validation loss."""
+    """What the learning rate is multiplied by after more than `patience` epochs without a lower validation loss."""
     patience: int = 3
+    """The learning rate's; early stopping has `stop_after`."""
     stop_after: int = 10
-    """Epochs without a lower validation loss after which training ends."""
+    """Early stopping: epochs without a lower validation loss after which training ends."""
     degrees: float = 15.0
     """Rotation, uniform in ±degrees."""
     flip: float = 0.5

@@ -8,7 +8,7 @@ import simplejpeg
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.cache import PixelCache
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.images.decode import resize
+from cxrfast.shards.images.resize import resize
 
 
 def reduction(stored: int, size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.images.grid import SIDE, STEPS, edges, grid, tolerance
+from cxrfast.shards.images.cell_means import SIDE, STEPS, edges, grid, tolerance
 
 EVERY = 16
 """Where a set holds no grids, the rows whose number this divides are decoded by the CPU, too, and compared."""

@@ -17,7 +17,7 @@ from cxrfast.errors import LoadError, ShardError
 from cxrfast.shards.format.codec import pgm_header
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.tar import read_index
-from cxrfast.shards.images.grid import SIDE, unpack
+from cxrfast.shards.images.cell_means import SIDE, unpack
 from cxrfast.shards.shard_set import ShardSet
 
 OPEN_FILES = 512

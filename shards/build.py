@@ -21,11 +21,11 @@ from cxrfast.errors import ShardError, is_disk_full
 from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
+from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
-from cxrfast.shards.building.report import Report
-from cxrfast.shards.building.tasks import Layout, Todo, find_todo, make_task
+from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import mark_unfinished, write_sums
 from cxrfast.shards.format.info import SetInfo, read_set, versions
@@ -117,12 +117,12 @@ def build(
             _, _, report = _survey(request, pool)
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
-        layout, todo, report = _survey(request, pool)
+        blueprint, todo, report = _survey(request, pool)
         if not retry_quarantined:  # which replaces what is there
             check_room(report.estimate, request.out)
-        _prepare(request, layout, todo)
-        _run(request, layout, todo, lock, pool)
-        _finish(layout, report, whole=not part)
+        _prepare(request, blueprint, todo)
+        _run(request, blueprint, todo, lock, pool)
+        _finish(blueprint, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
 
@@ -148,15 +148,15 @@ def _check_folder(tree: Tree, out: Path) -> None:
 # What there is to do
 
 
-def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Layout, list[Todo], Report]:
+def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
     """Lay the set out, and estimate what is left to build; nothing is written."""
-    layout, counts = _lay_out(request)
-    todo = find_todo(layout, request.scales, request.shards(layout.info), request.retry_quarantined)
-    needed = _estimate(layout, todo, request.workers, pool)
-    return layout, todo, Report(info=layout.info, scales=request.scales, source_counts=counts, estimate=needed)
+    blueprint, counts = _lay_out(request)
+    todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
+    needed = _estimate(blueprint, todo, request.workers, pool)
+    return blueprint, todo, Report(info=blueprint.info, scales=request.scales, source_counts=counts, estimate=needed)
 
 
-def _lay_out(request: _Request) -> tuple[Layout, dict[str, int]]:
+def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
     """The set's description and rows, new or those in `out`, and what the source counted."""
     tree, out, recipe = request.tree, request.out, request.recipe
     listed = read_source(request.source, tree, request.source_options)
@@ -164,7 +164,7 @@ def _lay_out(request: _Request) -> tuple[Layout, dict[str, int]]:
     identity = set_id(rows, recipe)
     if (out / "set.json").exists():
         info = _read_same_set(request, identity)
-        return Layout(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
+        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
     rows["bytes"] = tree.sizes(rows["path"].tolist(), request.quiet)
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
@@ -179,7 +179,7 @@ def _lay_out(request: _Request) -> tuple[Layout, dict[str, int]]:
         versions=versions(),
         **asdict(recipe),
     )
-    return Layout(tree=tree, out=out, info=info, rows=rows), listed.counts
+    return Blueprint(tree=tree, out=out, info=info, rows=rows), listed.counts
 
 
 def _read_same_set(request: _Request, identity: str) -> SetInfo:
@@ -226,19 +226,19 @@ def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
         )
 
 
-def _estimate(layout: Layout, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:
+def _estimate(blueprint: Blueprint, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:
     """Estimate from images spread over what is left to build."""
     by_shard = {item.shard: item for item in todo}
     rows = np.concatenate([np.arange(item.rows.start, item.rows.stop) for item in todo] or [np.arange(0)])
-    rows = rows[layout.rows["bytes"].to_numpy()[rows] > 0]
+    rows = rows[blueprint.rows["bytes"].to_numpy()[rows] > 0]
     chosen = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
-    sample = [make_task(layout, by_shard[row // layout.info.rows_per_shard], [row]) for row in chosen.tolist()]
+    sample = [make_task(blueprint, by_shard[row // blueprint.info.rows_per_shard], [row]) for row in chosen.tolist()]
     remaining = {
         scale: (len(of_scale), sum(len(item.rows) for item in of_scale))
         for scale in sorted({scale for item in todo for scale in item.scales})
         if (of_scale := [item for item in todo if scale in item.scales])
     }
-    return estimate(sample, remaining, layout.out, workers, pool)
+    return estimate(sample, remaining, blueprint.out, workers, pool)
 
 
 # Building
@@ -266,26 +266,26 @@ def _clear_stale(out: Path, lock: Lock) -> None:
             path.unlink(missing_ok=True)
 
 
-def _prepare(request: _Request, layout: Layout, todo: list[Todo]) -> None:
+def _prepare(request: _Request, blueprint: Blueprint, todo: list[Todo]) -> None:
     """Write set.json and the rows if they are new; without SHA256SUMS a set is known to be unfinished."""
-    out, retry = layout.out, request.retry_quarantined
+    out, retry = blueprint.out, request.retry_quarantined
     if not (out / "set.json").exists():
-        write_rows(out / "rows.parquet", layout.rows, layout.info)
-        layout.info.write(out)  # after the rows: set.json says that they are there
+        write_rows(out / "rows.parquet", blueprint.rows, blueprint.info)
+        blueprint.info.write(out)  # after the rows: set.json says that they are there
     if todo:
-        found = _look_again(layout, request.tree, todo) if retry else None
+        found = _look_again(blueprint, request.tree, todo) if retry else None
         mark_unfinished(out, [name for t in todo for scale in t.scales for name in shard_files(scale, t.shard)])
         if found is not None:
-            layout.rows.loc[found.index, "bytes"] = found
-            write_rows(out / "rows.parquet", layout.rows, layout.info)
+            blueprint.rows.loc[found.index, "bytes"] = found
+            write_rows(out / "rows.parquet", blueprint.rows, blueprint.info)
     for scale in request.scales:
         (out / str(scale)).mkdir(exist_ok=True)
 
 
-def _look_again(layout: Layout, tree: Tree, todo: list[Todo]) -> pd.Series:
+def _look_again(blueprint: Blueprint, tree: Tree, todo: list[Todo]) -> pd.Series:
     """Sizes of the source files of rows that were left out, by row. Raises ShardError if one of those held has changed."""
     again = [item for item in todo if item.held is not None and not item.quarantined]
-    rows = layout.rows.iloc[[row for item in again for row in item.rows]]
+    rows = blueprint.rows.iloc[[row for item in again for row in item.rows]]
     held = rows["row"].isin({row for item in again for row in item.held or ()})
     found = pd.Series(tree.sizes(rows["path"].tolist(), True), index=rows.index, dtype=np.int64)
     changed = rows[held & (rows["bytes"] != found)]
@@ -297,12 +297,12 @@ def _look_again(layout: Layout, tree: Tree, todo: list[Todo]) -> pd.Series:
     return found[~held]
 
 
-def _run(request: _Request, layout: Layout, todo: list[Todo], lock: Lock, pool: ProcessPoolExecutor) -> None:
+def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, pool: ProcessPoolExecutor) -> None:
     """Build all that is left; a shard that fails is named at the end, and the others are still built."""
     if not todo:
         return
     failed: list[str] = []
-    tasks = (make_task(layout, item) for item in todo)
+    tasks = (make_task(blueprint, item) for item in todo)
     with progress("sharding", sum(len(item.rows) for item in todo), quiet=request.quiet) as advance:
         outcomes = (
             run_on_dask(tasks, request.dask)
@@ -314,7 +314,7 @@ def _run(request: _Request, layout: Layout, todo: list[Todo], lock: Lock, pool: 
                 if isinstance(error, ShardError):
                     failed.append(str(error))
                 elif isinstance(error, OSError):
-                    what = f"no space or quota left in {layout.out}" if is_disk_full(error) else str(error)
+                    what = f"no space or quota left in {blueprint.out}" if is_disk_full(error) else str(error)
                     raise ShardError(
                         f"{what}: finished shards are kept; mend it and run the same command again"
                     ) from error
@@ -330,12 +330,12 @@ def _run(request: _Request, layout: Layout, todo: list[Todo], lock: Lock, pool: 
         )
 
 
-def _finish(layout: Layout, report: Report, whole: bool) -> None:
+def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     """Write quarantine.csv and SHA256SUMS from the manifests, and complete the report.
 
     Of several parts, the last one to end writes them (`whole` is False for a part).
     """
-    out, built = layout.out, ShardSet(layout.out)
+    out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []
     for m in built.manifests():
         manifests.append(replace(m, rows=[], crc32=[], sizes=[]))  # of large sets they would take a gigabyte
@@ -345,6 +345,6 @@ def _finish(layout: Layout, report: Report, whole: bool) -> None:
     report.missing_shards = sum(built.info.shards - len(built.shards(scale)) for scale in report.scales)
     report.is_done = True
     if whole or report.complete:
-        paths = dict(zip(layout.rows["row"], layout.rows["path"], strict=True))
+        paths = dict(zip(blueprint.rows["row"], blueprint.rows["path"], strict=True))
         write_bytes(out / "quarantine.csv", quarantine_bytes(paths, manifests))
         write_sums(out, manifests)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from cxrfast.bench.harness import Budget, take_turns
+from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.measure import Measurement, measurement, ours
-from cxrfast.bench.loading.peers import Job
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder
 from cxrfast.pipelines.reader import Reader

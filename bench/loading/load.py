@@ -17,7 +17,7 @@ import torch
 from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms
 from cxrfast.bench.harness import (
     Budget,
-    Figure,
+    Measured,
     announce,
     file_system,
     least_seconds,
@@ -27,8 +27,9 @@ from cxrfast.bench.harness import (
     write_results,
 )
 from cxrfast.bench.loading.engines import compare_engines
+from cxrfast.bench.loading.job import Job, Peer
 from cxrfast.bench.loading.measure import Large, large, pass_rate
-from cxrfast.bench.loading.peers import Job, Peer, peer_names, peer_versions
+from cxrfast.bench.loading.peers import peer_names, peer_versions
 from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, sections
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT, PIXEL_SCALE, RAW, WHAT, open_ways, pick_ways, typed, usable
 from cxrfast.bench.trees import tiny_images, uncompressed
@@ -229,7 +230,7 @@ def _measure(
     return _lines(here, task, figures, {way for way, peer in mine.items() if peer.pixels})
 
 
-def _lines(job: Job, task: str, figures: dict[str, Figure], of_pixels: set[str]) -> list[LoadingLine]:
+def _lines(job: Job, task: str, figures: dict[str, Measured], of_pixels: set[str]) -> list[LoadingLine]:
     of_pixels = of_pixels | {CACHE, RAW}
     lines = []
     for way, figure in figures.items():

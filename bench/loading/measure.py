@@ -19,7 +19,7 @@ import torch
 
 from cxrfast.bench.data import LongOrder, endless
 from cxrfast.bench.harness import rate
-from cxrfast.bench.loading.peers import Job
+from cxrfast.bench.loading.job import Job
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import WARP, warp_matrix
 from cxrfast.pipelines.loader import Loader

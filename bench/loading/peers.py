@@ -5,33 +5,30 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 
-from cxrfast.bench.loading import libraries as libraries
-from cxrfast.bench.loading import torch_loaders as torch_only
-from cxrfast.bench.loading.job import Job, Peer, files
-
-__all__ = ["Job", "Peer", "peer_names", "peer_versions", "peers"]
+from cxrfast.bench.loading import libraries, torch_loaders
+from cxrfast.bench.loading.job import Peer, files
 
 KERNELS = Peer(
     "torch's DataLoader over our reader, decoder and warp: whole batches, made in memory that its processes share",
     prepare=lambda job: None,
-    batches=torch_only.over_kernels,
+    batches=torch_loaders.over_kernels,
 )
 
 RING = KERNELS._replace(
     what="the same, but a batch lies in a ring of buffers that are made once, and is overwritten soon after the next one",
-    batches=torch_only.over_ring,
+    batches=torch_loaders.over_ring,
 )
 
 PILLOW = Peer(
     'torch\'s DataLoader over files: Pillow open, convert("L"), torchvision RandomHorizontalFlip and RandomRotation',
     prepare=files,
-    batches=torch_only.over_files,
+    batches=torch_loaders.over_files,
 )
 
 MEMMAP = Peer(
     "one np.memmap of all images, indexed by batches of a permutation; turned by our warp in threads",
-    prepare=torch_only.write_array,
-    batches=torch_only.over_array,
+    prepare=torch_loaders.write_array,
+    batches=torch_loaders.over_array,
     pixels=True,
 )
 

@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
 from cxrfast.bench.loading.engines import Engines
 from cxrfast.bench.loading.measure import Large
@@ -170,11 +170,11 @@ def _large_section(found: Large) -> Section:
     )
 
 
-def plot(result: LoadingResult) -> Plot | None:
+def plot(result: LoadingResult) -> Figure | None:
     """Share of the limit by scale, one line per way with JPEGs, one panel per task; None where it was not measured."""
     if all(line.of_limit is None for line in result.lines):
         return None
-    figure = Plot(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
     colours = dict(zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"](range(20)))))
     for axes, task in zip(panels, TASKS, strict=True):

@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
+from cxrfast.bench.loading.job import Job, Peer
 from cxrfast.bench.loading.measure import Measurement, limit, measurement, ours
-from cxrfast.bench.loading.peers import Job, Peer, peer_names, peers
+from cxrfast.bench.loading.peers import peer_names, peers
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader

@@ -23,11 +23,12 @@ from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
 from cxrfast.errors import ShardError
 from cxrfast.shards.build import build
-from cxrfast.shards.building.tasks import Layout, Task, Todo, build_shard, make_task
+from cxrfast.shards.building.tasks import Blueprint, Task, Todo, build_shard, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images import decode as pixels
+from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 
@@ -37,7 +38,7 @@ SMALLEST, LARGEST = 64, 1024
 STAGES = {
     "read": [Tree.read.__code__],
     "decode": [pixels.decode.__code__],
-    "resize": [pixels.at_scales.__code__],
+    "resize": [at_scales.__code__],
     "encode": [pixels.encode.__code__],
     "tar, hash": [f.__code__ for f in (TarWriter.add, TarWriter.close, ShardManifest.write)],
 }
@@ -126,7 +127,7 @@ def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float
         images=images,
         scales=scales,
         workers=workers,
-        task=make_task(Layout(tree=Tree(tree), out=planned, info=made.info, rows=table), todo, in_turn),
+        task=make_task(Blueprint(tree=Tree(tree), out=planned, info=made.info, rows=table), todo, in_turn),
         tree=tree,
         shard_rows=made.info.rows_per_shard,
         each=each,

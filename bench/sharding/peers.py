@@ -10,7 +10,8 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from cxrfast.shards.images.decode import at_scales, encode
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.resize import at_scales
 
 QUALITY = 95
 

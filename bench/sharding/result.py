@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
 from cxrfast.bench.data import MIMIC_IMAGES
 from cxrfast.bench.sharding.measure import Memory
@@ -150,9 +150,9 @@ def _computed_section(r: ShardingResult) -> Section:
     )
 
 
-def plot(result: ShardingResult) -> Plot:
+def plot(result: ShardingResult) -> Figure:
     """Images/s and core of each way with ours / theirs, and where ours spends its time."""
-    figure = Plot(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     ways, spent = figure.subplots(1, 2, width_ratios=(3, 2))
     names = sorted(result.rates, key=lambda name: result.rates[name])
     rates = [result.rates[name] for name in names]

@@ -14,7 +14,7 @@ import cv2
 import torch
 
 from cxrfast.bench.data import MIMIC_IMAGES
-from cxrfast.bench.harness import Figure, file_system, provenance, take_turns, write_results
+from cxrfast.bench.harness import Measured, file_system, provenance, take_turns, write_results
 from cxrfast.bench.sharding.measure import (
     Notes,
     Setup,
@@ -110,7 +110,7 @@ def _medians(lines: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(line[name] for line in lines) for name in lines[0]}
 
 
-def _builds(setup: Setup, figures: dict[str, Figure], notes: Notes, rounds: int) -> list[Builds]:
+def _builds(setup: Setup, figures: dict[str, Measured], notes: Notes, rounds: int) -> list[Builds]:
     found = []
     for workers, calls in sorted(notes.calls.items()):
         figure, calls = figures[build_name(workers)], calls[-rounds:]

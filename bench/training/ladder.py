@@ -15,7 +15,7 @@ import torch
 
 from cxrfast.bench.harness import (
     Budget,
-    Figure,
+    Measured,
     announce,
     answer,
     in_own_process,
@@ -150,7 +150,7 @@ def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budg
     base = lines[rungs[0]].rounds
     for rung, line in lines.items():
         if line.rounds and base:
-            lines[rung] = replace(line, ratio=Figure(line.rounds).ratio(Figure(base)))
+            lines[rung] = replace(line, ratio=Measured(line.rounds).ratio(Measured(base)))
     return list(lines.values())
 
 

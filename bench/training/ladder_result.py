@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
 from cxrfast.bench.harness import (
-    Figure,
+    Measured,
 )
 from cxrfast.bench.training.ladder_measure import ARCH, KINDS, RUNGS
 from cxrfast.tables import Section
@@ -48,7 +48,7 @@ class LadderLine:
     @property
     def rate(self) -> float | None:
         """Median of the rounds, images/s."""
-        return Figure(self.rounds).median if self.rounds else None
+        return Measured(self.rounds).median if self.rounds else None
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def _time_by_kind(profiled: dict[str, dict[str, float]], scale: int) -> Section:
     )
 
 
-def plot(result: LadderResult) -> Plot:
+def plot(result: LadderResult) -> Figure:
     """Rates as ratios to the first rung's, one line per scale."""
-    figure = Plot(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     rungs = list(dict.fromkeys(line.rung for line in result.lines))
     for scale in dict.fromkeys(line.scale for line in result.lines):

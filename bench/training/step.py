@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from cxrfast.bench.data import make_phantoms
@@ -209,9 +209,9 @@ def _write(result: StepResult, out: Path) -> None:
     write_results(out, "bench", asdict(result), text, plot(result) if result.lines else None)
 
 
-def plot(result: StepResult) -> Plot:
+def plot(result: StepResult) -> Figure:
     """Images/s (log) and memory against the side of the images."""
-    figure = Plot(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     rates, memory = figure.subplots(1, 2)
     engines = list(dict.fromkeys(line.engine for line in result.lines))
     for engine in engines:

@@ -20,8 +20,8 @@ from matplotlib.ticker import ScalarFormatter
 
 from cxrfast import __version__
 from cxrfast.analysis import ensemble, evaluate
-from cxrfast.analysis.erf import erf_figure, has_erf, read_erf
 from cxrfast.analysis.evaluate import Evaluation
+from cxrfast.analysis.receptive_field import erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.metrics import mean_sd

@@ -39,7 +39,7 @@ def ensemble(runs: Path) -> None:
 @click.option("--device", default="auto", show_default=True)
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
     """Effective receptive field of each RUN, beside the theoretical one."""
-    from cxrfast.analysis.erf import erf as measure_erf
+    from cxrfast.analysis.receptive_field import erf as measure_erf
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
 

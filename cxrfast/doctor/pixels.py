@@ -17,7 +17,7 @@ from cxrfast.pipelines.order import Augment, EvalOrder
 from cxrfast.pipelines.proof import cell_means
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.images.grid import SIDE
+from cxrfast.shards.images.cell_means import SIDE
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from cxrfast.models.precision import resolve_precision, without_tf32
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.training.micro_batch import CPU_MEMORY, Step, in_own_process
+from cxrfast.training.micro_batch import CPU_MEMORY, Step, try_in_own_process
 from cxrfast.training.trainer import Trainer
 
 WARM_UP = 2
@@ -126,7 +126,7 @@ def memory(reader: Reader, device: torch.device) -> str:
         memory=there if gpu else int(CPU_MEMORY * there),
         threads=usable_cores(),
     )
-    trial = in_own_process(step, size)
+    trial = try_in_own_process(step, size)
     what = f"{ARCH}, {size} × {reader.scale} px, {precision}"
     if not trial.has_room:
         raise RunError(f"{what} does not fit {_gib(there)}: train with a smaller --micro-batch, or with --recompute")

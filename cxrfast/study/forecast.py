@@ -15,9 +15,9 @@ from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.study.outlook import Outlook, look, other_set, read_scale, refused
 from cxrfast.study.pace import Pace, jobs
 from cxrfast.study.plan import Plan
+from cxrfast.study.run_forecast import Outlook, look, other_set, read_scale, refused
 from cxrfast.units import size
 
 
@@ -107,7 +107,7 @@ def projection(left: list[Outlook], ranks: int, rate: float) -> str:
 
 
 def forecast_table(result: Forecast, walltime: int | None = None) -> Table:
-    """One line per run; hours are at most, since patience may end a run before its last epoch."""
+    """One line per run; hours are at most, since early stopping may end a run before its last epoch."""
     plan, ranks = result.plan, result.plan.ranks
     table = Table(
         title=f"{plan.runtime.shards} → {plan.runtime.runs}: {len(result.outlooks)} runs, {ranks} processes each",

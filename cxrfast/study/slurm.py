@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.runs.folder import RunFolder
-from cxrfast.study.outlook import Outlook
 from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
 from cxrfast.study.plan import Plan
+from cxrfast.study.run_forecast import Outlook
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
 PORT = 29400

@@ -17,16 +17,16 @@ from typing import Any
 from rich.table import Table
 
 from cxrfast.analysis import ensemble, evaluate
-from cxrfast.analysis.erf import erf, has_erf
 from cxrfast.analysis.gradcam import gradcam_run, save_figure
+from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.study.forecast import forecast, projection
-from cxrfast.study.outlook import Outlook
 from cxrfast.study.plan import Plan, make_plan
+from cxrfast.study.run_forecast import Outlook
 from cxrfast.training.predict import predict
 from cxrfast.training.signals import TORCHRUN_SIGNALS, Stopped, call
 from cxrfast.training.train import train

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: all that the rest of the run depends on, saved and taken up again.
+"""Checkpoints of a training, last.pt in the run's folder: all that the rest of the run depends on, saved and taken up again.
 
 What changes from step to step is in Counters and in the parts (model, optimiser, scaler, schedule); each rank adds its share
 of the epoch's loss and the state of its random generators.

@@ -155,7 +155,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     tried: dict[int, Trial] = {}
 
     def has_room(size: int) -> bool:
-        trial = tried[size] = in_own_process(step, size)
+        trial = tried[size] = try_in_own_process(step, size)
         peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.has_room else "does not fit"
         print(
             f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)",
@@ -179,7 +179,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     return sizes[low], not any(trial.shared for trial in tried.values())
 
 
-def in_own_process(step: Step, size: int) -> Trial:
+def try_in_own_process(step: Step, size: int) -> Trial:
     """Try `size` images in a new process. Raises RunError if it fails for another reason than memory."""
     argument = json.dumps({"step": asdict(step), "size": size, "parent": os.getpid()})
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What happens between the steps of an epoch: whether to go on, save or stop; heartbeats; time spent waiting; a profile.
+"""What happens between the steps of an epoch: whether to go on, save or stop; early stopping; heartbeats; waiting; a profile.
 
 Numbers come in, decisions and numbers go out: nothing here knows the trainer.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
 from cxrfast.pipelines.loader import Batch
 from cxrfast.runs.run import Run
@@ -120,6 +121,14 @@ class Monitor:
             return Action.CONTINUE
         self.votes.close()
         return Action.STOP
+
+
+def is_over(config: TrainConfig, counters: Counters) -> bool:
+    """Whether a training is over: all epochs are done, or early stopping ends it.
+
+    Early stopping: the last `stop_after` epochs had no lower validation loss than the best one before them.
+    """
+    return counters.epoch >= config.epochs or counters.stale >= config.stop_after
 
 
 class Heartbeat:

@@ -30,7 +30,7 @@ from cxrfast.training import checkpoint
 from cxrfast.training.checkpoint import Counters
 from cxrfast.training.loss import EXPLODED, NEVER, EpochLoss, Targets
 from cxrfast.training.micro_batch import memory_explained
-from cxrfast.training.monitor import RATE_STEPS, Action, Heartbeat, Monitor, Timed, profiled
+from cxrfast.training.monitor import RATE_STEPS, Action, Heartbeat, Monitor, Timed, is_over, profiled
 from cxrfast.training.predict import complete, score
 from cxrfast.training.setup import distribute, train_order
 from cxrfast.training.signals import LOST_RANK, Stopped, StopRequest, is_lost_rank
@@ -82,7 +82,7 @@ class Trainer:
     # The loop
 
     def fit(self) -> None:
-        """Train until the epochs or the patience are used up.
+        """Train until all epochs are done, or early stopping ends the run.
 
         Raises Stopped, with everything saved, when a signal asked for an end; RunError for a loss that is not finite
         and for another rank that ended. The run's state says which it was.
@@ -97,7 +97,7 @@ class Trainer:
             with self.stop:  # until the final status is written: torchrun sends SIGTERM when another rank has ended
                 try:
                     with memory_explained(self.config, self.ranks):
-                        while not self._is_over():
+                        while not is_over(self.config, self.counters):
                             self.end_epoch(*self.train_epoch())
                 except Stopped as end:
                     if self.ranks.is_first:
@@ -111,9 +111,6 @@ class Trainer:
                 self.board.close()
         if self.ranks.is_first:
             self.heartbeat.write("done")
-
-    def _is_over(self) -> bool:
-        return self.counters.epoch >= self.config.epochs or self.counters.stale >= self.config.stop_after
 
     def train_epoch(self) -> tuple[int, float]:
         """Take the optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""

@@ -19,13 +19,14 @@ from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.format.tar import TarWriter
-from cxrfast.shards.images.decode import BadImage, Reason, at_scales, decode
-from cxrfast.shards.images.grid import grid, pack
+from cxrfast.shards.images.cell_means import grid, pack
+from cxrfast.shards.images.decode import BadImage, Reason, decode
+from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.storage import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Blueprint:
     """What the tasks of a build have in common: the rows of the set, where images are and where shards go."""
 
     tree: Tree | None
@@ -75,16 +76,16 @@ class Task:
     held: frozenset[int] | None
 
 
-def find_todo(layout: Layout, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
+def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
     """What is left to build of these shards. An earlier scale of the same shard says which rows to leave out.
 
     With `retry`, shards with rows that were left out are to be built again at every scale that they have.
     Raises ShardError for a shard of another set.
     """
-    present = manifest.scales_in(layout.out) if layout.out.is_dir() else []
+    present = manifest.scales_in(blueprint.out) if blueprint.out.is_dir() else []
     todo = []
     for shard in shards:
-        there = {scale: m for scale in present if (m := _whole_shard(layout, scale, shard))}
+        there = {scale: m for scale in present if (m := _whole_shard(blueprint, scale, shard))}
         again = retry and any(m.quarantined for m in there.values())
         wanted = sorted({*scales, *there}) if again else [scale for scale in scales if scale not in there]
         earlier = next(iter(there.values()), None)
@@ -93,7 +94,7 @@ def find_todo(layout: Layout, scales: list[int], shards: range, retry: bool = Fa
                 Todo(
                     shard=shard,
                     scales=wanted,
-                    rows=layout.info.rows_of(shard),
+                    rows=blueprint.info.rows_of(shard),
                     quarantined=earlier.quarantined if earlier and not again else {},
                     held=frozenset(earlier.rows) if earlier else None,
                 )
@@ -101,28 +102,28 @@ def find_todo(layout: Layout, scales: list[int], shards: range, retry: bool = Fa
     return todo
 
 
-def _whole_shard(layout: Layout, scale: int, shard: int) -> ShardManifest | None:
+def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest | None:
     """The manifest of a shard whose three files are there. Raises ShardError if it is not this set's."""
-    m = read_manifest(layout.out, scale, shard)
-    if m and (m.set, m.scale, m.shard) != (layout.info.id, scale, shard):
+    m = read_manifest(blueprint.out, scale, shard)
+    if m and (m.set, m.scale, m.shard) != (blueprint.info.id, scale, shard):
         raise ShardError(
-            f"{shard_path(layout.out, scale, shard, 'json')} belongs to shard {m.shard} at {m.scale} px of set {m.set}: "
+            f"{shard_path(blueprint.out, scale, shard, 'json')} belongs to shard {m.shard} at {m.scale} px of set {m.set}: "
             "move what does not belong to this set out of its folder, then run this command again"
         )
-    others = (shard_path(layout.out, scale, shard, suffix) for suffix in ("tar", "idx"))
+    others = (shard_path(blueprint.out, scale, shard, suffix) for suffix in ("tar", "idx"))
     return m if m and all(path.is_file() for path in others) else None
 
 
-def make_task(layout: Layout, todo: Todo, rows: list[int] | range | None = None) -> Task:
+def make_task(blueprint: Blueprint, todo: Todo, rows: list[int] | range | None = None) -> Task:
     """What a worker needs for a shard, or for some `rows` of it."""
-    assert layout.tree is not None
+    assert blueprint.tree is not None
     return Task(
-        tree=layout.tree,
-        out=layout.out,
-        info=layout.info,
+        tree=blueprint.tree,
+        out=blueprint.out,
+        info=blueprint.info,
         shard=todo.shard,
         scales=todo.scales,
-        images=_images(layout.rows.iloc[list(todo.rows if rows is None else rows)]),
+        images=_images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)]),
         quarantined=todo.quarantined,
         held=todo.held,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
 from cxrfast.shards.format.names import SCALE, SHARD_FILE, shard_path
-from cxrfast.shards.images.grid import unpack
+from cxrfast.shards.images.cell_means import unpack
 
 
 @dataclass(frozen=True, kw_only=True)

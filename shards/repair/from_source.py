@@ -6,7 +6,7 @@ import shutil
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.progress import progress
-from cxrfast.shards.building.tasks import Layout, Todo, make_task
+from cxrfast.shards.building.tasks import Blueprint, Todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import WORKSHOP, shard_files, shard_name
@@ -23,36 +23,40 @@ OTHER_BYTES = (
 )
 
 
-def build_again(state: RepairState, layout: Layout, shards: dict[Shard, ShardManifest | None]) -> list[ShardManifest]:
+def build_again(
+    state: RepairState, blueprint: Blueprint, shards: dict[Shard, ShardManifest | None]
+) -> list[ShardManifest]:
     """Build shards again: {scale and number: the manifest that each had}. Returns the manifests of those that moved in."""
     if not shards:
         return []
     if not state.tree:
         state.failed.update({shard_name(*shard, "tar"): f"{ASK}, to build it again" for shard in shards})
         return []
-    built = _build_aside(state, layout, shards)
+    built = _build_aside(state, blueprint, shards)
     differing = {
         shard: old for shard, old in shards.items() if state.failed.get(shard_name(*shard, "tar")) == OTHER_BYTES
     }
-    if differing and layout.info.labels_from:  # the tars hold the labels of when they were built
-        rows = rows_of_source(state.tree, layout.info)[1]
-        rows["bytes"] = layout.rows["bytes"]
-        earlier = Layout(tree=layout.tree, out=layout.out, info=layout.info, rows=rows)
+    if differing and blueprint.info.labels_from:  # the tars hold the labels of when they were built
+        rows = rows_of_source(state.tree, blueprint.info)[1]
+        rows["bytes"] = blueprint.rows["bytes"]
+        earlier = Blueprint(tree=blueprint.tree, out=blueprint.out, info=blueprint.info, rows=rows)
         for shard in differing:
             del state.failed[shard_name(*shard, "tar")]
         built += _build_aside(state, earlier, differing)
     return built
 
 
-def _build_aside(state: RepairState, layout: Layout, shards: dict[Shard, ShardManifest | None]) -> list[ShardManifest]:
+def _build_aside(
+    state: RepairState, blueprint: Blueprint, shards: dict[Shard, ShardManifest | None]
+) -> list[ShardManifest]:
     workshop = state.folder / WORKSHOP
-    aside = Layout(tree=layout.tree, out=workshop, info=layout.info, rows=layout.rows)
+    aside = Blueprint(tree=blueprint.tree, out=workshop, info=blueprint.info, rows=blueprint.rows)
     todo = []
     for scale, shard in shards:
         name = shard_name(scale, shard, "tar")
         try:
             (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
-            rows, quarantined = layout.info.rows_of(shard), state.quarantined(layout.info, scale, shard)
+            rows, quarantined = blueprint.info.rows_of(shard), state.quarantined(blueprint.info, scale, shard)
         except (ShardError, OSError) as error:
             state.failed[name] = str(error)
             continue

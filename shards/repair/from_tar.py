@@ -11,13 +11,13 @@ from tarfile import TarError
 import numpy as np
 
 from cxrfast.files import sha256
-from cxrfast.shards.building.tasks import Layout
+from cxrfast.shards.building.tasks import Blueprint
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.names import shard_files, shard_name, shard_path
 from cxrfast.shards.format.tar import Contents, read_contents
-from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
-from cxrfast.shards.repair.grids import take_grids
+from cxrfast.shards.images.cell_means import STEPS, pack, tolerance, unpack
+from cxrfast.shards.repair.cell_means import take_grids
 from cxrfast.shards.repair.state import RepairState
 
 
@@ -41,7 +41,9 @@ class Derived:
             state.put(text, self.manifest.to_json().encode(), how, is_new=not self.is_exact)
 
 
-def derive(state: RepairState, layout: Layout, scale: int, shard: int, old: ShardManifest | None) -> Derived | None:
+def derive(
+    state: RepairState, blueprint: Blueprint, scale: int, shard: int, old: ShardManifest | None
+) -> Derived | None:
     """Derive index and manifest from the tar; None if the tar itself is broken or holds other images."""
     tar = shard_path(state.folder, scale, shard, "tar")
     name = shard_name(scale, shard, "tar")
@@ -54,12 +56,12 @@ def derive(state: RepairState, layout: Layout, scale: int, shard: int, old: Shar
         contents = read_contents(tar)
     except (TarError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    quarantined = state.quarantined(layout.info, scale, shard)
-    rows = [row for row in layout.info.rows_of(shard) if str(row) not in quarantined]
-    if contents.rows != rows or contents.image_ids != layout.rows["image_id"].iloc[rows].tolist():
+    quarantined = state.quarantined(blueprint.info, scale, shard)
+    rows = [row for row in blueprint.info.rows_of(shard) if str(row) not in quarantined]
+    if contents.rows != rows or contents.image_ids != blueprint.rows["image_id"].iloc[rows].tolist():
         return None
     made = ShardManifest(
-        set=layout.info.id,
+        set=blueprint.info.id,
         scale=scale,
         shard=shard,
         sha256=digest,
@@ -69,7 +71,7 @@ def derive(state: RepairState, layout: Layout, scale: int, shard: int, old: Shar
         sizes=contents.sizes,
         quarantined=quarantined,
     )
-    made, is_exact = _with_grids(state, layout.info, made, old, contents)
+    made, is_exact = _with_grids(state, blueprint.info, made, old, contents)
     return Derived(index=contents.index, manifest=made, is_exact=is_exact)
 
 

@@ -15,7 +15,7 @@ from cxrfast.errors import ShardError
 from cxrfast.files import sha256, temporary_name, write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.shards.building.layout import set_id
-from cxrfast.shards.building.tasks import Layout
+from cxrfast.shards.building.tasks import Blueprint
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, read_set
@@ -23,9 +23,9 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import SET_FILES, WORKSHOP, is_temporary, shard_files, shard_name
 from cxrfast.shards.format.rows import is_as_written, read_info, read_rows, write_rows
+from cxrfast.shards.repair.cell_means import add_grids
 from cxrfast.shards.repair.from_source import Shard, build_again
 from cxrfast.shards.repair.from_tar import Derived, derive
-from cxrfast.shards.repair.grids import add_grids
 from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
@@ -68,8 +68,8 @@ def repair(
         if found:
             _trust_near_hashes(state)
             _clear(state)
-            if layout := _restore_layout(state):
-                _restore_lists(state, layout, _restore_shards(state, layout))
+            if blueprint := _restore_blueprint(state):
+                _restore_lists(state, blueprint, _restore_shards(state, blueprint))
         if not state.failed:
             added, state.failed = add_grids(ShardSet(folder), state.workers, quiet)
             state.done += [
@@ -99,13 +99,13 @@ def _clear(state: RepairState) -> None:
 # set.json and rows.parquet
 
 
-def _restore_layout(state: RepairState) -> Layout | None:
+def _restore_blueprint(state: RepairState) -> Blueprint | None:
     """Repair set.json and rows.parquet; None where that cannot be done."""
     path = state.folder / "rows.parquet"
     if state.is_good(path.name):
         info = read_info(path)
         state.put("set.json", info.to_bytes(), "restored from its copy in rows.parquet")
-        return Layout(tree=state.tree, out=state.folder, info=info, rows=read_rows(path))
+        return Blueprint(tree=state.tree, out=state.folder, info=info, rows=read_rows(path))
     try:
         if not state.may_be_good("set.json"):
             raise ShardError("set.json and rows.parquet are both damaged")
@@ -118,7 +118,7 @@ def _restore_layout(state: RepairState) -> Layout | None:
         if why:
             state.failed[path.name] = why
             return None
-    return Layout(tree=state.tree, out=state.folder, info=read_set(state.folder), rows=read_rows(path))
+    return Blueprint(tree=state.tree, out=state.folder, info=read_set(state.folder), rows=read_rows(path))
 
 
 def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
@@ -153,7 +153,7 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
 # Shards
 
 
-def _restore_shards(state: RepairState, layout: Layout) -> list[ShardManifest]:
+def _restore_shards(state: RepairState, blueprint: Blueprint) -> list[ShardManifest]:
     """Repair every shard of which a file is broken. Returns the manifests of all whole ones."""
     rebuild: dict[Shard, ShardManifest | None] = {}
     inexact: dict[Shard, Derived] = {}
@@ -163,11 +163,11 @@ def _restore_shards(state: RepairState, layout: Layout) -> list[ShardManifest]:
         if all(map(state.is_good, files)):
             manifests.append(read_manifest(state.folder, scale, shard))
             continue
-        old = state.manifest(layout.info, scale, shard)
-        belongs = shard < layout.info.shards
+        old = state.manifest(blueprint.info, scale, shard)
+        belongs = shard < blueprint.info.shards
         if belongs and (old or sum(name in state.sums for name in files) > 1):  # one line alone is a damaged one
             try:
-                derived = derive(state, layout, scale, shard, old)
+                derived = derive(state, blueprint, scale, shard, old)
             except (ShardError, OSError) as error:
                 state.failed[files[0]] = str(error)
                 continue
@@ -178,7 +178,7 @@ def _restore_shards(state: RepairState, layout: Layout) -> list[ShardManifest]:
                 rebuild[scale, shard] = old
                 if derived:
                     inexact[scale, shard] = derived
-    manifests += build_again(state, layout, rebuild)
+    manifests += build_again(state, blueprint, rebuild)
     for (scale, shard), derived in inexact.items():
         if why := state.failed.pop(shard_name(scale, shard, "tar"), None):
             derived.put(state, why)
@@ -189,10 +189,10 @@ def _restore_shards(state: RepairState, layout: Layout) -> list[ShardManifest]:
 # quarantine.csv and SHA256SUMS
 
 
-def _restore_lists(state: RepairState, layout: Layout, manifests: list[ShardManifest]) -> None:
+def _restore_lists(state: RepairState, blueprint: Blueprint, manifests: list[ShardManifest]) -> None:
     """Write quarantine.csv and SHA256SUMS again, which keeps the lines of what could not be repaired."""
     if not state.failed:
-        paths = dict(zip(layout.rows["row"], layout.rows["path"], strict=True))
+        paths = dict(zip(blueprint.rows["row"], blueprint.rows["path"], strict=True))
         state.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "made again from the manifests")
     whole = {*SET_FILES, *(name for m in manifests for name in shard_files(m.scale, m.shard))} - state.failed.keys()
     repaired = {problem.path for problem in state.done}

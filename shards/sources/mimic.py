@@ -96,12 +96,3 @@ def _radiologist(tree: Tree) -> pd.DataFrame:
 def _once(column: pd.Series, where: str) -> None:
     if repeated := int(column.duplicated().sum()):
         raise ShardError(f"{where} lists {repeated:,} entries twice: download it again")
-
-
-# CheXpert
-
-
-# NIH ChestX-ray14
-
-
-# Reading any of them

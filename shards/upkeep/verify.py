@@ -21,7 +21,7 @@ from cxrfast.shards.format.names import files_in, shard_name, shard_path
 from cxrfast.shards.format.rows import label_names, read_info, read_rows
 from cxrfast.shards.format.tar import read_contents, read_index
 from cxrfast.shards.images.bad_image import BadImage
-from cxrfast.shards.images.grid import STEPS, grid, tolerance, unpack
+from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
 from cxrfast.shards.upkeep.verify_source import SourceVerdict, verify_source

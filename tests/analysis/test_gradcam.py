@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from cxrfast.analysis import gradcam as cams
-from cxrfast.analysis.erf import erf, read_erf
+from cxrfast.analysis.receptive_field import erf, read_erf
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from cxrfast.bench import harness
-from cxrfast.bench.harness import Budget, Figure, in_own_process, interleave, least_seconds
+from cxrfast.bench.harness import Budget, Measured, in_own_process, interleave, least_seconds
 from cxrfast.errors import RunError
 
 
@@ -43,7 +43,7 @@ def test_measurements_take_turns() -> None:
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
-    assert Figure([10.0, 1.0, 4.0]).ratio(Figure([5.0, 0.5, 2.0])) == 2.0
+    assert Measured([10.0, 1.0, 4.0]).ratio(Measured([5.0, 0.5, 2.0])) == 2.0
 
 
 @pytest.mark.parametrize(("minutes", "rounds"), [(0.1, 1), (40 / 60, 1), (65 / 60, 2), (80 / 60, 3), (None, 5)])

@@ -19,7 +19,8 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.images.decode import encode, resize
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.resize import resize
 
 ROWS = np.arange(150)
 

@@ -16,7 +16,8 @@ from cxrfast.pipelines.host import HostEngine, warp_matrix
 from cxrfast.pipelines.order import Augment, Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.images.decode import encode, resize
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.resize import resize
 
 
 def run(reader: Reader, work: list[Work], size: int | None = None, threads: int = 2) -> list[torch.Tensor]:

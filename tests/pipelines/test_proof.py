@@ -17,7 +17,7 @@ from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.proof import EVERY, UNKNOWN, Proof, cell_means, means_by_torch
 from cxrfast.pipelines.reader import Reader
-from cxrfast.shards.images.grid import STEPS, grid, pack, unpack
+from cxrfast.shards.images.cell_means import STEPS, grid, pack, unpack
 
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")

@@ -11,13 +11,14 @@ from sets import build, many
 
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth
-from cxrfast.shards.building.report import Report
+from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.images.decode import at_scales, decode_grey, encode
+from cxrfast.shards.images.decode import decode_grey, encode
+from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.upkeep.verify import verify
 
 

@@ -17,7 +17,7 @@ from cxrfast.shards.format.checksums import write_sums
 from cxrfast.shards.format.manifest import built, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.tar import read_index
-from cxrfast.shards.images.grid import STEPS, tolerance, unpack
+from cxrfast.shards.images.cell_means import STEPS, tolerance, unpack
 from cxrfast.shards.repair.repair import repair as repair_set
 from cxrfast.shards.repair.state import RepairState
 from cxrfast.shards.storage import Tree

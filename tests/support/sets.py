@@ -10,7 +10,7 @@ from damage import contents
 
 from cxrfast.labels import MIMIC
 from cxrfast.shards.build import build as build_set
-from cxrfast.shards.building.report import Report
+from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import (
     read_rows,

@@ -27,11 +27,11 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes that were tried, where up to 12 images fit; nothing is measured."""
     tried: list[int] = []
 
-    def in_own_process(step: Step, size: int) -> Trial:
+    def try_in_own_process(step: Step, size: int) -> Trial:
         tried.append(size)
         return Trial(has_room=size <= 12)
 
-    monkeypatch.setattr(micro_batch, "in_own_process", in_own_process)
+    monkeypatch.setattr(micro_batch, "try_in_own_process", try_in_own_process)
     return tried
 
 
@@ -91,7 +91,7 @@ def test_less_memory_means_a_smaller_divisor_and_the_second_call_measures_nothin
 
 
 def test_a_cpu_takes_64_images_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "in_own_process", lambda step, size: Trial(has_room=True))
+    monkeypatch.setattr(micro_batch, "try_in_own_process", lambda step, size: Trial(has_room=True))
     assert largest_micro_batch(**TINY, global_batch=256) == 64
     assert largest_micro_batch(**TINY, global_batch=96) == 48
 
@@ -159,7 +159,7 @@ def test_the_largest_divisor_is_found_by_halves(trials: list[int]) -> None:
 
 
 def test_what_other_processes_left_of_a_gpu_is_not_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "in_own_process", lambda step, size: Trial(size < 4, shared=True))
+    monkeypatch.setattr(micro_batch, "try_in_own_process", lambda step, size: Trial(size < 4, shared=True))
     assert largest_micro_batch(**TINY, global_batch=8) == 2
     assert not cache.exists()
 

@@ -10,15 +10,8 @@ from pictures import noise, reason, saved
 from PIL import Image, ImageOps
 from sets import REAL
 
-from cxrfast.shards.images.decode import (
-    BadImage,
-    Reason,
-    at_scales,
-    decode,
-    decode_grey,
-    resize,
-    root_size,
-)
+from cxrfast.shards.images.decode import BadImage, Reason, decode, decode_grey
+from cxrfast.shards.images.resize import at_scales, resize, root_size
 
 SCALES = st.lists(st.sampled_from([8, 12, 16, 24, 32, 64, 100]), min_size=1, max_size=4, unique=True)
 SIDES = st.integers(1, 260)

@@ -7,7 +7,7 @@ from damage import assert_same_but_for_grids, contents, copy_set, flip_bit, prob
 from cxrfast.files import sha256
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.images.grid import STEPS, pack, unpack
+from cxrfast.shards.images.cell_means import STEPS, pack, unpack
 
 
 @pytest.mark.parametrize("how", ["changed", "gone"])

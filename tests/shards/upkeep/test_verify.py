@@ -14,8 +14,8 @@ from cxrfast.shards.format.codec import encode_member, pgm_header
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows, write_rows
+from cxrfast.shards.images.cell_means import STEPS, pack, tolerance, unpack
 from cxrfast.shards.images.decode import encode
-from cxrfast.shards.images.grid import STEPS, pack, tolerance, unpack
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 from cxrfast.shards.upkeep.verify import Verdict, find_source, inspect, verify

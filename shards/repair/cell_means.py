@@ -20,7 +20,7 @@ from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage
-from cxrfast.shards.images.grid import SIDE, grid, pack
+from cxrfast.shards.images.cell_means import SIDE, grid, pack
 from cxrfast.shards.shard_set import ShardSet
 
 

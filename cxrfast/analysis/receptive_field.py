@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cxrfast.analysis.effective_field import (
+from cxrfast.analysis.effective_receptive_field import (
     draw_shifts,
     effective_receptive_field,
     energy_centre,
@@ -26,7 +26,7 @@ from cxrfast.analysis.effective_field import (
 )
 from cxrfast.analysis.gradients import small_batches
 from cxrfast.errors import RunError
-from cxrfast.models.receptive_field import theoretical_receptive_field
+from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.pipelines.loader import Loader
 from cxrfast.progress import progress
 from cxrfast.runs.arrays import read_array

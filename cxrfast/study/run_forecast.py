@@ -63,7 +63,7 @@ class Outlook:
 
     @property
     def seconds(self) -> float | None:
-        """For all epochs that are left, at most: patience may end a run earlier. None if the rate is not known."""
+        """For all epochs that are left, at most: early stopping may end a run before its last. None if the rate is not known."""
         if not self.work:
             return 0.0
         return self.work / self.images_per_s if self.images_per_s else None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cxrfast.errors import RunError
-from cxrfast.models.receptive_field import receptive_field, theoretical_receptive_field
+from cxrfast.models.theoretical_receptive_field import receptive_field, theoretical_receptive_field
 
 
 @pytest.mark.parametrize(

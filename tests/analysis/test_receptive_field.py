@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from cxrfast.analysis import effective_field as fields
+from cxrfast.analysis import effective_receptive_field as fields
 from cxrfast.analysis import gradients
-from cxrfast.analysis.erf import erf, erf_figure, has_erf, read_erf
+from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.receptive_field import theoretical_receptive_field
+from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.runs.arrays import open_arrays, update_arrays
 from cxrfast.runs.run import Run
 

@@ -14,9 +14,10 @@ from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.images.decode import at_scales, encode
+from cxrfast.shards.images.cell_means import SIDE, STEPS, dc_quantiser, edges, grid, pack, tolerance, unpack
 from cxrfast.shards.images.decode import decode as decode_source
-from cxrfast.shards.images.grid import SIDE, STEPS, dc_quantiser, edges, grid, pack, tolerance, unpack
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.resize import at_scales
 
 SIDES = st.integers(SIDE, 150)
 

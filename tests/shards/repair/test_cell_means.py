@@ -13,7 +13,7 @@ from damage import contents, copy_set, flip_bit, image_bytes, replace_image, wit
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.manifest import read_manifests
 from cxrfast.shards.format.names import shard_path
-from cxrfast.shards.images.grid import STEPS, tolerance
+from cxrfast.shards.images.cell_means import STEPS, tolerance
 from cxrfast.shards.repair.repair import repair
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.verify import verify
