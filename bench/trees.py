@@ -19,8 +19,10 @@ from cxrfast.shards.format.info import SetInfo, versions
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.tar import TarWriter
+from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import grid, pack
-from cxrfast.shards.images.decode import BadImage, decode_grey, encode
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shuffle import permutation
@@ -63,7 +65,7 @@ def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> P
     small = folder.with_suffix(".jpg")
     small.write_bytes(encode(np.full((16, 16), 128, np.uint8), 95))
     names = [f"{n:06d}" for n in range(rows)]
-    # row r of the plan is the image at permutation[r] of those sorted by name
+    # row r is the image at permutation[r] of those sorted by name
     order = permutation(rows, ImageRecipe().seed, ROW_ORDER) if mixed else range(rows)
     for row, index in enumerate(order):
         full = not mixed or row % FULL_SIZE == 0

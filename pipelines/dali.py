@@ -79,7 +79,7 @@ class DaliEngine:
         self.proof = proof if self._decodes or size == reader.scale else None
         self._lent = _LentMemory(device) if device.type == "cuda" else None
         self._idle: _Pipeline | None = None
-        """The one that has ended an epoch; None while an epoch runs, and where one was left or failed."""
+        """Pipeline that finished its epoch and can be used again; None while one runs, and after one was left or failed."""
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
         """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
@@ -130,8 +130,7 @@ class DaliEngine:
     def _take_pipeline(self, batch: int, augmented: bool) -> "_Pipeline":
         """The idle pipeline if it is of this kind, else a new one.
 
-        None is idle from now on, until an epoch has ended: one that was left in the middle holds batches that were not
-        asked for, and is not used again.
+        No pipeline is idle until this epoch ends: one that is left in mid-epoch still holds batches and is not used again.
         """
         idle, self._idle = self._idle, None
         if idle and (idle.batch, idle.augmented) == (batch, augmented):

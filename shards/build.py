@@ -128,7 +128,7 @@ def build(
 
 
 def _source_tree(data: Tree | Path | str, dask: str | None) -> Tree:
-    """The source, whose location holds in other processes too where dask's workers read it."""
+    """The source tree, with an absolute path if dask's workers read it."""
     tree = data if isinstance(data, Tree) else Tree(data)
     if dask and tree.is_local and "://" not in tree.location:
         return Tree(Path(tree.location).absolute())
@@ -333,7 +333,7 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
 def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     """Write quarantine.csv and SHA256SUMS from the manifests, and complete the report.
 
-    Of several parts, the last one to end writes them (`whole` is False for a part).
+    Of several parts, the last one to finish writes them (`whole` is False for a part).
     """
     out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []

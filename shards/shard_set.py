@@ -1,4 +1,4 @@
-"""A shard set on the disk: what it holds and where. What everybody asks who reads a set; nothing here writes."""
+"""A shard set on the disk: what it holds and where. All code that reads a set asks it; it writes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path

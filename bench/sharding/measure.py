@@ -74,7 +74,7 @@ class Call:
 
     images: int
     work_seconds: float
-    """From the last file of the plan to the last manifest: the start of the workers included."""
+    """From set.json, when all is laid out, to the last manifest: the start of the workers included."""
     seconds: float
     written_bytes: int
 

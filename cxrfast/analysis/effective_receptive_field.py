@@ -100,9 +100,3 @@ def energy_radius(erf_map: np.ndarray, share: float) -> float:
     order = np.argsort(distance)
     held = np.cumsum(erf_map.ravel()[order].astype(np.float64))
     return float(distance[order][np.searchsorted(held, share * held[-1])])
-
-
-# Runs
-
-
-# Figure

@@ -72,10 +72,10 @@ class EnsembleResult:
         """`256 px`, …; the names where one scale comes twice. Marked if they started from another run."""
         unique = len(set(self.scales)) == len(self.scales)
         names = [f"{scale} px" for scale in self.scales] if unique else self.names
-        return tuple(marked_name(name, start) for name, start in zip(names, self.starts.values(), strict=True))
+        return tuple(marked_name(name, start) for name, start in zip(names, self.origins.values(), strict=True))
 
     @property
-    def starts(self) -> dict[str, str]:
+    def origins(self) -> dict[str, str]:
         """By name: where the first weights came from, see `lineage.shared_origin`."""
         return {n: shared_origin(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
 
@@ -237,7 +237,7 @@ def _notes(result: EnsembleResult, shared: int) -> str:
             f"that EM finds, at most {gap.max():.4f}; "
             f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it."
         )
-    if note := origin_footnote(result.starts):
+    if note := origin_footnote(result.origins):
         notes.append(note)
     for fold, lines in result.bce[result.bce["stacked"].isna()].groupby("fold"):
         missing = ", ".join(lines["label"])
@@ -256,7 +256,7 @@ def ensemble_table(result: EnsembleResult) -> Table:
     table = Table(
         title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
         caption="gain: of stacked over the best single scale. "
-        "Validation logits served both early stopping and the ensemble's fit.\n" + origin_footnote(result.starts),
+        "Validation logits served both early stopping and the ensemble's fit.\n" + origin_footnote(result.origins),
     )
     table.add_column("Finding", overflow="fold")
     for method in (*result.short_names, "voting", "stacked", "gain"):

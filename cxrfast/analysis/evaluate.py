@@ -51,7 +51,7 @@ class Evaluation:
         return wide[list(self.labels)].to_numpy(np.float64)
 
     @property
-    def starts(self) -> dict[str, str]:
+    def origins(self) -> dict[str, str]:
         """By name: where the first weights came from, see `lineage.shared_origin`."""
         return {n: shared_origin(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
 
@@ -78,7 +78,7 @@ class Evaluation:
                     {
                         "name": name,
                         "scale": scale,
-                        "start": self.starts[name],
+                        "start": self.origins[name],
                         "label": self.labels,
                         "part": self.part,
                         "folds": len(auroc),
@@ -179,12 +179,12 @@ def auroc_markdown(evaluation: Evaluation) -> str:
     lines.append(["Mean", "", *(cells(values)[0] for values in means)])
     text = (
         f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-        + markdown_table(["Finding", "Positives", *(marked_name(n, s) for n, s in evaluation.starts.items())], lines)
+        + markdown_table(["Finding", "Positives", *(marked_name(n, s) for n, s in evaluation.origins.items())], lines)
         + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
         "fold of every column. Positives: rows that hold the finding, over all folds. "
         "Undefined: no positives or no negatives.\n"
     )
-    if note := origin_footnote(evaluation.starts):
+    if note := origin_footnote(evaluation.origins):
         text += f"\n{note}\n"
     if evaluation.skipped:
         text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
@@ -196,11 +196,11 @@ def auroc_table(evaluation: Evaluation) -> Table:
     columns = [evaluation.matrix(name) for name in evaluation.names]
     means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
     skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else ""
-    caption = "\n".join(filter(None, (origin_footnote(evaluation.starts), skipped)))
+    caption = "\n".join(filter(None, (origin_footnote(evaluation.origins), skipped)))
     table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=caption)
     table.add_column("Finding", overflow="fold")
     table.add_column("Positives", justify="right")
-    for name, start in evaluation.starts.items():
+    for name, start in evaluation.origins.items():
         head = (
             "".join(name.rpartition("-")[:2]),
             marked_name(name.rpartition("-")[2], start),

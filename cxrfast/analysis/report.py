@@ -75,14 +75,14 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _starts(runs: list[Run]) -> dict[str, str]:
+def _origins(runs: list[Run]) -> dict[str, str]:
     """By name of a group of runs: where the first weights came from."""
     names = dict.fromkeys(run.folder.parent.name for run in runs)
     return {n: shared_origin(origin_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
 
 
 def _footnote(runs: list[Run]) -> str:
-    return origin_footnote(_starts(runs))
+    return origin_footnote(_origins(runs))
 
 
 # Chapters
@@ -118,7 +118,7 @@ def _auroc(runs: Path) -> Chapter:
     text = evaluate.auroc_markdown(evaluation).split("\n", 1)[1]  # without its heading
     chapter = Chapter("AUROC on the test rows", _markdown(text))
     if len(evaluation.names) > 1:
-        caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.starts)}".strip()
+        caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
         chapter.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
     return chapter
 
@@ -149,7 +149,7 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
         )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
-    axes.set_xticks(x, [marked_name(tick, evaluation.starts[name]) for tick, name in zip(ticks, names, strict=True)])
+    axes.set_xticks(x, [marked_name(tick, evaluation.origins[name]) for tick, name in zip(ticks, names, strict=True)])
     axes.set_ylabel("AUROC")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
@@ -193,9 +193,9 @@ def learning_figure(runs: list[Run]) -> Figure:
     """Training loss, validation loss and validation AUROC against the epoch, and below against the time since the start."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharey="col")
-    starts = _starts(runs)
-    shades = np.linspace(0, 0.9, len(starts))
-    colours = {name: colormaps["viridis"](shade) for name, shade in zip(starts, shades, strict=True)}
+    origins = _origins(runs)
+    shades = np.linspace(0, 0.9, len(origins))
+    colours = {name: colormaps["viridis"](shade) for name, shade in zip(origins, shades, strict=True)}
     unit, seconds = (
         ("hours", 3600) if max(sum(m["seconds"] for m in r.metrics()) for r in runs) > 3600 else ("minutes", 60)
     )
@@ -220,7 +220,7 @@ def learning_figure(runs: list[Run]) -> Figure:
     for axes in panels[1]:
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
-    handles = [Line2D([], [], color=colours[name], label=marked_name(name, start)) for name, start in starts.items()]
+    handles = [Line2D([], [], color=colours[name], label=marked_name(name, start)) for name, start in origins.items()]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
     )

@@ -316,7 +316,7 @@ def forecast_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Recipe options as TrainConfig fields; what was not given is None."""
+    """Training options as TrainConfig fields; what was not given is None."""
     return {name: value or None if isinstance(value, tuple | bool) else value for name, value in options.items()}
 
 

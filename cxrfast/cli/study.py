@@ -108,7 +108,12 @@ def ahead(
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. CPU, minutes."""
     from cxrfast.study.demo import demo as run_demo
+    from cxrfast.training.signals import Stopped
 
-    result = run_demo(out)
+    try:
+        result = run_demo(out)
+    except Stopped as stopped:
+        click.echo(f"cxrfast: {stopped}", err=True)
+        raise
     show(*result.tables)
     click.echo(f"report: {result.report}")

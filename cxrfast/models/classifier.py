@@ -84,9 +84,3 @@ class Classifier(nn.Module):
             layers = list(self.net.children())
             return nn.Sequential(*layers[: layers.index(self.net.layer4) + 1])
         raise RunError(f"no last feature map is known for {self.arch}")
-
-
-# Weights
-
-
-# Precision

@@ -17,16 +17,17 @@ class RunFolder:
 
     folder: Path
 
-    @classmethod
-    def of(cls, runs: Path, arch: str, scale: int, fold: int, name: str | None = None) -> "RunFolder":
+    @staticmethod
+    def of(runs: Path, arch: str, scale: int, fold: int, name: str | None = None) -> "RunFolder":
         """The folder of a run below `runs`; `name` replaces `<arch>-<scale>`."""
-        return cls(runs / (name or f"{arch}-{scale}") / f"fold-{fold}")
+        return RunFolder(runs / (name or f"{arch}-{scale}") / f"fold-{fold}")
 
-    @classmethod
-    def below(cls, runs: Path) -> list["RunFolder"]:
+    @staticmethod
+    def below(runs: Path) -> list["RunFolder"]:
         """Every folder below `runs` that holds a run, damaged or not; sorted by path."""
-        folders = [cls(path) for path in sorted(runs.glob("*/fold-*"))]
-        return [one for one in folders if one.is_started or one.state_path.exists()]
+        # glob passes over folders that may not be read, as those of other people
+        found = {path.parent for name in ("config.json", "state.json") for path in runs.glob(f"*/fold-*/{name}")}
+        return [RunFolder(folder) for folder in sorted(found)]
 
     @property
     def name(self) -> str:

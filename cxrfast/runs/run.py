@@ -1,4 +1,4 @@
-"""A run on disk: what its files hold. Where they are is RunFolder's; what is in the arrays' stores is read and written by `arrays`."""
+"""Reads and writes the files of a run. RunFolder knows where they are; `arrays` handles zarr."""
 
 import io
 import json
@@ -60,9 +60,9 @@ class Run(RunFolder):
             raise RunError(f"{path} is damaged ({error})") from error
 
     @classmethod
-    def find(cls, runs: Path) -> list["Run"]:
+    def find(cls, runs: str | Path) -> list["Run"]:
         """Every run below `runs`, by name, scale and fold. Raises RunError if there is none."""
-        found = [cls.open(place.folder) for place in RunFolder.below(runs) if place.is_started]
+        found = [cls.open(one.folder) for one in RunFolder.below(Path(runs)) if one.is_started]
         if not found:
             raise RunError(
                 f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
@@ -120,7 +120,7 @@ class Run(RunFolder):
 
         Raises RunError if it is another set.
         """
-        from cxrfast.pipelines.reader import Reader  # OpenCV, as above
+        from cxrfast.pipelines.reader import Reader  # OpenCV, which tables need not load
 
         reader = Reader(shards or self.shards, self.config.scale)
         if reader.info.id != self.config.set_id:

@@ -39,7 +39,7 @@ class Plan:
         return self.nproc * self.nodes
 
     def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
-        """Raises RunError or DeviceError for options that make no sense. `measure`: see `train.configure`."""
+        """Raises RunError or DeviceError for options that make no sense. `measure`: see `setup.configure`."""
         return configure(replace(self.runtime, device=device), scale, fold, self.options, measure)
 
     def run_name(self, scale: int, fold: int) -> str:

@@ -27,7 +27,7 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.pace import Pace
 from cxrfast.study.plan import Plan
-from cxrfast.training.train import read_subset, refuse_other_fold, select_rows, train_order, weights_file
+from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 
 CHECKPOINT_COPIES = 7
 """Weights a run needs room for: last.pt with Adam's two moments (3), its successor while that is written (3), the best (1)."""
@@ -105,7 +105,7 @@ def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) ->
 
 
 def refused(plan: Plan, scale: int, fold: int, reason: str) -> Outlook:
-    """A run that nothing can be told of but why."""
+    """Outlook of a run that is refused for this reason, with nothing else known."""
     return Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=(reason,))
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training, last.pt in the run's folder: all that the rest of the run depends on, saved and taken up again.
 
-What changes from step to step is in Counters and in the parts (model, optimiser, scaler, schedule); each rank adds its share
+What changes from step to step is in Counters and in the stateful (model, optimiser, scaler, schedule); each rank adds its share
 of the epoch's loss and the state of its random generators.
 """
 
@@ -43,30 +43,32 @@ class Counters:
 
 
 def save(
-    run: Run, ranks: World, counters: Counters, parts: Mapping[str, Any], loss: torch.Tensor, spent: float
+    run: Run, ranks: World, counters: Counters, stateful: Mapping[str, Any], loss: torch.Tensor, spent: float
 ) -> None:
     """Write the run's checkpoint; all ranks call it.
 
-    `parts`: by name, whatever has a state_dict. `loss`: this rank's share of the epoch's. `spent`: seconds in the epoch.
+    `stateful`: by name, whatever has a state_dict. `loss`: this rank's share of the epoch's loss. `spent`: seconds in the epoch.
     """
     losses, rng = ranks.gather(loss.item()), ranks.gather(generator_states(ranks.device))
 
     def write() -> None:
-        states = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in stateful.items()}
         run.write_checkpoint({**states, **vars(counters), "losses": losses, "spent": spent, "rng": rng})
 
     ranks.on_first(write)
 
 
-def restore(run: Run, ranks: World, counters: Counters, parts: Mapping[str, Any], loss: torch.Tensor) -> float | None:
-    """Fill `counters`, `parts` and `loss` from the run's checkpoint. Returns the seconds already spent in the epoch.
+def restore(
+    run: Run, ranks: World, counters: Counters, stateful: Mapping[str, Any], loss: torch.Tensor
+) -> float | None:
+    """Fill `counters`, `stateful` and `loss` from the run's checkpoint. Returns the seconds already spent in the epoch.
 
     None, with nothing changed, if there is no checkpoint. Raises RunError if it is damaged or another configuration's.
     """
     checkpoint = run.read_checkpoint()
     if checkpoint is None:
         return None
-    for name, part in parts.items():
+    for name, part in stateful.items():
         part.load_state_dict(checkpoint[name])
     for name in vars(counters):
         setattr(counters, name, checkpoint[name])

@@ -67,9 +67,9 @@ class EpochLoss:
         self.bad_step = torch.full((), NEVER, device=device)
         """Number of the first step whose loss was not finite, or above EXPLODED; NEVER if there is none."""
 
-    def add(self, loss: torch.Tensor, step: int, ranks: int) -> None:
-        """`loss`: of step number `step` on this rank, one of `ranks`, whose losses are averaged."""
-        self.total += loss / ranks
+    def add(self, loss: torch.Tensor, step: int, world_size: int) -> None:
+        """`loss`: of step number `step` on this rank, one of `world_size`, whose losses are averaged."""
+        self.total += loss / world_size
         is_bad = ~(loss < EXPLODED)  # also NaN
         self.bad_step = torch.where(is_bad & (self.bad_step == NEVER), step, self.bad_step)
 

@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of trying training steps over a number of images."""
+    """Result of trying training steps on a number of images."""
 
     has_room: bool
     """Whether the memory was enough."""
@@ -130,6 +130,7 @@ def largest_micro_batch(
         "cuda": torch.version.cuda,
         "cxrfast": __version__,
     }
+    known["checkpoint"] = known.pop("recompute")  # its name in files that were written before
     return _remembered(json.dumps(known, sort_keys=True), lambda: _search(step, sizes))
 
 

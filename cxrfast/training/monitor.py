@@ -1,6 +1,6 @@
 """What happens between the steps of an epoch: whether to go on, save or stop; early stopping; heartbeats; waiting; a profile.
 
-Numbers come in, decisions and numbers go out: nothing here knows the trainer.
+Numbers come in, decisions and numbers go out, a heartbeat into the run: nothing here knows the trainer.
 """
 
 import os
@@ -83,7 +83,7 @@ class Monitor:
         """Is it time to look at the losses on the device, which waits for it?"""
         return time.monotonic() - self.looked >= LOOK_SECONDS
 
-    def has_looked(self) -> None:
+    def note_look(self) -> None:
         self.looked = time.monotonic()
 
     def steady_rate(self, done: int, images: int) -> float | None:
@@ -111,7 +111,7 @@ class Monitor:
             return Action.SAVE
         return Action.CONTINUE
 
-    def has_saved(self) -> None:
+    def note_save(self) -> None:
         self.saved = time.monotonic()
 
     def after_validation_batch(self, signal: int) -> Action:
@@ -134,7 +134,7 @@ def is_over(config: TrainConfig, counters: Counters) -> bool:
 class Heartbeat:
     """Writes into a run's state how it is, how far, how fast, and how long it will take. One rank calls it.
 
-    `images`, `validated`: that an epoch trains on and validates.
+    `images`, `validated`: number of images that an epoch trains on and validates on.
     """
 
     def __init__(self, run: Run, counters: Counters, images: int, validated: int) -> None:

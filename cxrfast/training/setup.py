@@ -38,9 +38,9 @@ def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], me
     tried out, or, unless `measure`, the preset's.
     """
     if given.get("micro_batch") == "auto":
-        place = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
-        if place.is_started:
-            given = {**given, "micro_batch": Run.open(place.folder).config.micro_batch}
+        folder = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
+        if folder.is_started:
+            given = {**given, "micro_batch": Run.open(folder.folder).config.micro_batch}
         elif not measure:
             given = {**given, "micro_batch": None}
     return make_config(
@@ -143,7 +143,7 @@ def subset_hash(rows: np.ndarray) -> str:
 
 
 def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
-    """A copy of one scale of the set in `folder`, a place of this machine; made once for all its ranks and jobs.
+    """A copy of one scale of the set in `folder`, on a disk of this machine; made once for all its ranks and jobs.
 
     Raises ShardError where it cannot be made.
     """

@@ -34,7 +34,7 @@ LOST_RANK = (
 
 
 class Stopped(SystemExit):
-    """A signal ended a training, which has saved: not an error, the same command goes on. Exit code 128 + signal, as a shell's."""
+    """A signal stopped a training: not an error, the same command goes on. Exit code 128 + signal, as a shell's."""
 
     def __init__(self, name: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)

@@ -46,14 +46,14 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         # refuses sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
-        place = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
+        folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
 
         def start() -> Run:
-            if not place.has_checkpoint:  # else the checkpoint brings its own weights
+            if not folder.has_checkpoint:  # else the checkpoint brings its own weights
                 refuse_other_fold(config)
                 if file := weights_file(config):
                     load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
-            return Run.start(place.folder, config, runtime.shards, rows)
+            return Run.start(folder.folder, config, runtime.shards, rows)
 
         run = ranks.on_first(start)
         if ranks.rank:  # else all ranks would drop the same units of different images

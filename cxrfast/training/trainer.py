@@ -171,7 +171,7 @@ class Trainer:
         if self.ranks.is_first and self.heartbeat.is_due():
             self.heartbeat.beat(self.monitor.rate(images))
         waiting = self.monitor.waiting_share(batches.waited)
-        self.monitor.has_looked()
+        self.monitor.note_look()
         return f"loss {loss:.4f}, waiting {waiting:.0%}, {memory:.1f} GiB"
 
     def after_step(self, done: int) -> None:
@@ -190,7 +190,7 @@ class Trainer:
                 self._save_and_stop()
             case Action.SAVE:
                 self.save()
-                self.monitor.has_saved()
+                self.monitor.note_save()
 
     def end_epoch(self, steps: int, waited: float) -> None:
         """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start.
@@ -270,7 +270,7 @@ class Trainer:
     # Checkpoints
 
     @property
-    def _parts(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         names = ("model", "optimizer", "scaler", "schedule")
         return {name: getattr(self, name) for name in names}
 
@@ -278,11 +278,11 @@ class Trainer:
         """Write a checkpoint; all ranks call it. Raises RunError, and writes nothing, for a bad loss or bad weights."""
         self.refuse_bad()
         self.ranks.on_first(self._refuse_bad_weights)
-        checkpoint.save(self.run, self.ranks, self.counters, self._parts, self.loss.total, self._seconds())
+        checkpoint.save(self.run, self.ranks, self.counters, self._stateful, self.loss.total, self._seconds())
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one."""
-        spent = checkpoint.restore(self.run, self.ranks, self.counters, self._parts, self.loss.total)
+        spent = checkpoint.restore(self.run, self.ranks, self.counters, self._stateful, self.loss.total)
         if spent is None:
             return
         self.spent = spent

@@ -12,7 +12,7 @@ import numpy as np
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.tasks import Task, decoded, meta_json
 from cxrfast.shards.format.codec import encode_member
-from cxrfast.shards.images.decode import BadImage
+from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.units import size
 

@@ -19,8 +19,9 @@ from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.format.tar import TarWriter
+from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.cell_means import grid, pack
-from cxrfast.shards.images.decode import BadImage, Reason, decode
+from cxrfast.shards.images.decode import decode
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.storage import Tree
 

@@ -21,7 +21,7 @@ import cv2
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.tasks import Task, build_shard
-from cxrfast.shards.images.decode import Reason
+from cxrfast.shards.images.bad_image import Reason
 
 Outcome = tuple[Task, Exception | None]
 

@@ -9,7 +9,8 @@ import re
 import numpy as np
 
 from cxrfast.shards.images.bad_image import BadImage, Reason, check_size
-from cxrfast.shards.images.decode import decode_grey, encode
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.jpeg import decode_grey
 
 SUFFIX = {"jpeg": "jpg", "raw": "pgm"}
 """By codec: what the names of its images end in."""

@@ -32,7 +32,7 @@ class ShardManifest:
     quarantined: dict[str, str]
     """Rows that are left out (JSON keys are text) and why."""
     grids: str = ""
-    """`grid.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
+    """`cell_means.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
 
     @property
     def lacks_grids(self) -> bool:

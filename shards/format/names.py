@@ -7,11 +7,7 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 
 SCALE = re.compile(r"[1-9][0-9]*")
-
-
 SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
-
-
 NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
 """Files of a set other than SHA256SUMS, relative to it."""
 
@@ -49,6 +45,9 @@ TEMPORARIES = re.compile(
     r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )
 
+
+UNFINISHED = "SHA256SUMS.unfinished"
+"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""
 
 RELABELLING = "SHA256SUMS.relabelling"
 """Takes the place of SHA256SUMS while labels are replaced; see `relabel.write_labels`."""
@@ -88,7 +87,3 @@ def files_in(folder: Path) -> list[str]:
         else:
             names.append(name)
     return sorted(names)
-
-
-UNFINISHED = "SHA256SUMS.unfinished"
-"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""

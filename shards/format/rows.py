@@ -89,7 +89,9 @@ def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {path.parent} is not a finished set; run `cxrfast shard` again") from None
+        raise ShardError(
+            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     absent = [c for c in COLUMNS if c not in rows.columns]

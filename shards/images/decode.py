@@ -6,23 +6,10 @@ What a file is, its first bytes say and not its name; `jpeg`, `png` and `dicom` 
 import numpy as np
 import simplejpeg
 
-from cxrfast.shards.images.bad_image import MAX_PIXELS, BadImage, Reason
+from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.grey import as_mimic, full_range, stretched
-from cxrfast.shards.images.jpeg import decode_grey, decode_jpeg
+from cxrfast.shards.images.jpeg import decode_jpeg
 from cxrfast.shards.images.png import SIGNATURE, decode_png
-from cxrfast.shards.images.resize import at_scales, resize, root_size
-
-__all__ = [
-    "MAX_PIXELS",
-    "BadImage",
-    "Reason",
-    "at_scales",
-    "decode",
-    "decode_grey",
-    "encode",
-    "resize",
-    "root_size",
-]
 
 NOT_TAKEN = (
     (b"GIF8", "GIF"),

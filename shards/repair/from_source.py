@@ -11,7 +11,7 @@ from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import WORKSHOP, shard_files, shard_name
 from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
-from cxrfast.shards.upkeep.verify import Problem
+from cxrfast.shards.upkeep.problem import Problem
 
 Shard = tuple[int, int]
 """Scale and number."""

@@ -29,7 +29,8 @@ from cxrfast.shards.repair.from_tar import Derived, derive
 from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
-from cxrfast.shards.upkeep.verify import Problem, verify
+from cxrfast.shards.upkeep.problem import Problem
+from cxrfast.shards.upkeep.verify import verify
 
 NEAR = 8
 """Hashes that differ in fewer of their 64 digits are one that was damaged; unrelated ones do so once in 10^60."""
@@ -124,7 +125,7 @@ def _restore_blueprint(state: RepairState) -> Blueprint | None:
 def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     """Make rows.parquet again from the source's tables. Returns why that failed; "" if it did not."""
     if not state.tree:
-        return f"{ASK}, to make it again"
+        return f"{ASK}, to plan it again"
     path = state.folder / "rows.parquet"
     labels, rows = rows_of_source(state.tree, info)
     if set_id(rows, info.recipe) != info.id:
@@ -139,13 +140,13 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
         write_rows(new, rows, info)
         if sha256(new) != state.sums.get(path.name) and not state.accept:
             return (
-                "made again, it has other bytes (labels replaced by `cxrfast relabel`, or other library versions): "
+                "planned again, it has other bytes (labels replaced by `cxrfast relabel`, or other library versions): "
                 "restore it from a copy, or keep the new ones with --accept-new-bytes and relabel again"
             )
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-    state.done.append(Problem(path.name, "made again from the source's tables"))
+    state.done.append(Problem(path.name, "planned again from the source's tables"))
     state.put("set.json", info.to_bytes(), "has the labels of the source's tables again")
     return ""
 

@@ -17,7 +17,7 @@ from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import NAMES, files_in, shard_name
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
-from cxrfast.shards.upkeep.verify import Problem
+from cxrfast.shards.upkeep.problem import Problem
 
 ASK = "give the source tree with --data"
 

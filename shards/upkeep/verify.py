@@ -1,5 +1,6 @@
 """Is a shard set what it was when it was built? Hashes, indexes, rows; every image decoded on request. Reads only."""
 
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from cxrfast.splits import deal
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of comparing a set with its hashes."""
+    """Result of comparing a set with its hashes."""
 
     info: SetInfo | None
     """None where set.json is damaged."""
@@ -126,7 +127,7 @@ def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Proble
                 yield Problem(name, what)
 
 
-# Files and each other
+# Files against each other
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, st
     try:
         found.problems += _unreadable(folder)
         if not found.problems:
-            found.problems += _plan_problems(folder, info)
+            found.problems += _rows_problems(folder, info)
         for scale in manifest.scales_in(folder) if not found.problems else []:
             manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
             found.rows[scale] = sum(len(m.rows) for m in manifests)
@@ -170,7 +171,7 @@ def _unreadable(folder: Path) -> Iterator[Problem]:
                 yield Problem(shard_name(scale, shard, "json"), "cannot be read, and was signed so")
 
 
-def _plan_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
+def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     rows = read_rows(folder / "rows.parquet")
     fold, block = deal(rows["patient_id"].tolist(), info.seed)
     paths = dict(zip(rows["row"], rows["path"], strict=True))
@@ -311,7 +312,7 @@ class Inspection:
 
 def find_source(location: str | None, default: str, is_needed: bool) -> Tree | None:
     """The source tree: what was given, else the default, if the source is needed, if it is a URL or if it is there."""
-    if not location and (is_needed or "://" in default or Path(default).is_dir()):
+    if not location and (is_needed or "://" in default or os.path.isdir(default)):
         location = default
     return Tree(location) if location else None
 

@@ -9,6 +9,7 @@ import torch
 from cxrfast.config import PRESETS, TrainConfig, learning_rate, preset
 from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Predictions, Run
 
 CONFIG = TrainConfig(
@@ -142,3 +143,14 @@ def test_a_damaged_file_of_a_run_is_named(run: Run, name: str, read) -> None:  #
     (run.folder / name).write_bytes(b"junk\n")
     with pytest.raises(RunError, match=rf"{name} is .*damaged"):
         read(run)
+
+
+def test_folders_of_runs_are_found_from_text_too_and_by_either_class(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path, "densenet121", 32, 1)
+    assert folder == Run.of(tmp_path, "densenet121", 32, 1)
+    assert (folder.name, RunFolder.below(tmp_path)) == ("densenet121-32/fold-1", [])
+    folder.folder.mkdir(parents=True)
+    folder.state_path.write_text("{}")
+    assert RunFolder.below(tmp_path) == Run.below(tmp_path) == [folder]
+    with pytest.raises(RunError, match="no runs in"):
+        Run.find(str(tmp_path))

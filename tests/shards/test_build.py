@@ -17,7 +17,8 @@ from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.images.decode import decode_grey, encode
+from cxrfast.shards.images.decode import encode
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.upkeep.verify import verify
 

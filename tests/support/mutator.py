@@ -168,7 +168,8 @@ def of_a_dicom(data: bytes, rng: np.random.Generator) -> bytes:
 
 def main(files: str, first: str, last: str) -> None:
     """A line a seed before and after it is decoded, the peak of resident memory in MiB at the end."""
-    from cxrfast.shards.images.decode import BadImage, decode
+    from cxrfast.shards.images.bad_image import BadImage
+    from cxrfast.shards.images.decode import decode
 
     held = pickle.loads(Path(files).read_bytes())
     for seed in range(int(first), int(last)):

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrfast.shards.images.decode import (
-    BadImage,
-    Reason,
-    decode,
-)
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.decode import decode
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """ITU-R BT.601."""

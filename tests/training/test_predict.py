@@ -11,7 +11,7 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.images.decode import decode_grey
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.training.predict import PARTS, predict
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train

@@ -20,7 +20,8 @@ from cxrfast.cli.main import cli
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import assign_rows
-from cxrfast.shards.images.decode import decode, decode_grey, encode
+from cxrfast.shards.images.decode import decode, encode
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree

@@ -10,7 +10,9 @@ from pictures import noise, reason, saved
 from PIL import Image, ImageOps
 from sets import REAL
 
-from cxrfast.shards.images.decode import BadImage, Reason, decode, decode_grey
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.decode import decode
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.shards.images.resize import at_scales, resize, root_size
 
 SCALES = st.lists(st.sampled_from([8, 12, 16, 24, 32, 64, 100]), min_size=1, max_size=4, unique=True)

@@ -39,8 +39,8 @@ from pydicom.uid import (
 )
 from sets import REAL
 
-from cxrfast.shards.images.bad_image import MAX_PIXELS
-from cxrfast.shards.images.decode import BadImage, Reason, decode
+from cxrfast.shards.images.bad_image import MAX_PIXELS, BadImage, Reason
+from cxrfast.shards.images.decode import decode
 
 ROOT = Path(__file__).parents[3]
 

@@ -15,7 +15,8 @@ from pydicom.uid import (
 )
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.images.decode import BadImage, Reason, decode
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.decode import decode
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])

@@ -10,13 +10,9 @@ from mutator import jpeg_segments
 from pictures import LUMA, exif, noise, reason, saved, segment, smooth
 from PIL import Image, ImageOps
 
-from cxrfast.shards.images.decode import (
-    MAX_PIXELS,
-    Reason,
-    decode,
-    decode_grey,
-    encode,
-)
+from cxrfast.shards.images.bad_image import MAX_PIXELS, Reason
+from cxrfast.shards.images.decode import decode, encode
+from cxrfast.shards.images.jpeg import decode_grey
 
 SIDES = st.integers(1, 260)
 

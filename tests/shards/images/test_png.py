@@ -16,11 +16,8 @@ from pictures import LUMA, exif, noise, reason, saved, smooth
 from PIL import Image
 from sets import REAL
 
-from cxrfast.shards.images.decode import (
-    Reason,
-    decode,
-    encode,
-)
+from cxrfast.shards.images.bad_image import Reason
+from cxrfast.shards.images.decode import decode, encode
 
 TESTS = Path(__file__).parents[2]
 

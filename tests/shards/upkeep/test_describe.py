@@ -21,7 +21,7 @@ from cxrfast.shards.build import build
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import REFERENCE, read_rows, write_rows
-from cxrfast.shards.images.decode import decode_grey
+from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.shards.upkeep.counts import count_set
 from cxrfast.shards.upkeep.describe import description_markdown, description_tables, figure, heading, write
 from cxrfast.shards.upkeep.relabel import relabel

@@ -13,7 +13,8 @@ from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.rows import read_rows, write_rows
-from cxrfast.shards.upkeep.verify import Problem, verify
+from cxrfast.shards.upkeep.problem import Problem
+from cxrfast.shards.upkeep.verify import verify
 
 
 @pytest.fixture

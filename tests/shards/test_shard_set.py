@@ -1,0 +1,54 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cxrfast import ShardSet
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import read_manifest
+from cxrfast.shards.format.names import RELABELLING
+from cxrfast.shards.format.rows import read_rows
+
+
+@pytest.fixture
+def copy(tiny_set: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set that may be changed."""
+    return Path(shutil.copytree(tiny_set, tmp_path / "set"))
+
+
+def test_a_set_says_what_it_holds_and_where(tiny_set: Path) -> None:
+    shards = ShardSet(str(tiny_set))
+    assert (shards.folder, shards.info) == (tiny_set, read_set(tiny_set))
+    assert (shards.scales, shards.shards(64), shards.shards(128)) == ([32, 64], [0, 1, 2], [])
+    assert shards.rows().equals(read_rows(tiny_set / "rows.parquet"))
+    assert [(m.scale, m.shard) for m in shards.manifests()] == [(scale, n) for scale in (32, 64) for n in range(3)]
+    assert shards.manifest(64, 1) == read_manifest(tiny_set, 64, 1)
+    assert shards.manifest(64, 3) is None
+    assert [shards.path(64, 1, kind).is_file() for kind in ("tar", "idx", "json")] == [True] * 3
+    assert shards.path(64, 1) == shards.path(64, 1, "tar")
+    assert shards.is_whole
+
+
+def test_a_set_that_lacks_a_shard_or_its_checksums_is_not_whole(copy: Path) -> None:
+    shards = ShardSet(copy)
+    sums = (copy / "SHA256SUMS").read_bytes()
+    (copy / "SHA256SUMS").unlink()
+    assert not shards.is_whole
+    (copy / "SHA256SUMS").write_bytes(sums)
+    assert shards.is_whole
+    shards.path(32, 2, "json").unlink()
+    assert (shards.shards(32), shards.is_whole) == ([0, 1], False)
+
+
+def test_rows_are_not_read_while_their_labels_are_replaced(copy: Path) -> None:
+    (copy / "SHA256SUMS").rename(copy / RELABELLING)
+    shards = ShardSet(copy)
+    assert not shards.is_whole
+    with pytest.raises(ShardError, match="are being replaced"):
+        shards.rows()
+
+
+def test_a_folder_that_is_no_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"is not a shard set \(no set.json\)"):
+        ShardSet(tmp_path)
