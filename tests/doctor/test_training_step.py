@@ -21,7 +21,7 @@ def test_the_steps_whose_synchronisations_are_counted_are_those_of_a_training(re
         for rows in trainer.order.global_batches(0)[: WARM_UP + STEPS]:
             trainer.step(rows, batches)
         batches.close()
-        assert 0.1 < float(trainer.loss) / 4 < 2
+        assert 0.1 < float(trainer.loss.total) / 4 < 2
         assert not any(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert not trainer.run.folder.exists()
 

@@ -180,7 +180,8 @@ def test_text_profiles_and_animation_are_neither_read_nor_unpacked():
 DECODE_ALL = """
 import pickle, sys
 from mutator import peak
-from cxrfast.shards.images.decode import BadImage, decode
+from cxrfast.shards.images.bad_image import BadImage
+from cxrfast.shards.images.decode import decode
 for data in pickle.load(sys.stdin.buffer):
     for grey in ("none", "mimic", "window"):
         try:
@@ -202,7 +203,7 @@ def test_no_library_writes_to_stderr_and_no_bomb_takes_memory():
         input=pickle.dumps(files),
         capture_output=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS / "support"), str(TESTS.parent)))},
     )
     assert not done.stderr
     assert int(done.stdout.split()[-1]) < 400
