@@ -41,6 +41,16 @@ MINUTES = click.option(
 )
 
 
+def seconds_option(default: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--seconds",
+        type=Finite(min=0.01, max=3600),
+        default=default,
+        show_default=True,
+        help="Measured time a figure and round.",
+    )
+
+
 def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option("--only", metavar="NAME", multiple=True, help=f"This {what} only; may be given again.")
 
@@ -75,13 +85,7 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 
 @bench.command()
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: by device]")
-@click.option(
-    "--seconds",
-    type=Finite(min=0.01, max=3600),
-    default=2.0,
-    show_default=True,
-    help="Measured time a figure and round.",
-)
+@seconds_option(2.0)
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Images a step. [default: by scale]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--compile", "with_compile", is_flag=True, help="torch.compile, too: minutes more a scale.")
@@ -105,13 +109,7 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 @click.option(
     "--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: 256, 512, 1024 and 2048]"
 )
-@click.option(
-    "--seconds",
-    type=Finite(min=0.01, max=3600),
-    default=20.0,
-    show_default=True,
-    help="Measured time a figure and round.",
-)
+@seconds_option(20.0)
 @ROUNDS
 @click.option("--workers", type=click.IntRange(min=1), help="Of the build beside one worker's. [default: usable cores]")
 @click.option("--memory", "with_memory", is_flag=True, help="Memory of whole builds, too: minutes more.")
@@ -129,13 +127,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @bench.command(name="load")
 @click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: phantoms made for the purpose]")
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
-@click.option(
-    "--seconds",
-    type=Finite(min=0.01, max=3600),
-    default=2.0,
-    show_default=True,
-    help="Measured time a figure and round.",
-)
+@seconds_option(2.0)
 @ROUNDS
 @click.option("--workers", type=click.IntRange(min=1), help="Threads or processes of each. [default: usable cores]")
 @click.option("--device", default="auto", show_default=True, help="Of our own engines: auto, cpu or cuda.")

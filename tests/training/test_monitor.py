@@ -91,7 +91,7 @@ def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_pa
 
 
 def monitor(minutes: float = 10.0, steps: int | None = None) -> Monitor:
-    """Of one rank, at the start of an epoch of 6 steps."""
+    """Monitor of one rank, at the start of an epoch of 6 steps."""
     made = Monitor(World(torch.device("cpu")), minutes, steps)
     made.start_epoch(6, 0)
     return made

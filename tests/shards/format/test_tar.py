@@ -33,7 +33,7 @@ def tars(folder: Path, scale: int) -> list[Path]:
 
 
 def suffix(folder: Path) -> str:
-    """Of images in the set."""
+    """Suffix of the images in the set's tars."""
     return {"jpeg": "jpg", "raw": "pgm"}[read_set(folder).codec]
 
 
