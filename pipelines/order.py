@@ -100,9 +100,10 @@ def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.nd
     place_of_shard[np.argsort(shard_words)] = np.arange(len(shards))
     by_shard = rows[np.argsort(place_of_shard[shard_of_row], kind="stable")]
 
-    window_of_place = np.arange(len(rows)) // (WINDOW * shard_rows)
-    draw_of_place = row_words >> np.uint64(24)  # 40 bits, as every version has drawn them
-    return by_shard[np.lexsort((draw_of_place, window_of_place))]  # by window, and in a window by draw
+    window_of_place = np.arange(len(rows), dtype=np.uint64) // np.uint64(WINDOW * shard_rows)
+    draw_of_place = row_words >> np.uint64(24)
+    key_of_place = window_of_place << np.uint64(40) | draw_of_place  # by window, and in a window by the draw's 40 bits
+    return by_shard[np.argsort(key_of_place, kind="stable")]
 
 
 def balanced(rows: np.ndarray, group: np.ndarray, seed: int, epoch: int) -> np.ndarray:
