@@ -1,7 +1,8 @@
 """Checkpoints of a training, last.pt in the run's folder: all that the rest of the run depends on, saved and taken up again.
 
 What changes from step to step is in Counters and in the stateful (model, optimiser, scaler, schedule); each rank adds its share
-of the epoch's loss and the state of its random generators.
+of the epoch's loss and the state of its random generators. `Run.write_checkpoint` adds the
+hash of the configuration, by which another run is refused.
 """
 
 from collections.abc import Mapping

@@ -2,6 +2,7 @@
 
 A scheduler sends SIGTERM when it takes a machine away and SIGUSR1 or SIGUSR2 ahead of the walltime, as told; torchrun
 passes them on where `--signals-to-handle` names them. Ranks hear of a signal at different times, hence the votes.
+`Monitor.after_step` then answers STOP, and the trainer saves and raises `Stopped`.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""The same radiograph at every scale: grey pixels in, grey pixels out. OpenCV resizes."""
+"""The same radiograph at every scale: grey pixels in, grey pixels out. OpenCV resizes. On a GPU, `pipelines.dali` does."""
 
 import cv2
 import numpy as np
