@@ -1,6 +1,7 @@
 """How to measure: interleaved rounds in one process, medians with their spread, a time to end, and where it all ran."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -28,6 +29,8 @@ from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.info import versions
 from cxrfast.units import duration
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def announce(title: str, minutes: float | None, seconds: float, *lines: str) -> 
     limit = "--minutes N ends it sooner"
     if minutes is not None:
         limit = f"with --minutes {minutes:g}, rounds end early and what does not fit is left out and named"
-    print("\n  ".join([title, *lines, f"time: {duration(seconds)} or more; {limit}"]), file=sys.stderr, flush=True)
+    log.info("\n  ".join([title, *lines, f"time: {duration(seconds)} or more; {limit}"]))
 
 
 def no_time(needed: float, left: float) -> str:

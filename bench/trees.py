@@ -12,6 +12,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
+from cxrfast.log import quiet
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.building.layout import ROW_ORDER, rows_per_shard
@@ -132,5 +133,6 @@ def uncompressed(shards: Path, scale: int, rows: np.ndarray, folder: Path) -> Pa
             (tree / f"{row:09d}.jpg").write_bytes(reader.read(row))
     names = [f"{row:09d}" for row in rows.tolist()]
     _write_table(tree, names)
-    build(tree, folder / "raw", [scale], recipe=ImageRecipe(codec="raw"), quiet=True, **SOURCE)
+    with quiet():
+        build(tree, folder / "raw", [scale], recipe=ImageRecipe(codec="raw"), **SOURCE)
     return folder / "raw"

@@ -207,7 +207,6 @@ class Runtime:
     """Write a trace of a few steps into the run's folder."""
     deterministic: bool = False
     """Bitwise the same on a GPU, at some cost; a CPU is so anyway."""
-    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.compile in ("reduce-overhead", "max-autotune"):

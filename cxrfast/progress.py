@@ -1,5 +1,6 @@
 """Progress of a long step: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
 
+import logging
 import sys
 import threading
 import time
@@ -7,7 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from cxrfast.log import console, is_shown
 from cxrfast.units import duration
+
+log = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
@@ -32,15 +36,12 @@ def megabytes(advance: Advance) -> Callable[[int], None]:
 
 
 @contextmanager
-def progress(
-    label: str, total: int, unit: str = "images", every: float = 10.0, quiet: bool = False
-) -> Iterator[Advance]:
-    """Show `label` moving from 0 to `total`, on stderr.
+def progress(label: str, total: int, unit: str = "images", every: float = 10.0) -> Iterator[Advance]:
+    """Show `label` moving from 0 to `total` on stderr, where `log.is_shown`; nothing where there is nothing to do.
 
-    `every`: seconds between plain lines where stderr is no terminal; a step shorter than that prints one line at its end.
-    `quiet`: show nothing (ranks other than 0, library use).
+    `every`: seconds between plain lines where stderr is not a terminal; a shorter step prints one line at its end.
     """
-    if quiet:
+    if not (total and is_shown()):
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
         yield from _bar(label, total, unit)
@@ -49,32 +50,35 @@ def progress(
 
 
 def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """A bar that fits one line: first the bar, then label and note give way on a narrow terminal."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:,.1f} {unit}/s")
+    class Shortened(ProgressColumn):
+        """Text that ends in an ellipsis where the line is full."""
 
+        def __init__(self, field: str) -> None:
+            super().__init__(Column(overflow="ellipsis"))
+            self.field = field
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields[self.field], no_wrap=True, overflow="ellipsis")
+
+    class Counts(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.completed:,.0f}/{task.total:,.0f} {task.speed or 0:,.3g} {unit}/s", no_wrap=True)
+
+    fixed = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        Shortened("label"),
+        BarColumn(20),
+        Counts(fixed),
+        TimeRemainingColumn(table_column=fixed),
+        Shortened("note"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, note="")
+    with Progress(*columns, console=console()) as bar:
+        task = bar.add_task("", total=total, label=label, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
             bar.advance(task, n)
@@ -92,11 +96,7 @@ def _lines(label: str, total: int, unit: str, every: float) -> Iterator[Advance]
         elapsed = max(time.monotonic() - start, 1e-9)
         left = f", {duration((total - done) * elapsed / done)} left" if 0 < done < total else ""
         note = f"  {text}" if text else ""
-        print(
-            f"{label}: {done:,}/{total:,} {unit}, {done / elapsed:,.1f}/s, {duration(elapsed)}{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.info(f"{label}: {done:,}/{total:,} {unit}, {done / elapsed:,.1f}/s, {duration(elapsed)}{left}{note}")
 
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal done, text, last

@@ -61,7 +61,6 @@ class _Request:
     limit: int | None
     allow_missing: bool
     retry_quarantined: bool
-    quiet: bool
 
     def shards(self, info: SetInfo) -> range:
         """Numbers of the shards that are asked for."""
@@ -84,7 +83,6 @@ def build(
     allow_missing: bool = False,
     retry_quarantined: bool = False,
     dry_run: bool = False,
-    quiet: bool = False,
 ) -> Report:
     """Cut the images of the tree `data` into the shard set `out` at `scales` (px).
 
@@ -107,7 +105,6 @@ def build(
         limit=limit,
         allow_missing=allow_missing,
         retry_quarantined=retry_quarantined,
-        quiet=quiet,
     )
     if part and (dask or retry_quarantined):
         raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
@@ -165,7 +162,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
     if (out / "set.json").exists():
         info = _read_same_set(request, identity)
         return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
-    rows["bytes"] = tree.sizes(rows["path"].tolist(), request.quiet)
+    rows["bytes"] = tree.sizes(rows["path"].tolist())
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
         id=identity,
@@ -287,7 +284,7 @@ def _look_again(blueprint: Blueprint, tree: Tree, todo: list[Todo]) -> pd.Series
     again = [item for item in todo if item.held is not None and not item.quarantined]
     rows = blueprint.rows.iloc[[row for item in again for row in item.rows]]
     held = rows["row"].isin({row for item in again for row in item.held or ()})
-    found = pd.Series(tree.sizes(rows["path"].tolist(), True), index=rows.index, dtype=np.int64)
+    found = pd.Series(tree.sizes(rows["path"].tolist()), index=rows.index, dtype=np.int64)
     changed = rows[held & (rows["bytes"] != found)]
     if len(changed):
         raise ShardError(
@@ -303,7 +300,7 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
         return
     failed: list[str] = []
     tasks = (make_task(blueprint, item) for item in todo)
-    with progress("sharding", sum(len(item.rows) for item in todo), quiet=request.quiet) as advance:
+    with progress("sharding", sum(len(item.rows) for item in todo)) as advance:
         outcomes = (
             run_on_dask(tasks, request.dask)
             if request.dask

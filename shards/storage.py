@@ -122,14 +122,14 @@ class Tree:
             ]
         return sorted(found)
 
-    def sizes(self, paths: Iterable[str], quiet: bool = True) -> np.ndarray:
+    def sizes(self, paths: Iterable[str]) -> np.ndarray:
         """Bytes of every file, int64; -1 where there is none.
 
         On this machine threads ask for each file, since a network file system answers slowly; elsewhere folders are
         listed, since a request a file would take hours.
         """
         paths = [relative(path) for path in paths]
-        with progress("looking for images", len(paths), quiet=quiet) as advance:
+        with progress("looking for images", len(paths)) as advance:
             return self._stat(paths, advance) if self.is_local else self._listed_sizes(paths, advance)
 
     def _stat(self, paths: list[str], advance: Advance) -> np.ndarray:

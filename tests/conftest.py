@@ -24,7 +24,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set of the 150 phantoms at 32 and 64 px: three shards. Not to be written to."""
     out = tmp_path_factory.mktemp("tiny") / "set"
-    build(phantoms, out, [32, 64], workers=1, quiet=True)
+    build(phantoms, out, [32, 64], workers=1)
     return out
 
 
@@ -32,7 +32,7 @@ def tiny_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raw_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_set`, uncompressed. Not to be written to."""
     out = tmp_path_factory.mktemp("raw") / "set"
-    build(phantoms, out, [32, 64], recipe=ImageRecipe(codec="raw"), workers=1, quiet=True)
+    build(phantoms, out, [32, 64], recipe=ImageRecipe(codec="raw"), workers=1)
     return out
 
 
@@ -56,5 +56,5 @@ def real_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_set(real_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set of the real radiographs at 64, 256 and 1024 px. Not to be written to."""
     out = tmp_path_factory.mktemp("real-set") / "set"
-    build(real_tree, out, [64, 256, 1024], quiet=True)
+    build(real_tree, out, [64, 256, 1024])
     return out

@@ -22,6 +22,7 @@ from cxrfast.bench.harness import one_core
 from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
 from cxrfast.errors import ShardError
+from cxrfast.log import quiet
 from cxrfast.shards.build import build
 from cxrfast.shards.building.tasks import Blueprint, Task, Todo, build_shard, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
@@ -117,7 +118,8 @@ def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float
     rows = max(LARGEST, each * workers * (SMALLEST if each * workers <= SMALLEST else LARGEST))
     tree = crowd(images, scratch / "tree", rows)
     planned = scratch / "planned"
-    build(tree, planned, scales, workers=1, limit=1, quiet=True, **SOURCE)
+    with quiet():
+        build(tree, planned, scales, workers=1, limit=1, **SOURCE)
     made = ShardSet(planned)
     table = made.rows()
     todo = Todo(shard=0, scales=scales, rows=range(LARGEST), quarantined={}, held=None)
@@ -214,15 +216,9 @@ def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
     with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
         out = Path(name)
         start = time.perf_counter()
-        report = build(
-            setup.tree,
-            out,
-            setup.scales,
-            workers=workers,
-            limit=each * workers * setup.shard_rows,
-            quiet=True,
-            **SOURCE,
-        )
+        with quiet():
+            limit = each * workers * setup.shard_rows
+            report = build(setup.tree, out, setup.scales, workers=workers, limit=limit, **SOURCE)
         spent = time.perf_counter() - start
         manifests = [path.stat().st_mtime for scale in setup.scales for path in (out / str(scale)).glob("*.json")]
         work = max(manifests) - (out / "set.json").stat().st_mtime
@@ -246,7 +242,7 @@ def memory(setup: Setup, rows: int) -> Memory:
     tree = crowd(setup.images, setup.scratch / f"tree-{rows}", rows, mixed=True)
     code = "import json, sys; from cxrfast.shards.build import build; build(**json.loads(sys.argv[1]))"
     with tempfile.TemporaryDirectory(dir=setup.scratch) as out:
-        options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers, "quiet": True}
+        options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers}
         command = [sys.executable, "-c", code, json.dumps({**options, **SOURCE})]
         start = time.perf_counter()
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:

@@ -5,7 +5,7 @@ the ladder is timed in turn with the others, and then has a process of its own t
 how many images fit and where the time goes. A rung that fails costs its lines alone. Nothing is loaded here.
 """
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.progress import progress
 from cxrfast.tables import to_markdown
+
+log = logging.getLogger(__name__)
 
 SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128]}
 
@@ -170,7 +172,7 @@ def _all_extras(
             found.append(line)
             missing.setdefault(f"memory at {line.scale} px", []).append(line.rung)
             continue
-        print(f"{line.scale} px: memory of {line.rung}", file=sys.stderr, flush=True)
+        log.info(f"{line.scale} px: memory of {line.rung}")
         options = {
             **next(one for one in given if one["scale"] == line.scale),
             "what": "alone",

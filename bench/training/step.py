@@ -4,7 +4,7 @@ Each scale is measured in a process of its own, so that memory is its own and a 
 is the real one. A micro-batch that does not fit is halved until it does.
 """
 
-import sys
+import logging
 import tempfile
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -34,6 +34,8 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import progress
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import markdown_table
+
+log = logging.getLogger(__name__)
 
 PHANTOM_SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128, 256]}
 
@@ -195,7 +197,7 @@ def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:
         except (RunError, MemoryError) as error:
             if isinstance(error, RunError) or micro_batch == 1 or not budget.left_of_all:
                 raise RunError(f"{scale} px with micro-batch {micro_batch}: {error}") from error
-        print(f"{scale} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}", file=sys.stderr)
+        log.info(f"{scale} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}")
         micro_batch //= 2
 
 

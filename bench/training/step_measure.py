@@ -81,7 +81,7 @@ def measure(
     ranks = World(pick_device(device))
     limit_memory(ranks.device)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
-        runtime = Runtime(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads, quiet=True)
+        runtime = Runtime(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads)
         trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
         told = tell if telling else lambda name: None
         figures = interleave(measurements(trainer, micro_batch), seconds / rounds, rounds, Budget(end), told)

@@ -91,7 +91,6 @@ def gradcam_run(
     part: str = "test",
     shards: Path | None = None,
     device: torch.device | str = "cpu",
-    quiet: bool = False,
 ) -> Maps:
     """Maps of the `images` positives of `part` with the highest logits, stored in the run's maps.zarr.
 
@@ -105,7 +104,7 @@ def gradcam_run(
     model = run.load(device)
     maps: list[np.ndarray] = []
     logits: list[np.ndarray] = []
-    with run.reader(shards) as reader, progress(f"gradcam {run.name} {label}", len(rows), quiet=quiet) as advance:
+    with run.reader(shards) as reader, progress(f"gradcam {run.name} {label}", len(rows)) as advance:
         for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
             batch_maps, batch_logits = gradcam(model, batch.image, index)
             maps.append(batch_maps.cpu().numpy())

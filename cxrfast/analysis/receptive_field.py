@@ -73,7 +73,6 @@ def erf(
     shards: Path | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    quiet: bool = False,
 ) -> Erf:
     """Measure the field on the run's first `images` validation images, in fp32, and keep it in maps.zarr.
 
@@ -87,7 +86,7 @@ def erf(
             f"{(frame['part'] == 'val').sum():,} were asked for"
         )
     model, scale = run.load(device), run.config.scale
-    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows), quiet=quiet) as advance:
+    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows)) as advance:
 
         def batches() -> Iterator[torch.Tensor]:
             for batch in Loader(reader, small_batches(rows, scale), device=device):

@@ -1,5 +1,6 @@
 """The group `cxrfast bench`: how fast, and with how much memory."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import click
 
 from cxrfast.cli.options import FOLDER, Finite, runtime_options
 from cxrfast.cli.terminal import fail, show
+
+log = logging.getLogger(__name__)
 
 BENCH_MINUTES = 2.0
 """How long `cxrfast bench` takes without a command."""
@@ -20,7 +23,7 @@ def bench(ctx: click.Context, full: bool) -> None:
     """How fast, and with how much memory. Without a command: `step`, in two minutes."""
     if ctx.invoked_subcommand is None:
         limit = "as long as it takes" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
-        click.echo(f"cxrfast bench: memory and images/s of training by resolution, {limit}", err=True)
+        log.info(f"cxrfast bench: memory and images/s of training by resolution, {limit}")
         ctx.invoke(step, minutes=None if full else BENCH_MINUTES)
     elif full:
         fail("--full belongs to `cxrfast bench` without a command: leave out --minutes instead")

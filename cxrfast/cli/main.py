@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cxrfast import __version__
+from cxrfast import __version__, log
 from cxrfast.cli import analysis, bench, shards, study, training
 from cxrfast.cli.options import FOLDER
 from cxrfast.cli.terminal import fail, show
@@ -23,6 +23,7 @@ class Cli(click.Group):
         return list(self.commands)  # in the order in which a study needs them
 
     def invoke(self, ctx: click.Context) -> Any:
+        log.show()
         try:
             return super().invoke(ctx)
         except CxrfastError as error:

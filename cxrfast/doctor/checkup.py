@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cxrfast import log
 from cxrfast.distributed import pick_device
 from cxrfast.doctor.gradients import IMAGES, compiled_step, gradients, no_compiler
 from cxrfast.doctor.pixels import dali_pixels, host_pixels, proven_pixels, slow_reader
@@ -135,7 +136,8 @@ def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as place:
         tree, folder = Path(place, "tree"), Path(place, "set")
         synth(tree, images=PHANTOMS, size=PHANTOM_SCALE)
-        build(tree, folder, [PHANTOM_SCALE], quiet=True)
+        with log.quiet():
+            build(tree, folder, [PHANTOM_SCALE])
         yield folder
 
 

@@ -95,7 +95,7 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
     benchmark = torch.backends.cudnn.benchmark
     try:
         with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:
-            runtime = Runtime(shards=reader.folder, runs=Path(runs), device=str(device), quiet=True)
+            runtime = Runtime(shards=reader.folder, runs=Path(runs), device=str(device))
             folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold).folder
             run = Run.start(folder, config, reader.folder, table)
             model = Classifier(config.arch, len(config.labels))

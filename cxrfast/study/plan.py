@@ -56,9 +56,7 @@ class Plan:
 
     def _common_options(self) -> list[str]:
         """Options that `train` and `study` share, as they were given."""
-        where = {
-            f.name: getattr(self.runtime, f.name) for f in fields(Runtime) if f.name not in ("shards", "runs", "quiet")
-        }
+        where = {f.name: getattr(self.runtime, f.name) for f in fields(Runtime) if f.name not in ("shards", "runs")}
         usual = {f.name: f.default for f in fields(Runtime)}
         given = {name: value for name, value in where.items() if value != usual[name]}
         return as_options({**given, **self.options})

@@ -3,6 +3,7 @@
 Each step is skipped where its result is there already, so a study that was stopped continues where it stopped.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ from cxrfast.study.run_forecast import Outlook
 from cxrfast.training.predict import predict
 from cxrfast.training.signals import TORCHRUN_SIGNALS, Stopped, call
 from cxrfast.training.train import train
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """Between two looks at the state of a run that has not said yet how fast it is."""
@@ -79,7 +82,7 @@ def study(
             if not keep_going:
                 raise
             failures.append(str(error))
-            print(f"{error}; going on with the other runs", file=sys.stderr)
+            log.warning(f"{error}; going on with the other runs")
     if not done:
         raise RunError(failed(failures))
     try:
@@ -104,7 +107,7 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
     """Train one run, in this process or by torchrun, and predict with it; what is done is left as it is."""
     runtime, folder = plan.runtime, plan.runtime.runs / outlook.name
     if outlook.is_done:
-        print(f"{outlook.name} is done already; its weights are in {folder}", file=sys.stderr)
+        log.info(f"{outlook.name} is done already; its weights are in {folder}")
     elif plan.nproc > 1:
         _torchrun(plan, outlook, folder)
     else:
@@ -128,7 +131,7 @@ def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
             with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
                 state = Run.open(folder).state()
                 if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
-                    print(projection(left, plan.ranks, rate), file=sys.stderr, flush=True)
+                    log.info(projection(left, plan.ranks, rate))
                     return
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -177,9 +180,9 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     for run in runs:
         try:
             if not has_erf(run):
-                print(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words(), file=sys.stderr)
+                log.info(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words())
         except RunError as error:  # an architecture without a known feature map has tables all the same
-            print(error, file=sys.stderr)
+            log.warning(error)
             return
     largest = max(runs, key=lambda run: run.config.scale)
     known = evaluation.table[

@@ -7,6 +7,7 @@ alone and leaves nothing behind on the device. The answer is remembered. No proc
 
 import fcntl
 import json
+import logging
 import os
 import resource
 import signal
@@ -32,6 +33,8 @@ from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.models.classifier import Classifier, check_arch
 from cxrfast.models.densenet import SHAPES
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
+
+log = logging.getLogger(__name__)
 
 RESERVE = 0.10
 """Fraction of memory reserved for what a trial does not allocate: loader, NCCL, the buckets of DistributedDataParallel."""
@@ -158,11 +161,7 @@ def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
     def has_room(size: int) -> bool:
         trial = tried[size] = try_in_own_process(step, size)
         peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.has_room else "does not fit"
-        print(
-            f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.info(f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)")
         return trial.has_room
 
     if has_room(sizes[-1]):
@@ -293,7 +292,7 @@ def _remembered(key: str, search: Callable[[], tuple[int, bool]]) -> int:
         if lock and lasting:
             try:
                 write_json(path, answers | {key: size})
-                print(f"--micro-batch auto: {size}, remembered in {path}", file=sys.stderr)
+                log.info(f"--micro-batch auto: {size}, remembered in {path}")
             except OSError as error:
                 _warn(path, error)
         return size
@@ -322,13 +321,13 @@ def _read(path: Path) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        print(f"--micro-batch auto: {path} is damaged ({error}), it is made anew", file=sys.stderr)
+        log.info(f"--micro-batch auto: {path} is damaged ({error}), it is made anew")
         return {}
     return answers
 
 
 def _warn(path: Path, error: Exception) -> None:
-    print(f"--micro-batch auto: {path} cannot be used ({error}), nothing is remembered", file=sys.stderr)
+    log.info(f"--micro-batch auto: {path} cannot be used ({error}), nothing is remembered")
 
 
 # The process of a trial

@@ -23,7 +23,6 @@ def predict(
     shards: Path | None = None,
     engine: str = "auto",
     threads: int | None = None,
-    quiet: bool = False,
 ) -> None:
     """Score the run's validation and test rows with its best weights.
 
@@ -35,7 +34,7 @@ def predict(
     rows = {part: part_rows(table, part) for part in PARTS}
     parts: dict[str, Predictions] = {}
     total = sum(map(len, rows.values()))
-    with progress(f"predict {run.name}", total, quiet=quiet or not world.is_first) as advance:
+    with progress(f"predict {run.name}", total) as advance:
         for part in PARTS:
             order = EvalOrder(rows=rows[part], micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
             loader = Loader(

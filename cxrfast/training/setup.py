@@ -142,7 +142,7 @@ def subset_hash(rows: np.ndarray) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
+def staged(shards: Path, folder: Path, scale: int) -> Path:
     """A copy of one scale of the set in `folder`, on a disk of this machine; made once for all its ranks and jobs.
 
     Raises ShardError where it cannot be made.
@@ -154,7 +154,7 @@ def staged(shards: Path, folder: Path, scale: int, quiet: bool = False) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes later waits
         lock.seek(0)
         if launch.startswith("none") or lock.read() != launch:  # else another rank of this launch has checked it
-            stage(shards, copy, [scale], quiet=quiet)
+            stage(shards, copy, [scale])
             lock.truncate(0)
             lock.write(launch)
     return copy

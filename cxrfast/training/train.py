@@ -4,8 +4,8 @@ A shard set and a configuration come in; a run folder with checkpoints, metrics 
 again, it goes on where the last checkpoint left off, with the same rows in the same order.
 """
 
+import logging
 import os
-import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -22,6 +22,8 @@ from cxrfast.training.micro_batch import memory_explained
 from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, staged, train_order, weights_file
 from cxrfast.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig, runtime: Runtime) -> Run:
     """Train, or go on with, the run of this configuration. Returns it when it is done.
@@ -29,7 +31,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
     Raises Stopped (a SystemExit), with everything saved, when a signal asks for an end.
     """
     if runtime.stage:
-        runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale, quiet=runtime.quiet))
+        runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale))
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -62,7 +64,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
             trainer = Trainer(run, ranks, model, reader, runtime)
         if not run.is_done:
             trainer.fit()
-        elif ranks.is_first and not runtime.quiet:
-            print(f"{run.name} is done already; its weights are in {run.folder}", file=sys.stderr)
+        else:
+            log.info(f"{run.name} is done already; its weights are in {run.folder}")
         ranks.barrier()
         return run

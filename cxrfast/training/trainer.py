@@ -4,7 +4,7 @@ A run and a shard set's reader come in; checkpoints, metrics and the best weight
 and what is counted stay on the device; the host looks at them every few seconds and before it saves.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -35,6 +35,8 @@ from cxrfast.training.predict import complete, score
 from cxrfast.training.setup import distribute, train_order
 from cxrfast.training.signals import LOST_RANK, Stopped, StopRequest, is_lost_rank
 from cxrfast.units import duration
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -123,10 +125,9 @@ class Trainer:
         batches = Timed(self.train_loader.epoch(counters.epoch, counters.consumed, scale=size), self.ranks.device)
         self.monitor.start_epoch(len(steps), counters.consumed)
         label = f"{self.run.name} epoch {counters.epoch + 1}"
-        is_quiet = not self.speaks or not len(steps)  # none are left after a stop in validation
         with (
             profiled(self.run.profile_path, self.runtime.profile and self.ranks.is_first) as profiled_step,
-            progress(label, len(steps) * global_batch, quiet=is_quiet) as advance,
+            progress(label, len(steps) * global_batch) as advance,
         ):
             for done, rows in enumerate(steps, 1):
                 self.step(rows, batches)
@@ -180,7 +181,7 @@ class Trainer:
         if rate and self.ranks.is_first:
             left = self.heartbeat.beat(rate)
             epochs = f"{self.config.epochs - self.counters.epoch} epochs are left"
-            self._say(
+            log.info(
                 f"{self.run.name}: {rate:,.3g} images/s after {RATE_STEPS[1]} steps; {epochs}, {duration(left)} at most"
             )
         match self.monitor.after_step(done, self.stop.number, self.is_bad):
@@ -255,7 +256,7 @@ class Trainer:
         if is_best:
             self.run.write_weights(self.model.state_dict())
         shown = "undefined" if line["val_auroc"] is None else f"{line['val_auroc']:.4f}"
-        self._say(
+        log.info(
             f"{self.run.name} epoch {epoch + 1}: train loss {line['train_loss']:.4f}, validation loss "
             f"{line['val_loss']:.4f}{' (best)' if is_best else ''}, AUROC {shown}, {line['images_per_s'] or 0:.0f} images/s"
         )
@@ -288,7 +289,7 @@ class Trainer:
         self.spent = spent
         if self.ranks.is_first:
             self.run.cut_metrics(self.counters.epoch)
-        self._say(
+        log.info(
             f"{self.run.name}: going on in epoch {self.counters.epoch + 1}, after {self.counters.consumed:,} images"
         )
 
@@ -337,7 +338,7 @@ class Trainer:
         """Save and raise Stopped for the signal that the ranks agreed on; all of them call it at the same step."""
         self.save()
         end = Stopped(self.run.name, self.monitor.signal)
-        self._say(f"{self.run.name}: {end.signal}; saved, the same command goes on")
+        log.info(f"{self.run.name}: {end.signal}; saved, the same command goes on")
         raise end
 
     def _failed(self, error: BaseException) -> None:
@@ -350,26 +351,18 @@ class Trainer:
         # rank 0 may be gone: any rank writes
         if self.run.state().get("state") != "failed":
             self.heartbeat.write("failed", error=LOST_RANK)
-        print(f"cxrfast: rank {self.ranks.rank}: {self.run.name}: {LOST_RANK}", file=sys.stderr, flush=True)
+        log.error(f"{self.run.name}: {LOST_RANK}")
         raise SystemExit(2) from error
 
     # Messages
-
-    @property
-    def speaks(self) -> bool:
-        return self.ranks.is_first and not self.runtime.quiet
-
-    def _say(self, text: str) -> None:
-        if self.speaks:
-            print(text, file=sys.stderr, flush=True)
 
     def _tell_engine(self) -> None:
         """Say who decodes where nobody asked for an engine, and what of it cannot be proven."""
         loader = self.train_loader
         if self.runtime.engine == "auto":
-            self._say(f"{self.run.name}: engine {loader.engine}: {loader.why}")
+            log.info(f"{self.run.name}: engine {loader.engine}: {loader.why}")
         if loader.proof and (unknown := loader.proof.unknown):
-            self._say(
+            log.info(
                 f"{self.run.name}: the set holds no means of {unknown:,} rows, so that 1 in {EVERY} of them is decoded by the "
                 f"CPU, too, and compared: `cxrfast verify --repair {loader.reader.folder}` adds them"
             )

@@ -6,9 +6,9 @@ clocks need not agree.
 """
 
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ import psutil
 from cxrfast.errors import ShardError
 from cxrfast.files import temporary_name
 from cxrfast.shards.format.names import LOCK_FILE
+
+log = logging.getLogger(__name__)
 
 BEAT = 5.0
 """Seconds between two signs of life."""
@@ -219,7 +221,7 @@ def _alive_here(holder: dict[str, Any]) -> bool | None:
 def _beats(path: Path) -> bool:
     """Watch a lock until it changes (True), is gone, or has been still for long (False)."""
     before, start = _content(path), time.monotonic()
-    print(f"{path} is from another machine; waiting {WATCH:.0f} s for a sign of life", file=sys.stderr)
+    log.warning(f"{path} is from another machine; waiting {WATCH:.0f} s for a sign of life")
     while time.monotonic() - start < WATCH:
         time.sleep(BEAT / 5)
         if not path.exists():

@@ -24,7 +24,7 @@ from cxrfast.shards.images.cell_means import SIDE, grid, pack
 from cxrfast.shards.shard_set import ShardSet
 
 
-def add_grids(shards: ShardSet, workers: int, quiet: bool = False) -> tuple[dict[int, int], dict[str, str]]:
+def add_grids(shards: ShardSet, workers: int) -> tuple[dict[int, int], dict[str, str]]:
     """Give the manifests of a whole set the grids that they lack.
 
     Returns the number of manifests that got theirs at each scale, and {manifest's name: why it did not}.
@@ -36,7 +36,7 @@ def add_grids(shards: ShardSet, workers: int, quiet: bool = False) -> tuple[dict
         return added, failed
     folder = shards.folder
     sums = read_sums(folder)
-    with progress("taking grids", sum(rows for *_, rows in without), quiet=quiet) as advance:
+    with progress("taking grids", sum(rows for *_, rows in without)) as advance:
         for scale, shard, _ in without:
             name, m = shard_name(scale, shard, "json"), shards.manifest(scale, shard)
             assert m is not None  # it was there a moment ago

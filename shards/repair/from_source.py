@@ -65,7 +65,7 @@ def _build_aside(
     built = []
     try:
         with (
-            progress("building again", sum(len(t.rows) for t in todo), quiet=state.quiet) as advance,
+            progress("building again", sum(len(t.rows) for t in todo)) as advance,
             start_pool(state.workers) as pool,
         ):
             tasks = (make_task(aside, item) for item in todo)

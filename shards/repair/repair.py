@@ -42,7 +42,6 @@ def repair(
     *,
     accept_new_bytes: bool = False,
     workers: int | None = None,
-    quiet: bool = False,
 ) -> RepairState:
     """Repair what `verify` finds, and then add grids where shards have none.
 
@@ -55,14 +54,13 @@ def repair(
         read_set(folder)  # says so
     with Lock(folder):
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
-        found = {problem.path for problem in verify(folder, quiet=quiet).problems}
+        found = {problem.path for problem in verify(folder).problems}
         sums, _ = parse_sums((folder / "SHA256SUMS").read_bytes())
         state = RepairState(
             folder=folder,
             tree=tree,
             accept=accept_new_bytes,
             workers=workers or usable_cores(),
-            quiet=quiet,
             sums=sums,
             suspects=found,
         )
@@ -72,7 +70,7 @@ def repair(
             if blueprint := _restore_blueprint(state):
                 _restore_lists(state, blueprint, _restore_shards(state, blueprint))
         if not state.failed:
-            added, state.failed = add_grids(ShardSet(folder), state.workers, quiet)
+            added, state.failed = add_grids(ShardSet(folder), state.workers)
             state.done += [
                 Problem(f"{scale}/", f"manifests given the grids of their images: {n:,}") for scale, n in added.items()
             ]
@@ -130,7 +128,7 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     labels, rows = rows_of_source(state.tree, info)
     if set_id(rows, info.recipe) != info.id:
         return f"the tables in {state.tree} list other images than the set was planned from"
-    rows["bytes"] = state.tree.sizes(rows["path"].tolist(), True)
+    rows["bytes"] = state.tree.sizes(rows["path"].tolist())
     reasons = {int(row): why for m in state.manifests(info) for row, why in m.quarantined.items()}
     rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # perhaps downloaded since
     if state.accept:

@@ -31,7 +31,6 @@ class RepairState:
     accept: bool
     """Keep new bytes where the old ones cannot be had."""
     workers: int
-    quiet: bool
     sums: dict[str, str]
     """SHA256SUMS as far as it can be read."""
     suspects: set[str]

@@ -88,7 +88,6 @@ def relabel(
     labels: list[str] | None = None,
     key: str | None = None,
     unmatched: Path | None = None,
-    quiet: bool = False,
 ) -> Relabelled:
     """Replace all labels of the set by those of `table`: a local path or an fsspec URL of a .csv, .tsv (.gz) or .parquet.
 
@@ -104,7 +103,7 @@ def relabel(
         unmatched = Path(unmatched)
         _check_target(unmatched, folder)
     read = read_label_table(str(table), labels, key, info.labels)
-    with Lock(folder), progress("relabelling", info.images, quiet=quiet) as advance:
+    with Lock(folder), progress("relabelling", info.images) as advance:
         result = _replace_labels(folder, read, unmatched)
         advance(info.images)
     return result

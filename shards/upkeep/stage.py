@@ -71,7 +71,6 @@ def stage(
     scales: list[int] | None = None,
     *,
     workers: int | None = None,
-    quiet: bool = False,
 ) -> Staged:
     """Bring `to` to hold the same bytes as the set `source` at `scales` (px; None: all it has).
 
@@ -91,7 +90,7 @@ def stage(
         there = target.sizes()
         known = {**_earlier_sums(target, there), **cargo.digests}
         _check_other_scales(pool, target, cargo, there)
-        set_files, shards = _find_lacking(pool, target, cargo, there, quiet)
+        set_files, shards = _find_lacking(pool, target, cargo, there)
         names = [*set_files, *(name for shard in shards for name in shard)]
         total = sum(cargo.sizes[name] for name in names)
         _check_room(target, total)
@@ -99,7 +98,7 @@ def stage(
             if "SHA256SUMS" in there:
                 target.remove("SHA256SUMS")  # from here on the set is known to be unfinished
             target.make_folders(sorted({name.partition("/")[0] for name in names if "/" in name}))
-            with progress("staging", round(total / 1e6), unit="MB", quiet=quiet) as advance:
+            with progress("staging", round(total / 1e6), unit="MB") as advance:
                 transfer = Transfer(origin, target, cargo.digests, megabytes(advance))
                 _refuse_damaged(origin, transfer.copy(pool, set_files, shards, there))
         _write_sums(pool, target, cargo, known)
@@ -222,7 +221,7 @@ def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there:
 
 
 def _find_lacking(
-    pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int], quiet: bool
+    pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]
 ) -> tuple[list[str], list[list[str]]]:
     """The files to copy: those of the set itself, then those of each shard, which end with its manifest.
 
@@ -232,7 +231,7 @@ def _find_lacking(
     same_size = {name for name in cargo.names if there.get(name) == cargo.sizes[name]}
     hashed = [name for name in same_size if target.is_local or not name.endswith((".tar", ".idx"))]
     total = sum(cargo.sizes[name] for name in hashed)
-    with progress("comparing", round(total / 1e6), unit="MB", quiet=quiet or total < 1e6) as advance:
+    with progress("comparing", round(total / 1e6), unit="MB") as advance:
         count = megabytes(advance)
 
         def is_same(name: str) -> bool:

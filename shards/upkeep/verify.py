@@ -60,7 +60,7 @@ class Verdict:
         )
 
 
-def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
+def verify(folder: Path, deep: bool = False) -> Verdict:
     """Compare every file of the set with SHA256SUMS, and the files with each other; `deep` decodes every image.
 
     Raises ShardError only where nothing can be compared: no set, another schema version, never finished.
@@ -73,12 +73,12 @@ def verify(folder: Path, deep: bool = False, quiet: bool = False) -> Verdict:
     problems += [Problem(name, "not part of the set") for name in sorted(there - sums.keys())]
     problems += [Problem(name, "is no regular file") for name in sorted((sums.keys() & there) - regular)]
     start = time.monotonic()
-    problems += _changed(folder, {name: sums[name] for name in sorted(regular)}, quiet)
+    problems += _changed(folder, {name: sums[name] for name in sorted(regular)})
     seconds = time.monotonic() - start
     info = None if any(p.path == "set.json" for p in problems) else read_set(folder)
     inside = _Inside()
     if info and not problems:  # what follows reads files that are known to be as they were signed
-        _look_inside(inside, folder, info, sums, deep, quiet)
+        _look_inside(inside, folder, info, sums, deep)
     return Verdict(
         info=info,
         rows=inside.rows,
@@ -108,7 +108,7 @@ def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
     return sums, problems
 
 
-def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Problem]:
+def _changed(folder: Path, sums: dict[str, str]) -> Iterator[Problem]:
     """Files whose bytes are not those in SHA256SUMS. Threads: hashing releases the GIL."""
 
     def look(name: str) -> str:
@@ -119,7 +119,7 @@ def _changed(folder: Path, sums: dict[str, str], quiet: bool) -> Iterator[Proble
 
     sizes = {name: (folder / name).stat().st_size for name in sums}
     total = round(sum(sizes.values()) / 1e6)
-    with ThreadPoolExecutor(usable_cores()) as pool, progress("hashing", total, unit="MB", quiet=quiet) as advance:
+    with ThreadPoolExecutor(usable_cores()) as pool, progress("hashing", total, unit="MB") as advance:
         count = megabytes(advance)
         for name, what in zip(sums, pool.map(look, sums), strict=True):
             count(sizes[name])
@@ -142,7 +142,7 @@ class _Inside:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, str], deep: bool, quiet: bool) -> None:
+def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, str], deep: bool) -> None:
     """Compare rows, manifests, indexes and tars with each other; `deep`: images, too. Fills `found`."""
     try:
         found.problems += _unreadable(folder)
@@ -156,7 +156,7 @@ def _look_inside(found: _Inside, folder: Path, info: SetInfo, sums: dict[str, st
             found.problems += _misplaced(folder, scale, manifests, sums)
             found.problems += _shard_problems(folder, info, manifests)
             if deep:
-                found.problems += _image_problems(folder, info, manifests, quiet)
+                found.problems += _image_problems(folder, info, manifests)
     except ShardError as error:  # a file that makes no sense, and was signed so
         found.problems.append(Problem(".", str(error)))
 
@@ -225,7 +225,7 @@ def _shard_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest])
 # Images
 
 
-def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest], quiet: bool) -> Iterator[Problem]:
+def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest]) -> Iterator[Problem]:
     """Images that do not decode to scale × scale pixels or differ from their crc32 or grid; one thread per shard."""
     scale = manifests[0].scale if manifests else 0
     ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
@@ -235,7 +235,7 @@ def _image_problems(folder: Path, info: SetInfo, manifests: list[ShardManifest],
 
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
-        progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests), quiet=quiet) as advance,
+        progress(f"decoding {scale} px", sum(len(m.rows) for m in manifests)) as advance,
     ):
         for m, problems in zip(manifests, pool.map(look, manifests), strict=True):
             yield from problems

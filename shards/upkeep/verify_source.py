@@ -31,7 +31,7 @@ class SourceVerdict:
         return f"{tree}: {self.files:,} files, {hashing_speed(self.bytes, self.seconds)}: {found}"
 
 
-def verify_source(folder: Path, tree: Tree, quiet: bool = False) -> SourceVerdict:
+def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
     """Compare the source images of a set, and whatever else the tree's SHA256SUMS.txt lists, with that list.
 
     Raises ShardError if there is no such list or it cannot be read.
@@ -63,7 +63,7 @@ def verify_source(folder: Path, tree: Tree, quiet: bool = False) -> SourceVerdic
     total, start = 0, time.monotonic()
     with (
         ThreadPoolExecutor(2 * usable_cores()) as pool,
-        progress("hashing the source", len(sums), unit="files", quiet=quiet) as advance,
+        progress("hashing the source", len(sums), unit="files") as advance,
     ):
         for name, (size, what) in zip(sums, pool.map(look, sums), strict=True):
             total += size

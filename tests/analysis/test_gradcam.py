@@ -164,8 +164,8 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
     run = make_run(tmp_path, tiny_set, RAW)
     with pytest.raises(RunError, match="cxrfast gradcam"):
         cams.read_gradcam(run, LABEL)
-    field = erf(run, images=1, quiet=True)
-    made = cams.gradcam_run(run, LABEL, images=3, quiet=True)
+    field = erf(run, images=1)
+    made = cams.gradcam_run(run, LABEL, images=3)
     stored = cams.read_gradcam(Run.open(run.folder), LABEL)
     assert made.rows.tolist() == stored.rows.tolist() == [0, 2, 4]
     assert stored.part == "test"
@@ -173,9 +173,9 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
     np.testing.assert_array_equal(stored.maps, made.maps)
     np.testing.assert_array_equal(stored.logits, made.logits)
     np.testing.assert_array_equal(read_erf(run).map, field.map)
-    erf(run, images=1, quiet=True)
+    erf(run, images=1)
     np.testing.assert_array_equal(cams.read_gradcam(run, LABEL).maps, made.maps)
-    assert len(cams.gradcam_run(run, LABEL, images=99, quiet=True).rows) == 5  # all there are
+    assert len(cams.gradcam_run(run, LABEL, images=99).rows) == 5  # all there are
     with pytest.raises(RunError, match="another run"):
         cams.read_gradcam(replace(run, config=replace(run.config, seed=1)), LABEL)
 
@@ -183,14 +183,14 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
 def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set, [0, -1, np.nan])
     with pytest.raises(RunError, match=r"'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
-        cams.gradcam_run(run, "Gout", quiet=True)
+        cams.gradcam_run(run, "Gout")
     with pytest.raises(RunError, match=f"none of the 3 images of its test part has {LABEL}$"):
-        cams.gradcam_run(run, LABEL, quiet=True)
+        cams.gradcam_run(run, LABEL)
     with pytest.raises(RunError, match="at least one image"):
-        cams.gradcam_run(run, LABEL, images=0, quiet=True)
+        cams.gradcam_run(run, LABEL, images=0)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
     with pytest.raises(RunError, match="--shards"):
-        cams.gradcam_run(replace(other, folder=make_run(tmp_path / "b", tiny_set, RAW).folder), LABEL, quiet=True)
+        cams.gradcam_run(replace(other, folder=make_run(tmp_path / "b", tiny_set, RAW).folder), LABEL)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -199,7 +199,7 @@ def texts(figure: Figure) -> list[str]:
 
 def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set, RAW)
-    made = cams.gradcam_run(run, LABEL, images=3, quiet=True)
+    made = cams.gradcam_run(run, LABEL, images=3)
     figure = cams.figure(run, LABEL)
     written = " ".join([*texts(figure), figure.get_suptitle()])
     table = pd.read_parquet(tiny_set / "rows.parquet").set_index("row").loc[made.rows]
@@ -223,6 +223,6 @@ def test_a_slash_in_a_findings_name_opens_no_other_level(tiny_set: Path, tmp_pat
     labels = tuple(name if label == LABEL else label for label in MIMIC)
     other = Run.start(tmp_path / "x" / "fold-0", replace(run.config, labels=labels), tiny_set, renamed)
     other.write_weights(run.read_weights())
-    made = cams.gradcam_run(other, name, images=1, quiet=True)
+    made = cams.gradcam_run(other, name, images=1)
     np.testing.assert_array_equal(cams.read_gradcam(other, name).maps, made.maps)
     assert cams.save_figure(other, name).parent == other.folder

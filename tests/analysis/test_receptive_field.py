@@ -55,7 +55,7 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
     with pytest.raises(RunError, match="cxrfast erf"):
         read_erf(run)
     assert not has_erf(run)
-    first = erf(run, images=3, quiet=True)
+    first = erf(run, images=3)
     assert has_erf(run)
     stored = read_erf(Run.open(run.folder))
     np.testing.assert_array_equal(stored.map, first.map)
@@ -64,15 +64,15 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
     assert (stored.images, stored.fraction) == (3, stored.size / 64)
     assert stored.theoretical == theoretical_receptive_field(SMALL)[0]
     assert f"ERF {stored.size:.0f} px" in stored.in_words()
-    np.testing.assert_array_equal(erf(run, images=3, quiet=True).map, first.map)
-    assert not np.array_equal(erf(run, images=3, seed=1, quiet=True).map, first.map)
+    np.testing.assert_array_equal(erf(run, images=3).map, first.map)
+    assert not np.array_equal(erf(run, images=3, seed=1).map, first.map)
 
 
 def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, tiny_set)
-    whole = erf(run, quiet=True)
+    whole = erf(run)
     monkeypatch.setattr(gradients, "BATCH_PIXELS", 1)
-    np.testing.assert_allclose(erf(run, quiet=True).map, whole.map, atol=1e-4)
+    np.testing.assert_allclose(erf(run).map, whole.map, atol=1e-4)
     assert whole.images == 4  # all there are
 
 
@@ -80,22 +80,22 @@ def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
     with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
-        erf(other, shards=tiny_set, quiet=True)
+        erf(other, shards=tiny_set)
     assert not (run.folder / "maps.zarr").exists()
 
 
 def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set)
     with pytest.raises(RunError, match="at least one validation image; 0 of its 4"):
-        erf(run, images=0, quiet=True)
+        erf(run, images=0)
     (run.folder / "best.safetensors").unlink()
     with pytest.raises(RunError, match="train it first"):
-        erf(run, quiet=True)
+        erf(run)
 
 
 def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, tiny_set)
-    erf(run, images=1, quiet=True)
+    erf(run, images=1)
     other = replace(run, config=replace(run.config, seed=1))
     assert not has_erf(other)
     with pytest.raises(RunError, match="another run"):
@@ -104,7 +104,7 @@ def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path
 
 def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:
     runs = [make_run(tmp_path, tiny_set, scale, fold) for scale, fold in ((64, 0), (32, 0), (64, 1))]
-    measured = {(run.config.scale, run.config.fold): erf(run, images=2, quiet=True) for run in runs}
+    measured = {(run.config.scale, run.config.fold): erf(run, images=2) for run in runs}
     drawn = erf_figure(runs)
     drawn.savefig(tmp_path / "erf.png")
     titles = [axes.get_title() for axes in drawn.axes if axes.get_title()]

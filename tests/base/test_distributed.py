@@ -27,7 +27,7 @@ with world("cpu") as ranks:
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(folder / str(ranks.rank), config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder))
     trainer.train_epoch()
     images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
     images = ranks.broadcast(images)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cxrfast import log
 from cxrfast.progress import progress
 from cxrfast.units import duration
 
@@ -38,6 +40,13 @@ def test_a_duration_is_right_to_the_smaller_of_its_two_units(seconds):
     assert abs(total - seconds) <= (60 if "h" in text else 0.5)
 
 
+@pytest.fixture(autouse=True)
+def shown():
+    log.show()
+    yield
+    log.LOGGER.setLevel("NOTSET")
+
+
 def test_where_stderr_is_no_terminal_a_step_ends_in_one_plain_line(capsys):
     with progress("sharding", 1500, unit="images") as advance:
         for _ in range(15):
@@ -61,34 +70,36 @@ def test_a_long_step_says_now_and_then_how_long_it_will_take(capsys):
     assert " left" not in last
 
 
-def test_a_step_with_nothing_to_do_is_no_error(capsys):
+def test_a_step_with_nothing_to_do_says_nothing(capsys):
     with progress("sharding", 0):
         pass
-    assert capsys.readouterr().err.startswith("sharding: 0/0 images")
+    assert capsys.readouterr() == ("", "")
 
 
-def test_quiet_shows_nothing(capsys):
-    with progress("sharding", 10, quiet=True) as advance:
+def test_a_quiet_step_shows_nothing(capsys):
+    with log.quiet(), progress("sharding", 10) as advance:
         advance(3, note="x")
         advance()
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_bar_with_a_rate_and_stdout_stays_clean():
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_bar_fits_one_line_of_a_terminal(columns):
     script = (
-        "from cxrfast.progress import progress\n"
-        "with progress('sharding', 3) as advance:\n    [advance(note='shard 7') for _ in range(3)]"
+        "import logging\nfrom cxrfast import log\nfrom cxrfast.progress import progress\nlog.show()\n"
+        "with progress('gradcam densenet121-2048/fold-0 Edema', 377110) as advance:\n"
+        "    advance(300000, note='loss 0.1234, waiting 2 %')\n"
+        "    logging.getLogger('cxrfast.x').info('a [bold]message[/] ' + 'x' * 200)"
     )
     master, slave = os.openpty()
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        stderr=slave,
-        stdout=subprocess.PIPE,
-        check=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "25"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, stderr=slave, stdout=subprocess.PIPE, check=True, env=environment)
     os.close(slave)
-    text = os.read(master, 100_000).decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(master, 100_000).decode())
     os.close(master)
     assert done.stdout == b""
-    assert all(part in text for part in ("sharding", "3/3", "images/s", "shard 7"))
+    lines = [line for line in re.split(r"[\r\n]+", text) if "a [bold]" not in line]
+    assert max(map(len, lines)) <= columns
+    assert any("gra" in line and "300,000/377,110" in line and "images/s" in line for line in lines)
+    assert "a [bold]message[/] " + "x" * 200 in text.replace("\r\n", "")

@@ -55,6 +55,6 @@ def test_a_micro_batch_that_does_not_fit_names_what_helps(reader, monkeypatch) -
 
 
 def test_images_that_are_too_small_to_train_on_are_named(phantoms: Path, tmp_path: Path) -> None:
-    build(phantoms, tmp_path / "set", [8], workers=1, quiet=True)
+    build(phantoms, tmp_path / "set", [8], workers=1)
     with Reader(tmp_path / "set", 8) as reader, pytest.raises(RunError, match="cannot be trained on images of 8 px"):
         memory(reader, CPU)

@@ -151,7 +151,7 @@ def large_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(command, check=True, capture_output=True)
     else:
         synth(tree, images=8, size=2048, workers=1)
-    build(tree, tree.parent / "set", [2048], workers=1, quiet=True)
+    build(tree, tree.parent / "set", [2048], workers=1)
     return tree.parent / "set"
 
 

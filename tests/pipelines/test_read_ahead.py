@@ -175,7 +175,7 @@ def pages_of(reader: Reader, rows: list[int]) -> np.ndarray:
 def large_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 phantoms at 512 px, raw: one tar of 17 MB, more than a device reads ahead at a time."""
     out = tmp_path_factory.mktemp("large") / "set"
-    build(phantoms, out, [512], recipe=ImageRecipe(codec="raw"), limit=1, workers=1, quiet=True)
+    build(phantoms, out, [512], recipe=ImageRecipe(codec="raw"), limit=1, workers=1)
     return out
 
 

@@ -141,7 +141,7 @@ def test_a_size_that_the_tables_do_not_give_is_0(tree, tmp_path):
 def test_a_flipped_bit_in_the_sums_is_found(folder, position, mask):
     flip_bit(folder / "SHA256SUMS", position, mask)
     with contextlib.suppress(ShardError):
-        assert verify(folder, quiet=True).problems
+        assert verify(folder).problems
 
 
 def test_every_bit_of_the_sums_counts(folder):
@@ -149,7 +149,7 @@ def test_every_bit_of_the_sums_counts(folder):
     for position in range(0, len(data), 3):
         flip_bit(folder / "SHA256SUMS", position, 1 << position % 8)
         with contextlib.suppress(ShardError):
-            assert verify(folder, quiet=True).problems, position
+            assert verify(folder).problems, position
         (folder / "SHA256SUMS").write_bytes(data)
 
 
@@ -157,7 +157,7 @@ def test_a_shard_of_another_scale_is_found(folder):
     for suffix in ("tar", "idx", "json"):
         shutil.copy(shard_path(folder, 64, 1, suffix), shard_path(folder, 32, 1, suffix))
     sign(folder)
-    assert verify(folder, quiet=True).problems
+    assert verify(folder).problems
 
 
 def test_a_tar_that_is_not_the_one_of_its_manifest_is_found(folder):
@@ -168,7 +168,7 @@ def test_a_tar_that_is_not_the_one_of_its_manifest_is_found(folder):
 
     old = json.loads(path.read_bytes())["sha256"]
     (folder / "SHA256SUMS").write_text(lines.replace(old, sha256(shard_path(folder, 32, 1, "tar"))))
-    assert verify(folder, quiet=True).problems
+    assert verify(folder).problems
 
 
 @pytest.mark.parametrize("row", [-1, 150, 10**6])
@@ -239,7 +239,7 @@ def test_damage_done_before_a_build_is_still_found_after_it(phantoms, folder, na
     at = data.rindex(b"9") if name.endswith(("idx", "json")) else 5000
     (folder / name).write_bytes(data[:at] + b"8" + data[at + 1 :])
     build(phantoms, folder, [16])
-    assert [p.path for p in verify(folder, quiet=True).problems] == [name]
+    assert [p.path for p in verify(folder).problems] == [name]
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
@@ -252,15 +252,15 @@ def test_a_shard_that_lacks_a_file_is_built_again(phantoms, folder, tiny_set, su
 def test_a_stray_copy_of_a_manifest_is_not_a_shard(phantoms, folder, tiny_set):
     shutil.copy(shard_path(folder, 32, 0, "json"), folder / "32" / "000000-Copy1.json")
     assert build(phantoms, folder, [32]).rows[32] == 150
-    assert [p.path for p in verify(folder, quiet=True).problems] == ["32/000000-Copy1.json"]
+    assert [p.path for p in verify(folder).problems] == ["32/000000-Copy1.json"]
 
 
 def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantoms, folder, tmp_path):
     (folder / "32").rename(tmp_path / "elsewhere")
     (folder / "32").symlink_to(tmp_path / "elsewhere")
     build(phantoms, folder, [16])
-    assert verify(folder, quiet=True).problems == []
-    assert verify(folder, quiet=True).rows == {16: 150, 32: 150, 64: 150}
+    assert verify(folder).problems == []
+    assert verify(folder).rows == {16: 150, 32: 150, 64: 150}
 
 
 def test_other_labels_than_the_set_was_laid_out_with_are_refused(real_tree, tmp_path):
@@ -318,7 +318,7 @@ else:
     tar.open = lambda *a, **k: File(open(*a, **k)) if "wb" in a else open(*a, **k)
 if __name__ == "__main__":
     try:
-        build.build(Path(sys.argv[2]), Path(sys.argv[3]), [32, 64], workers=1, quiet=True)
+        build.build(Path(sys.argv[2]), Path(sys.argv[3]), [32, 64], workers=1)
     except ShardError as error:
         sys.exit(str(error))
 """

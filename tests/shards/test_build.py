@@ -95,7 +95,7 @@ def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, eithe
     report = build(phantoms, out, [64], limit=65, recipe=recipe)
     assert not report.complete
     assert report.rows == {64: 128}, "the two shards that hold the first 65 rows"
-    assert verify(out, quiet=True).problems == []
+    assert verify(out).problems == []
     first = contents(out / "64")
     report = build(phantoms, out, [64], recipe=recipe)
     assert report.complete
@@ -164,7 +164,7 @@ def test_images_that_cannot_be_used_are_left_out_and_listed_with_their_reasons(c
     assert report.complete
     assert report.quarantined == {int(line["row"]): line["reason"] for line in listed}
     assert "quarantined: 6; " in "\n".join(report.lines(out))
-    verdict = verify(out, deep=True, quiet=True)
+    verdict = verify(out, deep=True)
     assert verdict.problems == []
     assert verdict.quarantined == 6
 
@@ -179,7 +179,7 @@ def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_tr
     report = build(tree, out, [16])
     assert report.rows == {16: 64, 32: 64}
     assert report.quarantined == corrupt_set[1].quarantined
-    assert verify(out, quiet=True).problems == []
+    assert verify(out).problems == []
 
     report = build(tree, out, [16], retry_quarantined=True)
     assert report.rows == {16: 70, 32: 70}
@@ -259,7 +259,7 @@ def test_an_image_that_changes_later_stops_its_shard_and_no_other(tree, phantoms
     repair(tree, path, phantoms)
     assert build(tree, out, [32]).complete
     assert contents(out / "32") == contents(tiny_set / "32")
-    assert verify(out, quiet=True).problems == []
+    assert verify(out).problems == []
 
 
 def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_shard(tree, tiny_set, tmp_path):

@@ -94,7 +94,7 @@ def test_every_set_that_survives_kills_at_random_instants_has_the_same_bytes(tre
         error = child.communicate()[1]
         if child.returncode == 0:
             assert fingerprint(out) == expected
-            assert verify(out, quiet=True).problems == []
+            assert verify(out).problems == []
             rows = [row for m in read_manifests(out) if m.scale == SCALES[0] for row in m.rows]
             assert rows == sorted(set(rows)) == list(range(read_set(out).images)), "none lost, none doubled"
             shutil.rmtree(out)
@@ -124,13 +124,13 @@ def test_ctrl_c_ends_a_build_at_once_with_one_message_and_the_same_command_goes_
     assert "Traceback" not in error
     assert error.endswith("cxrfast: interrupted; what was finished is kept, the same command goes on\n")
     assert not [name for name in contents(out) if name.endswith(".tmp") or name.startswith("lease")]
-    build(real_tree, out, [64, 256, 1024], workers=1, quiet=True)
+    build(real_tree, out, [64, 256, 1024], workers=1)
     assert contents(out) == contents(real_set)
 
 
 def test_the_set_does_not_depend_on_how_it_is_built(real_tree, real_set, tmp_path):
     for scales in ([1024], [64, 256]):
-        build(real_tree, tmp_path / "set", scales, workers=1, quiet=True)
+        build(real_tree, tmp_path / "set", scales, workers=1)
     assert contents(tmp_path / "set") == contents(real_set)
 
 

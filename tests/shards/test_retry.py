@@ -25,7 +25,7 @@ if __name__ == "__main__":
     def killed(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     setattr(build, step, killed)
-    build.build(Path(data), Path(out), [32], workers=1, quiet=True, retry_quarantined=True)
+    build.build(Path(data), Path(out), [32], workers=1, retry_quarantined=True)
 """
 
 

@@ -107,11 +107,11 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def repair(folder: Path, tree: Path | None = None, **options) -> RepairState:
-    return repair_set(folder, Tree(tree) if tree else None, **{"workers": 1, "quiet": True, **options})
+    return repair_set(folder, Tree(tree) if tree else None, **{"workers": 1, **options})
 
 
 def problems(folder: Path) -> list[str]:
-    return [f"{problem.path}: {problem.what}" for problem in verify(folder, quiet=True).problems]
+    return [f"{problem.path}: {problem.what}" for problem in verify(folder).problems]
 
 
 def requantise(path: Path) -> None:
@@ -136,4 +136,4 @@ def assert_same_but_for_grids(folder: Path, whole: Path, *manifests: str) -> Non
     assert there == then
     assert {name for name in sums[0] if sums[0][name] != sums[1][name]} == set(manifests)
     assert sums[0].keys() == sums[1].keys()
-    assert verify(folder, deep=True, quiet=True).problems == []
+    assert verify(folder, deep=True).problems == []

@@ -24,7 +24,7 @@ REAL = Path(__file__).parents[3] / "shared" / "real"
 
 
 def build(data: Path, out: Path, scales: list[int], **options) -> Report:
-    return build_set(data, out, scales, **{"workers": 1, "quiet": True, **options})
+    return build_set(data, out, scales, **{"workers": 1, **options})
 
 
 def many(tree: Path, n: int, images: list[Path]) -> Path:
@@ -55,7 +55,7 @@ MIMIC_CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv.gz"
 
 
 def relabel(folder: Path, table: str | Path, **options) -> Relabelled:
-    return replace_labels(folder, table, quiet=True, **options)
+    return replace_labels(folder, table, **options)
 
 
 def rows_of(folder: Path) -> pd.DataFrame:
@@ -79,7 +79,7 @@ def is_as_planned(folder: Path, tiny_set: Path, table: str | Path) -> bool:
         and dataclasses.replace(info, labels_from="") == read_set(tiny_set)
         and rows_of(folder).equals(rows_of(tiny_set))
         and tars[0] == tars[1]
-        and verify(folder, quiet=True).problems == []
+        and verify(folder).problems == []
     )
 
 

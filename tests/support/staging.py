@@ -26,7 +26,7 @@ sys.stdin.read()  # ends with whoever started it
 
 
 def stage(source: Path | str, to: Path | str, scales: list[int] | None = None, **options) -> Staged:
-    return stage_set(source, to, scales, quiet=True, **options)
+    return stage_set(source, to, scales, **options)
 
 
 class Bucket:

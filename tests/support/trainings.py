@@ -98,5 +98,5 @@ def make_trainer(
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(runs / "run" / "fold-0", config, shards, rows)
-    where = Runtime(shards=shards, runs=runs, **{"quiet": True, **(runtime or {})})
+    where = Runtime(shards=shards, runs=runs, **(runtime or {}))
     return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)

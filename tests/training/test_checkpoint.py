@@ -27,7 +27,7 @@ from cxrfast.training.train import train
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
 def test_a_damaged_checkpoint_is_refused(tiny_set: Path, tmp_path: Path, damage: bytes | None) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     run = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
     last = run.folder / "last.pt"
     last.write_bytes(last.read_bytes()[:1000] if damage is None else damage)
@@ -38,7 +38,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_set: Path, tmp_path: Path, damage:
 
 def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path, tmp_path: Path) -> None:
     weights = tmp_path / "first.safetensors"
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16, "weights": str(weights)})
     run = train(config, runtime)

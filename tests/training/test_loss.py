@@ -37,7 +37,7 @@ with world("cpu") as ranks:
     reader = Reader(shards, 32)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(folder / f"of-{ranks.size}-{ranks.rank}", config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder, quiet=True))
+    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder))
     (batch, *_) = trainer.order.global_batches(0)
     rng = np.random.default_rng(0)
     for n, row in enumerate(batch.tolist()):
@@ -75,7 +75,7 @@ def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked
 
 
 def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     options = {**OPTIONS, "epochs": 1, "limit": 16}
     plain = train(make_config(tiny_set, 32, device="cpu", **options), runtime)
     weighed = train(

@@ -61,7 +61,7 @@ def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, runtime={"quiet": False}, epochs=3)
+    trainer = make_trainer(tiny_set, tmp_path, epochs=3)
     trainer.train_epoch()
     assert capsys.readouterr().err.count("3 epochs are left, ") == 1
     state = trainer.run.state()

@@ -20,11 +20,11 @@ from cxrfast.training.train import train
 @pytest.fixture(scope="module")
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = make_config(tiny_set, 32, device="cpu", weights="none", epochs=1, global_batch=8, precision="fp32")
-    return train(config, Runtime(shards=tiny_set, runs=tmp_path_factory.mktemp("runs"), device="cpu", quiet=True))
+    return train(config, Runtime(shards=tiny_set, runs=tmp_path_factory.mktemp("runs"), device="cpu"))
 
 
 def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(run: Run, tiny_set: Path) -> None:
-    predict(run, World(torch.device("cpu")), quiet=True)
+    predict(run, World(torch.device("cpu")))
     model, reader = run.load(torch.device("cpu")), Reader(tiny_set, 32)
     for part in PARTS:
         predictions = run.read_predictions(part)
@@ -41,16 +41,16 @@ def test_a_set_that_was_moved_is_found_and_another_set_refused(
 ) -> None:
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_set)
-    predict(run, World(torch.device("cpu")), shards=moved, quiet=True)
-    build(phantoms, tmp_path / "other", [32], recipe=ImageRecipe(seed=1), workers=1, quiet=True)
+    predict(run, World(torch.device("cpu")), shards=moved)
+    build(phantoms, tmp_path / "other", [32], recipe=ImageRecipe(seed=1), workers=1)
     with pytest.raises(RunError, match=r"was trained on set .* give the right folder with --shards"):
-        predict(run, World(torch.device("cpu")), shards=tmp_path / "other", quiet=True)
+        predict(run, World(torch.device("cpu")), shards=tmp_path / "other")
 
 
 def test_a_run_without_weights_is_refused(run: Run, tmp_path: Path) -> None:
     untrained = Run.start(tmp_path / "run", run.config, run.shards, run.rows())
     with pytest.raises(RunError, match="train it first"):
-        predict(untrained, World(torch.device("cpu")), quiet=True)
+        predict(untrained, World(torch.device("cpu")))
 
 
 def test_damaged_weights_are_refused(run: Run, tmp_path: Path) -> None:
@@ -58,4 +58,4 @@ def test_damaged_weights_are_refused(run: Run, tmp_path: Path) -> None:
     weights = (run.folder / "best.safetensors").read_bytes()
     (damaged.folder / "best.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(RunError, match="is damaged"):
-        predict(damaged, World(torch.device("cpu")), quiet=True)
+        predict(damaged, World(torch.device("cpu")))

@@ -23,7 +23,7 @@ from cxrfast.training.train import train
 def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "global_batch": 1000, "micro_batch": 10})
     with pytest.raises(LoadError, match="do not fill one global batch of 1000"):
-        train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu"))
     with pytest.raises(RunError, match="micro batch 0"):
         make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
 
@@ -31,7 +31,7 @@ def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
 def test_an_absent_scale_or_set_is_named(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 2048, device="cpu", **OPTIONS)
     with pytest.raises(LoadError, match=r"no shards at 2048 px \(scales there: 32, 64\)"):
-        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     with pytest.raises(ShardError, match=r"no set\.json"):
         make_config(tmp_path, 32, device="cpu", **OPTIONS)
 
@@ -58,7 +58,7 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
 def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patients(
     tiny_set: Path, tmp_path: Path
 ) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), runtime)
     options = {**OPTIONS, "epochs": 1, "limit": 16, "weights": str(parent.folder)}
     with pytest.raises(RunError, match="start from a run of the same fold"):
@@ -86,7 +86,7 @@ def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tin
     rows = select_rows(table, config, table["row"].to_numpy(), wanted)
     assert 50 < len(rows) <= 75
     assert set(rows["row"]) <= set(wanted)
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu")
     run = train(replace(config, epochs=1), runtime)
     assert set(run.rows()["row"]) == set(rows["row"])
     listed.write_text("\n".join(map(str, wanted[:-4])))
@@ -102,18 +102,18 @@ def test_a_run_of_another_set_is_no_start(tiny_set: Path, raw_set: Path, tmp_pat
     options = {**OPTIONS, "epochs": 1, "limit": 16}
     parent = train(
         make_config(raw_set, 32, device="cpu", **options),
-        Runtime(shards=raw_set, runs=tmp_path / "raw", device="cpu", quiet=True),
+        Runtime(shards=raw_set, runs=tmp_path / "raw", device="cpu"),
     )
     child = make_config(tiny_set, 32, device="cpu", **{**options, "weights": str(parent.folder)})
     with pytest.raises(RunError, match="start from a run on the same set"):
-        train(child, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(child, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
 def test_ranks_and_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
     err = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
     assert err.count("staging: ") == 1
     (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
-    assert verify(copy, quiet=True).problems == []
+    assert verify(copy).problems == []
     assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
     err = run_to_the_end(command(tiny_set, tmp_path, 1, epochs=1, limit=16, name="next", stage=tmp_path / "local"))
     assert "staging: 0/0" in err or "staging" not in err
@@ -170,7 +170,7 @@ def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     config = configure(runtime, 32, 0, given)
     assert config.micro_batch == 8, "all of the global batch fits"
     train(config, runtime)
@@ -182,4 +182,4 @@ def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}, sync_bn=True)
     with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
-        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))

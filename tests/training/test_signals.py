@@ -195,7 +195,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
     filler = disk / "filler"
     try:
         config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "limit": 16})
-        runtime = Runtime(shards=tiny_set, runs=disk, device="cpu", quiet=True)
+        runtime = Runtime(shards=tiny_set, runs=disk, device="cpu")
         trainer = make_trainer(tiny_set, disk, limit=16)
         trainer.save()
         before = (trainer.run.folder / "last.pt").read_bytes()
@@ -205,7 +205,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
         assert (trainer.run.folder / "last.pt").read_bytes() == before
         assert not list(trainer.run.folder.glob("*.tmp"))
         filler.unlink()
-        assert train(config, Runtime(shards=runtime.shards, runs=disk, name="run", device="cpu", quiet=True)).is_done
+        assert train(config, Runtime(shards=runtime.shards, runs=disk, name="run", device="cpu")).is_done
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -30,7 +30,7 @@ def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set
 
 def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "precision": "auto"})
-    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert sorted(p.name for p in run.folder.iterdir()) == [
         "best.safetensors",
         "config.json",
@@ -49,7 +49,7 @@ def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Pa
     assert run.state()["state"] == "done"
     config_file = json.loads((run.folder / "config.json").read_text())
     assert config_file["hash"] == config.hash
-    again = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    again = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert again.metrics() == lines, "a run that is done is not trained again"
 
 
@@ -67,7 +67,7 @@ def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, 
         limit=40,
         precision="fp32",
     )
-    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     losses = [line["val_loss"] for line in run.metrics()]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 or len(losses) == 30
@@ -78,7 +78,7 @@ def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, 
 
 
 def test_a_run_of_another_configuration_is_refused_and_its_differences_named(tiny_set: Path, tmp_path: Path) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
     with pytest.raises(RunError, match=r"global_batch: 16, not 8"):
         train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 16}), runtime)
@@ -87,7 +87,7 @@ def test_a_run_of_another_configuration_is_refused_and_its_differences_named(tin
 def test_images_that_are_too_small_for_the_network_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 16, device="cpu", **OPTIONS)
     with pytest.raises(RunError, match="densenet121 cannot be trained on images of 16 px"):
-        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
 def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Pa
             return super().forward(image)
 
     with patch.object(cxrfast.training.train, "Classifier", Seen):
-        run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True))
+        run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert [line["size"] for line in run.metrics()] == [32, 48, 64]
     runs = [key for key, _ in groupby(seen[3:])]  # the first three are trials of the sizes
     assert runs == [(True, 32), (False, 64), (True, 48), (False, 64), (True, 64), (False, 64)]
@@ -121,7 +121,7 @@ def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Pa
 
 def test_a_profile_is_a_trace_of_steps(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 4})
-    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", quiet=True, profile=True))
+    run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", profile=True))
     names = {event.get("name") for event in json.loads((run.folder / "profile.json").read_text())["traceEvents"]}
     assert any("convolution" in str(name) for name in names)
     assert any(str(name).startswith("ProfilerStep") for name in names)

@@ -53,7 +53,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = np.full((64, 64), 200, np.uint8)
     image[:, 32:] = 100
     (folder / "image.jpg").write_bytes(encode(image, 95))
-    build(crowd([folder / "image.jpg"], folder / "tree", 20), folder / "set", [64], quiet=True, **SOURCE)
+    build(crowd([folder / "image.jpg"], folder / "tree", 20), folder / "set", [64], **SOURCE)
     return folder / "set"
 
 

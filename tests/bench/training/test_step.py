@@ -63,7 +63,7 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     starts: list[HostEngine] = []
     batches = HostEngine.batches
     monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", engine="host", quiet=True)
+    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", engine="host")
     trainer = make_trainer(runtime, 32, "resnet18", 200, World(torch.device("cpu")))
     assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
     each = measurements(trainer, 200)

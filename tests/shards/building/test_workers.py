@@ -60,7 +60,7 @@ def decode(data, grey):
 task.decode = decode
 if __name__ == "__main__":
     try:
-        build.build(Path(sys.argv[1]), Path(sys.argv[2]), [32], workers=2, quiet=True)
+        build.build(Path(sys.argv[1]), Path(sys.argv[2]), [32], workers=2)
     except ShardError as error:
         sys.exit(str(error))
 """

@@ -100,8 +100,8 @@ def test_a_raw_set_holds_the_pixels_that_the_jpegs_were_made_of(raw_set, tiny_se
 
 
 def test_real_radiographs_are_held_to_the_pixel(real_tree, real_set, tmp_path):
-    build(real_tree, tmp_path / "set", [64, 256], recipe=ImageRecipe(codec="raw"), quiet=True)
-    verdict = verify(tmp_path / "set", deep=True, quiet=True)
+    build(real_tree, tmp_path / "set", [64, 256], recipe=ImageRecipe(codec="raw"))
+    verdict = verify(tmp_path / "set", deep=True)
     assert verdict.problems == []
     assert verdict.rows == {64: 237, 256: 237}
     for scale in (64, 256):

@@ -21,5 +21,5 @@ def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))
     synth(tree, images=130, size=64, corrupt=6, workers=1)
     sorted(tree.rglob("*.jpg"))[7].unlink()
-    build_set(tree, out, [16, 32], recipe=recipe, workers=1, quiet=True, allow_missing=True)
+    build_set(tree, out, [16, 32], recipe=recipe, workers=1, allow_missing=True)
     return tree, out

@@ -34,31 +34,31 @@ def grids(folder: Path, scale: int) -> np.ndarray:
 
 def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set):
     before = contents(old)
-    work = repair(old, quiet=True)
+    work = repair(old)
     assert work.lines() == [f"mended: {scale}/: manifests given the grids of their images: 3" for scale in (32, 64)]
     after = contents(old)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"SHA256SUMS", *(f"{scale}/00000{n}.json" for scale in (32, 64) for n in range(3))}
-    assert verify(old, deep=True, quiet=True).problems == []
+    assert verify(old, deep=True).problems == []
     for scale in (32, 64):
         off = np.abs(grids(old, scale) - grids(tiny_set, scale)).max()
         assert 0 < off < STEPS * tolerance("jpeg", 95, scale)
-    assert repair(old, quiet=True).lines() == []
+    assert repair(old).lines() == []
     assert contents(old) == after
 
 
 def test_those_of_raw_images_are_the_very_ones(raw_set, tmp_path):
     folder = without_grids(copy_set(raw_set, tmp_path / "set"), [(32, 0), (64, 2)])
-    repair(folder, quiet=True)
+    repair(folder)
     assert contents(folder) == contents(raw_set)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
 def test_a_damaged_old_set_is_mended_first(old, phantoms, tmp_path, suffix):
     whole = copy_set(old, tmp_path / "whole")
-    repair(whole, quiet=True)
+    repair(whole)
     flip_bit(shard_path(old, 64, 1, suffix), 60)
-    work = repair(old, Tree(phantoms) if suffix == "tar" else None, workers=1, quiet=True)
+    work = repair(old, Tree(phantoms) if suffix == "tar" else None, workers=1)
     assert contents(old) == contents(whole)
     assert [problem.path for problem in work.done] == [f"64/000001.{suffix}", "32/", "64/"]
 
@@ -66,18 +66,18 @@ def test_a_damaged_old_set_is_mended_first(old, phantoms, tmp_path, suffix):
 def test_a_set_that_could_not_be_mended_keeps_its_manifests(old):
     flip_bit(shard_path(old, 64, 1, "tar"), 700)
     before = contents(old)
-    assert list(repair(old, quiet=True).failed) == ["64/000001.tar"]
+    assert list(repair(old).failed) == ["64/000001.tar"]
     assert contents(old) == before
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_the_other_shards_get_their_grids(old):
     replace_image(old, 32, 70, image_bytes(old, 32, 70)[:300])
-    failed = repair(old, quiet=True).failed
+    failed = repair(old).failed
     assert list(failed) == ["32/000001.json"]
     assert "row 70 in" in failed["32/000001.json"]
     assert "32/000001.tar is truncated: restore the tar" in failed["32/000001.json"]
     assert [(m.scale, m.shard) for m in read_manifests(old) if m.lacks_grids] == [(32, 1)]
-    assert verify(old, quiet=True).problems == []
+    assert verify(old).problems == []
 
 
 def test_a_repair_that_is_killed_while_it_adds_grids_is_finished_by_the_same_command(real_set, tmp_path):
@@ -97,7 +97,7 @@ def test_a_repair_that_is_killed_while_it_adds_grids_is_finished_by_the_same_com
         child.kill()
         if child.wait() == -signal.SIGKILL:
             kills += 1
-            between += bool(verify(folder, quiet=True).problems)
+            between += bool(verify(folder).problems)
         assert run(folder).wait() == 0
         assert contents(folder) == contents(whole)
     print(f"{runs} runs, {kills} kills, {between} of them between a manifest and its line")

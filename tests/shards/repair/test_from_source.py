@@ -82,7 +82,7 @@ def test_a_relabelled_set_gets_its_tars_back_with_the_labels_that_they_held(phan
     rows = read_rows(folder / "rows.parquet")
     table = tmp_path / "labels.csv"
     rows[["study_id"]].drop_duplicates().assign(Edema=1).to_csv(table, index=False)
-    relabel(folder, table, quiet=True)
+    relabel(folder, table)
     whole = contents(folder)
     flip_bit(folder / "32" / "000001.tar", 9000)
     repair(folder, phantoms)

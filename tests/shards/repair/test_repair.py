@@ -106,7 +106,7 @@ def test_a_whole_set_is_left_alone(folder):
 
 
 def test_a_set_json_that_is_right_is_not_given_up_for_another_set_s(folder, phantoms, tiny_set, tmp_path):
-    build_set(phantoms, tmp_path / "other", [32], workers=1, quiet=True, recipe=ImageRecipe(seed=5))
+    build_set(phantoms, tmp_path / "other", [32], workers=1, recipe=ImageRecipe(seed=5))
     shutil.copy(tmp_path / "other" / "rows.parquet", folder)
     work = repair(folder)
     assert list(work.failed) == ["rows.parquet"]
@@ -178,7 +178,7 @@ def spoil(folder: Path, rng: random.Random, kind: str) -> str:
 
 def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_mended(real_tree, tmp_path):
     folder, rng = tmp_path / "set", random.Random(11)
-    build_set(real_tree, folder, [64, 256], quiet=True)
+    build_set(real_tree, folder, [64, 256])
     whole = contents(folder)
     for number in range(DAMAGES):
         what = spoil(folder, rng, "byte" if number % 11 else rng.choice(["cut", "swap"]))

@@ -160,7 +160,6 @@ def test_the_example_of_the_docs_works(tmp_path, monkeypatch, real):
         source=f"{own}:clinic",
         source_options={"readings": "2024.csv"},
         workers=1,
-        quiet=True,
     )
     rows = read_rows(tmp_path / "set" / "rows.parquet").set_index("image_id")
     assert len(rows) == len(table)

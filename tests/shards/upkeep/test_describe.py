@@ -43,7 +43,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split[~split["dicom_id"].isin([p.stem for p in sound[2:5]])].to_csv(
         tree / "mimic-cxr-2.0.0-split.csv.gz", index=False
     )
-    build(tree, out, [16, 32], workers=1, allow_missing=True, quiet=True)
+    build(tree, out, [16, 32], workers=1, allow_missing=True)
     return out
 
 
@@ -223,7 +223,7 @@ def test_sizes_that_nobody_knows_are_no_figure(copy, tmp_path):
 def test_labels_of_other_names_without_a_positive_are_described(copy, tmp_path):
     images = rows_of(copy)["image_id"]
     pd.DataFrame({"image_id": images, "Ten | pipes [b]": 0, "never": ""}).to_csv(tmp_path / "t.csv", index=False)
-    relabel(copy, tmp_path / "t.csv", quiet=True)
+    relabel(copy, tmp_path / "t.csv")
     lines = count_set(copy).labels.query("fold == -1").set_index("label")
     assert lines.loc["Ten | pipes [b]"].tolist() == [-1, 0, 80, 0, 0]
     assert lines.loc["never"].tolist() == [-1, 0, 0, 0, 80]

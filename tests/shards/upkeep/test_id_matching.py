@@ -96,7 +96,7 @@ def nih_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patient, visit = name.removesuffix(".png").split("_")
         lines.append(f"{name},No Finding,{int(visit)},{int(patient)},58,M,PA,24,24,0.143,0.143")
     (tree / "Data_Entry_2017_v2020.csv").write_text("\n".join([*lines, ""]))
-    build(tree, tree.parent / "set", [16], source="nih", workers=1, quiet=True)
+    build(tree, tree.parent / "set", [16], source="nih", workers=1)
     return tree.parent / "set"
 
 
@@ -157,7 +157,7 @@ def chexpert_tree(tree: Path, layout: str) -> None:
 @pytest.mark.parametrize(("layout", "tail"), [("small", 4), ("above", 5), ("batches", 3)])
 def test_chexpert_s_images_are_found_by_the_ends_of_their_paths(layout, tail, tmp_path):
     chexpert_tree(tmp_path / "tree", layout)
-    build(tmp_path / "tree", tmp_path / "set", [16], source="chexpert", workers=1, quiet=True)
+    build(tmp_path / "tree", tmp_path / "set", [16], source="chexpert", workers=1)
     table = other_labels(chexpert_table("CheXpert-v1.0-small"))
     table.to_csv(tmp_path / "chexbert.csv", index=False)
     result = relabel(tmp_path / "set", tmp_path / "chexbert.csv")

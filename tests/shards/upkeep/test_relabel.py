@@ -75,7 +75,7 @@ def test_labels_become_those_of_the_table_and_nothing_else_changes(other, tiny_s
     assert result.labelled == expected.notna().any(axis=1).sum()
     changed = {name for name, data in contents(copy).items() if data != contents(tiny_set)[name]}
     assert changed == WRITTEN
-    assert verify(copy, quiet=True).problems == []
+    assert verify(copy).problems == []
     assert dataclasses.replace(read_set(copy), labels_from="") == read_set(tiny_set)
 
 
@@ -94,7 +94,7 @@ def test_other_names_replace_all_former_ones_in_the_set_s_description_too(phanto
     assert label_names(rows_of(copy)) == tuple(read_set(copy).labels) == ("Zebra", "Apple")
     assert (result.before, result.left) == (MIMIC, [])
     assert dataclasses.replace(read_set(copy), labels=list(MIMIC), labels_from="") == read_set(tiny_set)
-    assert verify(copy, quiet=True).problems == []
+    assert verify(copy).problems == []
     relabel(copy, tmp_path / "t.csv", labels=["Apple", "Zebra"])
     assert read_set(copy).labels == ["Zebra", "Apple"], "in the table's order"
     relabel(copy, phantoms / MIMIC_CHEXPERT)
@@ -139,7 +139,7 @@ def test_ids_of_one_side_alone_are_counted_listed_and_blank(phantoms, copy, tmp_
     assert listed.query("only_in == 'set'")["study_id"].tolist() == gone
     assert listed.query("only_in == 'table'")["study_id"].tolist() == added
     assert listed["images"].sum() == lost.sum()
-    assert verify(copy, quiet=True).problems == []
+    assert verify(copy).problems == []
 
 
 def test_negbio_takes_the_place_of_chexpert_on_real_radiographs(real_set, real_tree, tmp_path):
@@ -158,7 +158,7 @@ def test_negbio_takes_the_place_of_chexpert_on_real_radiographs(real_set, real_t
     assert (after[listed & (before != 1)].fillna(9) == before[listed & (before != 1)].fillna(9)).all()
     tars = {n: d for n, d in contents(real_set).items() if n not in WRITTEN}
     assert {n: d for n, d in contents(folder).items() if n not in WRITTEN} == tars
-    assert verify(folder, quiet=True).problems == []
+    assert verify(folder).problems == []
 
 
 def test_more_than_half_of_the_images_without_a_label_are_warned_of(phantoms, copy, tmp_path):
@@ -210,9 +210,7 @@ def test_damage_elsewhere_stays_visible(other, copy):
     path = shard_path(copy, 32, 1, "idx")
     flip_bit(path, 5)
     relabel(copy, other)
-    assert [(p.path, p.what) for p in verify(copy, quiet=True).problems] == [
-        ("32/000001.idx", "its bytes have changed")
-    ]
+    assert [(p.path, p.what) for p in verify(copy).problems] == [("32/000001.idx", "its bytes have changed")]
 
 
 def test_a_set_that_somebody_writes_into_is_left_alone(other, tiny_set, copy):
@@ -245,7 +243,7 @@ for n in range(1, 100):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        relabel(folder, table, quiet=True)
+        relabel(folder, table)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -274,7 +272,7 @@ def test_killed_at_any_instant_it_is_finished_by_the_same_call_and_taken_for_not
     for folder in killed:
         if (folder / RELABELLING).exists():
             unsettled += 1
-            for read in (rows_of, verify, lambda f: build(phantoms, f, [32, 64], workers=1, quiet=True)):
+            for read in (rows_of, verify, lambda f: build(phantoms, f, [32, 64], workers=1)):
                 with pytest.raises(ShardError, match="run the same `cxrfast relabel` command again"):
                     read(folder)
             assert len(Reader(folder, 32).rows) == 150, "images can be read all the time"
@@ -294,8 +292,8 @@ def test_a_set_that_is_half_built_stays_so_and_its_build_goes_on(other, phantoms
     relabel(copy, other)
     assert not (copy / "SHA256SUMS").exists()
     assert not (copy / RELABELLING).exists()
-    assert build(phantoms, copy, [32, 64], workers=1, quiet=True).complete
-    assert verify(copy, quiet=True).problems == []
+    assert build(phantoms, copy, [32, 64], workers=1).complete
+    assert verify(copy).problems == []
     whole = copy_set(tiny_set, copy.parent / "whole")
     relabel(whole, other)
     assert rows_of(copy).equals(rows_of(whole))
@@ -323,15 +321,15 @@ def test_runs_stay_valid_with_the_labels_they_were_trained_on_and_later_ones_use
             precision="fp32",
             limit=12,
         )
-        run = train(config, Runtime(shards=folder, runs=runs, device="cpu", quiet=True))
-        predict(run, World(torch.device("cpu")), quiet=True)
+        run = train(config, Runtime(shards=folder, runs=runs, device="cpu"))
+        predict(run, World(torch.device("cpu")))
         return run
 
     old = trained(0)
     rows, evaluated = old.rows(), evaluate(runs)
     shutil.rmtree(old.folder / "predictions.zarr")
     relabel(folder, other)
-    predict(old, World(torch.device("cpu")), quiet=True)
+    predict(old, World(torch.device("cpu")))
     pd.testing.assert_frame_equal(evaluate(runs).table, evaluated.table)
     pd.testing.assert_frame_equal(old.rows(), rows)
     new = trained(1)

@@ -31,7 +31,7 @@ def test_a_set_comes_back_from_an_object_store_with_the_same_bytes(either_set, b
     assert bucket.contents() == contents(either_set)
     back = stage(bucket.url, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(either_set)
-    assert verify(tmp_path / "back", deep=True, quiet=True).problems == []
+    assert verify(tmp_path / "back", deep=True).problems == []
     size = sum(len(data) for name, data in contents(either_set).items() if name != "SHA256SUMS")
     for done in (there, back):
         assert (done.scales, done.files, done.bytes, done.kept) == ([32, 64], 21, size, 0)
@@ -86,7 +86,7 @@ def test_scales_staged_one_at_a_time_make_the_whole_set(tiny_set, bucket, tmp_pa
     assert of_scale(first, 64) == of_scale(contents(tiny_set), 64)
     assert first["SHA256SUMS"].decode() == "".join(f"{h}  {n}\n" for n, h in sorted(sums(first).items()))
     if not remote:
-        assert verify(to, quiet=True).rows == {64: 150}
+        assert verify(to).rows == {64: 150}
     done = stage(tiny_set, to, [32])
     assert (done.scales, done.files, done.kept) == ([32], 9, 3)
     assert look() == contents(tiny_set)
@@ -115,7 +115,7 @@ def test_damage_to_a_scale_that_came_earlier_is_not_signed_as_right(tiny_set, tm
         source = tmp_path / "64"
         stage(tiny_set, source, [64])
     stage(source, to, [64])
-    assert verify(to, quiet=True).problems == [Problem("32/000001.idx", "its bytes have changed")]
+    assert verify(to).problems == [Problem("32/000001.idx", "its bytes have changed")]
 
 
 def test_a_scale_that_is_not_there_is_an_error_that_names_those_that_are(tiny_set, tmp_path):

@@ -48,12 +48,12 @@ def test_a_download_killed_half_way_is_finished_by_the_same_command(large_set, b
 
         assert signal_when(bucket.url, to, ready, signal.SIGKILL) == -signal.SIGKILL
         with pytest.raises(ShardError, match=r"is not finished .*`cxrfast stage` command again"):
-            verify(to, quiet=True)
+            verify(to)
     whole = len(list(to.glob("*/*.tar")))
     assert whole >= 3
     assert stage(bucket.url, to).kept >= whole
     assert contents(to) == contents(large_set)
-    assert verify(to, quiet=True).problems == []
+    assert verify(to).problems == []
 
 
 def test_an_interrupted_upload_leaves_nothing_half_behind(large_set, bucket):

@@ -22,7 +22,7 @@ from cxrfast.shards.upkeep.verify import Verdict, find_source, inspect, verify
 
 
 def check(folder: Path, deep: bool = False) -> Verdict:
-    return verify(folder, deep=deep, quiet=True)
+    return verify(folder, deep=deep)
 
 
 def change(path: Path, **fields) -> None:

@@ -22,11 +22,11 @@ def images(folder: Path) -> list[str]:
 
 
 def problems(folder: Path, tree: Path) -> list[Problem]:
-    return verify_source(folder, Tree(tree), quiet=True).problems
+    return verify_source(folder, Tree(tree)).problems
 
 
 def test_a_source_as_it_was_published_has_no_problems(tiny_set, tree):
-    verdict = verify_source(tiny_set, Tree(tree), quiet=True)
+    verdict = verify_source(tiny_set, Tree(tree))
     assert verdict.problems == []
     listed = [line.split()[1] for line in (tree / "SHA256SUMS.txt").read_text().splitlines()]
     assert (verdict.files, verdict.bytes) == (len(listed), sum((tree / name).stat().st_size for name in listed))
@@ -46,7 +46,7 @@ def test_images_that_are_changed_missing_or_not_listed_are_named(tiny_set, tree)
         Problem(missing, "missing"),
         Problem(unlisted, "not listed in SHA256SUMS.txt"),
     }
-    assert verify_source(tiny_set, Tree(tree), quiet=True).summary(Tree(tree)).endswith(": 3 problems")
+    assert verify_source(tiny_set, Tree(tree)).summary(Tree(tree)).endswith(": 3 problems")
 
 
 @pytest.mark.parametrize("form", ["{} {}\n", "{}  {}\n", "{} *{}\n", "{}  ./{}\n", "{} {}\r\n\r\n"])

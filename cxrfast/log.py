@@ -1,0 +1,62 @@
+"""What cxrfast says while it works: messages and progress on stderr, through the logger `cxrfast`.
+
+A program that uses cxrfast as a library hears only warnings. `show` makes messages and progress visible, as the command
+line does; so does `logging.getLogger("cxrfast").setLevel("INFO")` where the program has its own handlers.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOGGER = logging.getLogger("cxrfast")
+
+
+@functools.cache
+def console() -> "Console":
+    """The terminal behind stderr. Messages printed on it stand above a progress bar, not in it."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+        except Exception:
+            self.handleError(record)
+
+
+def show(rank: int | None = None) -> None:
+    """Show messages and progress on stderr; of a `rank` above 0 only warnings, which name it.
+
+    `rank`: default $RANK, which torchrun sets.
+    """
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    if not any(isinstance(handler, _Handler) for handler in LOGGER.handlers):
+        LOGGER.addHandler(_Handler())
+    for handler in LOGGER.handlers:
+        handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    LOGGER.setLevel(logging.WARNING if rank else logging.INFO)
+
+
+def is_shown() -> bool:
+    """Whether messages and progress are visible."""
+    return LOGGER.isEnabledFor(logging.INFO)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it only warnings are shown: for steps of a larger step, which has its own progress."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
