@@ -1,15 +1,18 @@
-# Two commands: `make demo` and `make test`. PYTHON and VENV choose another interpreter or environment.
+# Two commands: `make demo` and `make test`; `make test-all` adds the slow tests. PYTHON and VENV choose another interpreter or environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/cxrfast demo --out demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
