@@ -1,4 +1,4 @@
-"""Damage done on purpose to copies of shard sets; shared by the tests of those who must find it."""
+"""Damage to copies of shard sets, for the tests of the code that must find it."""
 
 import json
 import os
@@ -56,8 +56,7 @@ def image_bytes(folder: Path, scale: int, row: int) -> bytes:
 
 
 def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
-    """Put `data`, padded to the old length, in the place of a row's image, and make every hash and checksum agree:
-    what a set would look like whose build had written a bad image."""
+    """Replace a row's image by `data`, padded to the old length, and make every hash agree, as if the build had written it."""
     shard, offset, size = where(folder, scale, row)
     assert len(data) <= size
     tar = shard_path(folder, scale, shard, "tar")
@@ -73,7 +72,7 @@ def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
 
 
 def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> Path:
-    """Make the set, or (scale, shard) of it, what it was before there were grids, and sign it. Returns `folder`."""
+    """Remove the grids from the set or some (scale, shard) of it, and sign it, as an earlier version built it."""
     if shards is None:
         shards = [(scale, shard) for scale in scales_in(folder) for shard in built(folder, scale)]
     for scale, shard in shards:
@@ -86,7 +85,7 @@ def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> 
 
 
 def sign(folder: Path) -> None:
-    """Write SHA256SUMS again, so that only contradictions between files remain to be found."""
+    """Write SHA256SUMS again, so that only contradictions between files can be found."""
     manifests = [
         m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
     ]
@@ -95,7 +94,7 @@ def sign(folder: Path) -> None:
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory at `folder`, which is made; the test skips where that is not allowed."""
+    """Make `folder` and mount a file system in memory there; skip the test where that is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
@@ -115,14 +114,14 @@ def problems(folder: Path) -> list[str]:
 
 
 def requantise(path: Path) -> None:
-    """Give a JPEG other pixels, in as many bytes."""
+    """Change the pixels of a JPEG but not its length."""
     data = bytearray(path.read_bytes())
     data[data.index(b"\xff\xdb") + 8] += 3
     path.write_bytes(data)
 
 
 def assert_same_but_for_grids(folder: Path, whole: Path, *manifests: str) -> None:
-    """Every file has its old bytes, but for the grids of JPEGs in these manifests, and their hashes; and all agree."""
+    """Assert that only the grids of JPEGs in these manifests, and their hashes, differ, and that the set is whole."""
     there, then = contents(folder), contents(whole)
     for name in manifests:
         new, old = json.loads(there.pop(name)), json.loads(then.pop(name))

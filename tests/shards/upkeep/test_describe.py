@@ -318,6 +318,7 @@ def test_markdown_holds_every_count_a_fold(odd):
     assert f"| 3 val | {line['images']} | {line['studies']} | {line['patients']} |" in text
 
 
+@pytest.mark.slow
 def test_real_radiographs_are_described_by_what_was_decoded(real_set, real_tree, tmp_path):
     d = count_set(real_set)
     assert d.decoded == read_set(real_set).images == d.sizes["images"].sum()

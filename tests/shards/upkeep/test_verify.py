@@ -31,7 +31,7 @@ def change(path: Path, **fields) -> None:
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "set")
 
 
@@ -45,6 +45,7 @@ def test_a_set_as_it_was_built_has_no_problems_and_is_not_written_to(tiny_set):
     assert {path: path.stat().st_mtime_ns for path in tiny_set.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_every_real_radiograph_decodes(real_set):
     verdict = check(real_set, deep=True)
     assert verdict.problems == []
@@ -205,7 +206,7 @@ def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no
     without_grids(folder, [(64, 1)])
     verdict = check(folder, deep=True)
     assert (verdict.problems, verdict.without_grids) == ([], 1)
-    assert "whole; shards that hold no grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
+    assert "whole; shards without grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
 
 
 @pytest.mark.parametrize("what", ["empty folder", "folder in the place of a file", "dangling link", "pipe"])
@@ -221,7 +222,7 @@ def test_what_is_no_regular_file_is_found(folder, what):
     expected = {
         "empty folder": ("512/", "not part of the set"),
         "dangling link": ("32/000009.tar", "not part of the set"),
-    }.get(what, ("32/000001.idx", "is no regular file"))
+    }.get(what, ("32/000001.idx", "is not a regular file"))
     assert [(p.path, p.what) for p in check(folder).problems] == [expected]
 
 
@@ -278,7 +279,9 @@ def test_a_whole_set_and_its_source_are_one_line_each(tiny_set, phantoms):
     assert result.is_whole
 
 
-@pytest.mark.parametrize(("repaired", "advice"), [(False, "; `cxrfast verify --repair` mends what it can"), (True, "")])
+@pytest.mark.parametrize(
+    ("repaired", "advice"), [(False, "; `cxrfast verify --repair` repairs what it can"), (True, "")]
+)
 def test_a_repair_is_advised_unless_it_was_tried(repaired, advice, folder):
     (folder / "32" / "000001.idx").unlink()
     result = inspect(folder, None, is_repaired=repaired)
