@@ -188,7 +188,7 @@ def test_a_set_that_is_half_built_says_so_and_counts_what_is_there(copy):
     shard_path(copy, 16, shards - 1, "json").unlink()
     (copy / "SHA256SUMS").unlink()
     d = count_set(copy)
-    assert d.state == f"not all is built: {shards - 1} of {shards} shards at 16 px"
+    assert d.state == f"not complete: {shards - 1} of {shards} shards at 16 px"
     assert d.flow["images"].tolist()[:3] == [80, 79, 73], "the other scale holds the rows"
     shard_path(copy, 32, shards - 1, "json").unlink()
     d = count_set(copy)
