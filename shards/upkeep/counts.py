@@ -69,7 +69,9 @@ def count_set(folder: Path) -> SetCounts:
     shards = ShardSet(folder)
     info, rows = shards.info, shards.rows()
     if len(rows) != info.images or list(label_names(rows)) != info.labels:
-        raise ShardError(f"{folder / 'rows.parquet'} does not belong to the set.json next to it: `cxrfast verify {folder}`")
+        raise ShardError(
+            f"{folder / 'rows.parquet'} does not belong to the set.json next to it: `cxrfast verify {folder}`"
+        )
     built = read_built(folder, info, rows)
     count = counter(rows)
     raw = rows[info.labels].to_numpy(np.float32)

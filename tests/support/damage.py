@@ -40,6 +40,15 @@ def flip_bit(path: Path, position: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
+def swap(folder: Path, *suffixes: str) -> None:
+    """Swap files of the first two shards at 32 px."""
+    for suffix in suffixes:
+        one, two = (shard_path(folder, 32, shard, suffix) for shard in (0, 1))
+        data = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(data)
+
+
 def where(folder: Path, scale: int, row: int) -> tuple[int, int, int]:
     """(shard, offset, size) of the image of `row`."""
     for shard in built(folder, scale):

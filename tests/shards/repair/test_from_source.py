@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from damage import contents, copy_set, flip_bit, problems, repair, requantise
+from damage import contents, copy_set, flip_bit, problems, repair, requantise, swap
 
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.format.names import shard_path
@@ -69,11 +69,7 @@ def test_another_tree_is_refused_for_the_rows_table(folder, tmp_path):
 
 
 def test_a_set_of_two_shards_swapped_whole_is_put_right(folder, phantoms, tiny_set):
-    for suffix in ("tar", "idx", "json"):
-        first, second = (shard_path(folder, 32, shard, suffix) for shard in (0, 1))
-        data = first.read_bytes()
-        first.write_bytes(second.read_bytes())
-        second.write_bytes(data)
+    swap(folder, "tar", "idx", "json")
     repair(folder, phantoms)
     assert contents(folder) == contents(tiny_set)
 

@@ -84,7 +84,7 @@ def test_a_tree_without_images_is_refused(tree):
 
 
 @pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
-def test_a_table_that_is_missing_or_renamed_is_named_beside_those_that_are_there(tree, kind):
+def test_a_table_that_is_missing_or_renamed_is_named_with_those_that_are_there(tree, kind):
     (tree / name(kind)).rename(tree / f"{kind}.csv.gz")
     with pytest.raises(
         ShardError, match=rf"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in .*its tables: .*\b{kind}.csv.gz"
@@ -174,7 +174,7 @@ def read_by_radiologist(tree: Path, studies: list[str], packed: bool = False) ->
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_radiologist_s_labels_stand_beside_the_others_for_all_images_of_a_study(tree, packed):
+def test_the_radiologist_s_labels_stand_next_to_the_others_for_all_images_of_a_study(tree, packed):
     before = read_source("mimic", tree)
     assert not reference_names(before.images)
     studies = before.images["study_id"].drop_duplicates().sample(20, random_state=0).tolist()

@@ -145,6 +145,7 @@ def test_a_label_that_means_nothing_is_refused(column, value):
         (("",), "name one or more columns"),
         ((3,), "name one or more columns"),
         (("Mass", "Mass"), "label 'Mass' is named twice"),
+        (("Mass", "Nodule"), "were listed without the columns Nodule"),
         (("Mass", "radiologist/Mass"), "a label cannot be called 'radiologist/Mass'"),
         *((("Mass", name), f"a label cannot be called '{name}'") for name in COLUMNS),
     ],

@@ -209,7 +209,7 @@ def test_a_copy_without_its_scales_is_described_from_quarantine_csv(odd, copy):
     assert "manifests are not here" in here.state
 
 
-def test_sizes_that_nobody_knows_are_no_figure(copy, tmp_path):
+def test_a_set_without_known_sizes_gets_no_figure(copy, tmp_path):
     rows = rows_of(copy).assign(height=0, width=0)
     write_rows(copy / "rows.parquet", rows, read_set(copy))
     for scale in (16, 32):
@@ -269,7 +269,7 @@ def test_it_needs_neither_torch_nor_dali_nor_tars(copy, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["describe.md", "sizes.png"]
 
 
-def test_the_command_writes_a_table_and_a_figure_beside_the_set_and_never_into_it(copy, tmp_path):
+def test_the_command_writes_a_table_and_a_figure_outside_the_set_and_never_into_it(copy, tmp_path):
     before = contents(copy)
     done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
