@@ -123,7 +123,7 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     if set_id(rows, info.recipe) != info.id:
         return f"the tables in {state.tree} list other images than the set was planned from"
     rows["bytes"] = state.tree.sizes(rows["path"].tolist())
-    manifests = filter(None, (state.manifest(info, *shard) for shard in state.shards()))
+    manifests = filter(None, (state.manifest(info, *shard) for shard in state.shards(info)))
     reasons = {int(row): why for m in manifests for row, why in m.quarantined.items()}
     rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # it may have been downloaded since
     if state.accept:
@@ -152,14 +152,13 @@ def _restore_shards(state: RepairState, blueprint: Blueprint) -> list[ShardManif
     rebuild: dict[Shard, ShardManifest | None] = {}
     inexact: dict[Shard, Derived] = {}
     manifests: list[ShardManifest | None] = []
-    for scale, shard in state.shards():
+    for scale, shard in state.shards(blueprint.info):
         files = shard_files(scale, shard)
         if all(map(state.is_good, files)):
             manifests.append(read_manifest(state.folder, scale, shard))
             continue
         old = state.manifest(blueprint.info, scale, shard)
-        belongs = shard < blueprint.info.shards
-        if belongs and (old or sum(name in state.sums for name in files) > 1):  # a single line alone is damage
+        if old or sum(name in state.sums for name in files) > 1:  # a single line alone is damage
             try:
                 derived = derive(state, blueprint, scale, shard, old)
             except (ShardError, OSError) as error:

@@ -12,7 +12,7 @@ from cxrfast.files import write_bytes
 from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest, scales_in
-from cxrfast.shards.format.names import NAMES, files_in, shard_name
+from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
@@ -61,10 +61,10 @@ class RepairState:
             return
         self.done.append(Problem(name, how))
 
-    def shards(self) -> list[tuple[int, int]]:
-        """Scale and number of every shard that SHA256SUMS or a file names."""
-        names = {name for name in (*self.sums, *files_in(self.folder)) if NAMES.fullmatch(name)}
-        return sorted({(int(p.parts[0]), int(p.stem)) for p in map(Path, names) if len(p.parts) == 2})
+    def shards(self, info: SetInfo) -> list[tuple[int, int]]:
+        """Scale and number of every possible shard at the scales that SHA256SUMS or a folder names."""
+        scales = {int(name.partition("/")[0]) for name in self.sums if "/" in name} | set(scales_in(self.folder))
+        return [(scale, shard) for scale in sorted(scales) for shard in range(info.shards)]
 
     def manifest(self, info: SetInfo, scale: int, shard: int) -> ShardManifest | None:
         """A shard's manifest, if it can be read and belongs there."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
@@ -25,7 +26,7 @@ from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
-from cxrfast.shards.upkeep.verify_source import SourceVerdict, verify_source
+from cxrfast.shards.upkeep.verify_source import verify_source
 from cxrfast.splits import deal
 
 
@@ -246,36 +247,14 @@ def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str])
 # The command
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(NamedTuple):
     """Result of `cxrfast verify` for a set and, if requested, its source tree."""
 
-    folder: Path
-    verdict: Verdict
-    source: SourceVerdict | None
     lines: list[str]
     """Lines to print, apart from the problems."""
-    is_repaired: bool
-
-    @property
-    def problems(self) -> list[Problem]:
-        return [*self.verdict.problems, *(self.source.problems if self.source else ())]
-
-    @property
-    def is_whole(self) -> bool:
-        return not self.problems
-
-    def advice(self) -> str:
-        """How many problems there are, and what to do about the set's."""
-        what = f"{self.folder}: {len(self.problems):,} problems, named above"
-        if not self.verdict.problems:
-            return what
-        if all(problem.is_signed for problem in self.problems):
-            return (
-                f"{what}; the hashes match, so the set was built this way and nothing in it says what was right: restore these "
-                "shards from a copy, or delete their files and run the same `cxrfast shard` command again"
-            )
-        return what if self.is_repaired else f"{what}; `cxrfast verify --repair` repairs what it can"
+    problems: list[Problem]
+    advice: str
+    """How many problems there are, and what to do about the set's."""
 
 
 def find_source(location: str | None, default: str, is_needed: bool) -> Tree | None:
@@ -288,10 +267,19 @@ def find_source(location: str | None, default: str, is_needed: bool) -> Tree | N
 def inspect(folder: Path, source: Tree | None, *, deep: bool = False, is_repaired: bool = False) -> Inspection:
     """`verify` the set and, if given, its source tree. `is_repaired`: a repair has just been tried."""
     verdict = verify(folder, deep=deep)
-    lines, of_source = [], None
+    lines, problems = [], verdict.problems
     if source:
         of_source = verify_source(folder, source)
         lines.append(of_source.summary(source))
-    if not verdict.problems and not (of_source and of_source.problems):
+        problems = problems + of_source.problems
+    if not problems:
         lines.append(verdict.summary(folder, deep))
-    return Inspection(folder=folder, verdict=verdict, source=of_source, lines=lines, is_repaired=is_repaired)
+    advice = f"{folder}: {len(problems):,} problems, named above"
+    if verdict.problems and all(problem.is_signed for problem in problems):
+        advice += (
+            "; the hashes match, so the set was built this way and nothing in it says what was right: restore these shards "
+            "from a copy, or delete their files and run the same `cxrfast shard` command again"
+        )
+    elif verdict.problems and not is_repaired:
+        advice += "; `cxrfast verify --repair` repairs what it can"
+    return Inspection(lines, problems, advice)

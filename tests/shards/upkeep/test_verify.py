@@ -277,7 +277,7 @@ def test_a_whole_set_and_its_source_are_one_line_each(tiny_set, phantoms):
     assert source.endswith("as listed in SHA256SUMS.txt")
     assert whole.startswith(f"{tiny_set}: 150 rows at 32 px, 150 rows at 64 px; 150 planned, 0 quarantined; ")
     assert whole.endswith(" MB/s, every image decoded: whole")
-    assert result.is_whole
+    assert not result.problems
 
 
 @pytest.mark.parametrize(
@@ -286,13 +286,13 @@ def test_a_whole_set_and_its_source_are_one_line_each(tiny_set, phantoms):
 def test_a_repair_is_advised_unless_it_was_tried(repaired, advice, folder):
     (folder / "32" / "000001.idx").unlink()
     result = inspect(folder, None, is_repaired=repaired)
-    assert (result.is_whole, result.lines) == (False, [])
-    assert result.advice() == f"{folder}: 1 problems, named above{advice}"
+    assert result.lines == []
+    assert result.advice == f"{folder}: 1 problems, named above{advice}"
 
 
 def test_damage_that_was_signed_is_said_to_need_a_copy(folder):
     replace_image(folder, 32, 70, b"no picture")
-    assert "restore these shards from a copy" in inspect(folder, None, deep=True).advice()
+    assert "restore these shards from a copy" in inspect(folder, None, deep=True).advice
 
 
 def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(folder, phantoms, tmp_path):
@@ -300,7 +300,7 @@ def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(folder, ph
     (tree / read_rows(folder / "rows.parquet")["path"].iloc[0]).unlink()
     result = inspect(folder, Tree(tree))
     assert [line.endswith(": 1 problems") for line in result.lines] == [True]
-    assert result.advice() == f"{folder}: 1 problems, named above"
+    assert result.advice == f"{folder}: 1 problems, named above"
 
 
 def test_the_default_source_counts_where_it_is_needed_is_a_url_or_is_there(tmp_path):
