@@ -232,6 +232,8 @@ def test_a_missing_module_is_an_error_that_names_the_extra_and_refuses_no_image(
         "jpeg_2000": jpeg_2000(shapes(), 12),
     }
     files["CT"].Modality = "CT"
+    if module in ("libjpeg", "openjpeg"):  # an entry point whose module is gone spoils all of pydicom's decoders
+        files = {name: files[name] for name in missing}
     *said, no_image = without(module, *files.values())
     assert no_image == "BadImage not an image"
     for name, line in zip(files, said, strict=True):
