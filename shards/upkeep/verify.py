@@ -162,7 +162,7 @@ def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     elif set_id(rows, info.recipe) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
     elif (rows["fold"] != fold).any() or (rows["block"] != block).any():
-        yield Problem("rows.parquet", "deals patients to other folds than the seed in set.json does")
+        yield Problem("rows.parquet", "assigns patients to other folds than the seed in set.json gives")
     elif read_info(folder / "rows.parquet") != info or list(label_names(rows)) != info.labels:
         yield Problem("set.json", "differs from its copy in rows.parquet, or from the labels there")
     elif quarantine_bytes(paths, read_manifests(folder)) != (folder / "quarantine.csv").read_bytes():
@@ -222,7 +222,7 @@ def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str])
     """Yield what is wrong with the images of one shard, which should have these ids."""
     path = shard_path(folder, m.scale, m.shard, "tar")
     if read_contents(path).image_ids != ids:
-        yield "holds other images than the plan says"
+        yield "holds other images than planned"
         return
     grids = unpack(m.grids, len(m.rows)) / STEPS if m.grids else None
     with open(path, "rb") as tar:

@@ -163,7 +163,7 @@ CONTRADICTIONS = {
     ),
     "a patient dealt to another fold": (
         lambda folder: edit_rows(folder, lambda rows: rows.assign(fold=[(rows["fold"][0] + 1) % 5, *rows["fold"][1:]])),
-        {("rows.parquet", "deals patients to other folds than the seed in set.json does")},
+        {("rows.parquet", "assigns patients to other folds than the seed in set.json gives")},
     ),
 }
 
@@ -248,7 +248,7 @@ def test_deep_finds_images_in_each_other_s_place(folder):
     change(shard_path(folder, 32, 1, "json"), sha256=sha256(tar))
     sign(folder)
     assert check(folder).problems == []
-    assert [p.what for p in check(folder, deep=True).problems] == ["holds other images than the plan says"]
+    assert [p.what for p in check(folder, deep=True).problems] == ["holds other images than planned"]
 
 
 # Nothing can be compared
