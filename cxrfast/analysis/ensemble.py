@@ -1,7 +1,7 @@
 """One prediction from several scales: weights by finding, fitted on validation logits, against a plain mean.
 
 In: run folders with predictions of val and test at two scales or more. Out: weights.csv, auroc.csv,
-summary.md and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
+summary.md, summary.tex and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
 """
 
 import io
@@ -13,8 +13,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.table import Table
-from rich.text import Text
 
 from cxrfast import metrics
 from cxrfast.analysis.join import (
@@ -34,12 +32,13 @@ from cxrfast.analysis.mixture import (
     uniform,
     vote,
 )
+from cxrfast.analysis.scores import best_bold, cells, folds_text, plus_minus, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
-from cxrfast.tables import best_bold, cells, folds_text, markdown_table, plus_minus
+from cxrfast.tables import Cell, Table
 
 FOLDER = "ensemble"
 
@@ -190,34 +189,68 @@ def _gains(result: EnsembleResult, method: str) -> np.ndarray:
     return result.matrix(method) - np.stack(best, axis=1)
 
 
-def ensemble_markdown(result: EnsembleResult) -> str:
-    """AUROC of every method with the gains over the best single scale, mean weights, and how to read them."""
-    best, weights = result.best_single(), result.mean_weights()
+def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
+    """AUROC of every method and what the ensembles gain over the best single scale, the best of each finding bold.
+
+    `brief`, for a terminal: means and the gain of stacking alone, without deviations.
+    """
     columns = [result.matrix(method) for method in result.methods]
-    gains = [_gains(result, method) for method in ("voting", "stacked")]
-    means, shared = metrics.over_findings([*columns, *gains])
-    texts = [cells(values) for values in columns] + [cells(values, "+") for values in gains]
+    gains = [_gains(result, method) for method in (["stacked"] if brief else ["voting", "stacked"])]
+    shown, undefined = undefined_note(result.labels, columns, "test")
+    overall, shared = metrics.over_findings([*columns, *gains])
+    # Findings and then their mean.
+    both = [np.hstack(values) for values in zip([*columns, *gains], overall, strict=True)]
+    means = np.stack([metrics.mean_sd(values)[0] for values in both], axis=1)
+    write = (
+        (lambda values, sign="": [plus_minus(mean, sign=sign) for mean in metrics.mean_sd(values)[0]])
+        if brief
+        else cells
+    )
+    texts = [write(values, "+" if i >= len(columns) else "") for i, values in enumerate(both)]
+    names = [*result.labels, "Mean"]
+    best = [*result.best_single(), ""]
     short = dict(zip(result.names, result.short_names, strict=True))
-    lines = [
-        [label, short.get(best[j], best[j]), *(text[j] for text in texts)] for j, label in enumerate(result.labels)
+    rows: list[list[str | Cell]] = [
+        [
+            names[j],
+            *([] if brief else [short.get(best[j], best[j])]),
+            *best_bold([text[j] for text in texts[: len(columns)]], means[j, : len(columns)]),
+            *(text[j] for text in texts[len(columns) :]),
+        ]
+        for j in (*shown, len(result.labels))
     ]
-    mean = [cells(v, "+" if i >= len(columns) else "")[0] for i, v in enumerate(means)]
-    head = ["Finding", "Best single", *result.short_names, "voting", "stacked", "Voting − best", "Stacked − best"]
-    weight_lines = [
-        [label, *("undefined" if np.isnan(w) else f"{w:.2f}" for w in weights[j])]
-        for j, label in enumerate(result.labels)
-    ]
-    return (
-        "# Ensemble of scales, AUROC of the test rows\n\n"
-        f"Mean ± standard deviation over {folds_text(result.folds)}.\n\n"
-        f"{markdown_table(head, [*lines, ['Mean', '', *mean]])}\n{_notes(result, shared)}\n"
-        "## Weights\n\nOf the stacked ensemble, mean over folds.\n\n"
-        f"{markdown_table(['Finding', *result.short_names], weight_lines)}"
+    single, gain = ([], ["gain"]) if brief else (["Best single"], ["Voting − best", "Stacked − best"])
+    notes = (
+        [
+            "gain: of stacked over the best single scale. "
+            "Validation logits served both early stopping and the ensemble's fit.",
+            origin_footnote(result.origins),
+        ]
+        if brief
+        else _notes(result, shared)
+    )
+    return Table(
+        f"Ensemble of scales, AUROC of the test rows, mean{'' if brief else ' ± standard deviation'} over "
+        f"{folds_text(result.folds)}",
+        ["Finding", *single, *result.short_names, "voting", "stacked", *gain],
+        rows,
+        "\n".join(filter(None, [undefined, *notes])),
+        text=single,
+        total=True,
     )
 
 
-def _notes(result: EnsembleResult, shared: int) -> str:
-    """What a reader must know to use the numbers, a Markdown list."""
+def weights_table(result: EnsembleResult) -> Table:
+    """Mean weights of the stacked ensemble."""
+    weights = result.mean_weights()
+    shown, undefined = undefined_note(result.labels, [weights.T], "validation")
+    rows = [[result.labels[j], *(f"{w:.2f}" for w in weights[j])] for j in shown]
+    title = f"Weights of the stacked ensemble, mean over {folds_text(result.folds)}"
+    return Table(title, ["Finding", *result.short_names], rows, undefined)
+
+
+def _notes(result: EnsembleResult, shared: int) -> list[str]:
+    """What a reader must know to use the numbers."""
     fitted = result.bce.dropna()
     weights, best = result.mean_weights(), result.best_single()
     both = [j for j, name in enumerate(best) if name in result.names and not np.isnan(weights[j]).any()]
@@ -248,29 +281,7 @@ def _notes(result: EnsembleResult, shared: int) -> str:
     if result.left_out:
         held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
         notes.append(f"Left out, since not every scale has them: {held}.")
-    return "".join(f"- {note}\n" for note in notes)
-
-
-def ensemble_table(result: EnsembleResult) -> Table:
-    """Mean AUROC of every method for a terminal, the best of each finding bold; deviations are in summary.md."""
-    table = Table(
-        title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
-        caption="gain: of stacked over the best single scale. "
-        "Validation logits served both early stopping and the ensemble's fit.\n" + origin_footnote(result.origins),
-    )
-    table.add_column("Finding", overflow="fold")
-    for method in (*result.short_names, "voting", "stacked", "gain"):
-        table.add_column(Text(method), justify="right", overflow="fold")
-    columns, gain = [result.matrix(method) for method in result.methods], _gains(result, "stacked")
-    overall = metrics.over_findings([*columns, gain])[0]
-    # Findings and then their mean, methods and then the gain.
-    means = np.stack(
-        [metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1
-    )
-    for label, line in zip((*result.labels, "Mean"), means, strict=True):
-        entries = best_bold([plus_minus(mean, np.nan) for mean in line[:-1]], line[:-1])
-        table.add_row(Text(label), *entries, plus_minus(line[-1], np.nan, "+"), end_section=label == result.labels[-1])
-    return table
+    return notes
 
 
 def weights_figure(result: EnsembleResult) -> Figure:
@@ -311,11 +322,13 @@ def weights_figure(result: EnsembleResult) -> Figure:
 
 
 def write(folder: Path, result: EnsembleResult) -> None:
-    """weights.csv, auroc.csv, summary.md and weights.png, each whole or absent."""
+    """weights.csv, auroc.csv, summary.md, summary.tex and weights.png, each whole or absent."""
     folder.mkdir(exist_ok=True)
     for name, table in (("weights.csv", result.weights), ("auroc.csv", result.auroc)):
         write_bytes(folder / name, table.to_csv(index=False, lineterminator="\n").encode())
-    write_bytes(folder / "summary.md", ensemble_markdown(result).encode())
+    tables = (ensemble_table(result, brief=False), weights_table(result))
+    write_bytes(folder / "summary.md", "\n".join(table.markdown() for table in tables).encode())
+    write_bytes(folder / "summary.tex", "\n".join(table.latex() for table in tables).encode())
     image = io.BytesIO()
     weights_figure(result).savefig(image, format="png", metadata={"Software": None})
     write_bytes(folder / "weights.png", image.getvalue())

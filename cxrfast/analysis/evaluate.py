@@ -1,7 +1,7 @@
 """How well the runs of a study rank findings: AUROC and average precision by run, joined over folds.
 
-In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_summary.csv and auroc.md in
-RUNS/evaluation/. Runs that did not answer the same questions are never joined, and what is undefined is shown
+In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_summary.csv, auroc.md and
+auroc.tex in RUNS/evaluation/. Runs that did not answer the same questions are never joined, and what is undefined is shown
 as that, never as a number.
 """
 
@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
-from rich.text import Text
 from sklearn.metrics import average_precision_score
 
 from cxrfast import metrics
 from cxrfast.analysis.join import Answers, by_name, check_same_rows, check_same_study, read_answers, with_predictions
+from cxrfast.analysis.scores import best_bold, cells, folds_text, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.splits import PARTS
-from cxrfast.tables import best_bold, cells, folds_text, markdown_table
+from cxrfast.tables import Cell, Table
 
 FOLDER = "evaluation"
 
@@ -164,63 +163,46 @@ def distinct_positives(answers: Iterable[Answers]) -> list[int]:
 # Tables
 
 
-def auroc_markdown(evaluation: Evaluation) -> str:
-    """Findings × groups, AUROC as mean ± sd over folds, with what a reader must know to use the numbers."""
+def auroc_table(evaluation: Evaluation) -> Table:
+    """Findings × groups, AUROC as mean ± sd over folds, the best group of each finding bold."""
     columns = [evaluation.matrix(name) for name in evaluation.names]
-    means, shared = metrics.over_findings(columns)
+    shown, undefined = undefined_note(evaluation.labels, columns, evaluation.part)
+    texts, means = [cells(values) for values in columns], [metrics.mean_sd(values)[0] for values in columns]
+    overall, shared = metrics.over_findings(columns)
+    rows: list[list[str | Cell]] = [
+        [
+            evaluation.labels[j],
+            f"{evaluation.positives[evaluation.labels[j]]:,}",
+            *best_bold([text[j] for text in texts], np.array([mean[j] for mean in means])),
+        ]
+        for j in shown
+    ]
+    mean_row = best_bold([cells(values)[0] for values in overall], np.array([values.mean() for values in overall]))
     folds = {name: folds_text(evaluation.folds(name)) for name in evaluation.names}
     one = next(iter(folds.values())) if len(set(folds.values())) == 1 else None
     over = one or "; ".join(f"{name}: {text}" for name, text in folds.items())
-    texts = [cells(values) for values in columns]
-    lines = [
-        [label, f"{evaluation.positives[label]:,}", *(text[j] for text in texts)]
-        for j, label in enumerate(evaluation.labels)
-    ]
-    lines.append(["Mean", "", *(cells(values)[0] for values in means)])
-    text = (
-        f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-        + markdown_table(["Finding", "Positives", *(marked_name(n, s) for n, s in evaluation.origins.items())], lines)
-        + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
-        "fold of every column. Positives: rows that hold the finding, over all folds. "
-        "Undefined: no positives or no negatives.\n"
+    notes = (
+        f"Mean ± standard deviation over {over}. Positives: rows that hold the finding, over all folds. "
+        f"Mean: over the {shared} of {len(evaluation.labels)} findings that every fold of every column defines.",
+        undefined,
+        origin_footnote(evaluation.origins),
+        f"Without predictions, left out: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
     )
-    if note := origin_footnote(evaluation.origins):
-        text += f"\n{note}\n"
-    if evaluation.skipped:
-        text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
-    return text
-
-
-def auroc_table(evaluation: Evaluation) -> Table:
-    """The Markdown table for a terminal, the best group of each finding in bold."""
-    columns = [evaluation.matrix(name) for name in evaluation.names]
-    means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
-    skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else ""
-    caption = "\n".join(filter(None, (origin_footnote(evaluation.origins), skipped)))
-    table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=caption)
-    table.add_column("Finding", overflow="fold")
-    table.add_column("Positives", justify="right")
-    for name, start in evaluation.origins.items():
-        head = (
-            "".join(name.rpartition("-")[:2]),
-            marked_name(name.rpartition("-")[2], start),
-            folds_text(evaluation.folds(name)).split(" (")[0],
-        )
-        table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")
-    for j, label in enumerate(evaluation.labels):
-        entries = best_bold([text[j] for text in texts], means[:, j])
-        table.add_row(Text(label), f"{evaluation.positives[label]:,}", *entries)
-    table.add_section()
-    overall = metrics.over_findings(columns)[0]
-    best = best_bold([cells(v)[0] for v in overall], np.array([v.mean() for v in overall]))
-    table.add_row("Mean", "", *best)
-    return table
+    return Table(
+        f"AUROC, {evaluation.part} rows",
+        ["Finding", "Positives", *(marked_name(name, start) for name, start in evaluation.origins.items())],
+        [*rows, ["Mean", "", *mean_row]],
+        "\n".join(filter(None, notes)),
+        total=True,
+    )
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """auroc.csv, auroc_summary.csv and auroc.md, each whole or absent."""
+    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent."""
     folder.mkdir(exist_ok=True)
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
-    for name, table in ((f"{stem}.csv", evaluation.table), (f"{stem}_summary.csv", evaluation.summary())):
-        write_bytes(folder / name, table.to_csv(index=False, lineterminator="\n").encode())
-    write_bytes(folder / f"{stem}.md", auroc_markdown(evaluation).encode())
+    for name, frame in ((f"{stem}.csv", evaluation.table), (f"{stem}_summary.csv", evaluation.summary())):
+        write_bytes(folder / name, frame.to_csv(index=False, lineterminator="\n").encode())
+    table = auroc_table(evaluation)
+    write_bytes(folder / f"{stem}.md", table.markdown().encode())
+    write_bytes(folder / f"{stem}.tex", table.latex().encode())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from cxrfast.tables import Table
 
 
 def fail(message: str) -> None:
@@ -22,4 +22,4 @@ def show(*tables: "Table") -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables:
-        console.print(table)
+        console.print(table.rich())

@@ -76,7 +76,7 @@ def test_the_report_is_one_file_that_names_images_by_id_alone(tiny_set: Path, tm
         "Configuration",
     ):
         assert f"<h2>{heading}</h2>" in html
-    assert "undefined" in html
+    assert "Undefined everywhere: " in html
     assert html.count("data:image/png;base64,") >= 3
     for patient in made[0].rows()["patient_id"].unique():
         assert patient not in re.sub(r"base64,[^\"]*", "", html)
@@ -86,7 +86,7 @@ def test_the_report_is_one_file_that_names_images_by_id_alone(tiny_set: Path, tm
 def test_an_epoch_that_has_no_rate_is_left_out_of_the_median(tiny_set: Path, tmp_path: Path) -> None:
     first, *_ = make_runs(tiny_set, tmp_path, predicted=False)
     first.add_metrics({**first.metrics()[-1], "epoch": 3, "images_per_s": None})
-    assert '<td style="text-align:right">100.0</td>' in report(tmp_path).read_text()
+    assert '<td class="number">100.0</td>' in report(tmp_path).read_text()
 
 
 def test_parts_that_were_not_made_name_the_command_that_makes_them(tiny_set: Path, tmp_path: Path) -> None:
