@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import Group
 
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -15,10 +15,12 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # at the start of a row it would be an argument of the line break before
+    "*": "{*}",
     "−": "$-$",
     "→": r"$\rightarrow$",
 }
-"""What LaTeX reads as commands, and what its default fonts lack."""
+"""What LaTeX reads as a command, and what its default fonts lack."""
 
 
 class Cell(NamedTuple):
@@ -42,27 +44,22 @@ class Table:
     total: bool = False
     """The last row sums up the others and is set apart."""
 
-    def rich(self) -> "RichTable":
+    def rich(self) -> "Group":
         """For a terminal. Long cells are folded, never cut."""
         from rich import box
+        from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(
-            title=Text(self.title, "bold"),
-            caption=Text(self.note) if self.note else None,
-            title_justify="left",
-            caption_justify="left",
-            box=box.HORIZONTALS,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
+        table = RichTable(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
         for name, is_text in zip(self.head, self._text_columns(), strict=True):
-            table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", vertical="top")
+            table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold")
         for number, row in enumerate(self._cells(), 1):
             last_of_many = self.total and number == len(self.rows) - 1
             table.add_row(*(Text(text, style) for text, style in row), end_section=last_of_many)
-        return table
+        return Group(
+            *([Text(self.title, "bold")] if self.title else []), table, *([Text(self.note)] if self.note else [])
+        )
 
     def markdown(self) -> str:
         """A heading, the table, the note."""

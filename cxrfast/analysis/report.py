@@ -4,7 +4,6 @@ Images are named by their id alone.
 """
 
 import base64
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cxrfast.analysis import ensemble, evaluate
 from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.analysis.receptive_field import erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
-from cxrfast.files import write_bytes
+from cxrfast.files import write_bytes, write_figure
 from cxrfast.metrics import mean_sd
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
@@ -59,15 +58,13 @@ def report(runs: Path) -> Path:
 
 def _png(figure: Figure, path: Path) -> str:
     """Save the figure, for slides and papers, and return it as a data URL."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
     path.parent.mkdir(exist_ok=True)
-    write_bytes(path, buffer.getvalue())
-    return _data_url(buffer.getvalue())
+    write_figure(path, figure, dpi=110)
+    return _data_url(path)
 
 
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _data_url(png: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
 def _origins(runs: list[Run]) -> dict[str, str]:
@@ -127,10 +124,11 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     x = np.arange(len(names))
     for i, j in enumerate(shown):
         offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars next to, not upon, each other
+        spread = np.nan_to_num(sd[:, j])
         axes.errorbar(
             x + offset,
             mean[:, j],
-            np.nan_to_num(sd[:, j]),
+            (np.minimum(spread, mean[:, j]), np.minimum(spread, 1 - mean[:, j])),  # an AUROC lies between 0 and 1
             marker="o",
             capsize=2,
             linewidth=1.5,
@@ -237,11 +235,7 @@ def _erf(folder: Path, runs: list[Run]) -> Chapter:
 
 def _gradcam(runs: list[Run]) -> Chapter:
     """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
-    figures = [
-        (f"{label}, {run.name}", _data_url(path.read_bytes()))
-        for run in runs
-        for label, path in run.gradcam_paths().items()
-    ]
+    figures = [(f"{label}, {run.name}", _data_url(path)) for run in runs for label, path in run.gradcam_paths().items()]
     if not figures:
         return Chapter("Grad-CAM", "Not made yet:", f"cxrfast gradcam {runs[0].folder} --label …")
     return Chapter("Grad-CAM", figures=figures)

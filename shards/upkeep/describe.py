@@ -4,7 +4,6 @@ In: a set, finished or not; its tars are not needed, nor torch, nor DALI. Out: t
 the set.
 """
 
-import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from cxrfast.errors import ShardError
-from cxrfast.files import write_bytes
+from cxrfast.files import write_bytes, write_figure
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
 from cxrfast.tables import Table
@@ -185,9 +184,7 @@ def save_figure(counts: SetCounts, path: Path) -> None:
     """Images by height and width, with the sum over either side, as a PNG. Raises ShardError if no size is known."""
     if counts.sizes.empty:
         raise ShardError("no image has a known size: there is nothing to draw")
-    image = io.BytesIO()
-    figure(counts).savefig(image, format="png", dpi=150, metadata={"Software": None})
-    write_bytes(path, image.getvalue())
+    write_figure(path, figure(counts), dpi=150)
 
 
 def figure(counts: SetCounts) -> Figure:
