@@ -152,7 +152,7 @@ def test_two_architectures_or_one_scale_twice_need_names(study):
     ("given", "message"),
     [
         ({"rows": study_rows(0).iloc[:-10]}, "fold-0 and densenet121-512/fold-0 .*2 val rows are in one"),
-        ({"rows": study_rows(0).assign(Edema=np.float32(0))}, "shared rows differ.*Edema of row"),
+        ({"rows": study_rows(0).assign(Edema=np.float32(0))}, "labels of val rows differ.*Edema of row"),
         ({"set_id": "b2"}, "set id a1 is not b2"),
     ],
 )
