@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxrfast.files import sha256
-from cxrfast.shards.format.checksums import write_sums
-from cxrfast.shards.format.manifest import built, read_manifest, scales_in
-from cxrfast.shards.format.names import shard_path
+from cxrfast.files import sha256, write_bytes
+from cxrfast.shards.format.checksums import sums_bytes
+from cxrfast.shards.format.manifest import built, scales_in
+from cxrfast.shards.format.names import files_in, shard_path
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.cell_means import STEPS, tolerance, unpack
 from cxrfast.shards.repair.repair import repair as repair_set
@@ -94,11 +94,8 @@ def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> 
 
 
 def sign(folder: Path) -> None:
-    """Write SHA256SUMS again, so that only contradictions between files can be found."""
-    manifests = [
-        m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
-    ]
-    write_sums(folder, manifests)
+    """Write the present hashes into SHA256SUMS, so that only contradictions between files can be found."""
+    write_bytes(folder / "SHA256SUMS", sums_bytes({name: sha256(folder / name) for name in files_in(folder)}))
 
 
 @contextmanager

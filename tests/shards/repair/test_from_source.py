@@ -63,7 +63,7 @@ def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unaske
 
 def test_another_tree_is_refused_for_the_rows_table(folder, tmp_path):
     other = tmp_path / "other"
-    synth(other, images=40, size=32, seed=5, workers=1)
+    synth(other, images=40, size=64, seed=5, workers=1)
     (folder / "rows.parquet").unlink()
     work = repair(folder, other)
     assert "list other images" in work.failed["rows.parquet"]
