@@ -27,13 +27,13 @@ from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
-from cxrfast.shards.format.checksums import mark_unfinished, write_sums
-from cxrfast.shards.format.info import SetInfo, read_set, versions
+from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
+from cxrfast.shards.format.info import SetInfo, is_laid_out, read_set, versions, write_set_json
 from cxrfast.shards.format.lock import Lock, Part, locked
 from cxrfast.shards.format.manifest import quarantine_bytes
-from cxrfast.shards.format.names import WORKSHOP, check_labels_settled, is_foreign, is_temporary, shard_files
+from cxrfast.shards.format.names import WORKSHOP, is_foreign, is_temporary, shard_files
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.format.rows import read_info, read_rows, write_rows
+from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.sources.read import read_source, with_defaults
 from cxrfast.shards.storage import Tree
@@ -134,7 +134,7 @@ def _source_tree(data: Tree | Path | str, dask: str | None) -> Tree:
 
 def _check_folder(tree: Tree, out: Path) -> None:
     """Raises ShardError if there is something else than a set, or if set and source lie in one another."""
-    if out.is_dir() and not (out / "set.json").exists() and any(is_foreign(path) for path in out.iterdir()):
+    if out.is_dir() and not is_laid_out(out) and any(is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
     ours = f"{out.resolve()}/"
     for root in tree.roots if tree.is_local else ():
@@ -159,9 +159,9 @@ def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
     listed = read_source(request.source, tree, request.source_options)
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
     identity = set_id(rows, recipe)
-    if (out / "set.json").exists():
+    if is_laid_out(out):
         info = _read_same_set(request, identity)
-        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
+        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed.counts
     rows["bytes"] = tree.sizes(rows["path"].tolist())
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
@@ -180,7 +180,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
 
 
 def _read_same_set(request: _Request, identity: str) -> SetInfo:
-    """set.json in `out`. Raises ShardError if that set has other images, labels or another recipe than are asked for."""
+    """The description in `out`. Raises ShardError if that set has other images, labels or another recipe than are asked for."""
     out = request.out
     info = read_set(out)
     if info.id != identity:
@@ -193,7 +193,6 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
             f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
             "choose another --out, or give the same --data and options"
         )
-    check_labels_settled(out)
     there, asked = (with_defaults(s.source, s.source_options) for s in (info, request))
     for name in ("label", "labels"):
         if there.get(name) != asked.get(name):
@@ -201,8 +200,6 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
                 f"{out} was planned with --{name} {there.get(name)}, not {asked.get(name)}: "
                 "give the same again, and replace labels with `cxrfast relabel`"
             )
-    if read_info(out / "rows.parquet") != info:
-        raise ShardError(f"set.json and rows.parquet in {out} disagree: `cxrfast verify --repair {out}` mends them")
     return info
 
 
@@ -264,11 +261,12 @@ def _clear_stale(out: Path, lock: Lock) -> None:
 
 
 def _prepare(request: _Request, blueprint: Blueprint, todo: list[Todo]) -> None:
-    """Write set.json and the rows if they are new; without SHA256SUMS a set is known to be unfinished."""
+    """Write the rows if they are new, and set.json; from then on the set is known to be unfinished."""
     out, retry = blueprint.out, request.retry_quarantined
-    if not (out / "set.json").exists():
+    check_undamaged(out)
+    if not is_laid_out(out):
         write_rows(out / "rows.parquet", blueprint.rows, blueprint.info)
-        blueprint.info.write(out)  # after the rows: set.json says that they are there
+    write_set_json(out)
     if todo:
         found = _look_again(blueprint, request.tree, todo) if retry else None
         mark_unfinished(out, [name for t in todo for scale in t.scales for name in shard_files(scale, t.shard)])

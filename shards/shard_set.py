@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, read_manifests, scales_in
+from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
 
 
 class ShardSet:
-    """A set that `build` wrote or is writing; `info` is what its set.json says.
+    """A set that `build` wrote or is writing; `info` describes it, as its set.json does.
 
         shards = ShardSet("data/shards")
         shards.info.labels, shards.scales, shards.rows()
@@ -32,12 +34,17 @@ class ShardSet:
     @property
     def is_whole(self) -> bool:
         """Was the set finished, with every shard at each of its scales?"""
-        complete = all(len(self.shards(scale)) == self.info.shards for scale in self.scales)
-        return complete and (self.folder / "SHA256SUMS").is_file()
+        if not all(len(self.shards(scale)) == self.info.shards for scale in self.scales):
+            return False
+        try:
+            return bool(read_sums(self.folder))
+        except ShardError:
+            return False
 
     def rows(self) -> pd.DataFrame:
-        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged."""
-        return read_rows(self.folder / "rows.parquet")
+        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged, or if its
+        labels are no longer those of `info`."""
+        return read_rows(self.folder / "rows.parquet", self.info)
 
     def shards(self, scale: int) -> list[int]:
         """Numbers of the shards that are built at this scale, ascending."""
@@ -45,11 +52,14 @@ class ShardSet:
 
     def manifest(self, scale: int, shard: int) -> ShardManifest | None:
         """None if the shard is not built. Raises ShardError if the manifest is damaged."""
-        return read_manifest(self.folder, scale, shard)
+        return read_manifest(self.folder, scale, shard, self.info.rows_of(shard))
 
     def manifests(self) -> Iterator[ShardManifest]:
         """Manifests of all shards that are built, by scale and number. Raises ShardError for a damaged one."""
-        return read_manifests(self.folder)
+        for scale in self.scales:
+            for shard in self.shards(scale):
+                if m := self.manifest(scale, shard):
+                    yield m
 
     def path(self, scale: int, shard: int, suffix: str = "tar") -> Path:
         """Path of a shard's tar, index (`idx`) or manifest (`json`)."""

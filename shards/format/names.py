@@ -4,8 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from cxrfast.errors import ShardError
-
 SCALE = re.compile(r"[1-9][0-9]*")
 SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
 NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
@@ -33,8 +31,8 @@ SET_FILES = ("rows.parquet", "quarantine.csv", "set.json")
 """Files that describe the whole set, in the order in which they are copied: set.json says that the others are there."""
 
 
-LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.json")
-"""There only while somebody writes into the set; see `lock`."""
+LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.(json|lock(\.(break|restore)\..*)?)")
+"""There only while a process writes into the set; see `lock`. Earlier versions wrote JSON."""
 
 
 WORKSHOP = "repair.tmp"
@@ -42,24 +40,8 @@ WORKSHOP = "repair.tmp"
 
 
 TEMPORARIES = re.compile(
-    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
+    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.(json|lock)|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )
-
-
-UNFINISHED = "SHA256SUMS.unfinished"
-"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""
-
-RELABELLING = "SHA256SUMS.relabelling"
-"""Takes the place of SHA256SUMS while labels are replaced; see `relabel.write_labels`."""
-
-
-def check_labels_settled(folder: Path) -> None:
-    """Raises ShardError while the labels of a set are replaced: table and set.json may not agree."""
-    if (folder / RELABELLING).exists():
-        raise ShardError(
-            f"the labels of {folder} are being replaced, or that was interrupted: "
-            "run the same `cxrfast relabel` command again"
-        )
 
 
 def is_temporary(path: Path) -> bool:
@@ -68,7 +50,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def is_foreign(path: Path) -> bool:
-    """Is this something that no build could have left in the folder of its set before it wrote set.json?"""
+    """Is this something that no build could have left in the folder of its set before it laid the set out?"""
     ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name) or path.name == "rows.parquet"
     return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
@@ -80,7 +62,7 @@ def files_in(folder: Path) -> list[str]:
     """
     names: list[str] = []
     for name in os.listdir(folder):
-        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or LOCK_FILE.fullmatch(name):
+        if name == "SHA256SUMS" or LOCK_FILE.fullmatch(name):
             continue
         if (folder / name).is_dir():
             names += [f"{name}/{inner}" for inner in os.listdir(folder / name)] or [f"{name}/"]

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.format.info import SetInfo, parse_set
-from cxrfast.shards.format.names import check_labels_settled
+from cxrfast.shards.format.info import COPY, SetInfo, parse_set, read_info, read_set_json
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
@@ -32,9 +31,6 @@ COLUMNS: dict[str, pa.DataType] = {
 REFERENCE = "radiologist/"
 """How columns begin that hold a reference standard: raw labels too, carried alongside the labels and never trained on."""
 
-COPY = b"set.json"
-"""Key of the copy of set.json in the file's metadata."""
-
 
 def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
     return tuple(c for c in rows.columns if c not in COLUMNS and not c.startswith(REFERENCE))
@@ -46,10 +42,7 @@ def reference_names(rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def write_rows(path: Path, rows: pd.DataFrame, info: SetInfo | None = None) -> None:
-    """Write the table, with a copy of set.json (`info`) inside, from which a damaged one is restored.
-
-    The same rows and the same pyarrow give the same bytes.
-    """
+    """Write the table with the description of its set (`info`) inside. The same rows and pyarrow give the same bytes."""
     with replacing(path) as file:
         _write(file, rows, info.to_bytes() if info else None)
 
@@ -60,14 +53,6 @@ def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
     table = pa.Table.from_pandas(rows[schema.names], schema=schema, preserve_index=False)
     table = table.replace_schema_metadata({COPY: info} if info else None)
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-
-
-def read_info(path: Path) -> SetInfo:
-    """The copy of set.json inside a rows table. Raises ShardError if there is none."""
-    try:
-        return parse_set(pq.read_schema(path).metadata[COPY], f"the copy of set.json in {path}")
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
 
 
 def is_as_written(path: Path) -> bool:
@@ -81,20 +66,32 @@ def is_as_written(path: Path) -> bool:
         return False
 
 
-def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
-    """The table as a data frame, in the order of the rows. Raises ShardError if it is missing, damaged or lacks a column,
-    and while its labels are replaced unless `relabelling` is what the caller does."""
-    if not relabelling:
-        check_labels_settled(path.parent)
+def is_relabelled(folder: Path) -> bool:
+    """Is the rows table whole, and that of the set that set.json describes? If SHA256SUMS says otherwise, it was written by
+    a `relabel` that was killed before it wrote the rest."""
+    path = folder / "rows.parquet"
     try:
-        rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
+        return is_as_written(path) and read_info(path).id == read_set_json(folder).id
+    except ShardError:
+        return False
+
+
+def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
+    """The table as a data frame, in the order of the rows. Raises ShardError if it is missing, damaged or lacks a column,
+    or if the description inside is not `info`: labels were replaced since that was read."""
+    try:
+        with pa.OSFile(str(path)) as file:  # opened once: it may be replaced at any time
+            table = pq.read_table(file, page_checksum_verification=True)
+        rows = table.to_pandas()
     except FileNotFoundError:
         raise ShardError(
             f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
-    absent = [c for c in COLUMNS if c not in rows.columns]
-    if absent:
+    if absent := [c for c in COLUMNS if c not in table.column_names]:
         raise ShardError(f"{path} lacks the columns {', '.join(absent)}: it is not a cxrfast rows table")
+    inside = (table.schema.metadata or {}).get(COPY)
+    if info and inside and parse_set(inside, path) != info:
+        raise ShardError(f"the labels in {path} were replaced since the set was opened: run this command again")
     return rows

@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sha256, sync_folder, write_bytes
+from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
-from cxrfast.shards.format.checksums import read_sums, sums_bytes
-from cxrfast.shards.format.info import SetInfo, read_set
+from cxrfast.shards.format.checksums import check_undamaged, listed_sums, sums_bytes
+from cxrfast.shards.format.info import SetInfo, read_set, write_set_json
 from cxrfast.shards.format.lock import Lock
-from cxrfast.shards.format.names import RELABELLING, is_temporary
+from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.label_table import LabelTable, read_label_table
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
@@ -120,8 +120,9 @@ def _check_target(unmatched: Path, folder: Path) -> None:
 
 
 def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> Relabelled:
-    _check_undamaged(folder)
-    info, rows = read_set(folder), read_rows(folder / "rows.parquet", relabelling=True)
+    check_undamaged(folder)  # else damage would be signed
+    info = read_set(folder)
+    rows = read_rows(folder / "rows.parquet", info)
     rows = rows.astype(dict.fromkeys(ID_COLUMNS, object))  # pandas looks Arrow's text up ten times more slowly
     by = table.by or best_column(table.ids, rows, table.location)
     known = rows[by]
@@ -165,41 +166,18 @@ def _ids_of_one_side(ids: pd.Series, known: pd.Series) -> pd.DataFrame:
     )
 
 
-# Writing
-
-
-def _check_undamaged(folder: Path) -> None:
-    """Raises ShardError if the files to be replaced are not those that were signed: damage would be signed."""
-    if (folder / "SHA256SUMS").exists():
-        sums = read_sums(folder)
-        for name in ("rows.parquet", "set.json"):
-            if name in sums and (folder / name).is_file() and sha256(folder / name) != sums[name]:
-                raise ShardError(f"{folder / name} is not as it was written: `cxrfast verify` lists what is damaged")
-
-
 def write_labels(folder: Path, info: SetInfo, rows: pd.DataFrame) -> None:
-    """Write rows.parquet and set.json, and their hashes into SHA256SUMS, so that no reader takes one for the other's.
+    """Write rows.parquet, then set.json, and their hashes into SHA256SUMS.
 
-    SHA256SUMS is renamed to `RELABELLING` first and back last. While a file of that name is there `read_rows` and
-    `verify` refuse the set, whatever else is written; only a relabelling reads on, and one that was killed is finished by
-    the same call. The other files' hashes are kept, not taken again: damage stays visible. A set that no build has
-    finished has no SHA256SUMS before or after.
+    One rename replaces all labels and the description. Killed after it, SHA256SUMS has an old hash, which `verify` finds;
+    the same call writes the rest. The other files' hashes are kept, not taken again: damage stays visible. SHA256SUMS of a
+    set that is not finished stays as it is.
     """
-    sums, underway = folder / "SHA256SUMS", folder / RELABELLING
     for stale in filter(is_temporary, list(folder.iterdir())):  # of a killed relabelling
         stale.unlink(missing_ok=True)
-    if sums.exists():
-        os.replace(sums, underway)
-    elif not underway.exists():
-        write_bytes(underway, b"")
-    sync_folder(folder)
     write_rows(folder / "rows.parquet", rows, info)
-    info.write(folder)
-    if underway.stat().st_size:
-        known = read_sums(folder, RELABELLING)
-        known |= {name: sha256(folder / name) for name in ("rows.parquet", "set.json")}
-        write_bytes(underway, sums_bytes(known))
-        os.replace(underway, sums)
-    else:
-        underway.unlink()
-    sync_folder(folder)
+    write_set_json(folder)
+    sums = listed_sums(folder)
+    if sums.keys() & set(SET_FILES):
+        new = {name: sha256(folder / name) for name in ("rows.parquet", "set.json")}
+        write_bytes(folder / "SHA256SUMS", sums_bytes({**sums, **new}))

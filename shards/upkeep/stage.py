@@ -16,17 +16,10 @@ from pathlib import Path, PurePosixPath
 from cxrfast.errors import ShardError
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
-from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
+from cxrfast.shards.format.checksums import adopt_earlier, check_finished, parse_sums, read_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import locked
-from cxrfast.shards.format.names import (
-    LOCK_FILE,
-    SET_FILES,
-    check_labels_settled,
-    is_temporary,
-    shard_files,
-    shard_name,
-)
+from cxrfast.shards.format.names import LOCK_FILE, SET_FILES, is_temporary, shard_files, shard_name
 from cxrfast.shards.storage import SetStorage
 from cxrfast.shards.upkeep.transfer import Transfer
 from cxrfast.units import size
@@ -139,11 +132,10 @@ def _sums(origin: SetStorage, sizes: dict[str, int]) -> dict[str, str]:
     """SHA256SUMS of the source. Raises ShardError if there is none, or a damaged one."""
     if origin.is_local:
         return read_sums(Path(origin.root))
-    if "SHA256SUMS" not in sizes:
-        raise ShardError(f"{origin} is not finished (no SHA256SUMS): run the same `cxrfast stage` command again")
-    sums, wrong = parse_sums(origin.read("SHA256SUMS"))
+    sums, wrong = parse_sums(origin.read("SHA256SUMS")) if "SHA256SUMS" in sizes else ({}, [])
     if wrong:
         raise ShardError(f"{origin}/SHA256SUMS is damaged ({wrong[0]}): stage the set there again")
+    check_finished(sums, origin)
     return sums
 
 
@@ -167,8 +159,6 @@ def _few(names: list[str]) -> str:
 def _check_target(target: SetStorage, info: SetInfo) -> None:
     """Raises ShardError, with nothing touched, if there is anything but the same set, parts of it or nothing."""
     names = target.names()
-    if target.is_local:
-        check_labels_settled(Path(target.root))
     if "set.json" in names:
         held = parse_set(target.read("set.json"), f"{target}/set.json")
         if held.id != info.id:
@@ -188,6 +178,7 @@ def _held(target: SetStorage) -> Iterator[None]:
         return
     folder = Path(target.root)
     with locked(folder):
+        adopt_earlier(folder)
         for path in (*folder.glob("*"), *folder.glob("[0-9]*/*")):
             if is_temporary(path):
                 path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def test_the_command_says_what_it_did(tiny_set, bucket):
 
 
 def test_only_what_the_sums_list_travels(folder, tiny_set, bucket, tmp_path):
-    for name in ("lease.json", "notes.txt", "32/000000.tar.host-1.tmp", "64/000009.tar"):
+    for name in ("lease.lock", "notes.txt", "32/000000.tar.host-1.tmp", "64/000009.tar"):
         (folder / name).write_text("no part of the set")
     for to in (bucket.url, tmp_path / "to"):
         stage(folder, to)
@@ -149,7 +149,7 @@ def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path
     with Lock(to):
         with pytest.raises(ShardError, match=f"to is being built by process {os.getpid()} on "):
             stage(tiny_set, to)
-        assert {name: data for name, data in contents(to).items() if name != "lease.json"} == before
+        assert {name: data for name, data in contents(to).items() if name != "lease.lock"} == before
     stage(tiny_set, to)
     assert contents(to) == contents(tiny_set)
 
