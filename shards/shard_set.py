@@ -1,4 +1,4 @@
-"""A shard set on the disk: what it holds and where. All code that reads a set asks it; it writes nothing."""
+"""A shard set on disk: its contents and paths. All other code reads sets through it; it writes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ class ShardSet:
         shards = ShardSet("data/shards")
         shards.info.labels, shards.scales, shards.rows()
 
-    Raises ShardError if `folder` is no shard set, or one of another schema version.
+    Raises ShardError if `folder` is not a shard set, or one of another schema version.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -28,12 +28,12 @@ class ShardSet:
 
     @property
     def scales(self) -> list[int]:
-        """Sides in px of which the set holds at least one shard, ascending."""
+        """Scales (px) with at least one shard, ascending."""
         return scales_in(self.folder)
 
     @property
     def is_whole(self) -> bool:
-        """Was the set finished, with every shard at each of its scales?"""
+        """Is the set finished, with every shard at each of its scales?"""
         if not all(len(self.shards(scale)) == self.info.shards for scale in self.scales):
             return False
         try:
@@ -43,7 +43,7 @@ class ShardSet:
 
     def rows(self) -> pd.DataFrame:
         """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged, or if its
-        labels are no longer those of `info`."""
+        labels were replaced since the set was opened."""
         return read_rows(self.folder / "rows.parquet", self.info)
 
     def shards(self, scale: int) -> list[int]:
@@ -51,11 +51,11 @@ class ShardSet:
         return built(self.folder, scale)
 
     def manifest(self, scale: int, shard: int) -> ShardManifest | None:
-        """None if the shard is not built. Raises ShardError if the manifest is damaged."""
+        """A shard's manifest, None if the shard is not built. Raises ShardError if it is damaged."""
         return read_manifest(self.folder, scale, shard, self.info.rows_of(shard))
 
     def manifests(self) -> Iterator[ShardManifest]:
-        """Manifests of all shards that are built, by scale and number. Raises ShardError for a damaged one."""
+        """Manifests of all built shards, by scale and number. Raises ShardError for a damaged one."""
         for scale in self.scales:
             for shard in self.shards(scale):
                 if m := self.manifest(scale, shard):

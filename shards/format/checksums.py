@@ -16,7 +16,7 @@ MARKERS = ("SHA256SUMS.relabelling", "SHA256SUMS.unfinished")
 
 
 def sums_bytes(sums: dict[str, str]) -> bytes:
-    """The content of SHA256SUMS, as `sha256sum -c` reads it, from {relative path: sha256}."""
+    """Contents of SHA256SUMS, as `sha256sum -c` reads it, from {relative path: sha256}."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
 
 
@@ -49,7 +49,7 @@ def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
 
 
 def check_undamaged(folder: Path) -> None:
-    """Raises ShardError if SHA256SUMS or rows.parquet is damaged: whoever writes into the set would sign it."""
+    """Raises ShardError if SHA256SUMS or rows.parquet is damaged, so that no command signs the damage."""
     adopt_earlier(folder)
     path, sums = folder / "rows.parquet", listed_sums(folder)
     if path.name in sums and path.is_file() and sha256(path) != sums[path.name] and not is_relabelled(folder):
@@ -95,14 +95,14 @@ def check_finished(sums: dict[str, str], where: object) -> None:
 
 
 def parse_sums(data: bytes) -> tuple[dict[str, str], list[str]]:
-    """{relative path: sha256} of the lines that can be read, and what is wrong with the others."""
+    """{relative path: sha256} of the valid lines, and what is wrong with the others."""
     sums: dict[str, str] = {}
     wrong = []
     *lines, end = data.decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         digest, name = line[:64], line[66:]
         if line[64:66] != "  " or not re.fullmatch("[0-9a-f]{64}", digest) or not NAMES.fullmatch(name) or name in sums:
-            wrong.append(f"line {number} is no hash and name of a file")
+            wrong.append(f"line {number} is not a hash and the name of a file")
         else:
             sums[name] = digest
     if list(sums) != sorted(sums):

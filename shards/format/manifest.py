@@ -21,7 +21,7 @@ from cxrfast.shards.images.cell_means import unpack
 
 @dataclass(frozen=True, kw_only=True)
 class ShardManifest:
-    """NNNNNN.json: written after the tar and its index, so its presence means that the shard is whole."""
+    """Contents of NNNNNN.json: written after the tar and its index, so its presence means that the shard is whole."""
 
     set: str
     scale: Positive
@@ -35,16 +35,16 @@ class ShardManifest:
     sizes: list[Annotated[list[Positive], Meta(min_length=2, max_length=2)]]
     """[height, width] of each row's source image as it was decoded, px."""
     quarantined: dict[Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")], str]
-    """Rows that are left out (JSON keys are text) and why."""
+    """Rows left out (JSON keys are text) and why."""
     grids: str = ""
-    """`cell_means.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
+    """`cell_means.pack` of the grids of the rows held; "" in shards of versions before grids."""
 
     @property
     def lacks_grids(self) -> bool:
         return bool(self.rows) and not self.grids
 
     def to_json(self) -> str:
-        """The content of the file. Without grids it is what earlier versions wrote, byte for byte."""
+        """Contents of the file. Without grids, the bytes that earlier versions wrote."""
         fields = asdict(self)
         if not self.grids:
             del fields["grids"]
@@ -55,8 +55,7 @@ class ShardManifest:
 
 
 def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = None) -> ShardManifest | None:
-    """The manifest of a shard, None if it was not built yet. Raises ShardError if it is damaged, or names other rows than
-    `rows`, those of the shard."""
+    """The manifest of a shard, None if it is not built. Raises ShardError if it is damaged or names rows outside `rows`."""
     path = shard_path(folder, scale, shard, "json")
     try:
         m = typed(parse_json(path.read_bytes()), ShardManifest)
@@ -72,7 +71,7 @@ def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = Non
 
 
 def _check(m: ShardManifest, rows: range | None) -> None:
-    """Raises ValueError if the fields do not belong together."""
+    """Raises ValueError if the fields contradict each other."""
     if not len(m.rows) == len(m.crc32) == len(m.sizes):
         raise ValueError("lists of different lengths")
     if any(a >= b for a, b in pairwise(m.rows)):
@@ -87,13 +86,13 @@ def _check(m: ShardManifest, rows: range | None) -> None:
 
 
 def scales_in(folder: Path) -> list[int]:
-    """The scales of which the set holds at least one shard. Raises OSError for a folder that cannot be read."""
+    """Scales with at least one shard, ascending. Raises OSError for a folder that cannot be read."""
     scales = (name for name in os.listdir(folder) if SCALE.fullmatch(name))
     return sorted(int(name) for name in scales if built(Path(folder), int(name)))
 
 
 def built(folder: Path, scale: int) -> list[int]:
-    """The shards of a scale that have their manifest. Raises OSError for a folder that cannot be read."""
+    """Shards of a scale that have a manifest, ascending. Raises OSError for a folder that cannot be read."""
     try:
         names = os.listdir(folder / str(scale))
     except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +101,7 @@ def built(folder: Path, scale: int) -> list[int]:
 
 
 def read_manifests(folder: Path) -> Iterator[ShardManifest]:
-    """Manifests of all shards that have one, by scale and number."""
+    """All manifests, by scale and number."""
     for scale in scales_in(folder):
         for shard in built(folder, scale):
             if m := read_manifest(folder, scale, shard):
@@ -110,7 +109,7 @@ def read_manifests(folder: Path) -> Iterator[ShardManifest]:
 
 
 def quarantine_bytes(paths: dict[int, str], manifests: Iterable[ShardManifest]) -> bytes:
-    """The content of quarantine.csv: row, path, reason. Raises ShardError for a row without a path."""
+    """Contents of quarantine.csv: row, path, reason. Raises ShardError for a row without a path."""
     reasons = {int(row): reason for m in manifests for row, reason in m.quarantined.items()}
     if unknown := reasons.keys() - paths.keys():
         raise ShardError(f"a manifest names row {min(unknown)}, which rows.parquet does not have")

@@ -1,4 +1,4 @@
-"""Names of the files in the folder of a shard set, and which of them are there for a while only."""
+"""Names of the files of a shard set, permanent and temporary."""
 
 import os
 import re
@@ -16,10 +16,7 @@ def shard_name(scale: int, shard: int, suffix: str) -> str:
 
 
 def shard_files(scale: int, shard: int) -> list[str]:
-    """A shard's tar, index and manifest, relative to the set, in the order in which they are written.
-
-    The manifest comes last: its presence means that the shard is whole.
-    """
+    """A shard's tar, index and manifest, relative to the set, in the order they are written: a manifest means a whole shard."""
     return [shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
 
 
@@ -28,7 +25,7 @@ def shard_path(folder: Path, scale: int, shard: int, suffix: str) -> Path:
 
 
 SET_FILES = ("rows.parquet", "quarantine.csv", "set.json")
-"""Files that describe the whole set, in the order in which they are copied: set.json says that the others are there."""
+"""Files of the set itself, in the order they are copied: set.json means that the others are there."""
 
 
 LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.(json|lock(\.(break|restore)\..*)?)")
@@ -36,7 +33,7 @@ LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.(json|lock(\.(break|restore)\..*)?
 
 
 WORKSHOP = "repair.tmp"
-"""Folder in the set where a repair builds broken shards again."""
+"""Folder in the set where a repair rebuilds broken shards."""
 
 
 TEMPORARIES = re.compile(
@@ -45,20 +42,20 @@ TEMPORARIES = re.compile(
 
 
 def is_temporary(path: Path) -> bool:
-    """Is this a file of a set while it is written?"""
+    """Is this a file of a set that is being written?"""
     return TEMPORARIES.fullmatch(path.name) is not None
 
 
 def is_foreign(path: Path) -> bool:
-    """Is this something that no build could have left in the folder of its set before it laid the set out?"""
+    """Is this something that no build leaves before it has laid out its set?"""
     ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name) or path.name == "rows.parquet"
     return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
 
 def files_in(folder: Path) -> list[str]:
-    """Whatever is in the folder of a set and in the folders there, except sums and locks; sorted, relative to it.
+    """Files in a set's folder and its subfolders, except SHA256SUMS and locks; relative, sorted. Empty folders end with "/".
 
-    An empty folder ends with a slash. Raises OSError for a folder that cannot be read.
+    Raises OSError for a folder that cannot be read.
     """
     names: list[str] = []
     for name in os.listdir(folder):

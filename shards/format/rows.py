@@ -1,4 +1,4 @@
-"""The rows table: one line per image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
+"""Read and write the rows table, rows.parquet: one line per image; `row` = 0…N-1 is its permanent number at every scale."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ COLUMNS: dict[str, pa.DataType] = {
 """The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
 
 REFERENCE = "radiologist/"
-"""How columns begin that hold a reference standard: raw labels too, carried alongside the labels and never trained on."""
+"""Prefix of columns that hold a reference standard: raw labels that are carried along and never trained on."""
 
 
 def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def reference_names(rows: pd.DataFrame) -> tuple[str, ...]:
-    """The columns of the reference standard, `radiologist/<label>`; none in most sets."""
+    """Columns of the reference standard, `radiologist/<label>`; most sets have none."""
     return tuple(c for c in rows.columns if c.startswith(REFERENCE))
 
 
@@ -56,7 +56,7 @@ def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
 
 
 def is_as_written(path: Path) -> bool:
-    """Are these the bytes that `write_rows` wrote? Needs no hash: page checksums hold, and writing it again changes nothing."""
+    """Are these the bytes that `write_rows` wrote? Without a hash: page checksums hold, and rewriting it changes nothing."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         again = io.BytesIO()
@@ -67,8 +67,8 @@ def is_as_written(path: Path) -> bool:
 
 
 def is_relabelled(folder: Path) -> bool:
-    """Is the rows table whole, and that of the set that set.json describes? If SHA256SUMS says otherwise, it was written by
-    a `relabel` that was killed before it wrote the rest."""
+    """Is the rows table undamaged, and of the set that set.json describes? If its hash differs from SHA256SUMS, it was written
+    by a `relabel` that was killed before it wrote the rest."""
     path = folder / "rows.parquet"
     try:
         return is_as_written(path) and read_info(path).id == read_set_json(folder).id
@@ -77,16 +77,14 @@ def is_relabelled(folder: Path) -> bool:
 
 
 def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
-    """The table as a data frame, in the order of the rows. Raises ShardError if it is missing, damaged or lacks a column,
-    or if the description inside is not `info`: labels were replaced since that was read."""
+    """The table in the order of its rows. Raises ShardError if it is missing or damaged or lacks a column, or if the
+    description inside is not `info`: its labels were replaced since."""
     try:
         with pa.OSFile(str(path)) as file:  # opened once: it may be replaced at any time
             table = pq.read_table(file, page_checksum_verification=True)
         rows = table.to_pandas()
     except FileNotFoundError:
-        raise ShardError(
-            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
-        ) from None
+        raise ShardError(f"{path} is missing: run `cxrfast shard` again") from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     if absent := [c for c in COLUMNS if c not in table.column_names]:

@@ -149,7 +149,7 @@ def test_a_recipe_out_of_range_is_refused(name, value):
 
 
 def test_a_quality_for_pixels_that_are_not_compressed_is_refused():
-    with pytest.raises(ShardError, match="--quality 95 is of JPEG"):
+    with pytest.raises(ShardError, match="--quality 95 is for JPEG"):
         ImageRecipe(codec="raw", quality=95)
 
 

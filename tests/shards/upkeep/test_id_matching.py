@@ -52,7 +52,7 @@ def test_leading_zeros_count_and_are_never_guessed(tiny_set, tmp_path):
     assert relabel(folder, tmp_path / "text.csv").matched == 150
     before = contents(folder)
     pd.DataFrame({"study_id": range(n), "ill": 0}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(ShardError, match=r"leading zeros alone \(0 is 0000 there\): write them as text"):
+    with pytest.raises(ShardError, match=r"only in leading zeros \(0 is 0000 there\): write them as text"):
         relabel(folder, tmp_path / "numbers.parquet")
     assert contents(folder) == before
 

@@ -141,6 +141,7 @@ def test_ids_of_one_side_alone_are_counted_listed_and_blank(phantoms, copy, tmp_
     assert verify(copy).problems == []
 
 
+@pytest.mark.slow
 def test_negbio_takes_the_place_of_chexpert_on_real_radiographs(real_set, real_tree, tmp_path):
     folder = copy_set(real_set, tmp_path / "set")
     negbio = pd.read_csv(real_tree / "mimic-cxr-2.0.0-negbio.csv.gz", dtype={"study_id": str})
@@ -187,7 +188,7 @@ def test_the_list_of_unmatched_ids_is_never_written_into_the_set(other, tiny_set
     assert contents(copy) == contents(tiny_set)
 
 
-@pytest.mark.parametrize(("where", "message"), [("", "is a folder: name a file"), ("none/u.csv", "there is no folder")])
+@pytest.mark.parametrize(("where", "message"), [("", "is a folder: name a file"), ("none/u.csv", "there is no writable folder")])
 def test_a_list_of_unmatched_ids_that_cannot_be_written_is_refused_first(where, message, tiny_set, copy, tmp_path):
     done = CliRunner().invoke(cli, ["relabel", str(copy), "no-table.csv", "--unmatched", str(tmp_path / where)])
     assert done.exit_code == 2
@@ -325,6 +326,7 @@ def test_a_set_that_is_half_built_stays_so_and_its_build_goes_on(other, phantoms
 # Runs
 
 
+@pytest.mark.slow
 def test_runs_stay_valid_with_the_labels_they_were_trained_on_and_later_ones_use_the_new(
     phantoms, other, tiny_set, tmp_path
 ):
