@@ -64,17 +64,13 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Todo):
     """A `Todo` with everything a worker needs to build it."""
 
     tree: Tree
     out: Path
     info: SetInfo
-    shard: int
-    scales: list[int]
     images: list[Image]
-    quarantined: dict[str, str]
-    held: frozenset[int] | None
 
 
 def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
@@ -118,16 +114,8 @@ def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest 
 def make_task(blueprint: Blueprint, todo: Todo, rows: list[int] | range | None = None) -> Task:
     """The task for a shard, or for some `rows` of it."""
     assert blueprint.tree is not None
-    return Task(
-        tree=blueprint.tree,
-        out=blueprint.out,
-        info=blueprint.info,
-        shard=todo.shard,
-        scales=todo.scales,
-        images=_images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)]),
-        quarantined=todo.quarantined,
-        held=todo.held,
-    )
+    images = _images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)])
+    return Task(**vars(todo), tree=blueprint.tree, out=blueprint.out, info=blueprint.info, images=images)
 
 
 def _images(rows: pd.DataFrame) -> list[Image]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from cxrfast.errors import CxrfastError, ShardError
 from cxrfast.files import temporary_name
@@ -103,7 +103,7 @@ class Lease:
         """Take the lease if it is free, or its holder known to be dead."""
         try:
             self._lease.acquire(blocking=False)
-        except Timeout:
+        except (Timeout, LeaseSettingsMismatch):
             return False
         except PermissionError:  # another user's
             if not self.path.exists():

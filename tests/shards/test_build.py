@@ -237,6 +237,8 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
         build(tree, out, [16])
     assert read_manifest(out, 16, 1) is None
     assert tars(out / "16").keys() == {"000000.tar", "000002.tar"}
+    with pytest.raises(ShardError, match=r"is not finished \(SHA256SUMS lists only some of its shards\)"):
+        verify(out)
 
 
 # Refused

@@ -188,7 +188,9 @@ def test_the_list_of_unmatched_ids_is_never_written_into_the_set(other, tiny_set
     assert contents(copy) == contents(tiny_set)
 
 
-@pytest.mark.parametrize(("where", "message"), [("", "is a folder: name a file"), ("none/u.csv", "there is no writable folder")])
+@pytest.mark.parametrize(
+    ("where", "message"), [("", "is a folder: name a file"), ("none/u.csv", "there is no writable folder")]
+)
 def test_a_list_of_unmatched_ids_that_cannot_be_written_is_refused_first(where, message, tiny_set, copy, tmp_path):
     done = CliRunner().invoke(cli, ["relabel", str(copy), "no-table.csv", "--unmatched", str(tmp_path / where)])
     assert done.exit_code == 2
