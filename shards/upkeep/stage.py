@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from cxrfast.errors import ShardError
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
-from cxrfast.shards.format.checksums import adopt_earlier, check_finished, parse_sums, read_sums, sums_bytes
+from cxrfast.shards.format.checksums import adopt_earlier, check_finished, parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import locked
 from cxrfast.shards.format.names import LOCK_FILE, SET_FILES, is_temporary, shard_files, shard_name
@@ -130,11 +130,11 @@ def read_cargo(origin: SetStorage, scales: list[int] | None) -> Cargo:
 
 def _sums(origin: SetStorage, sizes: dict[str, int]) -> dict[str, str]:
     """SHA256SUMS of the source. Raises ShardError if it is missing or damaged."""
-    if origin.is_local:
-        return read_sums(Path(origin.root))
     sums, wrong = parse_sums(origin.read("SHA256SUMS")) if "SHA256SUMS" in sizes else ({}, [])
     if wrong:
-        raise ShardError(f"{origin}/SHA256SUMS is damaged ({wrong[0]}): stage the set there again")
+        raise ShardError(
+            f"{origin}/SHA256SUMS is damaged ({wrong[0]}): run `cxrfast verify --repair` on the set, or stage it there again"
+        )
     check_finished(sums, origin)
     return sums
 

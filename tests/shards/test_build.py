@@ -276,8 +276,3 @@ def test_a_folder_with_other_things_in_it_is_refused(phantoms, tmp_path):
     with pytest.raises(ShardError, match="is not empty and not a shard set: choose another --out"):
         build(phantoms, tmp_path, [32])
     assert contents(tmp_path) == {"thesis.tex": b"all of it"}
-
-
-def test_a_scale_that_makes_no_sense_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(ShardError, match="--scale 5 is not between"):
-        build(tmp_path / "absent", tmp_path / "set", [32, 5])
