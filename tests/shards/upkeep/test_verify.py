@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,7 @@ def test_a_set_that_was_never_finished_and_one_of_another_version_and_a_folder_t
         check(folder)
     (folder / "SHA256SUMS").write_bytes(sums)
     change(folder / "set.json", schema=99)
+    write_rows(folder / "rows.parquet", read_rows(folder / "rows.parquet"), replace(read_set(folder), schema=99))
     sign(folder)
     with pytest.raises(ShardError, match="schema version 99"):
         check(folder)
