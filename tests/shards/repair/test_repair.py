@@ -185,7 +185,7 @@ def damage_and_repair(tree: Path, folder: Path, damages: int) -> None:
 
 
 def test_a_changed_byte_a_cut_and_a_swap_are_found_and_repaired(phantoms, folder):
-    damage_and_repair(phantoms, folder, 24)
+    damage_and_repair(phantoms, folder, 14)
 
 
 @pytest.mark.slow
