@@ -20,7 +20,7 @@ from cxrfast.shards.upkeep.verify import verify
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "from")
 
 
