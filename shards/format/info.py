@@ -21,8 +21,8 @@ SCHEMA = 2
 COPY = b"set.json"
 """Key of the copy of set.json in the metadata of rows.parquet."""
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 T = TypeVar("T")
 
