@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from cxrfast.errors import RunError
-from cxrfast.models.densenet import SHAPES, DenseNet
+from cxrfast.models.densenet import ARCHITECTURES, lean
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, as torchvision's weights expect."""
@@ -38,24 +38,23 @@ def check_arch(arch: str) -> None:
 
 
 class Classifier(nn.Module):
-    """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L).
+    """`normalise`, then a torchvision classifier `net` with one logit per finding: float (N, L).
 
-    The DenseNets are ours, which are torchvision's but for what they keep in memory. `recompute` has them keep less
-    still, for more time. Raises RunError for an unknown architecture, and for one that `recompute` is unknown to.
+    DenseNets are torchvision's, made to use less memory (see `densenet`); with `recompute` even less, for more time.
+    Raises RunError for an unknown architecture, or for `recompute` with one that does not support it.
     """
 
     def __init__(self, arch: str, outputs: int, recompute: bool = False) -> None:
         super().__init__()
         check_arch(arch)
-        if recompute and arch not in SHAPES:
-            raise RunError(f"{arch} knows no activation checkpointing: use {', '.join(SHAPES)}, or train without it")
+        if recompute and arch not in ARCHITECTURES:
+            raise RunError(
+                f"{arch} does not support activation checkpointing: use {', '.join(ARCHITECTURES)}, or train without it"
+            )
         self.arch = arch
         self.normalise = Normalise()
-        self.net = (
-            DenseNet(SHAPES[arch], outputs, recompute)
-            if arch in SHAPES
-            else torchvision.models.get_model(arch, weights=None, num_classes=outputs)
-        )
+        net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+        self.net = lean(net, recompute) if arch in ARCHITECTURES else net
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,9 @@ def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
     plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, recompute=True)
     checkpointed.load_state_dict(plain.state_dict())
     assert torch.equal(checkpointed(images()), plain(images()))
-    with pytest.raises(RunError, match="resnet50 knows no activation checkpointing: use densenet121, densenet161"):
+    with pytest.raises(
+        RunError, match="resnet50 does not support activation checkpointing: use densenet121, densenet161"
+    ):
         Classifier("resnet50", 3, recompute=True)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torchvision.models import DenseNet, densenet121, get_model
 
-from cxrfast.models.densenet import SHAPES, DenseNet, Shape
+from cxrfast.models.densenet import ARCHITECTURES, lean
 
 ODD = 7
 """Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""
@@ -22,7 +22,7 @@ ODD = 7
 def small(recompute: bool = False) -> DenseNet:
     """Three blocks of two or three layers; the same weights each time."""
     torch.manual_seed(0)
-    return DenseNet(Shape(8, (2, 3, 2), 16), 3, recompute)
+    return lean(DenseNet(8, (2, 3, 2), 16, num_classes=3), recompute)
 
 
 def images(n: int = 2, side: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,8 +62,8 @@ def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(recompute: bool) -> None:
     torch.manual_seed(3)
-    oracle = torchvision.models.densenet121(num_classes=3).double()
-    ours = DenseNet(SHAPES["densenet121"], 3, recompute).double()
+    oracle = densenet121(num_classes=3).double()
+    ours = lean(densenet121(num_classes=3), recompute).double()
     ours.load_state_dict(oracle.state_dict())
     pixels = images(dtype=torch.float64)
     theirs_layers, our_layers = outputs(oracle), outputs(ours)
@@ -79,19 +79,19 @@ def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(recompute:
         torch.testing.assert_close(ours.eval()(pixels), oracle.eval()(pixels), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("arch", SHAPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_state_dicts_have_torchvisions_names_and_shapes(arch: str) -> None:
     with torch.device("meta"):
-        ours, oracle = DenseNet(SHAPES[arch], 5), torchvision.models.get_model(arch, num_classes=5)
+        ours, oracle = lean(get_model(arch, num_classes=5)), get_model(arch, num_classes=5)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in oracle.named_parameters()], "order, for optimisers"
 
 
 def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_back() -> None:
     torch.manual_seed(4)
-    oracle = torchvision.models.densenet121(num_classes=5)
+    oracle = densenet121(num_classes=5)
     torch.manual_seed(4)
-    ours = DenseNet(SHAPES["densenet121"], 5)
+    ours = lean(densenet121(num_classes=5))
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in oracle.state_dict().items())
     with torch.no_grad():
         ours.features.conv0.weight.add_(1)
@@ -217,7 +217,7 @@ def copied(net: nn.Module, pixels: torch.Tensor) -> list[list[int]]:
 
 
 def test_a_channels_last_step_copies_no_activation() -> None:
-    net = DenseNet(SHAPES["densenet121"], 14).to(memory_format=torch.channels_last)
+    net = lean(densenet121(num_classes=14)).to(memory_format=torch.channels_last)
     # a block's last layer alone has one reader: its gradient is cut out of that of the concatenation, not summed
     last = [[ODD, 32, side, side] for side in (2, 4, 8, 16)]
     assert copied(net, images(ODD)) == last
