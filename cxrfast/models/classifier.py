@@ -13,11 +13,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, as torchvision's weights expect."""
 
 SMALL = 64
-"""Side in px from which on no convolutional classifier runs out of pixels; smaller images are tried at their size."""
+"""Side in px at which no convolutional classifier runs out of pixels; smaller images are tried at their own size."""
 
 
 class Normalise(nn.Module):
-    """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scaled to [0, 1], copied to three channels, normalised."""
+    """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scale to [0, 1], copy to three channels, normalise."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -61,8 +61,8 @@ class Classifier(nn.Module):
         return self.net(self.normalise(image))
 
     def check_size(self, side: int) -> None:
-        """Raises RunError if images of `side` px are too small for the network, or if it takes no size but its own."""
-        trial = copy.deepcopy(self).train()  # a copy, since a forward pass moves BatchNorm's statistics
+        """Raise RunError if images of `side` px are too small for the network, or if it only takes one size."""
+        trial = copy.deepcopy(self).train()  # a copy, since a forward pass updates BatchNorm's statistics
         try:
             with torch.no_grad():
                 logits = trial(torch.zeros((2, 1, min(side, SMALL), min(side, SMALL)), dtype=torch.uint8))
