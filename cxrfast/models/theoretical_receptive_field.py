@@ -11,21 +11,9 @@ from cxrfast.models.classifier import Classifier
 
 _POINTWISE = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.cat}
 _POINTWISE_NAMES = {"relu", "relu_", "sigmoid", "stochastic_depth", "layer_norm", "permute", "contiguous"}
-_POINTWISE_MODULES = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.Dropout,
-    nn.Identity,
-    nn.Linear,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.GELU,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish)
+_POINTWISE_MODULES = (*_NORMS, *_ACTIVATIONS, nn.Dropout, nn.Identity, nn.Linear)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 Field = tuple[int, int]

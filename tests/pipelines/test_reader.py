@@ -191,15 +191,19 @@ def truncate(tar: Path, offset: int) -> None:
     os.truncate(tar, offset + 3)
 
 
+def write_at(tar: Path, offset: int, data: bytes) -> None:
+    with tar.open("rb+") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 def flip(tar: Path, offset: int) -> None:
-    flip_bit(tar, offset + 40, 0x10)
+    write_at(tar, offset + 40, bytes([tar.read_bytes()[offset + 40] ^ 0x10]))
 
 
 def overwrite(tar: Path, offset: int) -> None:
     """In place, by another of the same length, from `offset` on."""
-    with tar.open("rb+") as file:
-        file.seek(offset)
-        file.write(np.random.default_rng(0).bytes(tar.stat().st_size - offset))
+    write_at(tar, offset, np.random.default_rng(0).bytes(tar.stat().st_size - offset))
 
 
 def replace(tar: Path, offset: int) -> None:
