@@ -85,7 +85,9 @@ def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large: boo
         torch.testing.assert_close(ours.eval()(pixels), oracle.eval()(pixels), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])]
+)
 def test_names_shapes_and_their_order_are_torchvisions(arch: str) -> None:
     with torch.device("meta"):
         ours, oracle = lean(get_model(arch, num_classes=5)), get_model(arch, num_classes=5)
