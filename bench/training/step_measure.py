@@ -4,9 +4,8 @@
 """
 
 import copy
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import repeat
@@ -17,7 +16,15 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrfast.bench.data import LongOrder, endless
-from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.bench.harness import (
+    Budget,
+    Measurement,
+    gpu_used_bytes,
+    interleave,
+    limit_memory,
+    peak_resident_bytes,
+    rate,
+)
 from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
@@ -43,16 +50,16 @@ class StepLine:
     train: float
     """The training loop with real loading."""
     cached: float
-    """The same loop with one batch that is on the device already."""
+    """The same loop with one batch that is already on the device."""
     bare: float
     """Forward pass, loss, backward pass and Adam on that batch, and nothing else."""
     fed: float
     """train / cached, round by round: 1 where the loop never waits for data."""
     loop: float
-    """train / bare, round by round: 1 where loading and all that the loop looks after cost nothing."""
+    """train / bare, round by round: 1 where loading and everything else in the loop cost nothing."""
     validate: float
     saved_bytes_per_image: int
-    """That autograd keeps between forward and backward, in the run's precision: what limits the micro-batch."""
+    """Kept by autograd between forward and backward, in the run's precision: what limits the micro-batch."""
     process_bytes: int
     """Peak resident memory of the whole process."""
     torch_peak_bytes: int | None
@@ -66,6 +73,7 @@ class StepLine:
 
 def measure(
     shards: Path,
+    scratch: Path,
     scale: int,
     arch: str,
     seconds: float,
@@ -74,20 +82,17 @@ def measure(
     engine: str,
     threads: int | None,
     micro_batch: int,
-    end: float = math.inf,
-    telling: bool = False,
+    budget: Budget,
 ) -> StepLine:
-    """One scale, in this process; after the `end`, on the monotonic clock, no round is begun but the first."""
+    """Measure one scale in this process, with `seconds` per turn. `scratch`: folder for the run."""
     ranks = World(pick_device(device))
     limit_memory(ranks.device)
-    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
-        runtime = Runtime(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads)
-        trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
-        told = tell if telling else lambda name: None
-        figures = interleave(measurements(trainer, micro_batch), seconds / rounds, rounds, Budget(end), told)
-    is_gpu = ranks.device.type == "cuda"
-    free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
-    process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None
+    runs = Path(tempfile.mkdtemp(dir=scratch))
+    runtime = Runtime(shards=shards, runs=runs, device=device, engine=engine, threads=threads)
+    trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
+    figures = interleave(measurements(trainer, micro_batch), seconds, rounds, budget)
+    gpu_used, process = gpu_used_bytes(ranks.device), peak_resident_bytes()
+    peak = torch.cuda.max_memory_allocated(ranks.device) if gpu_used else None
     with trainer.autocast():  # after the peaks, to which it would add
         saved = saved_bytes(trainer.model, scale)
     return StepLine(
@@ -99,7 +104,7 @@ def measure(
         saved_bytes_per_image=saved,
         process_bytes=process,
         torch_peak_bytes=peak,
-        gpu_used_bytes=total - free if is_gpu else None,
+        gpu_used_bytes=gpu_used,
         engine=trainer.train_loader.engine,
         precision=trainer.config.precision,
         rounds={name: figure.rounds for name, figure in figures.items()},
@@ -107,7 +112,7 @@ def measure(
 
 
 def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:
-    """A trainer whose steps are of one micro-batch and whose epochs, of training and of validation, hardly ever end."""
+    """A trainer whose steps have one micro-batch and whose epochs of training and validation hardly ever end."""
     # batches of 1, since there may be fewer rows than `micro_batch`: the orders below say how many images a step has
     config = make_config(
         runtime.shards, scale, device=runtime.device, arch=arch, weights="none", global_batch=1, micro_batch=1
@@ -121,8 +126,8 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     return trainer
 
 
-def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[float], float]]:
-    """FIGURES: each takes seconds and returns images/s. A pipeline starts before the clock does, and runs on until it stops."""
+def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
+    """One measurement for each of FIGURES. A pipeline starts before the clock does, and runs on until it stops."""
     device = trainer.ranks.device
     rows = np.resize(trainer.order.rows, micro_batch)
     with closing(endless(trainer.train_loader)) as batches:

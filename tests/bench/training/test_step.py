@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cxrfast.bench import harness
+from cxrfast.bench.training import step
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
 from cxrfast.cli.main import cli
@@ -18,6 +20,7 @@ from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import HostEngine
 
 
+@pytest.mark.slow
 def test_every_scale_is_measured_with_its_real_loop(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,12 +30,12 @@ def test_every_scale_is_measured_with_its_real_loop(
     for line in result.lines:
         assert min(line.load, line.train, line.cached, line.validate) > 0
         assert 2**20 < line.saved_bytes_per_image < 2**26
-        assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 holds a good part of a GiB"
+        assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 takes a good part of a GiB"
         assert line.torch_peak_bytes is None
         assert line.micro_batch == 8
         assert {len(rounds) for rounds in line.rounds.values()} == {5}
     assert json.loads((tmp_path / "bench.json").read_text())["provenance"]["torch"]
-    assert (tmp_path / "bench.md").read_text().startswith("| px | micro-batch |")
+    assert (tmp_path / "bench.md").read_text().startswith("## Memory and images/s by resolution")
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().err
     assert said.startswith("bench step: load, train, cached, bare, validate of densenet121 (cpu)\n  scales: 32, 64 px,")
@@ -45,6 +48,7 @@ def test_an_absent_scale_is_refused_before_anything_is_measured(tiny_set: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_set: Path, tmp_path: Path) -> None:
     broken = tmp_path / "set"
     shutil.copytree(tiny_set, broken)
@@ -78,6 +82,7 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     )
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is over after a burn-in and one round at the first scale."""
     monkeypatch.setattr(harness, "GRACE", 600.0)
@@ -107,3 +112,19 @@ def test_without_a_command_it_says_at_once_what_it_does_and_names_what_it_leaves
 def test_full_belongs_to_no_command() -> None:
     done = CliRunner().invoke(cli, ["bench", "--full", "step"])
     assert (done.exit_code, "leave out --minutes" in done.stderr) == (2, True)
+
+
+def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def stand_in(*arguments: Any, **options: Any) -> None:  # the real one takes minutes with its defaults
+        given.append((arguments, options))
+        raise LoadError("seen")
+
+    monkeypatch.setattr(step, "bench", stand_in)
+    for words in (["bench"], ["bench", "--full"], ["bench", "step"]):
+        assert CliRunner().invoke(cli, words).exit_code == 2
+    alone, full, steps = given
+    assert full == steps
+    assert alone == (steps[0], steps[1] | {"minutes": 2.0})
+    assert alone[0] == (None, [], Path("bench-results"))
