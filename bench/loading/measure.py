@@ -1,10 +1,11 @@
 """The measurements of `cxrfast bench load`: a job comes in, images/s go out. Nothing is compared here."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def limit(job: Job) -> Measurement:
     matrices = [warp_matrix(job.scale, angle, flip) for angle, flip in draws]
     side = (job.scale, job.scale)
 
-    def work(first: int, end: float, done: list[int]) -> None:
+    def work(first: int, end: float) -> int:
         image, out = np.empty((*side, 1), np.uint8), np.empty(side, np.uint8)
         n = 0
         while time.perf_counter() < end:
@@ -79,17 +80,13 @@ def limit(job: Job) -> Measurement:
             if job.turn:
                 cv2.warpAffine(image[..., 0], matrices[i], side, dst=out, flags=WARP, borderValue=0)
             n += 1
-        done.append(n)
+        return n
 
     def measure(seconds: float) -> float:
-        done: list[int] = []
-        start = time.perf_counter()
-        threads = [threading.Thread(target=work, args=(first, start + seconds, done)) for first in range(job.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(done) / (time.perf_counter() - start)
+        with ThreadPoolExecutor(job.workers) as threads:
+            start = time.perf_counter()
+            done = list(threads.map(work, range(job.workers), repeat(start + seconds)))
+            return sum(done) / (time.perf_counter() - start)
 
     return measure
 

@@ -5,8 +5,8 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -29,7 +29,7 @@ from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
-from cxrfast.pipelines.loader import Batch
+from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.training.monitor import Timed
@@ -133,13 +133,23 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
     with closing(endless(trainer.train_loader)) as batches:
         kept = next(batches)
 
-    def load(seconds: float) -> float:
-        with closing(endless(trainer.train_loader)) as batches:
-            for _ in range(3):
-                next(batches)
-            return rate(lambda: len(next(batches).row), seconds, device)
+    def timed(start: Callable[[Iterator[Batch]], Callable[[], int]], loader: Loader | None = None) -> Measurement:
+        """The rate of the steps that `start` makes of a loader's batches, or of the one kept on the device."""
 
-    def train_on(batches: Iterator[Batch], seconds: float) -> float:
+        def measure(seconds: float) -> float:
+            supply = closing(endless(loader)) if loader else nullcontext(repeat(kept))
+            with supply as batches:
+                step = start(batches)
+                step()  # to warm up
+                return rate(step, seconds, device)
+
+        return measure
+
+    def load(batches: Iterator[Batch]) -> Callable[[], int]:
+        next(batches), next(batches)
+        return lambda: len(next(batches).row)
+
+    def train(batches: Iterator[Batch]) -> Callable[[], int]:
         trainer.model.train()
         source = Timed(batches, device)
         trainer.monitor.start_epoch(steps=2**62, images=trainer.counters.consumed)
@@ -151,52 +161,41 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
             trainer.after_step(1)
             return len(rows)
 
-        step()
-        return rate(step, seconds, device)
+        return step
 
-    def train(seconds: float) -> float:
-        with closing(endless(trainer.train_loader)) as batches:
-            return train_on(batches, seconds)
-
-    def cached(seconds: float) -> float:
-        return train_on(repeat(kept), seconds)
-
-    def bare(seconds: float) -> float:
-        return bare_rate(trainer, kept, seconds)
-
-    def validate(seconds: float) -> float:
-        with closing(endless(trainer.val_loader)) as batches:
-            return validation_rate(trainer, batches, seconds)
-
-    return dict(zip(FIGURES, (load, train, cached, bare, validate), strict=True))
-
-
-def bare_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
-    """Forward pass, loss, backward pass and Adam, on a copy of the model."""
-    model = copy.deepcopy(trainer.model).train()
-    optimizer, target = torch.optim.Adam(model.parameters(), fused=True), trainer.targets.target[batch.row]
-
-    def step() -> int:
-        with trainer.autocast():
-            logits = model(batch.image)
-        binary_cross_entropy_with_logits(logits.float(), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return len(batch.row)
-
-    step()
-    return rate(step, seconds, trainer.ranks.device)
-
-
-def validation_rate(trainer: Trainer, batches: Iterator[Batch], seconds: float) -> float:
-    trainer.model.eval()
-
-    @torch.inference_mode()
-    def step() -> int:
+    def bare(batches: Iterator[Batch]) -> Callable[[], int]:
+        """Forward pass, loss, backward pass and Adam, on a copy of the model."""
+        model = copy.deepcopy(trainer.model).train()
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
         batch = next(batches)
-        with trainer.autocast():
-            trainer.model(batch.image)
-        return len(batch.row)
+        target = trainer.targets.target[batch.row]
 
-    step()
-    return rate(step, seconds, trainer.ranks.device)
+        def step() -> int:
+            with trainer.autocast():
+                logits = model(batch.image)
+            binary_cross_entropy_with_logits(logits.float(), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(batch.row)
+
+        return step
+
+    def validate(batches: Iterator[Batch]) -> Callable[[], int]:
+        trainer.model.eval()
+
+        @torch.inference_mode()
+        def step() -> int:
+            batch = next(batches)
+            with trainer.autocast():
+                trainer.model(batch.image)
+            return len(batch.row)
+
+        return step
+
+    return {
+        "load": timed(load, trainer.train_loader),
+        "train": timed(train, trainer.train_loader),
+        "cached": timed(train),
+        "bare": timed(bare),
+        "validate": timed(validate, trainer.val_loader),
+    }
