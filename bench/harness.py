@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,20 +95,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a piece of work took; from it follows what the same work takes at another scale."""
+    """How long a piece of work took, from which follows what the same work takes at another scale."""
 
     wall: float
     """Seconds of the whole piece."""
-    rounds: int
-    steps: list[float]
+    rounds: int = 1
+    steps: Sequence[float] = ()
     """Seconds of one step of each measurement."""
-    turn: float
+    turn: float = 0.0
     """Seconds that a turn was given."""
-    pixels: int
+    pixels: int = 1
     """Pixels of a step."""
 
     def least(self, pixels: int) -> float:
-        """Seconds of the same work with one round, at `pixels` a step. What surrounds the rounds stays as it was.
+        """Seconds of the same work with one round, at `pixels` per step. What surrounds the rounds stays as it was.
 
         A turn is a step to warm up, then `turn` seconds or one step; the burn-in is a shorter turn.
         """
@@ -123,23 +123,23 @@ class Pace:
 
 
 def in_time(
-    pieces: Mapping[str, T],
-    least: Callable[[T], float],
-    work: Callable[[T, Budget], None],
+    pieces: Mapping[str, tuple[int, T]],
+    work: Callable[[T, Budget], Pace | None],
     budget: Budget,
     left_out: dict[str, str],
 ) -> None:
-    """Do the pieces of work, by name, that there is time for, each within its share; note the others in `left_out`.
+    """Do the pieces of work that there is time for, each within its share; note the others in `left_out`.
 
-    `least`: seconds that a piece takes at least, judging by what was done before.
+    `pieces`: by name, with their pixels per step. The pace that `work` returns tells how long the next pieces take.
     """
-    for n, (name, piece) in enumerate(pieces.items()):
-        needed = [least(later) for later in list(pieces.values())[n:]]
-        share = budget.share(needed)
+    pace: Pace | None = None
+    for n, (name, (_, piece)) in enumerate(pieces.items()):
+        least = [pace.least(pixels) if pace else 0.0 for pixels, _ in list(pieces.values())[n:]]
+        share = budget.share(least)
         if share is None:
-            left_out[name] = no_time(needed[0], budget.left)
+            left_out[name] = no_time(least[0], budget.left)
         else:
-            work(piece, share)
+            pace = work(piece, share) or pace
 
 
 def no_time(needed: float, left: float) -> str:

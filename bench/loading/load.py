@@ -179,29 +179,25 @@ def _measure_all(
 ) -> list[LoadingLine]:
     """The lines of every scale and task that there is time for; the others are added to `left_out`."""
     lines: list[LoadingLine] = []
-    first = next(iter(TASKS))
-    pace: Pace | None = None
     preparing = 0.0
 
-    def least(piece: tuple[Job, str]) -> float:
-        job, task = piece
-        return (pace.least(job.scale**2 * job.batch) if pace else 0.0) + (preparing if task == first else 0.0)
-
-    def work(piece: tuple[Job, str], share: Budget) -> None:
-        nonlocal pace, preparing
+    def work(piece: tuple[Job, str], share: Budget) -> Pace:
+        nonlocal preparing
         job, task = piece
         begun = budget.clock()
         if task == first:
             _prepare(job, ways)
             preparing = budget.clock() - begun
-            begun = budget.clock()
         found = measure(job, task, share)
         lines.extend(found)
-        steps = [job.batch / line.rate for line in found]
-        pace = Pace(budget.clock() - begun, len(found[0].rounds), steps, seconds, job.scale**2 * job.batch)
+        wall = (
+            budget.clock() - begun - (preparing if task == first else -preparing)
+        )  # only the next scale prepares again
+        return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
 
+    first = next(iter(TASKS))
     in_time(
-        {f"{job.scale} px, task {task}": (job, task) for job in jobs for task in TASKS}, least, work, budget, left_out
+        {f"{job.scale} px, task {t}": (_pixels(job), (job, t)) for job in jobs for t in TASKS}, work, budget, left_out
     )
     if not lines:
         raise LoadError("nothing was measured, the time was over before: give more --minutes")
@@ -266,16 +262,18 @@ def _at_each_scale(
 ) -> list[T]:
     """The result of `work` at every scale that there is time for; the others are added to `left_out`."""
     found: list[T] = []
-    took = 0.0
 
-    def timed(job: Job, share: Budget) -> None:
-        nonlocal took
+    def timed(job: Job, share: Budget) -> Pace:
         begun = budget.clock()
         found.append(work(job, share))
-        took = budget.clock() - begun
+        return Pace(budget.clock() - begun)
 
-    in_time({f"{what}, {job.scale} px": job for job in jobs}, lambda job: took, timed, budget, left_out)
+    in_time({f"{what}, {job.scale} px": (_pixels(job), job) for job in jobs}, timed, budget, left_out)
     return found
+
+
+def _pixels(job: Job) -> int:
+    return job.scale**2 * job.batch
 
 
 def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> Large | None:

@@ -99,23 +99,21 @@ def _all_rates(
     """The lines of every scale that there was time for, with rates alone; and the other scales."""
     lines: list[LadderLine] = []
     left_out: dict[str, str] = {}
-    pace: Pace | None = None
 
-    def least(one: dict[str, Any]) -> float:
-        return pace.least(one["scale"] ** 2 * one["micro_batch"]) if pace else 0.0
-
-    def work(one: dict[str, Any], share: Budget) -> None:
-        nonlocal pace
+    def work(one: dict[str, Any], share: Budget) -> Pace | None:
         begun = budget.clock()
         found = _rates(one, rungs, seconds, share)
         lines.extend(found)
         steps = [line.micro_batch / line.rate for line in found if line.rate]
         rounds = max(len(line.rounds or []) for line in found)
-        pixels = one["scale"] ** 2 * one["micro_batch"]
-        pace = Pace(budget.clock() - begun, rounds, steps, seconds, pixels) if steps else None
+        return Pace(budget.clock() - begun, rounds, steps, seconds, _pixels(one)) if steps else None
 
-    in_time({f"{one['scale']} px": one for one in given}, least, work, budget, left_out)
+    in_time({f"{one['scale']} px": (_pixels(one), one) for one in given}, work, budget, left_out)
     return lines, left_out
+
+
+def _pixels(one: dict[str, Any]) -> int:
+    return one["scale"] ** 2 * one["micro_batch"]
 
 
 def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list[LadderLine]:

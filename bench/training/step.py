@@ -88,41 +88,38 @@ def bench(
             "device": device,
             "threads": threads,
         }
-        pieces = {
-            f"{scale} px{'' if one == 'auto' else f', {one}'}": {
-                **options,
-                "scale": scale,
-                "engine": one,
-                "micro_batch": micro_batch or preset(scale).micro_batch,
-            }
+        todo = [
+            {**options, "scale": scale, "engine": one, "micro_batch": micro_batch or preset(scale).micro_batch}
             for scale, one in product(scales, engines)
-        }
-        _measure_all(pieces, result, budget)
+        ]
+        _measure_all(todo, result, budget)
     write_results(out, "bench", result)
     return result
 
 
-def _measure_all(pieces: dict[str, dict[str, Any]], result: "StepResult", budget: Budget) -> None:
+def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budget) -> None:
     """Add to `result` the lines, the scales that failed, and what there was no time for."""
-    pace: Pace | None = None
 
-    def least(options: dict[str, Any]) -> float:
-        return pace.least(options["scale"] ** 2 * options["micro_batch"]) if pace else 0.0
-
-    def work(options: dict[str, Any], share: Budget) -> None:
-        nonlocal pace
+    def work(options: dict[str, Any], share: Budget) -> Pace | None:
         begun = budget.clock()
         try:
             line = _measure_scale(options, share)
         except RunError as error:
             result.failed[options["scale"]] = str(error)
-            return
+            return None
         result.lines.append(line)
         steps = [line.micro_batch / getattr(line, name) for name in FIGURES]
         pixels = line.scale**2 * line.micro_batch
-        pace = Pace(budget.clock() - begun, len(line.rounds["train"]), steps, options["seconds"], pixels)
+        return Pace(budget.clock() - begun, len(line.rounds["train"]), steps, options["seconds"], pixels)
 
-    in_time(pieces, least, work, budget, result.left_out)
+    pieces = {
+        f"{one['scale']} px{'' if one['engine'] == 'auto' else ', ' + one['engine']}": (
+            one["scale"] ** 2 * one["micro_batch"],
+            one,
+        )
+        for one in todo
+    }
+    in_time(pieces, work, budget, result.left_out)
 
 
 def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:

@@ -80,13 +80,14 @@ def test_what_does_not_fit_is_left_out_and_named() -> None:
     clock, left_out = Clock(), dict[str, str]()
     done: list[tuple[str, float]] = []
 
-    def work(takes: float, share: Budget) -> None:
-        done.append((f"{takes:g}", share.left))
-        clock.now += takes
+    def work(name: str, share: Budget) -> Pace:
+        done.append((name, share.left))
+        clock.now += 30
+        return Pace(wall=30)
 
-    in_time({"a": 30.0, "b": 50.0, "c": 40.0}, lambda takes: takes, work, Budget.of(1.5, clock), left_out)
-    assert done == [("30", 30 + 5), ("50", 50 + 10)]
-    assert left_out == {"c": "about 40s needed, 10s left: give more --minutes, or measure less"}
+    in_time({name: (1, name) for name in "abcd"}, work, Budget.of(1.75, clock), left_out)
+    assert done == [("a", 105 / 4), ("b", 30 + 15 / 2), ("c", 30 + 15)]
+    assert left_out == {"d": "about 30s needed, 15s left: give more --minutes, or measure less"}
 
 
 def test_the_same_work_takes_at_least_what_it_took_without_its_further_rounds() -> None:
