@@ -20,7 +20,7 @@ call=${1:-} out=$(realpath -m "${2:-${OUT:-$(dirname "$0")/results/gpu-trial}}")
 [[ $call == [12] ]] || refuse "usage: bench/gpu_trial.sh 1|2 [OUT]"
 [[ ${TREE:-} ]] && TREE=$(realpath -m "$TREE")
 [[ ${PACKAGES:-} ]] && PACKAGES=$(realpath -m "$PACKAGES")
-python=$(command -v "${PYTHON:-python3}") || refuse "${PYTHON:-python3} is no program: give PYTHON"
+python=$(command -v "${PYTHON:-python3}") || refuse "${PYTHON:-python3} is not a program: give PYTHON"
 work=$(realpath -m "${TRIAL_WORK:-/tmp/cxrfast-trial}")
 results=$work/results sets=$work/sets runs=$work/runs packages=$work/packages
 cd "$(dirname "$0")/.." || exit 2
@@ -43,15 +43,15 @@ end=$((SECONDS + call_seconds))
 cxrfast() { echo "$python" -m cxrfast "$@"; }
 
 step() { # NAME SECONDS COMMAND…: run it for at most SECONDS, keep its output, note how it ended
-  local name=$1 limit=$(($2 * patience)) begun=$SECONDS code=skipped
+  local name=$1 limit=$(($2 * patience)) start=$SECONDS code=skipped
   shift 2
   ((limit > end - SECONDS)) && limit=$((end - SECONDS))
   if ((limit >= 15)); then
     timeout -k 5 "$limit" "$@" >"$results/$name.txt" 2>&1
     code=$?
   fi
-  printf '%s\t%s\t%s\t%s\t%s\n' "$call" "$name" "$code" "$((SECONDS - begun))" "$*" >>"$results/steps.tsv"
-  printf '== %s: %s, %s s\n' "$name" "$code" "$((SECONDS - begun))"
+  printf '%s\t%s\t%s\t%s\t%s\n' "$call" "$name" "$code" "$((SECONDS - start))" "$*" >>"$results/steps.tsv"
+  printf '== %s: %s, %s s\n' "$name" "$code" "$((SECONDS - start))"
   [[ $code == 0 || $code == skipped ]] || tail -n 5 "$results/$name.txt"
 }
 

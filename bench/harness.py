@@ -167,23 +167,23 @@ def interleave(
     seconds: float,
     rounds: int,
     budget: Budget | None = None,
-    told: Callable[[str], object] = tell,
+    on_figure: Callable[[str], object] = tell,
 ) -> dict[str, Measured]:
     """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
 
-    `told` gets the name of each figure. Rounds that would exceed the budget are left out, except the first.
+    `on_figure` gets the name of each figure. Rounds that would exceed the budget are left out, except the first.
     """
     budget = budget or Budget()
     for name, measure in measurements.items():
         measure(seconds / 4)
-        told(name)
+        on_figure(name)
     results: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in range(rounds):
-        begun = budget.clock()
+        start = budget.clock()
         for name, measure in measurements.items():
             results[name].append(measure(seconds))
-            told(name)
-        if budget.left < (budget.clock() - begun) / 2:
+            on_figure(name)
+        if budget.left < (budget.clock() - start) / 2:
             break
     return {name: Measured(values) for name, values in results.items()}
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -47,15 +46,15 @@ class Column(NamedTuple):
     """A column of a table with one line per object."""
 
     attribute: str
-    """Of the object; dots reach into it."""
+    """Attribute of the object."""
     form: str = ""
-    """As `format` takes it."""
+    """A format specification, such as `,.1f`."""
     unit: float = 1
     """The value is divided by it."""
     note: str = ""
 
     def cell(self, line: object) -> str:
-        value = attrgetter(self.attribute)(line)
+        value = getattr(line, self.attribute)
         return ABSENT if value is None else format(value if self.unit == 1 else value / self.unit, self.form)
 
 

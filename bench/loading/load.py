@@ -184,14 +184,14 @@ def _measure_all(
     def work(piece: tuple[Job, str], share: Budget) -> Pace:
         nonlocal preparing
         job, task = piece
-        begun = budget.clock()
+        start = budget.clock()
         if task == first:
             _prepare(job, ways)
-            preparing = budget.clock() - begun
+            preparing = budget.clock() - start
         found = measure(job, task, share)
         lines.extend(found)
         wall = (
-            budget.clock() - begun - (preparing if task == first else -preparing)
+            budget.clock() - start - (preparing if task == first else -preparing)
         )  # only the next scale prepares again
         return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
 
@@ -264,9 +264,9 @@ def _at_each_scale(
     found: list[T] = []
 
     def timed(job: Job, share: Budget) -> Pace:
-        begun = budget.clock()
+        start = budget.clock()
         found.append(work(job, share))
-        return Pace(budget.clock() - begun)
+        return Pace(budget.clock() - start)
 
     in_time({f"{what}, {job.scale} px": (_pixels(job), job) for job in jobs}, timed, budget, left_out)
     return found

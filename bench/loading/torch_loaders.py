@@ -179,11 +179,11 @@ def _turned_in_threads(job: Job, array: np.ndarray) -> Generator[np.ndarray]:
 
     cv2.setNumThreads(1)
     with ThreadPoolExecutor(job.workers) as pool:
-        begun: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+        under_way: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         for rows in Shuffled(len(job.rows), job.batch):
-            begun.append(begin(rows))
-            if len(begun) > AHEAD:
-                out, futures = begun.popleft()
+            under_way.append(begin(rows))
+            if len(under_way) > AHEAD:
+                out, futures = under_way.popleft()
                 for future in futures:
                     future.result()
                 yield out

@@ -21,7 +21,7 @@ class Builds:
     rate: float
     """Images/s from the end of the plan to the last manifest; the estimate before has started the workers."""
     ratio: float
-    """Rate / that of one worker, round by round."""
+    """Rate / the rate of one worker, round by round."""
     work_seconds: float
     seconds: float
     """The whole call, including tables, plan, estimate and checksums."""

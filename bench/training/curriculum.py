@@ -1,4 +1,4 @@
-"""`cxrfast bench curriculum`: time until a validation AUROC is reached at a scale, from scratch and by way of a smaller one.
+"""`cxrfast bench curriculum`: time until a validation AUROC is reached at a scale, from scratch or starting smaller.
 
 Three ways are compared: from scratch, from the run at a smaller scale, and progressive resizing within one run. Every
 way trains all its epochs; when it reached the target is read from metrics.jsonl. The runs stay in the results' folder,

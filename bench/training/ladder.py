@@ -101,12 +101,12 @@ def _all_rates(
     left_out: dict[str, str] = {}
 
     def work(one: dict[str, Any], share: Budget) -> Pace | None:
-        begun = budget.clock()
+        start = budget.clock()
         found = _rates(one, rungs, seconds, share)
         lines.extend(found)
         steps = [line.micro_batch / line.rate for line in found if line.rate]
         rounds = max(len(line.rounds or []) for line in found)
-        return Pace(budget.clock() - begun, rounds, steps, seconds, _pixels(one)) if steps else None
+        return Pace(budget.clock() - start, rounds, steps, seconds, _pixels(one)) if steps else None
 
     in_time({f"{one['scale']} px": (_pixels(one), one) for one in given}, work, budget, left_out)
     return lines, left_out
@@ -161,12 +161,12 @@ def _all_extras(
             "start": largest[line.scale],
             "with_profile": with_profile and line.scale == given[-1]["scale"],
         }
-        begun = budget.clock()
+        start = budget.clock()
         try:
             more = measure_elsewhere(alone, options, budget)
         except (RunError, MemoryError) as error:
             more = {"failed": str(error)}
-        took = budget.clock() - begun
+        took = budget.clock() - start
         largest[line.scale] = more.get("largest") or largest[line.scale]  # the next rung's is near it
         found.append(replace(line, **more))
     return found, {what: f"{', '.join(rungs)}: {no_time(took, budget.left)}" for what, rungs in missing.items()}

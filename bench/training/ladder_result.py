@@ -29,7 +29,7 @@ class LadderLine:
     rounds: list[float] | None = None
     """Training, images/s."""
     ratio: float | None = None
-    """To the first rung, round by round where they were timed in turn."""
+    """Rate / the first rung's, round by round where they took turns."""
     peak_bytes: int | None = None
     """During a step: torch's allocator on a GPU, the whole process on a CPU."""
     gpu_used_bytes: int | None = None

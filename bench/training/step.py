@@ -101,7 +101,7 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
     """Add to `result` the lines, the scales that failed, and what there was no time for."""
 
     def work(options: dict[str, Any], share: Budget) -> Pace | None:
-        begun = budget.clock()
+        start = budget.clock()
         try:
             line = _measure_scale(options, share)
         except RunError as error:
@@ -110,7 +110,7 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
         result.lines.append(line)
         steps = [line.micro_batch / getattr(line, name) for name in FIGURES]
         pixels = line.scale**2 * line.micro_batch
-        return Pace(budget.clock() - begun, len(line.rounds["train"]), steps, options["seconds"], pixels)
+        return Pace(budget.clock() - start, len(line.rounds["train"]), steps, options["seconds"], pixels)
 
     pieces = {
         f"{one['scale']} px{'' if one['engine'] == 'auto' else ', ' + one['engine']}": (

@@ -30,9 +30,9 @@ def test_measurements_take_turns() -> None:
     calls: list[str] = []
     clock = Clock()
     each = {name: clock.measurement(name, rate, 1, calls) for name, rate in (("a", 6.0), ("b", 3.0))}
-    told: list[str] = []
-    figures = interleave(each, 1.0, 3, told=told.append)
-    assert calls == told == ["a", "b"] * 4, "a burn-in each, then three rounds"
+    heard: list[str] = []
+    figures = interleave(each, 1.0, 3, on_figure=heard.append)
+    assert calls == heard == ["a", "b"] * 4, "a burn-in each, then three rounds"
     assert figures["a"].ratio(figures["b"]) == 2.0
 
 

@@ -107,7 +107,7 @@ def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks() -> No
         (["1", "/proc/nowhere"], {}, "/proc/nowhere cannot be written"),
         (["1"], {"TRIAL_WORK": "occupied"}, "occupied holds something else"),
         (["1"], {"PACKAGES": "absent"}, "*.tar.xz cannot be unpacked"),
-        (["1"], {"PYTHON": "no-python"}, "no-python is no program"),
+        (["1"], {"PYTHON": "no-python"}, "no-python is not a program"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
