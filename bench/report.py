@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxrfast.files import replacing, write_bytes, write_json
-from cxrfast.tables import Section, to_markdown
+from cxrfast.tables import Table
 
 ABSENT = "-"
 """Cell of a figure that was not, or could not be, measured."""
@@ -23,7 +23,7 @@ class Result(Protocol):
         """Machine, versions and command."""
         ...
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         """Tables for the terminal and for Markdown."""
         ...
 
@@ -36,10 +36,14 @@ def write_results(out: Path, name: str, result: Result) -> None:
     """Write NAME.json, NAME.md (the tables, then where it ran) and NAME.png into `out`."""
     write_json(out / f"{name}.json", asdict(result))  # type: ignore[call-overload]
     notes = "\n".join(f"- {what}: {value}" for what, value in result.provenance.items() if value is not None)
-    write_bytes(out / f"{name}.md", f"{to_markdown(result.sections())}\n{notes}\n".encode())
+    write_bytes(out / f"{name}.md", f"{markdown(result.tables())}\n{notes}\n".encode())
     if plot := result.plot():
         with replacing(out / f"{name}.png") as file:
             plot.savefig(file, format="png", dpi=120)
+
+
+def markdown(tables: Iterable[Table]) -> str:
+    return "\n".join(table.markdown() for table in tables)
 
 
 class Column(NamedTuple):
@@ -58,14 +62,15 @@ class Column(NamedTuple):
         return ABSENT if value is None else format(value if self.unit == 1 else value / self.unit, self.form)
 
 
-def table(title: str, columns: Mapping[str, Column], lines: Iterable[object], note: str = "") -> Section:
+def table(title: str, columns: Mapping[str, Column], lines: Iterable[object], note: str = "") -> Table:
     """One row per object. A column without any figure is left out, and so is its note; `note` follows the columns'."""
     lines = list(lines)
     cells = {name: [column.cell(line) for line in lines] for name, column in columns.items()}
     cells = {name: column for name, column in cells.items() if set(column) != {ABSENT}}
     notes = [f"{name}: {columns[name].note}." for name in cells if columns[name].note]
-    rows = [list(row) for row in zip(*cells.values(), strict=True)]
-    return Section(title, list(cells), rows, "\n".join(notes + [note] * bool(note)))
+    text = [name for name in cells if any(isinstance(getattr(line, columns[name].attribute), str) for line in lines)]
+    rows = list(zip(*cells.values(), strict=True))
+    return Table(title, list(cells), rows, "\n".join(notes + [note] * bool(note)), text)
 
 
 def left_out_notes(left_out: Mapping[str, str]) -> list[str]:

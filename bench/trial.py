@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from cxrfast.bench.harness import provenance
-from cxrfast.bench.report import Column, table
+from cxrfast.bench.report import Column, markdown, table
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
 from cxrfast.pipelines.loader import Rates
 from cxrfast.runs.run import Run
-from cxrfast.tables import to_markdown
 
 LOSSES_APART = 0.01
 """Fraction by which an epoch's losses may differ between the engines: same rows and draws, almost the same pixels."""
@@ -146,10 +145,10 @@ def trial(folder: Path, runs_folder: Path) -> bool:
         [
             f"# Trial on {where['gpu'] or where['processor']}\n",
             *(f"- {what}: {value}" for what, value in where.items() if value is not None),
-            f"\n{to_markdown([table('Steps', STEPS, steps)])}",
+            f"\n{markdown([table('Steps', STEPS, steps)])}",
             "## Findings\n",
             *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
-            f"\n{to_markdown([table('Epochs', EPOCHS, lines)])}",
+            f"\n{markdown([table('Epochs', EPOCHS, lines)])}",
             "## For pipelines/loader.py\n",
             *(f"    {line}," for line in measured),
             "",

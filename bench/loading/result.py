@@ -11,7 +11,7 @@ from cxrfast.bench.loading.engines import Engines
 from cxrfast.bench.loading.large import Large
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT
 from cxrfast.bench.report import ABSENT, Column, left_out_notes, side_axis, table
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
 
@@ -75,29 +75,37 @@ class LoadingResult:
     large: Large | None = None
     provenance: dict[str, Any]
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         found = [self._rates(task, pixels) for pixels in (False, True) for task in TASKS]
-        found = [section for section in found if section.lines]
+        found = [table for table in found if table.rows]
         ways = dict.fromkeys(line.way for line in self.lines)
-        notes = " ".join(left_out_notes(self.left_out))
-        found.append(Section("The ways", ["way", "what it does"], [[way, self.what[way]] for way in ways], notes))
+        notes = "\n".join(left_out_notes(self.left_out))
+        found.append(
+            Table(
+                "The ways",
+                ["way", "what it does"],
+                [[way, self.what[way]] for way in ways],
+                notes,
+                text=["what it does"],
+            )
+        )
         if self.engines:
-            found.append(_engines_section(self.engines))
+            found.append(_engines_table(self.engines))
         if self.cold:
             note = "Medians of three passes. Cold: every page of the tars was dropped from the page cache before."
             found.append(table("Cold storage: one pass, decoding only, images/s", COLD, self.cold, note))
         if self.large:
-            found.append(_large_section(self.large))
+            found.append(_large_table(self.large))
         return found
 
-    def _rates(self, task: str, pixels: bool) -> Section:
+    def _rates(self, task: str, pixels: bool) -> Table:
         lines = [line for line in self.lines if (line.task, line.pixels) == (task, pixels)]
         at = {(line.way, line.scale): f"{line.rate:,.0f} ({line.ratio:.2f})" for line in lines}
         scales = sorted({line.scale for line in lines})
         ways = dict.fromkeys(line.way for line in sorted(lines, key=lambda line: line.ratio))
         where = self.provenance["gpu"] or f"{self.provenance['processor']}, {self.workers} threads or workers"
         sizes = ", ".join(f"{s} px: {self.images[s]:,} images, batches of {self.batch[s]}" for s in scales)
-        return Section(
+        return Table(
             f"Task {task}, {TASKS[task]}{', without JPEG' if pixels else ''}: images/s ({CACHE if pixels else HOST} / it), on {where}",
             ["way", *(f"{s} px" for s in scales)],
             [[way, *(at.get((way, s), ABSENT) for s in scales)] for way in ways],
@@ -125,9 +133,9 @@ class LoadingResult:
         return figure
 
 
-def _engines_section(engines: list[Engines]) -> Section:
+def _engines_table(engines: list[Engines]) -> Table:
     """What differs between machines with a GPU; see `compare_engines`."""
-    return Section(
+    return Table(
         "The engines side by side",
         [
             "px",
@@ -158,9 +166,9 @@ def _engines_section(engines: list[Engines]) -> Section:
     )
 
 
-def _large_section(found: Large) -> Section:
+def _large_table(found: Large) -> Table:
     mb = [f"{n / 1e6:,.1f}" for n in found.anonymous]
-    return Section(
+    return Table(
         f"A set of {found.rows:,} rows in {found.shards} shards",
         ["order, ms", "block order, ms", "draws, ms", "opening, s", "resident then, MB", "anonymous MB by tenths"],
         [

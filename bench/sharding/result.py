@@ -9,7 +9,7 @@ from cxrfast.bench.data import MIMIC_IMAGES
 from cxrfast.bench.report import Column, left_out_notes, table
 from cxrfast.bench.sharding.measure import Memory
 from cxrfast.bench.sharding.peers import WHAT
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,10 @@ class ShardingResult:
     """Peers that do not run here, and why."""
     provenance: dict[str, Any]
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         sides = ", ".join(map(str, self.scales))
         found = [
-            Section(
+            Table(
                 f"Sharding at {sides} px, on one core ({self.provenance['processor']})",
                 ["way", "images/s", "ms per image", "ours / it", "what it does"],
                 [
@@ -108,9 +108,10 @@ class ShardingResult:
                 f"{self.images} {self.source}, {self.mean_bytes / 1e6:.2f} MB and {self.mean_pixels / 1e6:.1f} Mpx on average, "
                 f"from the page cache. Ours writes shards of {self.shard_rows:,} rows and waits until they are on the disk; the "
                 "others do not wait. draft decodes at a half or less only where the largest scale is at most half of the "
-                f"image's shorter side. {' '.join(left_out_notes(self.left_out))}".rstrip(),
+                + "\n".join(["image's shorter side.", *left_out_notes(self.left_out)]),
+                text=["what it does"],
             ),
-            Section(
+            Table(
                 "Where ours spends its time",
                 [*self.stages, "sum"],
                 [[f"{ms:.1f} ms" for ms in (*self.stages.values(), sum(self.stages.values()))]],

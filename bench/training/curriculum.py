@@ -19,7 +19,7 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
@@ -55,7 +55,7 @@ class CurriculumResult:
     ways: list[Way]
     provenance: dict[str, Any]
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         first = self.ways[0].reached
         lines = [
             [
@@ -70,7 +70,7 @@ class CurriculumResult:
             for way in self.ways
         ]
         return [
-            Section(
+            Table(
                 f"Seconds to a validation AUROC of {self.target:.4f} at {self.scale} px, fold {self.fold}",
                 ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"],
                 lines,

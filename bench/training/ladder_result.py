@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from cxrfast.bench.harness import Measured
 from cxrfast.bench.report import Column, left_out_notes, table, where
 from cxrfast.bench.training.ladder_measure import ARCH, KINDS, RUNGS
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 H200_BANDWIDTH = 4.8e12
 """Bytes/s, NVIDIA's data sheet."""
@@ -99,18 +99,23 @@ class LadderResult:
     left_out: dict[str, str] = field(default_factory=dict)
     """What there was no time for, and what to do."""
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         """Rates and memory of every rung; what the rungs are; time by kind of kernel where it was measured."""
         failed = [f"{line.rung}, {line.scale} px: {line.failed}" for line in self.lines if line.failed]
         notes = "\n".join(failed + left_out_notes(self.left_out))
         found = [
             table(f"Ladder of training {ARCH} ({where(self.provenance)})", COLUMNS, self.lines, notes),
-            Section("The rungs", ["rung", "what it does"], [[rung, what] for rung, what in self.what.items()]),
+            Table(
+                "The rungs",
+                ["rung", "what it does"],
+                [[rung, what] for rung, what in self.what.items()],
+                text=["what it does"],
+            ),
         ]
         if profiled := {line.rung: line.kinds for line in self.lines if line.kinds}:
             kinds = [*KINDS, "other"]
             found.append(
-                Section(
+                Table(
                     f"Time by kind of kernel, µs per image, at {self.lines[-1].scale} px",
                     ["rung", *kinds],
                     [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()],

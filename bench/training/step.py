@@ -30,7 +30,7 @@ from cxrfast.errors import RunError
 from cxrfast.models.classifier import check_arch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class StepResult:
     left_out: dict[str, str] = field(default_factory=dict)
     """What there was no time for, and what to do."""
 
-    def sections(self) -> list[Section]:
+    def tables(self) -> list[Table]:
         notes = [f"{scale} px: {why}" for scale, why in self.failed.items()] + left_out_notes(self.left_out)
         title = f"Memory and images/s by resolution ({where(self.provenance)})"
         return [table(title, COLUMNS, self.lines, "\n".join(notes))]

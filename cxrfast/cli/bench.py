@@ -38,9 +38,7 @@ def bench(ctx: click.Context, full: bool) -> None:
 
 
 def report(result: "Result", out: Path) -> None:
-    from cxrfast.tables import to_tables
-
-    show(*to_tables(result.sections()))
+    show(*result.tables())
     click.echo(f"tables, JSON and plot: {out}")
 
 

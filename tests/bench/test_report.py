@@ -74,4 +74,4 @@ def test_a_ladder_names_what_failed_and_what_was_left_out(tmp_path: Path) -> Non
 def test_a_column_without_a_figure_is_left_out_with_its_note() -> None:
     columns = {"real": Column("real", ".1f", 10, "a tenth"), "imag": Column("none", note="never")}
     found = table("Numbers", columns, [type("N", (), {"real": 25, "none": None})()], "All of them.")
-    assert (found.head, found.lines, found.note) == (["real"], [["2.5"]], "real: a tenth.\nAll of them.")
+    assert (found.head, found.rows, found.note) == (["real"], [("2.5",)], "real: a tenth.\nAll of them.")

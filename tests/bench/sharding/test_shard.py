@@ -64,7 +64,7 @@ def test_a_run_measures_every_way_and_whole_builds_and_reports_them(phantoms: Pa
     assert result["startup_seconds"] > 0
     for name, rate in rates.items():
         assert f"| {name} | {rate:,.1f} | " in text
-        assert re.search(rf"│ {name} +│ +{re.escape(f'{rate:,.1f}')} │", done.stdout)
+        assert re.search(rf"\b{name} +{re.escape(f'{rate:,.1f}')} ", done.stdout)
     assert f"- libvips: {result['provenance']['libvips']}" in text
     assert str(Path.home()) not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard.json", "shard.md", "shard.png"]
