@@ -67,7 +67,7 @@ def test_a_ladder_names_what_failed_and_what_was_left_out(tmp_path: Path) -> Non
     assert "| rung | px | micro-batch | images/s | × first | peak GiB |\n" in text, "no column of a GPU"
     assert "| torchvision | 64 | 8 | 3.0 | 1.00 | 1.00 |" in text
     assert "| ours | 64 | 8 | - | - | - |" in text
-    assert "ours, 64 px: exit code -11\nLeft out: 128 px (no time left)." in text
+    assert "ours, 64 px: exit code -11\n\nLeft out: 128 px (no time left)." in text
     assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
 
 
