@@ -68,16 +68,16 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     batches = HostEngine.batches
     monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", engine="host")
-    trainer = make_trainer(runtime, 32, "resnet18", 200, World(torch.device("cpu")))
-    assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
-    each = measurements(trainer, 200)
+    trainer = make_trainer(runtime, 32, "shufflenet_v2_x0_5", 120, World(torch.device("cpu")))
+    assert max(len(trainer.order.rows), len(trainer.val_rows)) < 120, "each batch is more than all rows"
+    each = measurements(trainer, 120)
     assert len(starts) == 1, "of the batch that is kept"
     consumed = trainer.counters.consumed
     for name, expected in zip(FIGURES, (1, 1, 0, 0, 1), strict=True):
         starts.clear()
         assert each[name](0.01) > 0
         assert len(starts) == expected, name
-    assert trainer.counters.consumed == consumed + 2 * 2 * 200, (
+    assert trainer.counters.consumed == consumed + 2 * 2 * 120, (
         "a step to warm up and one that counts, of `train` and `cached`"
     )
 
