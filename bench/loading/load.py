@@ -190,9 +190,8 @@ def _measure_all(
             preparing = budget.clock() - start
         found = measure(job, task, share)
         lines.extend(found)
-        wall = (
-            budget.clock() - start - (preparing if task == first else -preparing)
-        )  # only the next scale prepares again
+        wall = budget.clock() - start
+        wall += -preparing if task == first else preparing  # as long as the next piece, which prepares if this did not
         return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
 
     first = next(iter(TASKS))
