@@ -133,6 +133,7 @@ class LadderResult:
             ratios = [line.ratio for line in self.lines if line.scale == scale]
             axes.plot(range(len(rungs)), [float("nan") if r is None else r for r in ratios], "o-", label=f"{scale} px")
         axes.set_xticks(range(len(rungs)), rungs, fontsize=8)
-        axes.set(ylabel="training, images/s,\n× the first rung's", ylim=(0, None))
+        highest = max((line.ratio for line in self.lines if line.ratio), default=1.0)
+        axes.set(ylabel="training, images/s,\n× the first rung's", ylim=(0, 1.1 * highest))
         axes.legend(frameon=False)
         return figure
