@@ -23,7 +23,8 @@ def sums_bytes(sums: dict[str, str]) -> bytes:
 def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
     """Write SHA256SUMS of the set's own files and of the shards of these manifests.
 
-    A tar was hashed when it was written, and a shard's file that is listed already keeps its hash: damage stays visible.
+    Tars were hashed when they were written, and files of shards that are listed already keep their hash, so damage stays
+    visible.
     Raises ShardError if a tar or index is missing.
     """
     known = {shard_name(m.scale, m.shard, "tar"): m.sha256 for m in manifests}
@@ -39,7 +40,7 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
 
 
 def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
-    """Leave the set's own files and the files `rebuilt` out of SHA256SUMS, until `write_sums`."""
+    """Remove the set's own files and the files `rebuilt` from SHA256SUMS, until `write_sums`."""
     sums = listed_sums(folder)
     kept = {name: digest for name, digest in sums.items() if name not in {*SET_FILES, *rebuilt}}
     if not kept:
@@ -57,7 +58,7 @@ def check_undamaged(folder: Path) -> None:
 
 
 def adopt_earlier(folder: Path) -> None:
-    """Continue what an earlier version left half done: its name for SHA256SUMS becomes that again."""
+    """Rename SHA256SUMS back if an earlier version was killed while it had another name."""
     for marker in (folder / name for name in MARKERS):
         if marker.exists():
             if (folder / "SHA256SUMS").exists() or not marker.stat().st_size:

@@ -21,8 +21,8 @@ SCHEMA = 2
 COPY = b"set.json"
 """Key of the copy of set.json in the metadata of rows.parquet."""
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class SetInfo:
         return ImageRecipe(seed=self.seed, codec=self.codec, quality=self.quality, resize=self.resize, grey=self.grey)
 
     def to_bytes(self) -> bytes:
-        """The content of set.json."""
+        """Contents of set.json."""
         return json_bytes(asdict(self))
 
     def write(self, folder: Path) -> None:
@@ -76,14 +76,14 @@ class SetInfo:
 
 
 def is_laid_out(folder: Path) -> bool:
-    """Is there the plan of a set?"""
+    """Has a set been laid out in this folder?"""
     return (folder / "rows.parquet").exists() or (folder / "set.json").exists()
 
 
 def read_set(folder: Path) -> SetInfo:
     """The description of a set. Raises ShardError if there is none or if another schema version wrote it.
 
-    It is in rows.parquet, so that labels and description change together; set.json is read where that cannot be read.
+    It is read from rows.parquet, so that labels and description change together, or from set.json if that fails.
     """
     with suppress(ShardError):
         return read_info(Path(folder) / "rows.parquet")
@@ -91,7 +91,7 @@ def read_set(folder: Path) -> SetInfo:
 
 
 def read_set_json(folder: Path) -> SetInfo:
-    """What set.json says. Raises ShardError as `read_set` does."""
+    """The description in set.json. Raises ShardError like `read_set`."""
     path = Path(folder) / "set.json"
     if not path.is_file():
         raise ShardError(f"{folder} is not a shard set (no set.json): give the folder that `cxrfast shard --out` wrote")
@@ -99,18 +99,18 @@ def read_set_json(folder: Path) -> SetInfo:
 
 
 def read_info(path: Path) -> SetInfo:
-    """The description inside a rows table. Raises ShardError if there is none, or a damaged one."""
-    return parse_set(_described(path), f"the copy of set.json in {path}")
+    """The description in a rows table. Raises ShardError if it is missing or damaged."""
+    return parse_set(_description(path), f"the copy of set.json in {path}")
 
 
 def write_set_json(folder: Path) -> None:
-    """Make set.json what rows.parquet says, unless it is."""
-    path, data = folder / "set.json", _described(folder / "rows.parquet")
+    """Write the description in rows.parquet to set.json, unless it is there already."""
+    path, data = folder / "set.json", _description(folder / "rows.parquet")
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
 
 
-def _described(path: Path) -> bytes:
+def _description(path: Path) -> bytes:
     try:
         return pq.read_schema(path).metadata[COPY]
     except (pa.ArrowException, OSError, KeyError, TypeError) as error:
@@ -118,7 +118,7 @@ def _described(path: Path) -> bytes:
 
 
 def parse_set(data: bytes, path: object) -> SetInfo:
-    """What the bytes of a set.json say; `path` names them in errors, which are those of `read_set`."""
+    """Read the bytes of a set.json. Raises ShardError like `read_set`, naming `path`."""
     try:
         value = parse_json(data)
         schema = value.get("schema")
@@ -135,19 +135,19 @@ def parse_set(data: bytes, path: object) -> SetInfo:
 
 
 def _checked(value: dict[str, Any]) -> SetInfo:
-    """Raises ValueError or ShardError if these are not the fields of a description, or make no sense."""
+    """A description from its fields. Raises ValueError or ShardError if they are wrong."""
     info = typed(value, SetInfo)
     if "schema" not in value:
-        raise ValueError("no schema version")
+        raise ValueError("it has no schema version")
     if len(set(info.labels)) < len(info.labels):
-        raise ValueError("a label twice")
+        raise ValueError("a label is listed twice")
     if info.recipe.quality != info.quality:
-        raise ValueError("JPEGs without a quality")
+        raise ValueError("its JPEGs have no quality")
     return info
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`. Raises ValueError if it is none."""
+    """Read a JSON object. Raises ValueError if `data` is anything else."""
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except RecursionError:
@@ -155,7 +155,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def typed(value: dict[str, Any], kind: type[T]) -> T:
-    """A dataclass from its fields. Raises ValueError that names a field that is missing, unknown or of another type."""
+    """A dataclass from its fields. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
     if unknown := value.keys() - {field.name for field in fields(kind)}:  # type: ignore[arg-type]
         raise ValueError(f"unknown field {min(unknown)!r}")
     return msgspec.convert(value, kind)

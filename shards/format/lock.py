@@ -1,8 +1,8 @@
-"""Who writes into a folder: one process, or the parts of a job array. A second one is refused; a killed one is never in the way.
+"""Leases: one process writes into a folder, or the parts of a job array do. Others are refused; a killed one never blocks.
 
-The holder of a lease is named in a file that filelock touches every few seconds. filelock takes over from a process that
-died on this machine, and from one that has been silent for `WATCH` seconds. What it lacks is here: messages that name
-the holder and its job, and a takeover where names cannot be exchanged (NFS) or the file belongs to another user.
+A file names the holder, and filelock touches it every few seconds. filelock takes over from a process that died on this
+machine or has been silent for `WATCH` seconds. This module adds messages that name the holder and its job, and a takeover on
+file systems that cannot exchange names (NFS) and of files of other users, where filelock never takes over.
 """
 
 import logging
@@ -35,7 +35,7 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Mark:
-    """A lease as it was seen at one moment; a later sign of life makes it another one."""
+    """State of a lease file; every sign of life changes it."""
 
     inode: int
     time_ns: int
@@ -44,16 +44,16 @@ class _Mark:
     @classmethod
     def read(cls, path: Path) -> "_Mark":
         with open(path, errors="replace") as file:
-            status = os.fstat(file.fileno())  # of the open file: NFS remembers that of a name
+            status = os.fstat(file.fileno())  # not of the path, which NFS caches
             return cls(status.st_ino, status.st_mtime_ns, file.read())
 
     @property
     def holder(self) -> dict[str, str]:
-        """`pid`, `host`, and `job` in SLURM; empty before it is written."""
+        """`pid`, `host`, and in SLURM `job`; empty until it is written."""
         return dict(line.split("=", 1) for line in self.text.splitlines() if "=" in line)
 
     def runs_here(self) -> bool:
-        """Is its holder a process that this machine sees alive?"""
+        """Is the holder a living process on this machine?"""
         host, _, namespace = self.holder.get("host", "").partition("?pidns-")
         try:
             ours = f"{os.stat('/proc/self/ns/pid').st_ino:x}"
@@ -66,8 +66,8 @@ class _Mark:
 
 
 class Lease:
-    """The right to write, as a context manager: the file `path` names who has it. `doing`, as in `/set is being built`, and
-    `error` are for messages. Raises `error` naming the holder if a live one is in the way."""
+    """The right to write, held by the file `path`, as a context manager. Raises `error` naming a live holder, with a message
+    that begins with `doing`, such as `/set is being built`."""
 
     def __init__(self, path: Path, doing: str, error: type[CxrfastError]) -> None:
         self.path, self.doing, self.error = path, doing, error
@@ -81,18 +81,18 @@ class Lease:
             except FileNotFoundError:
                 continue
             holder = mark.holder
-            who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')}"
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine').partition('?')[0]}"
             if mark.runs_here() or (first and mark != first):
                 job = f", job {holder['job']}" if "job" in holder else ""
                 raise self.error(f"{self.doing} by {who}{job}: wait for it or end it, then run this command again")
             if not first:
-                log.warning(f"{self.path} is of {who}; waiting {WATCH:.0f} s for a sign of life")
+                log.warning(f"{self.path} is held by {who}; waiting {WATCH:.0f} s for a sign of life")
                 first = mark
             elif time.monotonic() - start > WATCH + BEAT:
                 self._set_aside(first)
             time.sleep(BEAT / 5)
         if slurm := os.environ.get("SLURM_JOB_ID"):
-            with open(self.path, "a") as file:
+            with suppress(OSError), open(self.path, "a") as file:
                 file.write(f"job={slurm}\n")
         return self
 
@@ -100,7 +100,7 @@ class Lease:
         self._lease.release()
 
     def take(self) -> bool:
-        """Take the lease if it is free, or its holder known to be dead."""
+        """Take the lease if it is free or its holder is known to be dead; False otherwise."""
         try:
             self._lease.acquire(blocking=False)
         except (Timeout, LeaseSettingsMismatch):
@@ -125,8 +125,8 @@ class Lease:
         aside = temporary_name(self.path)
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            if _Mark.read(aside) != dead:  # another was quicker: this is its fresh lease
-                with suppress(OSError):  # it finds its lease gone, and stops
+            if _Mark.read(aside) != dead:  # another process was quicker, and this is its new lease
+                with suppress(OSError):  # it notices the loss, and stops
                     os.link(aside, self.path)
         aside.unlink(missing_ok=True)
 
@@ -144,7 +144,9 @@ class Lock(Lease):
         try:
             for path in self._others():
                 if path.suffix != ".lock":
-                    path.unlink(missing_ok=True)  # an earlier version's, whose holder now ends, or of a killed takeover
+                    path.unlink(
+                        missing_ok=True
+                    )  # from a killed takeover, or an earlier version, whose process then stops
                 elif not (self.part and path.name.endswith(f"-of-{self.part[1]}.lock")):
                     with Lease(path, self.doing, self.error):
                         pass
@@ -154,7 +156,7 @@ class Lock(Lease):
         return self
 
     def alone(self) -> bool:
-        """Is no other part at work, as far as this machine can tell?"""
+        """Is no other part running, as far as this machine knows?"""
         for path in self._others():
             other = Lease(path, self.doing, self.error)
             if not other.take():
@@ -169,7 +171,7 @@ class Lock(Lease):
 
 @contextmanager
 def locked(folder: Path, part: Part | None = None) -> Iterator[Lock]:
-    """The folder of a set, made if need be and held by a lock; gone again if nothing came of it."""
+    """Make and lock the folder of a set; remove it again if it stays empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

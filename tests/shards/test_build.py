@@ -42,7 +42,7 @@ def repair(tree: Path, path: str, sound: Path) -> None:
 
 @pytest.fixture
 def tree(phantoms: Path, tmp_path: Path) -> Path:
-    """A copy of the phantoms that can be spoiled."""
+    """A copy of the phantoms to damage."""
     return copy(phantoms, tmp_path / "mimic")
 
 

@@ -23,7 +23,7 @@ from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=True)
 server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)
-sys.stdin.read()  # ends with whoever started it
+sys.stdin.read()  # ends with its parent
 """
 
 
@@ -76,7 +76,7 @@ class Bucket:
         return f"{'' if self.is_s3 else '/'}{self.name}/some/set/{name}"
 
     def uploads(self) -> list[dict]:
-        """Multipart uploads that were neither finished nor given up: they cost money, and nobody sees them."""
+        """Multipart uploads neither finished nor aborted: invisible, and they cost money."""
         return self.fs.list_multipart_uploads(self.name) if self.is_s3 else []
 
 

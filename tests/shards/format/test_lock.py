@@ -99,6 +99,7 @@ def test_the_lock_of_a_process_that_is_stopped_here_is_left_alone(tmp_path, quic
             other.kill()
 
 
+@pytest.mark.slow
 def test_of_many_that_take_over_a_dead_lock_one_gets_it(tmp_path):
     with hold(tmp_path) as dead:
         assert dead.stdout.readline() == "held\n"
@@ -137,7 +138,7 @@ def test_a_dead_holder_is_taken_over_where_names_cannot_be_exchanged(tmp_path, h
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]"])
+@pytest.mark.parametrize("content", ["", "{"])
 def test_a_lock_that_was_never_written_is_in_the_way_for_a_moment_only(tmp_path, quick, content):
     (tmp_path / "lease.lock").write_text(content)
     with Lock(tmp_path):

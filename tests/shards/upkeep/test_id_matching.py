@@ -77,7 +77,7 @@ def test_ids_that_end_like_files_in_the_set_itself_are_matched_as_they_are():
     with pytest.raises(ShardError, match=r"t lists b more than once"):
         match_ids(pd.Series(["b.jpg", "b.png"]), known, 0, "t")
     study = pd.Series(["a", "b"], name="study_id")
-    assert match_ids(pd.Series(["a.png"]), study, 0, "t").tolist() == ["a.png"], "a study is no file"
+    assert match_ids(pd.Series(["a.png"]), study, 0, "t").tolist() == ["a.png"], "a study is not a file"
 
 
 CHEXPERT_IMAGES = [

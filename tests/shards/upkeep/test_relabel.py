@@ -200,7 +200,7 @@ def test_a_list_of_unmatched_ids_that_cannot_be_written_is_refused_first(where, 
     assert contents(copy) == contents(tiny_set)
 
 
-def test_damage_is_not_signed_anew(other, copy):
+def test_damage_is_not_signed_again(other, copy):
     flip_bit(copy / "rows.parquet", 2000)
     before = contents(copy)
     with pytest.raises(ShardError, match=r"rows\.parquet is damaged: repair it first, with `cxrfast verify --repair"):
@@ -215,7 +215,7 @@ def test_damage_elsewhere_stays_visible(other, copy):
     assert [(p.path, p.what) for p in verify(copy).problems] == [("32/000001.idx", "its bytes have changed")]
 
 
-def test_a_set_that_somebody_writes_into_is_left_alone(other, tiny_set, copy):
+def test_a_set_that_is_being_written_is_left_alone(other, tiny_set, copy):
     with Lock(copy), pytest.raises(ShardError, match="is being built by process"):
         relabel(copy, other)
     assert contents(copy) == contents(tiny_set)

@@ -19,7 +19,7 @@ from cxrfast.shards.upkeep.verify import verify
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "from")
 
 
@@ -161,7 +161,7 @@ def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path
 DAMAGE = ("missing", "flipped", "truncated", "empty", "longer")
 
 
-def spoil(path: Path, how: str) -> None:
+def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -174,15 +174,15 @@ def spoil(path: Path, how: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_whatever_became_of_a_local_copy_only_what_differs_is_copied_again(tiny_set, tmp_path_factory, data):
-    to = copy_set(tiny_set, tmp_path_factory.mktemp("spoilt") / "to")
+    to = copy_set(tiny_set, tmp_path_factory.mktemp("damaged") / "to")
     names = sorted(contents(tiny_set).keys() - {"set.json"})
-    spoilt = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(DAMAGE), max_size=6))
-    for name, how in spoilt.items():
-        spoil(to / name, how)
+    damaged = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(DAMAGE), max_size=6))
+    for name, how in damaged.items():
+        damage(to / name, how)
     done = stage(tiny_set, to)
     assert contents(to) == contents(tiny_set)
-    again = {name.rsplit(".", 1)[0] + ".json" for name in spoilt if "/" in name}  # a manifest follows its tar
-    assert done.files == len((spoilt.keys() | again) - {"SHA256SUMS"})
+    again = {name.rsplit(".", 1)[0] + ".json" for name in damaged if "/" in name}  # a manifest follows its tar
+    assert done.files == len((damaged.keys() | again) - {"SHA256SUMS"})
     shutil.rmtree(to.parent)
 
 

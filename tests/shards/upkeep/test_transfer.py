@@ -20,7 +20,7 @@ from cxrfast.shards.upkeep.verify import verify
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "from")
 
 
@@ -115,7 +115,10 @@ def test_a_copy_that_stopped_half_way_is_known_to_be_unfinished_and_has_no_manif
         stage(folder, to)
     there = bucket.contents() if remote else contents(to)
     assert there["64/000001.tar"] == (folder / "64/000001.tar").read_bytes()
-    assert contents(folder).keys() - there.keys() == {"64/000001.json", "SHA256SUMS"}
+    missing = {"64/000001.json", "SHA256SUMS"}
+    if remote and not bucket.is_s3:
+        missing.add("64/000001.idx")  # memory, as sftp, has no uploads that appear when they are whole
+    assert contents(folder).keys() - there.keys() == missing
     with pytest.raises(ShardError, match="is not finished"):
         stage(to, tmp_path / "further")
     flip_bit(folder / "64/000001.idx", 0)
