@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cxrfast.errors import DeviceError
-from cxrfast.machine import usable_cores
+from cxrfast.machine import usable_cores, user_sets_threads
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def least(self, value: int) -> int:
+        """Smallest `value` of all ranks, on every rank."""
+        return self.broadcast(min(self.gather(value) or [value]))
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """`action()` on rank 0; its value, or the end, on every rank, so that none waits for one that gave up.
@@ -93,7 +97,7 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
+    elif not user_sets_threads():
         torch.set_num_threads(max(1, usable_cores() // local_size))
     if size > 1:
         dist.init_process_group(

@@ -22,6 +22,26 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def let_threads_sleep() -> None:
+    """Have OpenMP's waiting threads sleep instead of spin, unless the environment says otherwise.
+
+    Spinning threads make CPU training several times slower where other processes use the cores. OpenMP reads the
+    environment once: call this before torch is imported. Child processes inherit the setting.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def user_sets_threads() -> bool:
+    """Whether the user has set OMP_NUM_THREADS. torchrun, too, sets it for several workers: to 1."""
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()  # as torchrun was started
+    except psutil.Error:
+        return True
+
+
 def memory_bytes() -> int:
     """Main memory, bytes, limited by the cgroup."""
     total = psutil.virtual_memory().total

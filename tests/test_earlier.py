@@ -49,7 +49,7 @@ def test_an_earlier_checkpoint_trains_on_to_its_end(earlier: Path, monkeypatch: 
     expected = json.loads((earlier / "continued.json").read_text())
     run = earlier / "runs" / NAME / "fold-0"
     before = (run / "metrics.jsonl").read_text()
-    assert "going on in epoch 3, after 8 images" in cxrfast(TRAIN)
+    assert "resuming in epoch 3 after 8 images" in cxrfast(TRAIN)
     assert json.loads((run / "state.json").read_text())["state"] == "done"
     after = (run / "metrics.jsonl").read_text()
     assert after.startswith(before)

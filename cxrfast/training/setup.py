@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,69 +29,40 @@ from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
 from cxrfast.splits import check_parts, official_masks, part_masks
-from cxrfast.training.micro_batch import largest_micro_batch
-
-
-def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
-    """The configuration of a run, as `make_config` makes it for what `runtime` says.
-
-    A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
-    tried out, or, unless `measure`, the preset's.
-    """
-    if given.get("micro_batch") == "auto":
-        folder = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
-        if folder.is_started:
-            given = {**given, "micro_batch": Run.open(folder.folder).config.micro_batch}
-        elif not measure:
-            given = {**given, "micro_batch": None}
-    return make_config(
-        runtime.shards,
-        scale,
-        device=runtime.device,
-        subset=runtime.subset,
-        recompute=runtime.recompute,
-        compile=runtime.compile,
-        fold=fold,
-        **given,
-    )
 
 
 def make_config(
-    shards: Path,
-    scale: int,
-    *,
-    device: str = "auto",
-    subset: Path | None = None,
-    recompute: bool = False,
-    compile: str | None = None,
-    **given: Any,
+    shards: Path, scale: int, *, device: str = "auto", subset: Path | None = None, **given: Any
 ) -> TrainConfig:
-    """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
+    """Configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: a file of row numbers, one per line, that the parts are cut down to. `recompute` and `compile` decide, as the
-    device does, what a micro-batch of `auto` is; see `micro_batch`.
+    `subset`: file of row numbers, one per line, to which the parts are restricted.
     """
     info = ShardSet(shards).info
     preset = presets.preset(scale)
     given = {name: value for name, value in given.items() if value is not None}
     global_batch = given.pop("global_batch", preset.global_batch)
     given.setdefault("micro_batch", min(preset.micro_batch, global_batch))
+    if given["micro_batch"] == "auto":
+        given["micro_batch"] = presets.AUTO
     given.setdefault("learning_rate", presets.learning_rate(global_batch))
     if subset is not None:
         given["subset"] = subset_hash(read_subset(subset))
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
-    if given["micro_batch"] == "auto":
-        given["micro_batch"] = largest_micro_batch(
-            arch=given.get("arch", TrainConfig.arch),
-            scale=max([scale, *(side for side, _ in given.get("sizes", ()))]),
-            outputs=len(info.labels),
-            global_batch=global_batch,
-            precision=given["precision"],
-            recompute=recompute,
-            compile=compile,
-            device=device,
-        )
     return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+
+
+def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
+    """Micro-batch of the run in a folder, and the smallest of its other folds with this configuration; None where unknown."""
+    own, others = None, []
+    for path in folder.folder.parent.glob("fold-*"):
+        with suppress(RunError):  # a damaged run is reported when it is opened to be trained
+            run = Run.open(path)
+            if path == folder.folder and not run.has_nothing_to_lose:
+                own = run.config.micro_batch
+            elif replace(run.config, fold=config.fold, micro_batch=config.micro_batch) == config:
+                others.append(run.config.micro_batch)
+    return own, min(others, default=None)
 
 
 def select_rows(

@@ -16,7 +16,7 @@ from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
-from cxrfast.training.setup import configure, make_config, select_rows, weights_file
+from cxrfast.training.setup import make_config, select_rows, weights_file
 from cxrfast.training.train import train
 
 
@@ -163,20 +163,6 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
     assert changed >= {*options, "fold"} - {"precision"}
-
-
-def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    config = configure(runtime, 32, 0, given)
-    assert config.micro_batch == 8, "all of the global batch fits"
-    train(config, runtime)
-    (tmp_path / "cache" / "cxrfast" / "micro-batch.json").unlink()
-    assert configure(runtime, 32, 0, given) == config
-    assert not (tmp_path / "cache" / "cxrfast" / "micro-batch.json").exists(), "it was not measured again"
 
 
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:

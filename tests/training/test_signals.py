@@ -67,7 +67,7 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothi
     assert not [pid for pid in family if psutil.pid_exists(pid)], "nobody is left"
     state = Run.open(run).state()
     assert (state["state"], state["signal"]) == ("preempted", name)
-    assert f"{name}; saved, the same command goes on" in log
+    assert f"{name}; saved, the same command resumes" in log
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2] / "cxrfast") not in log
     assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 1
     run_to_the_end(arguments)
@@ -324,5 +324,5 @@ def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_and_they_go_on_togethe
             kill_group(node)
     logs = "".join((tmp_path / "second" / str(node)).read_text() for node in range(2))
     assert codes == [0, 0], logs
-    assert "going on in epoch 2" in logs
+    assert "resuming in epoch 2" in logs
     assert_same(one_node, run)
