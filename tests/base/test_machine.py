@@ -13,17 +13,17 @@ from cxrfast.machine import memory_bytes, processor, resident_bytes, usable_core
 
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 
-PROBE = """
+PROBE = f"""
 import os, subprocess, sys
 from cxrfast.cli.main import cli
 
 @cli.command()
 def probe():
     assert "torch" not in sys.modules
-    subprocess.run([sys.executable, "-c", "import os; print([os.environ.get(name) for name in %r])"], check=True)
+    subprocess.run([sys.executable, "-c", "import os; print([os.environ.get(name) for name in {OPENMP!r}])"], check=True)
 
 cli(["probe"])
-""" % (OPENMP,)
+"""
 
 LAUNCHER = """
 import os, subprocess, sys
