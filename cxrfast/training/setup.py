@@ -104,9 +104,9 @@ def read_subset(path: Path) -> np.ndarray:
     try:
         rows = np.unique([int(line) for line in path.read_text().split()])
     except (OSError, ValueError) as error:
-        raise RunError(f"--rows {path}: give a text file with a row number a line ({error})") from error
+        raise RunError(f"--rows {path}: give a text file with one row number per line ({error})") from error
     if not len(rows):
-        raise RunError(f"--rows {path} is empty: give a text file with a row number a line")
+        raise RunError(f"--rows {path} is empty: give a text file with one row number per line")
     return rows
 
 

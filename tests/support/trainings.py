@@ -1,4 +1,4 @@
-"""Trainings as processes of their own, and what is looked at of them."""
+"""Trainings in processes of their own or in this one, and how to inspect them."""
 
 import contextlib
 import os
@@ -23,15 +23,18 @@ from cxrfast.training.setup import make_config, select_rows
 from cxrfast.training.trainer import Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-CUDA = torch.device("cuda", 0)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
+SHORT = {**OPTIONS, "epochs": 1, "limit": 16}
+"""One epoch of two steps."""
+
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[str]:
-    """At 32 px, a checkpoint every second step. `options`: of `cxrfast train`."""
+    """Train at 32 px with a checkpoint every second step. `options`: of `cxrfast train`."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
     start = [*torchrun, f"--signals-to-handle={SIGNALS}"] if nproc > 1 else []
     places = {"shards": shards, "runs": runs, "scale": 32, "checkpoint_steps": 2, "device": "cpu"}
@@ -40,7 +43,7 @@ def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[st
 
 
 def run_to_the_end(arguments: list[str]) -> str:
-    """What it wrote to stderr."""
+    """Run a command that must succeed. Returns its stderr."""
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -62,7 +65,7 @@ def is_in_second_epoch(run: Path) -> bool:
 def wait_for(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert process.poll() is None, "the training ended before"
+        assert process.poll() is None, "the training ended early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -78,7 +81,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(a: Path, b: Path) -> None:
-    """Two run folders hold bitwise the same last weights, and the same metrics but for time and memory."""
+    """Two run folders hold bitwise the same last weights, and the same metrics except for time and memory."""
     one, other = last_weights(a), last_weights(b)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -99,4 +102,4 @@ def make_trainer(
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(runs / "run" / "fold-0", config, shards, rows)
     where = Runtime(shards=shards, runs=runs, **(runtime or {}))
-    return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)
+    return Trainer(run, World(CPU), Classifier(config.arch, len(config.labels)), reader, where)

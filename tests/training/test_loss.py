@@ -1,17 +1,14 @@
-"""The loss and its gradients, whatever is masked and however the batch is shared."""
+"""The loss and its gradients, whatever is masked and however ranks share the batch."""
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from trainings import OPTIONS
-
-from cxrfast.config import Runtime
-from cxrfast.training.setup import make_config
-from cxrfast.training.train import train
+from trainings import make_trainer
 
 GRADIENTS = """
 import sys
@@ -54,6 +51,7 @@ with world("cpu") as ranks:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked(
     tiny_set: Path, tmp_path: Path
 ) -> None:
@@ -75,10 +73,14 @@ def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked
 
 
 def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    options = {**OPTIONS, "epochs": 1, "limit": 16}
-    plain = train(make_config(tiny_set, 32, device="cpu", **options), runtime)
-    weighed = train(
-        make_config(tiny_set, 32, device="cpu", **options, positive_weights=True), replace(runtime, name="weighed")
-    )
-    assert weighed.metrics()[0]["train_loss"] > plain.metrics()[0]["train_loss"]
+    plain, weighed = (make_trainer(tiny_set, tmp_path / f"{on}", positive_weights=on) for on in (False, True))
+    row = torch.from_numpy(plain.order.rows)
+    logits = torch.zeros((len(row), len(plain.config.labels)))
+    positives = (plain.targets.target[row] * plain.targets.mask[row]).sum(dim=0)
+    negatives = ((1 - plain.targets.target[row]) * plain.targets.mask[row]).sum(dim=0)
+    more = torch.where(positives > 0, negatives - positives, 0).sum() * np.log(
+        2
+    )  # each positive counts negatives / positives
+    assert more > 0
+    difference = weighed.targets.loss_sum(logits, row) - plain.targets.loss_sum(logits, row)
+    assert float(difference) == pytest.approx(float(more), rel=1e-4)
