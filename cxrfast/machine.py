@@ -1,4 +1,4 @@
-"""What this machine lends the process: cores and memory, as the scheduler and the container grant them."""
+"""Cores and memory that this process may use, as granted by scheduler and container."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def memory_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and its children now."""
+    """Current resident memory of this process and its children."""
     process = psutil.Process()
     total = 0
     for p in (process, *process.children(recursive=True)):
@@ -64,7 +64,7 @@ def resident_bytes() -> int:
 
 
 def installed(package: str, module: str) -> str | None:
-    """Version of a package, as pip knows it, or else as its module says (another package's, or copied here); None: absent."""
+    """Version of a package as pip reports it, else as its module does (copied, or part of another package); None if absent."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -75,7 +75,7 @@ def installed(package: str, module: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """Name of the processor as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,6 +1,6 @@
-"""What a training starts from: its configuration, the rows of its parts, the copy of its shards, its first weights, its ranks.
+"""What a training starts from: configuration, rows of its parts, staged shards, first weights, distributed model.
 
-Options come in; the configuration and what belongs to it go out, or an error that names the option that is wrong.
+Options come in; the configuration and the objects it describes go out, or an error that names the wrong option.
 """
 
 import fcntl
@@ -68,14 +68,13 @@ def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | N
 def select_rows(
     table: pd.DataFrame, config: TrainConfig, held: np.ndarray, subset: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """The rows a run uses: row, image_id, patient_id, part, raw labels; sorted by row.
+    """Rows used by a run: row, image_id, patient_id, part, raw labels; sorted by row.
 
-    Left out: rows that the set does not hold (`held`, int64, lists those it does), those outside `subset`, rows without
-    any label, other views.
-    Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
+    Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label, and other
+    views. Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
     """
     if absent := [name for name in config.labels if name not in table]:
-        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start the training again")
+        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start a new training")
     parts = (
         official_masks(table["split"].to_numpy())
         if config.split == "official"
@@ -85,7 +84,7 @@ def select_rows(
     if subset is not None:
         if unknown := np.setdiff1d(subset, table["row"]).tolist():
             raise RunError(
-                f"the set has no row {unknown[0]} that --rows names: its rows are 0 to {table['row'].max():,}"
+                f"--rows names row {unknown[0]}, which the set does not have: its rows are 0 to {table['row'].max():,}"
             )
         usable &= table["row"].isin(subset).to_numpy()
     if config.views:
@@ -100,7 +99,7 @@ def select_rows(
 
 
 def read_subset(path: Path) -> np.ndarray:
-    """int64, ascending: the row numbers in a file, one per line. Raises RunError if it holds anything else, or nothing."""
+    """Row numbers from a file with one per line, int64, ascending. Raises RunError if it holds anything else, or nothing."""
     try:
         rows = np.unique([int(line) for line in path.read_text().split()])
     except (OSError, ValueError) as error:
@@ -115,17 +114,17 @@ def subset_hash(rows: np.ndarray) -> str:
 
 
 def staged(shards: Path, folder: Path, scale: int) -> Path:
-    """A copy of one scale of the set in `folder`, on a disk of this machine; made once for all its ranks and jobs.
+    """Copy one scale of the set into `folder` on a local disk, once for all ranks and jobs of this machine. Returns the copy.
 
-    Raises ShardError where it cannot be made.
+    Raises ShardError if that fails.
     """
     copy = folder / ShardSet(shards).info.id
     folder.mkdir(parents=True, exist_ok=True)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
     with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes later waits
+        fcntl.flock(lock, fcntl.LOCK_EX)  # later ranks wait
         lock.seek(0)
-        if launch.startswith("none") or lock.read() != launch:  # else another rank of this launch has checked it
+        if launch.startswith("none") or lock.read() != launch:  # otherwise another rank of this launch has checked it
             stage(shards, copy, [scale])
             lock.truncate(0)
             lock.write(launch)
@@ -133,7 +132,7 @@ def staged(shards: Path, folder: Path, scale: int) -> Path:
 
 
 def weights_file(config: TrainConfig) -> Path | None:
-    """File of the first weights, ImageNet's downloaded unless kept; None for `--weights none`. Raises RunError without one."""
+    """File of the first weights (ImageNet's are downloaded once); None for `--weights none`. Raises RunError if absent."""
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
@@ -148,7 +147,7 @@ def weights_file(config: TrainConfig) -> Path | None:
 
 
 def refuse_other_fold(config: TrainConfig) -> None:
-    """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
+    """Raises RunError if the run with the first weights may have trained on validation or test patients of this one."""
     if not RunFolder(Path(config.weights)).is_started:
         return
     parent = Run.open(Path(config.weights)).config
@@ -156,7 +155,7 @@ def refuse_other_fold(config: TrainConfig) -> None:
         raise RunError(
             f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
             f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
-            f"path of its {WEIGHTS} if you know that its patients are others"
+            f"path of its {WEIGHTS} if you know that its patients are different"
         )
     if (parent.fold, parent.split) != (config.fold, config.split):
         raise RunError(
@@ -166,7 +165,7 @@ def refuse_other_fold(config: TrainConfig) -> None:
 
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:
-    """The order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
+    """Order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
     return TrainOrder(
         rows=part_rows(rows, "train"),
         global_batch=config.global_batch,
@@ -181,9 +180,9 @@ def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_row
 def distribute(
     model: Classifier, config: TrainConfig, runtime: Runtime, ranks: World
 ) -> tuple[torch.nn.Module, Callable[[], AbstractContextManager[None]]]:
-    """`model`, on its device, as the ranks train it; and a context in which its gradients are not averaged yet."""
+    """`model` as the ranks train it, and a context in which its gradients are not averaged."""
     if config.sync_bn and ranks.device.type != "cuda":
-        raise RunError("--sync-bn works on GPUs only: leave it out, or use --device cuda")
+        raise RunError("--sync-bn works only on GPUs: leave it out, or use --device cuda")
     forward: torch.nn.Module = model
     unsynced: Callable[[], AbstractContextManager[None]] = nullcontext
     if ranks.size > 1:

@@ -93,7 +93,11 @@ def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tin
     listed.write_text("\n".join(map(str, wanted[:-4])))
     with pytest.raises(RunError, match="subset: "):
         train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
-    for text, message in (("", "is empty"), ("1\ntwo", "one row number per line"), ("1 150", "the set has no row 150")):
+    for text, message in (
+        ("", "is empty"),
+        ("1\ntwo", "one row number per line"),
+        ("1 150", "names row 150, which the set does not have"),
+    ):
         listed.write_text(text)
         with pytest.raises(RunError, match=message):
             train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
@@ -162,5 +166,5 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
 
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **SHORT, sync_bn=True)
-    with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
+    with pytest.raises(RunError, match="--sync-bn works only on GPUs"):
         train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
