@@ -58,7 +58,9 @@ def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | N
     for path in folder.folder.parent.glob("fold-*"):
         with suppress(RunError):  # a damaged run is reported when it is opened to be trained
             run = Run.open(path)
-            if path == folder.folder and not run.has_nothing_to_lose:
+            if run.has_nothing_to_lose:  # its size may be what failed
+                continue
+            if path == folder.folder:
                 own = run.config.micro_batch
             elif replace(run.config, fold=config.fold, micro_batch=config.micro_batch) == config:
                 others.append(run.config.micro_batch)

@@ -8,8 +8,7 @@ torchrun forwards the signals that `--signals-to-handle` names. Ranks receive th
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -131,19 +130,13 @@ def call(command: Sequence[str]) -> tuple[int, int | None]:
         if process is not None:
             process.send_signal(number)
 
-    with _handling(forward):
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
         process = subprocess.Popen(command, process_group=0)
-        if received:  # while it was started
+        if received:  # while it was being started
             process.send_signal(received[-1])
         code = process.wait()
-    return code, received[-1] if received else None
-
-
-@contextmanager
-def _handling(handler: "signal._HANDLER") -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in FORWARDED}
-    try:
-        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+    return code, received[-1] if received else None

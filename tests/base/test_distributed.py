@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import run_ranks
 
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import DeviceError
@@ -49,22 +50,11 @@ import sys
 from pathlib import Path
 import torch
 from cxrfast.distributed import world
-from cxrfast.models.classifier import Classifier
-from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run
-from cxrfast.shards.format.rows import read_rows
-from cxrfast.config import Runtime
-from cxrfast.training.setup import make_config, select_rows
-from cxrfast.training.trainer import Trainer
+from trainings import make_trainer
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
-    torch.manual_seed(0)
-    config = make_config(shards, 32, device="cpu", weights="none", global_batch=8, micro_batch=4, precision="fp32")
-    reader = Reader(shards, 32)
-    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = Run.start(folder / str(ranks.rank), config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder))
+    trainer = make_trainer(shards, folder / str(ranks.rank), ranks=ranks)
     trainer.train_epoch()
     images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
     images = ranks.broadcast(images)
@@ -79,35 +69,16 @@ with world("cpu") as ranks:
     after = ranks.gather(scores())
     assert ranks.least(7 - ranks.rank) == 6
     if ranks.is_first:
-        print("before", float((before[0] - before[1]).abs().max()), "after", float((after[0] - after[1]).abs().max()))
+        print(float((before[0] - before[1]).abs().max()), float((after[0] - after[1]).abs().max()))
     del trainer
 """
 
 
 @pytest.mark.slow
 def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            script,
-            tiny_set,
-            tmp_path / "runs",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    _, before, _, after = done.stdout.split()
-    assert float(before) > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
-    assert float(after) == 0.0
+    before, after = map(float, run_ranks(RANKS, 2, tiny_set, tmp_path).split())
+    assert before > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
+    assert after == 0.0
 
 
 STRIDES = """

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,33 @@ def run_to_the_end(arguments: list[str]) -> str:
     return done.stderr
 
 
+def run_ranks(code: str, nproc: int, *arguments: Path) -> str:
+    """Run Python code, which may import from tests/support, in `nproc` processes. Returns its stdout."""
+    support = Path(__file__).parent
+    script = arguments[-1] / "ranks.py"
+    script.write_text(code)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
+    environment = {**os.environ, "PYTHONPATH": f"{support}:{support.parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, script, *arguments], capture_output=True, text=True, timeout=150, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
     with open(log, "wb") as file:
         return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process in a session of its own, none of which is left afterwards."""
+    process = start(arguments, log)
+    try:
+        yield process
+    finally:
+        kill_group(process)
 
 
 def is_in_second_epoch(run: Path) -> bool:
@@ -93,13 +117,18 @@ def metrics_without_timing(run: Run) -> list[dict[str, object]]:
 
 
 def make_trainer(
-    shards: Path, runs: Path, scale: int = 32, runtime: dict[str, Any] | None = None, **options: Any
+    shards: Path,
+    runs: Path,
+    scale: int = 32,
+    runtime: dict[str, Any] | None = None,
+    ranks: World | None = None,
+    **options: Any,
 ) -> Trainer:
-    """One rank in this process, on the CPU."""
+    """A trainer of `runs`/run/fold-0 in this process, on the CPU; default: of one rank."""
     config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
     torch.manual_seed(0)
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(runs / "run" / "fold-0", config, shards, rows)
     where = Runtime(shards=shards, runs=runs, **(runtime or {}))
-    return Trainer(run, World(CPU), Classifier(config.arch, len(config.labels)), reader, where)
+    return Trainer(run, ranks or World(CPU), Classifier(config.arch, len(config.labels)), reader, where)

@@ -13,9 +13,8 @@ from trainings import (
     assert_same,
     command,
     is_in_second_epoch,
-    kill_group,
     run_to_the_end,
-    start,
+    started,
     wait_for,
 )
 
@@ -59,13 +58,10 @@ def test_a_network_with_dropout_that_was_stopped_ends_as_if_nothing_had_happened
     whole, run = (tmp_path / name / "mobilenet_v3_small-32" / "fold-0" for name in ("whole", "stopped"))
     run_to_the_end(command(tiny_set, tmp_path / "whole", nproc, **options))
     arguments = command(tiny_set, tmp_path / "stopped", nproc, **options)
-    process = start(arguments, tmp_path / "log")
-    try:
+    with started(arguments, tmp_path / "log") as process:
         wait_for(lambda: is_in_second_epoch(run), process)
         os.kill(process.pid, signal.SIGTERM)
         process.wait(timeout=40)
-    finally:
-        kill_group(process)
     states = [state["cpu"] for state in torch.load(run / "last.pt", weights_only=True)["rng"]]
     assert len(states) == nproc
     assert nproc == 1 or not torch.equal(states[0], states[1])
