@@ -13,11 +13,13 @@ from trainings import (
     needs_gpu,
 )
 
+from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.pipelines.reader import Reader
-from cxrfast.training.monitor import Action, Monitor, Timed
+from cxrfast.training.checkpoint import Counters
+from cxrfast.training.monitor import Action, Monitor, Timed, is_over
 
 
 def slow(batches, seconds: float):
@@ -119,6 +121,18 @@ def test_a_checkpoint_is_due_when_the_last_one_is_old(monkeypatch: pytest.Monkey
         now += 25.0
         decisions.append(one.after_step(done, 0, False))
     assert [done for done, decision in enumerate(decisions, 1) if decision is Action.SAVE] == [3]
+
+
+def test_early_stopping_counts_epochs_without_a_lower_loss() -> None:
+    config = TrainConfig(
+        set_id="", scale=32, labels=("a",), global_batch=1, micro_batch=1, learning_rate=1, epochs=9, stop_after=2
+    )
+    counters = Counters()
+    for loss, is_last in ((0.9, False), (0.7, False), (0.8, False), (0.6, False), (0.6, False), (0.7, True)):
+        counters.add_validation(loss, None)
+        counters.next_epoch()
+        assert is_over(config, counters) is is_last
+    assert is_over(config, Counters(epoch=9))
 
 
 def test_a_signal_stops_and_a_bad_loss_comes_before_it() -> None:
