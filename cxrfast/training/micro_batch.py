@@ -23,7 +23,7 @@ from cxrfast.distributed import World
 from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.machine import memory_bytes, resident_bytes
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.densenet import SHAPES
+from cxrfast.models.densenet import ARCHITECTURES
 from cxrfast.models.precision import autocast, compiled, use_tf32
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
             room = f"the machine has {gib(memory_bytes())}, {ranks.local_size} processes share it"
         smaller = [n for n in shareable(config.global_batch, ranks.size, config.micro_batch) if n < config.micro_batch]
         helps = [f"--micro-batch {smaller[-1]}", "--micro-batch auto"] if smaller else ["a smaller --scale"]
-        if config.arch in SHAPES:
+        if config.arch in ARCHITECTURES:
             helps.append("--recompute")
         raise RunError(
             f"memory ran out with micro-batches of {config.micro_batch} images of {config.scale} px in "
