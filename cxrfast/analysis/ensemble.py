@@ -192,6 +192,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
     top = sum(result.names[weights[j].argmax()] == best[j] for j in both)
     gap, voting = fitted["stacked"] - fitted["optimum"], fitted["voting"] - fitted["optimum"]
     unfitted = result.bce[result.bce["stacked"].isna()].groupby("fold")["label"].agg(", ".join)
+    folds_without = {missing: unfitted.index[unfitted == missing].tolist() for missing in unfitted.unique()}
     held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
     return [
         caution,
@@ -205,9 +206,9 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         else "",
         origin_footnote(result.origins),
         *(
-            f"Fold {fold}: validation rows lack positives or negatives of {missing}; no weights can be fitted, so stacked "
-            "is voting there."
-            for fold, missing in unfitted.items()
+            f"Validation rows of {folds_text(folds)} lack positives or negatives of {missing}: no weights can be fitted, so "
+            "stacked is voting there."
+            for missing, folds in folds_without.items()
         ),
         f"Left out, since not every scale has them: {held}." if held else "",
     ]

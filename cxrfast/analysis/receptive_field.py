@@ -1,7 +1,7 @@
 """Effective receptive fields of runs: how much of a radiograph one unit of the last feature map uses.
 
-In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's
-maps.zarr, the numbers that sum it up, and a figure with one panel per scale. Nothing here changes a weight.
+In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's maps.zarr,
+numbers that summarise it, and a figure with one panel per scale. Nothing here changes a weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class Erf:
     map: np.ndarray
     """float32 (H, W), maximum 1."""
     images: int
-    """Averaged over this many validation images."""
+    """Number of validation images averaged over."""
     seed: int
     """Seed of the translations."""
     size: float
@@ -74,7 +74,7 @@ def erf(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Erf:
-    """Measure the field on the run's first `images` validation images, in fp32, and keep it in maps.zarr.
+    """Measure the field on the run's first `images` validation images, in fp32, and store it in maps.zarr.
 
     Raises RunError for a run without weights or validation rows, and for another shard set.
     """
@@ -82,8 +82,8 @@ def erf(
     rows = part_rows(frame, "val")[: max(images, 0)]
     if not len(rows):
         raise RunError(
-            f"{run.name}: a receptive field needs at least one validation image; {images} of its "
-            f"{(frame['part'] == 'val').sum():,} were asked for"
+            f"{run.name}: a receptive field needs at least one validation image, not {images} of "
+            f"{(frame['part'] == 'val').sum():,}"
         )
     model, scale = run.load(device), run.config.scale
     with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows)) as advance:
@@ -120,14 +120,14 @@ def _theoretical_or_none(arch: str) -> int | None:
 
 
 def read_erf(run: Run) -> Erf:
-    """Raises RunError if it has not been measured, or for another configuration."""
+    """Raises RunError if it has not been measured, or only for another configuration."""
     command = f"cxrfast erf {run.folder}"
     group, numbers = stored(run, "erf", "effective receptive field", command)
     return Erf(run=run.name, map=read_array(group, "erf", f"`{command}`"), **numbers)
 
 
 def has_erf(run: Run) -> bool:
-    """True if the field of this very configuration is stored."""
+    """True if the field of this configuration is stored."""
     group = run.open_maps()
     return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.config.hash
 
@@ -137,7 +137,7 @@ FLOOR = 1e-4
 
 
 def erf_figure(runs: Sequence[Run]) -> Figure:
-    """A panel for each scale, and each name that runs were given; the folds' maps are averaged.
+    """One panel per scale and group of runs; the folds' maps are averaged.
 
     Colours are logarithmic; the square has the area of the effective receptive field. Raises RunError as
     `read_erf` does.
@@ -146,7 +146,7 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
     for run in sorted(runs, key=lambda run: (run.config.arch, run.config.scale)):
         groups.setdefault((run.config.scale, run.folder.parent.name), []).append(read_erf(run))
     if not groups:
-        raise RunError("there are no runs to draw receptive fields of")
+        raise RunError("no runs to draw receptive fields of")
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     result = Figure(figsize=(3.0 * columns + 1.2, 3.2 * lines + 0.4), layout="constrained")

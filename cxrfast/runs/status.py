@@ -1,6 +1,6 @@
-"""How far the runs in a folder are: one line per run, from the small files that a training keeps up to date.
+"""Progress of the runs in a folder: one line per run, from the small files that a training keeps up to date.
 
-Reads only, imports neither torch nor pandas, and takes what it can from files that are old, unfinished or damaged.
+Read-only; imports neither torch nor pandas; takes what it can from files that are old, unfinished or damaged.
 """
 
 import json
@@ -23,7 +23,7 @@ STYLES = {"running": "green", "silent": "bold red", "failed": "bold red", "damag
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """One run as its files tell; None is what they do not tell."""
+    """One run according to its files; None where they do not say."""
 
     name: str
     """`densenet121-2048/fold-0`"""
@@ -33,16 +33,16 @@ class Status:
     epoch: int | None = None
     """Finished epochs."""
     epochs: int | None = None
-    """Most epochs that are trained."""
+    """Most epochs that it trains."""
     val_auroc: float | None = None
     """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
     images_per_s: float | None = None
     eta_seconds: float | None = None
-    """Until the most epochs are done, counted from the last heartbeat."""
+    """Until `epochs` are done, from the last heartbeat."""
     heartbeat_seconds: float | None = None
     """Age of the last heartbeat."""
     job: str | None = None
-    """SLURM's number."""
+    """SLURM's job number."""
     note: str = ""
     """Why it failed, or which file is damaged."""
 
@@ -50,7 +50,7 @@ class Status:
 def status(runs: Path, now: float | None = None) -> list[Status]:
     """The status of every run below `runs`, by name, scale and fold; `now`: unix seconds, default the clock's.
 
-    Raises RunError if there is no run. A damaged file is a damaged run's, never an error.
+    Raises RunError if there is no run. A damaged file makes its run damaged, never an error.
     """
     found = RunFolder.below(runs)
     if not found:
@@ -102,7 +102,7 @@ def read_status(run: RunFolder, now: float) -> Status:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """{} for a file that is not there. Raises ValueError for one that holds no JSON object, or cannot be read."""
+    """{} for a missing file. Raises ValueError if the file holds no JSON object or cannot be read."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of a run's metrics that can be read, one dict per epoch, oldest first; [] if there are none."""
+    """The readable lines of a run's metrics, one dict per epoch, oldest first."""
     try:
         texts = run.metrics_path.read_text(errors="replace").splitlines()
     except OSError:
@@ -132,7 +132,7 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def best_auroc(lines: list[dict[str, Any]]) -> float | None:
-    """`val_auroc` of the line with the lowest `val_loss`; None where there is none, or where it is undefined."""
+    """`val_auroc` of the line with the lowest `val_loss`; None if there is none or it is undefined."""
     scored = [line for line in lines if _number(line.get("val_loss")) is not None]
     return _number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
 

@@ -152,7 +152,7 @@ def relabelled(fold: int, part: str, value: float) -> tuple[pd.DataFrame, int]:
         ({"set_id": "b2"}, "set id a1 is not b2"),
         ({"policy": "u_ones"}, "label policy u_zeros is not u_ones"),
         ({"labels": ("Edema", "Pneumonia", "Fracture", "Lung Lesion")}, "labels .* is not .*"),
-        ({"fold": 1, "rows": study_rows(1).iloc[:-30]}, " 6 test rows are in one"),
+        ({"fold": 1, "rows": study_rows(1).iloc[:-30]}, " 6 test rows are in only one"),
         (
             {"fold": 1, "rows": relabelled(1, "test", np.nan)[0]},
             rf"Edema of row {relabelled(1, 'test', np.nan)[1]}: 1 is not nan",

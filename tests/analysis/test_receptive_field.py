@@ -54,7 +54,7 @@ def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_path: Path) -> None:
     run = make_untrained(tmp_path, tiny_set, PARTS)
-    with pytest.raises(RunError, match="at least one validation image; 0 of its 4"):
+    with pytest.raises(RunError, match="at least one validation image, not 0 of 4"):
         erf(run, images=0)
     (run.folder / "best.safetensors").unlink()
     with pytest.raises(RunError, match="train it first"):
