@@ -28,6 +28,7 @@ def test_a_process_group_that_does_not_answer_is_given_up(monkeypatch) -> None:
         process_group(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
