@@ -83,10 +83,10 @@ class EnsembleResult:
         best = [self.names.index(name) if name in self.names else 0 for name in self.best_single()]
         return self.matrix(method) - single[best, :, range(len(best))].T
 
-    def mean_weights(self, column: str = "weight") -> np.ndarray:
+    def mean_weights(self) -> np.ndarray:
         """Mean over the folds that were fitted, float64 (L, S), NaN where none was."""
         lines = [self.weights[self.weights["name"] == name] for name in self.names]
-        return np.stack([metrics.mean_sd(by_fold(one, self.labels, column))[0] for one in lines], axis=1)
+        return np.stack([metrics.mean_sd(by_fold(one, self.labels, "weight"))[0] for one in lines], axis=1)
 
     def best_single(self) -> list[str]:
         """By finding: the name with the highest mean test AUROC, or "undefined"."""

@@ -16,15 +16,13 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.maps import frozen, small_batches, stored
+from cxrfast.analysis.maps import batches, frozen, stored
 from cxrfast.errors import RunError
 from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import without_tf32
-from cxrfast.pipelines.loader import Loader
-from cxrfast.progress import progress
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run
 
@@ -102,18 +100,12 @@ def gradcam_run(
         raise RunError(f"Grad-CAM needs at least one image, not {images}")
     rows = positives(run, label, part)[:images]
     model = run.load(device)
-    maps: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
-    with run.reader(shards) as reader, progress(f"gradcam {run.name} {label}", len(rows)) as advance:
-        for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
-            batch_maps, batch_logits = gradcam(model, batch.image, index)
-            maps.append(batch_maps.cpu().numpy())
-            logits.append(batch_logits.float().cpu().numpy())
-            advance(len(batch.row))
-    result = Maps(rows, np.concatenate(maps), np.concatenate(logits), part)
+    loaded = batches(run, rows, shards, device, f"gradcam {run.name} {label}")
+    found = [[tensor.float().cpu() for tensor in gradcam(model, batch.image, index)] for batch in loaded]
+    maps, logits = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    result = Maps(rows, maps, logits, part)
     arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
-    known = {"part": part, "config_hash": run.config.hash}
-    run.add_maps(arrays, {_group(label): known})
+    run.add_maps(arrays, {_group(label): {"part": part, "config_hash": run.config.hash}})
     return result
 
 
@@ -165,7 +157,7 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """
     found = read_gradcam(run, label)
-    images = _read_images(run, found.rows, shards)
+    images = np.concatenate([batch.image[:, 0].numpy() for batch in batches(run, found.rows, shards)])
     ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
     probabilities = sigmoid(found.logits)
     result, pairs = _pairs(len(ids))
@@ -200,10 +192,3 @@ def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
     places = [(i // columns, 3 * (i % columns)) for i in range(n)]
     return result, [(result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])) for y, x in places]
-
-
-def _read_images(run: Run, rows: np.ndarray, shards: Path | None) -> np.ndarray:
-    """uint8 (n, H, W)"""
-    with run.reader(shards) as reader:
-        loader = Loader(reader, small_batches(rows, run.config.scale))
-        return np.concatenate([batch.image[:, 0].numpy() for batch in loader])

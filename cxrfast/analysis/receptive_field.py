@@ -4,7 +4,7 @@ In: a trained run and a few of its validation images. Out: a map of squared inpu
 numbers that summarise it, and a figure with one panel per scale. Nothing here changes a weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from cxrfast.analysis.effective_receptive_field import (
     erf_size,
     shifted,
 )
-from cxrfast.analysis.maps import small_batches, stored
+from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
-from cxrfast.pipelines.loader import Loader
-from cxrfast.progress import progress
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
 
@@ -86,14 +84,11 @@ def erf(
             f"{(frame['part'] == 'val').sum():,}"
         )
     model, scale = run.load(device), run.config.scale
-    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows)) as advance:
-
-        def batches() -> Iterator[torch.Tensor]:
-            for batch in Loader(reader, small_batches(rows, scale), device=device):
-                yield shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
-                advance(len(batch.row))
-
-        found = effective_receptive_field(model, batches()).astype(np.float32)
+    moved = (
+        shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
+        for batch in batches(run, rows, shards, device, f"erf {run.name}")
+    )
+    found = effective_receptive_field(model, moved).astype(np.float32)
     size = erf_size(found)
     result = Erf(
         run=run.name,

@@ -65,17 +65,21 @@ def gradients(reader: Reader, device: torch.device) -> str:
         for precision in precisions:
             with _threads(1) if precision == "fp32" and not gpu else nullcontext():
                 found = _loss_and_gradient(image, device, precision, recompute=not gpu)
-            errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
-            words = f"{precision}: loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
-            measured.append(words)
+            errors, words = _errors(found, expected)
+            measured.append(f"{precision}: {words}")
             if not all(error <= limit for error, limit in zip(errors, LIMITS[precision], strict=True)):
-                loss, gradient = LIMITS[precision]
-                wrong.append(f"{words} (at most {loss:g} and {gradient:g})")
+                wrong.append("{}: {} (at most {:g} and {:g})".format(precision, words, *LIMITS[precision]))
     if wrong:
         raise RunError(
-            "; ".join(wrong) + f" of float32 on the CPU: torch or a library under it computes wrongly on {device}"
+            f"{'; '.join(wrong)} of float32 on the CPU: torch or a library under it computes wrongly on {device}"
         )
     return "; ".join(measured)
+
+
+def _errors(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> tuple[tuple[float, float], str]:
+    """Relative errors of loss and gradient, and the same in words."""
+    errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
+    return errors, f"loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -110,8 +114,12 @@ def _loss_and_gradient(
         loss = loss_of(copy.deepcopy(model)).item()
     smooth = smoothed(model)
     (SCALING * loss_of(smooth)).backward()
-    parts = [p.grad.flatten().cpu().double() / SCALING for p in smooth.parameters() if p.grad is not None]
-    return loss, torch.cat(parts)
+    return loss, _gradient(smooth) / SCALING
+
+
+def _gradient(model: nn.Module) -> torch.Tensor:
+    """float64 (parameters,) on the CPU."""
+    return torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
 
 
 def smoothed(model: nn.Module) -> nn.Module:
@@ -152,17 +160,15 @@ def accumulated(
             loss = model(image.contiguous(memory_format=torch.channels_last)).square().sum()
             loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
+    return total, _gradient(model)
 
 
 def compiled_step(device: torch.device) -> str:
     """Two accumulated micro-batches of a small DenseNet give the same loss and gradient compiled and eager."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     with without_tf32():
-        loss, gradient = accumulated(tiny_network(device), 2)
-        found, compiled_gradient = accumulated(compiled(tiny_network(device), "default"), 2)
-    errors = abs(found / loss - 1), relative_error(compiled_gradient, gradient)
-    words = f"loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
+        eager = accumulated(tiny_network(device), 2)
+        errors, words = _errors(accumulated(compiled(tiny_network(device), "default"), 2), eager)
     if not max(errors) <= SAME:
         raise RunError(f"{words} when compiled (at most {SAME:g}): train without --compile")
     return f"{words} (at most {SAME:g})"

@@ -1,4 +1,4 @@
-"""A line a run, whatever state its files are in."""
+"""One line per run, whatever state its files are in."""
 
 import json
 import subprocess
