@@ -27,14 +27,14 @@ FOLDER = "evaluation"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The tables of `evaluate`. A name is that of the folder around a scale's folds: densenet121-256."""
+    """The tables of `evaluate`. Groups of runs are named by the folder around their folds: densenet121-256."""
 
     part: str
     """train, val or test."""
     names: tuple[str, ...]
     """Groups of runs, by architecture and scale."""
     labels: tuple[str, ...]
-    """Findings, in the order of the logits."""
+    """In the order of the logits."""
     table: pd.DataFrame
     """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives."""
     positives: dict[str, int]

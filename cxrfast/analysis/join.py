@@ -144,7 +144,7 @@ def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int
     known = {run.folder.parent.name: run.config for run in predicted}
     have = ", ".join(names or known)
     if unknown := sorted(set(names or ()) - set(known)):
-        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
+        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}, which has {', '.join(known)}")
     if names is None:
         scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
         several = [arch for arch, those in scales.items() if len(those) > 1]
@@ -157,8 +157,8 @@ def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
         raise RunError(
-            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
-            f"has only those of {have}{waiting}: train and predict another scale"
+            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} has them only for "
+            f"{have}{waiting}: train and predict another scale"
         )
     return by_name(run for run in predicted if run.folder.parent.name in names)
 

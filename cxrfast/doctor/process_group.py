@@ -93,5 +93,5 @@ def _distributed_difference(model: nn.Module, micro_batches: int) -> float:
 if __name__ == "__main__":
     try:
         print(one_rank(torch.device(sys.argv[1])))
-    except Exception as error:  # whatever it is, the parent process reports it
+    except Exception as error:  # the parent process reports it
         sys.exit(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")

@@ -127,7 +127,7 @@ def test_one_scale_is_no_ensemble(tmp_path):
     run = make_run(tmp_path, 256)
     Run.start(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), study_rows(0))
     for names in (None, ["densenet121-256"]):
-        with pytest.raises(RunError, match=r"two scales .* only those of densenet121-256 .*densenet121-512/fold-0"):
+        with pytest.raises(RunError, match=r"two scales .* only for densenet121-256 .*densenet121-512/fold-0"):
             ensemble(tmp_path, names)
 
 

@@ -83,7 +83,7 @@ def test_files_say_what_the_result_says_in_the_same_bytes_each_time(made):
     assert result.names == ("densenet121-256", "densenet121-512")
 
 
-def test_a_finding_nobody_has_is_undefined_never_a_number(made):
+def test_a_finding_without_positives_is_undefined_never_a_number(made):
     result = evaluate(made)
     assert result.table.query("label == 'Fracture'")[["auroc", "auprc"]].isna().all(axis=None)
     for text in ((made / "evaluation" / "auroc.md").read_text(), shown(auroc_table(result))):
