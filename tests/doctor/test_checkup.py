@@ -25,15 +25,13 @@ def test_a_check_that_fails_is_a_line_and_the_others_are_made(capsys) -> None:
     def broken() -> str:
         raise ZeroDivisionError("division by zero")
 
-    made = [
-        carry_out(check)
-        for check in (
-            Check("one", wrong),
-            Check("two", broken),
-            Check("three", wrong, "no GPU"),
-            Check("four", lambda: "12 images"),
-        )
-    ]
+    planned = (
+        Check("one", wrong),
+        Check("two", broken),
+        Check("three", wrong, "no GPU"),
+        Check("four", lambda: "12 images"),
+    )
+    made = [carry_out(check) for check in planned]
     assert [(o.state, o.measured) for o in made] == [
         (FAILED, "off by 3 grey levels"),
         (FAILED, "ZeroDivisionError: division by zero"),
