@@ -71,10 +71,14 @@ def read_status(run: RunFolder, now: float) -> Status:
 
     def read(path: Path) -> dict[str, Any]:
         try:
-            return _read_object(path)
-        except ValueError:
-            damaged.append(f"{path.name} is damaged")
+            value = _json_object(path.read_bytes())
+        except FileNotFoundError:
             return {}
+        except OSError:
+            value = None
+        if value is None:
+            damaged.append(f"{path.name} is damaged")
+        return value or {}
 
     config, state, lines = read(run.config_path).get("config"), read(run.state_path), read_metrics(run)
     heartbeat = _number(state.get("time"))
@@ -82,10 +86,9 @@ def read_status(run: RunFolder, now: float) -> Status:
     shown = "damaged" if damaged else str(state.get("state") or "not started")
     if shown == "running" and (age is None or age > SILENT_SECONDS):
         shown = "silent"
-    rate, epochs = _number(state.get("images_per_s")), _number(state.get("epochs"))
+    rate, epoch, epochs = (_number(state.get(name)) for name in ("images_per_s", "epoch", "epochs"))
     if epochs is None and isinstance(config, dict):
         epochs = _number(config.get("epochs"))
-    epoch = _number(state.get("epoch"))
     return Status(
         name=run.name,
         folder=str(run.folder),
@@ -101,34 +104,22 @@ def read_status(run: RunFolder, now: float) -> Status:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """{} for a missing file. Raises ValueError if the file holds no JSON object or cannot be read."""
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    """None if the text is not a JSON object."""
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ValueError(error.strerror) from error
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The readable lines of a run's metrics, one dict per epoch, oldest first."""
     try:
-        texts = run.metrics_path.read_text(errors="replace").splitlines()
+        texts = run.metrics_path.read_bytes().splitlines()
     except OSError:
         return []
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in map(_json_object, texts) if line is not None]
 
 
 def best_auroc(lines: list[dict[str, Any]]) -> float | None:
