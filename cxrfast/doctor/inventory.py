@@ -57,13 +57,10 @@ def about_opencv(found: str | None) -> Item:
 
 
 def _machine() -> Iterator[Item]:
-    cores, memory = usable_cores(), memory_bytes()
-    yield Item(
-        "processor",
-        f"{processor()}, {cores} usable cores",
-        "decoding at 256 px needs several cores per GPU" if cores < 4 else "",
-    )
-    yield Item("memory", f"{memory / 2**30:,.0f} GiB")
+    cores = usable_cores()
+    few = "decoding at 256 px needs several cores per GPU" if cores < 4 else ""
+    yield Item("processor", f"{processor()}, {cores} usable cores", few)
+    yield Item("memory", f"{memory_bytes() / 2**30:,.0f} GiB")
     shared = Path("/dev/shm")
     if shared.exists():
         yield Item("/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders")
@@ -86,13 +83,8 @@ def about_dali(dali: Dali | None, driver: int | None) -> Item:
     if dali is None:
         return Item("DALI", "not installed", f"pip install {wheel}; until then the host engine loads images")
     if tuple(map(int, dali.version.split(".")[:2])) < OLDEST:
-        return Item(
-            "DALI",
-            str(dali),
-            f"pip install --upgrade {wheel}: before 2.1 it waits for the whole GPU when it frees a buffer, which "
-            "breaks CUDA graphs that are being captured",
-            is_problem=True,
-        )
+        why = "before 2.1 it waits for the whole GPU when it frees a buffer, which breaks the capture of CUDA graphs"
+        return Item("DALI", str(dali), f"pip install --upgrade {wheel}: {why}", is_problem=True)
     return Item("DALI", str(dali))
 
 
@@ -108,12 +100,9 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
         return
     newest = max(needed.values(), key=lambda need: need[1])[1]
     differ = len({_major(cuda) for cuda, _ in needed.values()}) > 1
-    yield Item(
-        "CUDA",
-        ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()),
-        f"a GPU's driver must be {newest} or newer"
-        + ("; the difference does not matter: each brings its own CUDA runtime" if differ else ""),
-    )
+    advice = f"a GPU's driver must be {newest} or newer"
+    advice += "; the difference does not matter: each brings its own CUDA runtime" if differ else ""
+    yield Item("CUDA", ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()), advice)
     if driver is None:
         return
     for name, (cuda, least) in needed.items():
@@ -146,33 +135,26 @@ def _device() -> Iterator[Item]:
         yield Item("GPU", "none", "training runs on the CPU: for small scales and trials only")
     for i in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         properties = torch.cuda.get_device_properties(i)
-        yield Item(
-            f"GPU {i}",
-            f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
-            f"CUDA {torch.version.cuda}",
-        )
+        memory = f"{properties.total_memory / 2**30:,.0f} GiB"
+        yield Item(f"GPU {i}", f"{properties.name}, {memory}, driver {nvidia_driver()}, CUDA {torch.version.cuda}")
     yield Item("precision", resolve_precision("auto", device))
 
 
 def _data() -> Iterator[Item]:
     _, weights = imagenet_file("densenet121")
-    yield Item(
-        "ImageNet weights",
-        str(weights) if weights.exists() else "not on this machine",
-        "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
-    )
-    tables = any(Path(config.DATA).glob("mimic-cxr-2.*.csv*"))
-    yield Item(
-        "source tree",
-        config.DATA if tables else f"none in {config.DATA}",
-        "" if tables else "set CXRFAST_DATA, or give --data",
-    )
+    if weights.exists():
+        yield Item("ImageNet weights", str(weights))
+    else:
+        advice = "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR"
+        yield Item("ImageNet weights", "not on this machine", advice)
+    if any(Path(config.DATA).glob("mimic-cxr-2.*.csv*")):
+        yield Item("source tree", config.DATA)
+    else:
+        yield Item("source tree", f"none in {config.DATA}", "set CXRFAST_DATA, or give --data")
     try:
         found = ShardSet(config.SHARDS)
-        yield Item(
-            "shard set",
-            f"{config.SHARDS}: {found.info.images:,} images at {', '.join(map(str, found.scales))} px",
-        )
+        scales = ", ".join(map(str, found.scales))
+        yield Item("shard set", f"{config.SHARDS}: {found.info.images:,} images at {scales} px")
     except CxrfastError:
         yield Item("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
     here = Path(os.getcwd())
