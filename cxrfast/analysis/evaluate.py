@@ -149,7 +149,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
         + mean_note(labels, columns),
         undefined_note(labels, columns, evaluation.part),
         origin_footnote(evaluation.origins),
-        f"Without predictions, left out: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
+        f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
     )
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(

@@ -79,7 +79,7 @@ def test_files_say_what_the_result_says_in_the_same_bytes_each_time(made):
         text = before[name].decode()
         assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" in text
         assert "2 folds (0, 1)" in text
-        assert "left out: densenet121-1024/fold-0" in text
+        assert "without predictions: densenet121-1024/fold-0" in text
     assert result.names == ("densenet121-256", "densenet121-512")
 
 
