@@ -31,7 +31,7 @@ from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 
@@ -70,8 +70,8 @@ class EnsembleResult:
 
     @property
     def origins(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_origin`."""
-        return {n: shared_origin(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from."""
+        return group_origins(zip(self.weights["name"], self.weights["start"], strict=True))
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""

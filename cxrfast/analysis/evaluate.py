@@ -18,7 +18,7 @@ from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.splits import PARTS
 from cxrfast.tables import Table
 
@@ -48,8 +48,8 @@ class Evaluation:
 
     @property
     def origins(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_origin`."""
-        return {n: shared_origin(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from."""
+        return group_origins(zip(self.table["name"], self.table["start"], strict=True))
 
     def folds(self, name: str) -> list[int]:
         return sorted(int(fold) for fold in self.table.loc[self.table["name"] == name, "fold"].unique())

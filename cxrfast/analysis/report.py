@@ -22,7 +22,7 @@ from cxrfast.analysis.receptive_field import erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.metrics import mean_sd
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 
@@ -72,9 +72,7 @@ def _table(records: list[dict[str, str]], note: str = "", text: Sequence[str] = 
 
 
 def _origins(runs: list[Run]) -> dict[str, str]:
-    """By name of a group of runs: where the first weights came from."""
-    names = dict.fromkeys(run.folder.parent.name for run in runs)
-    return {n: shared_origin(origin_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
+    return group_origins((run.folder.parent.name, origin_of(run.config)) for run in runs)
 
 
 def _footnote(runs: list[Run]) -> str:
