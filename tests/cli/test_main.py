@@ -117,7 +117,7 @@ def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path: Path) 
 
 def test_uncompressed_images_have_no_quality(tree: Path, tmp_path: Path) -> None:
     arguments = ("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 32, "--workers", 1, "--codec", "raw")
-    assert "--quality 90 is of JPEG" in refused(*arguments, "--quality", 90)
+    assert "--quality 90 is for JPEG" in refused(*arguments, "--quality", 90)
     assert not (tmp_path / "set").exists()
     assert "complete" in accepted(*arguments)
     assert "every image decoded: whole" in accepted("verify", "--deep", tmp_path / "set")
