@@ -174,7 +174,8 @@ def learning_figure(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharey="col")
     origins = _origins(runs)
-    colours = dict(zip(origins, colormaps["viridis"](np.linspace(0, 0.9, len(origins))), strict=True))
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(origins)))
+    colours = dict(zip(origins, map(tuple, shades), strict=True))
     longest = max(sum(m["seconds"] for m in run.metrics()) for run in runs)
     unit, seconds = ("hours", 3600) if longest > 3600 else ("minutes", 60)
     for run in runs:
