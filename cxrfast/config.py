@@ -21,6 +21,9 @@ COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 
+AUTO = -1
+"""Micro-batch that `train` replaces by the largest that fits, before the run starts."""
+
 VALIDATION_COST = 1 / 3
 """What a validation image costs, in training images: a forward pass without the backward one."""
 
@@ -80,6 +83,7 @@ class TrainConfig:
     """imagenet, none, or the path of a checkpoint or run."""
     global_batch: int
     micro_batch: int
+    """Images in a forward pass, or AUTO."""
     learning_rate: float
     epochs: int = 100
     """Most epochs that are trained."""
@@ -114,7 +118,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
         for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) <= 0 and (name, getattr(self, name)) != ("micro_batch", AUTO):
                 raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")
         if not 0 <= self.flip <= 1:
             raise RunError(f"flip must be between 0 and 1, not {self.flip}")

@@ -47,11 +47,11 @@ def train(
     **options: Any,
 ) -> None:
     """Train one scale and fold, or go on with it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.training.setup import configure
+    from cxrfast.training.setup import make_config
     from cxrfast.training.train import train as run_training
 
     runtime = config.Runtime(shards=shards, runs=runs, name=name, **taken_out(config.Runtime, options))
-    chosen = configure(runtime, scale, fold, given(options))
+    chosen = make_config(shards, scale, device=runtime.device, subset=runtime.subset, fold=fold, **given(options))
     run = run_training(chosen, runtime)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")

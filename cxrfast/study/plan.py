@@ -1,7 +1,7 @@
 """A study's runs: which scales and folds of which set are trained, how and where, and the commands that train them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from cxrfast.errors import RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
-from cxrfast.training.setup import configure
+from cxrfast.training.setup import make_config
 
 LEFT = {"precision": "auto", "micro_batch": None}
 """What a run gets whose option is not given."""
@@ -38,9 +38,10 @@ class Plan:
     def ranks(self) -> int:
         return self.nproc * self.nodes
 
-    def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
-        """Raises RunError or DeviceError for options that make no sense. `measure`: see `setup.configure`."""
-        return configure(replace(self.runtime, device=device), scale, fold, self.options, measure)
+    def config(self, scale: int, fold: int, device: str) -> TrainConfig:
+        """Raises RunError or DeviceError for options that make no sense."""
+        where = self.runtime
+        return make_config(where.shards, scale, device=device, subset=where.subset, fold=fold, **self.options)
 
     def run_name(self, scale: int, fold: int) -> str:
         """`densenet121-2048/fold-0`, whether or not the options make sense."""
