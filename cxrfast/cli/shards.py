@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cxrfast import config
-from cxrfast.cli.options import FILE, FOLDER, PartOfN, chosen_source, source_options
+from cxrfast.cli.options import FILE, FOLDER, PART, chosen_source, source_options
 from cxrfast.cli.terminal import fail, show
 
 
@@ -30,9 +30,7 @@ def synth(out: Path, **options: Any) -> None:
 @click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
 @click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
-@click.option(
-    "--part", type=PartOfN(), metavar="I/N", help="Build every N-th shard only, as task I of a job array does."
-)
+@click.option("--part", type=PART, metavar="I/N", help="Build every N-th shard only, as task I of a job array does.")
 @click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler instead.")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
