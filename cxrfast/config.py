@@ -208,7 +208,7 @@ class TrainConfig:
             msgspec.convert(value, cls)  # a check only: it makes floats of ints, which changes the hash
             return cls(**{name: _frozen(given) for name, given in value.items()})
         except (msgspec.ValidationError, TypeError) as error:
-            raise RunError(f"the configuration is damaged or from another version of cxrfast ({error})") from error
+            raise RunError(f"not a configuration of this version of cxrfast: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

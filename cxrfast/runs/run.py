@@ -56,8 +56,10 @@ class Run(RunFolder):
         try:
             value = json.loads(path.read_bytes())
             return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error})") from error
+        except (ValueError, KeyError, TypeError, RunError) as error:
+            raise RunError(
+                f"{path} is damaged ({error}): restore it, or train the run again in a new folder"
+            ) from error
 
     @classmethod
     def find(cls, runs: str | Path) -> list["Run"]:

@@ -97,9 +97,10 @@ def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) ->
     with Reader(plan.runtime.shards, scale) as reader:
         held = reader.rows
     config = plan.config(scale, plan.folds[0], "cpu")
-    model = Classifier(config.arch, len(shards.info.labels))
-    for side in {scale, *(side for side, _ in config.sizes)}:
-        model.check_size(side)
+    with torch.device("meta"):  # shapes only, no numbers: quick
+        model = Classifier(config.arch, len(shards.info.labels))
+        for side in {scale, *(side for side, _ in config.sizes)}:
+            model.check_size(side)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)
 

@@ -67,7 +67,7 @@ def test_a_checkpoint_comes_back_bitwise_and_another_runs_is_refused(run: Run, t
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}', '{"config": {"unknown": 1}, "shards": "x"}'])
 def test_a_damaged_configuration_is_refused(run: Run, text: str) -> None:
     (run.folder / "config.json").write_text(text)
-    with pytest.raises(RunError):
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
         Run.open(run.folder)
 
 
