@@ -62,7 +62,7 @@ def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None
 @click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
 @click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
 @RESULTS
-@click.option("--arch", default="densenet121", show_default=True)
+@click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
 @click.option(
     "--seconds",
     type=Finite(min=0.1, max=3600),

@@ -1,5 +1,6 @@
-"""Commands that carry out the whole study."""
+"""Commands that carry out a whole study."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,5 +107,11 @@ def _look_ahead(
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. On a CPU, in minutes."""
     from cxrfast.study.demo import demo as run_demo
+    from cxrfast.units import duration
 
-    _carried_out(run_demo, out)
+    started = time.monotonic()
+    result = _carried_out(run_demo, out)
+    click.echo(
+        f"\nThat was a whole study, in {duration(time.monotonic() - started)}. Open {result.report} in a browser; for your own "
+        "radiographs, start with `cxrfast shard --help`."
+    )

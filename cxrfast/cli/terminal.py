@@ -1,4 +1,4 @@
-"""What every command says in the same way: an error, a table."""
+"""Errors and tables on the terminal, the same for every command."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ def fail(message: str) -> None:
 
 
 def show(*tables: "Table") -> None:
-    """Print tables on stdout, as wide as the terminal; 120 columns where it is none."""
+    """Print tables on stdout, as wide as the terminal; 120 columns if stdout is not a terminal."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)

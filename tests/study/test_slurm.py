@@ -87,7 +87,7 @@ def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None
         ("[slurm]\nsetup = [1]", "Expected `str`, got `int` - at `$.slurm.setup[0]`"),
         ("[slurm]\nnodes = 0", "Expected `int` >= 1 - at `$.slurm.nodes`"),
         ("[slurm]\ntime = '3 days'", "such as 24:00:00"),
-        ("[slurm", "line 1"),
+        ("[slurm", "Expected ']' at the end of a table declaration"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
