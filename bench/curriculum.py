@@ -20,7 +20,7 @@ from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
-from cxrfast.tables import Section, to_markdown, to_tables
+from cxrfast.tables import Table
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
@@ -95,7 +95,7 @@ def bench(
     result = CurriculumResult(
         scale=scale, from_scale=from_scale, fold=fold, target=target, ways=ways, provenance=provenance(chosen)
     )
-    write_results(out, "curriculum", asdict(result), to_markdown([section(result)]), plot(result))
+    write_results(out, "curriculum", asdict(result), [table(result)], plot(result))
     return result
 
 
@@ -108,7 +108,7 @@ def way(name: str, run: Run, before: float, target: float) -> Way:
     return Way(name=name, before=before, seconds=seconds, auroc=auroc, reached=next(reached, None))
 
 
-def section(result: CurriculumResult) -> Section:
+def table(result: CurriculumResult) -> Table:
     first = result.ways[0].reached
     lines = [
         [
@@ -122,7 +122,7 @@ def section(result: CurriculumResult) -> Section:
         ]
         for one in result.ways
     ]
-    return Section(
+    return Table(
         f"Seconds to a validation AUROC of {result.target:.4f} at {result.scale} px, fold {result.fold}",
         ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"],
         lines,
@@ -165,8 +165,7 @@ def main(shards: Path, scale: int, from_scale: int, out: Path, **options: Any) -
         result = bench(shards, scale, from_scale, out, **options)
     except CxrfastError as error:
         raise click.UsageError(str(error)) from error
-    for table in to_tables([section(result)]):
-        Console().print(table)
+    Console().print(table(result).rich())
     click.echo(f"table, JSON and plot: {out}")
 
 

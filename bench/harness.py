@@ -28,6 +28,7 @@ from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
 from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.info import versions
+from cxrfast.tables import Table
 from cxrfast.units import duration
 
 log = logging.getLogger(__name__)
@@ -292,10 +293,11 @@ def file_system(folder: Path) -> str | None:
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else None
 
 
-def write_results(out: Path, name: str, values: dict[str, Any], text: str, plot: Figure | None) -> None:
-    """NAME.json, NAME.md (`text`, then where it ran) and NAME.png in `out`."""
+def write_results(out: Path, name: str, values: dict[str, Any], tables: list[Table], plot: Figure | None) -> None:
+    """NAME.json, NAME.md (`tables`, then where it ran) and NAME.png in `out`."""
     write_json(out / f"{name}.json", values)
     notes = "\n".join(f"- {what}: {value}" for what, value in values["provenance"].items() if value is not None)
+    text = "\n".join(table.markdown() for table in tables)
     write_bytes(out / f"{name}.md", f"{text}\n{notes}\n".encode())
     if plot:
         with replacing(out / f"{name}.png") as file:

@@ -20,7 +20,7 @@ from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
 from cxrfast.pipelines.loader import Rates
 from cxrfast.runs.run import Run
-from cxrfast.tables import markdown_table
+from cxrfast.tables import Table
 
 LOSSES_APART = 0.01
 """Share by which the losses of the same epoch may differ between the engines: same rows and draws, almost the same pixels."""
@@ -139,15 +139,17 @@ def trial(folder: Path, runs_folder: Path) -> bool:
         [
             f"# Trial on {where['gpu'] or where['processor']}\n",
             *(f"- {what}: {value}" for what, value in where.items() if value is not None),
-            "\n## Steps\n",
-            markdown_table(
+            "",
+            Table(
+                "Steps",
                 ["call", "step", "outcome", "s", "command"],
                 [[str(s.call), s.name, s.outcome, str(s.seconds), s.command] for s in steps],
-            ),
+                text=["step", "outcome", "command"],
+            ).markdown(),
             "## Findings\n",
             *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
-            "\n## Epochs\n",
-            _epochs(epochs),
+            "",
+            _epochs(epochs).markdown(),
             "## For pipelines/loader.py\n",
             *(f"    {line}," for line in measured),
             "",
@@ -158,7 +160,7 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     return all(s.outcome in ("ok", "skipped") for s in steps) and all(f.is_right for f in findings)
 
 
-def _epochs(epochs: dict[str, list[dict[str, Any]]]) -> str:
+def _epochs(epochs: dict[str, list[dict[str, Any]]]) -> Table:
     def gib(size: int | None) -> str:
         return "-" if size is None else f"{size / 2**30:.2f}"
 
@@ -176,7 +178,7 @@ def _epochs(epochs: dict[str, list[dict[str, Any]]]) -> str:
         for m in lines
     ]
     head = ["run", "epoch", "train loss", "validation loss", "images/s", "waiting", "torch GiB"]
-    return markdown_table(head, rows)
+    return Table("Epochs", head, rows)
 
 
 if __name__ == "__main__":

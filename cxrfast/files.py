@@ -8,9 +8,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cxrfast.errors import is_disk_full
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPORARY = ".tmp"
 """Suffix of files being written; what a killed process leaves under it is overwritten or removed by the next one."""
@@ -53,6 +56,12 @@ def sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)
+
+
+def write_figure(path: Path, figure: "Figure", dpi: float | None = None) -> None:
+    """A PNG, the same bytes for the same figure. `dpi`: default: the figure's own."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
 
 
 def json_bytes(value: Any) -> bytes:

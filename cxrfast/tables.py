@@ -1,77 +1,123 @@
-"""Tables as text, and how numbers are written in them: Markdown or a terminal's table goes out. Touches no files."""
+"""Tables: one class for a terminal, Markdown, HTML and LaTeX. Touches no files."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import html
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Group
 
-from cxrfast import metrics
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # at the start of a row it would be an argument of the line break before
+    "*": "{*}",
+    "−": "$-$",
+    "→": r"$\rightarrow$",
+}
+"""What LaTeX reads as a command, and what its default fonts lack."""
 
 
-def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first column is set left, the others right."""
+class Cell(NamedTuple):
+    """A cell that stands out: "bold" for the best value, "dim" for an undefined one, or another of rich's styles."""
 
-    def line(entries: Iterable[str]) -> str:
-        return "| " + " | ".join(entry.replace("|", "\\|") for entry in entries) + " |\n"
-
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(line(entries) for entries in (head, rule, *lines))
+    text: str
+    style: str = ""
 
 
-class Section(NamedTuple):
-    """A table with what surrounds it, for a terminal and for Markdown."""
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head; the note follows below. A line break in the head is a space outside a terminal."""
 
     title: str
-    head: list[str]
-    lines: list[list[str]]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
     note: str = ""
+    """Each line is a paragraph."""
+    text: Collection[str] = ()
+    """Heads of the columns of text, next to the first; the others hold numbers, which are set to the right."""
+    total: bool = False
+    """The last row sums up the others and is set apart."""
+
+    def rich(self) -> "Group":
+        """For a terminal. Long cells are folded, never cut."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+        for name, is_text in zip(self.head, self._text_columns(), strict=True):
+            table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold")
+        for number, row in enumerate(self._cells(), 1):
+            last_of_many = self.total and number == len(self.rows) - 1
+            table.add_row(*(Text(text, style) for text, style in row), end_section=last_of_many)
+        return Group(
+            *([Text(self.title, "bold")] if self.title else []), table, *([Text(self.note)] if self.note else [])
+        )
+
+    def markdown(self) -> str:
+        """A heading, the table, the note."""
+
+        def line(entries: Sequence[str]) -> str:
+            return "| " + " | ".join(" ".join(entry.split()).replace("|", "\\|") for entry in entries) + " |\n"
+
+        rule = ["---" if is_text else "---:" for is_text in self._text_columns()]
+        rows = [[f"**{text}**" if style == "bold" else text for text, style in row] for row in self._cells()]
+        heading = f"## {self.title}\n\n" if self.title else ""
+        notes = "".join(f"\n{note}\n" for note in self.note.splitlines())
+        return heading + "".join(map(line, (self.head, rule, *rows))) + notes
+
+    def html(self) -> str:
+        """A `table` element and paragraphs; the classes are `number` and the cells' styles."""
+
+        def line(tag: str, cells: Sequence[Cell]) -> str:
+            found = []
+            for (text, style), is_text in zip(cells, self._text_columns(), strict=True):
+                names = f"{'' if is_text else 'number'} {style}".strip()
+                content = html.escape(text).replace("\n", "<br>")
+                found.append(f'<{tag} class="{names}">{content}</{tag}>' if names else f"<{tag}>{content}</{tag}>")
+            return f"<tr>{''.join(found)}</tr>\n"
+
+        caption = f"<caption>{html.escape(self.title)}</caption>\n" if self.title else ""
+        head = f"<thead>{line('th', [Cell(name) for name in self.head])}</thead>\n"
+        body = f"<tbody>{''.join(line('td', row) for row in self._cells())}</tbody>\n"
+        notes = "".join(f'<p class="note">{html.escape(note)}</p>\n' for note in self.note.splitlines())
+        return f"<table>\n{caption}{head}{body}</table>\n{notes}"
+
+    def latex(self) -> str:
+        """A `table` environment for the package booktabs."""
+
+        def line(cells: Sequence[Cell]) -> str:
+            found = [f"\\textbf{{{_latex(text)}}}" if style == "bold" else _latex(text) for text, style in cells]
+            return " & ".join(found) + r" \\"
+
+        rows = [line(row) for row in self._cells()]
+        if self.total and len(rows) > 1:
+            rows.insert(-1, r"\midrule")
+        columns = "".join("l" if is_text else "r" for is_text in self._text_columns())
+        lines = [
+            r"\begin{table}",
+            rf"\caption{{{_latex(self.title)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            *(r"\toprule", line([Cell(name) for name in self.head]), r"\midrule", *rows, r"\bottomrule"),
+            r"\end{tabular}",
+            *(rf"\par\footnotesize {_latex(note)}" for note in self.note.splitlines()),
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _text_columns(self) -> list[bool]:
+        return [n == 0 or name in self.text for n, name in enumerate(self.head)]
+
+    def _cells(self) -> list[list[Cell]]:
+        return [[Cell(entry) if isinstance(entry, str) else entry for entry in row] for row in self.rows]
 
 
-def to_tables(sections: list[Section]) -> list[Table]:
-    tables = []
-    for section in sections:
-        table = Table(title=section.title, caption=section.note, caption_justify="left")
-        for n, name in enumerate(section.head):
-            is_text = n == 0 or name == "what it does"
-            table.add_column(name, justify="left" if is_text else "right")
-        for line in section.lines:
-            table.add_row(*line)
-        tables.append(table)
-    return tables
-
-
-def to_markdown(sections: list[Section]) -> str:
-    return "\n".join(
-        f"## {section.title}\n\n{markdown_table(section.head, section.lines)}\n{section.note}\n" for section in sections
-    )
-
-
-def plus_minus(mean: float, sd: float, sign: str = "") -> str:
-    """`0.912 ± 0.004`; the mean alone without a deviation; `undefined` for NaN. `sign`: "+" for gains."""
-    if np.isnan(mean):
-        return "undefined"
-    return f"{mean:{sign}.3f}" + ("" if np.isnan(sd) else f" ± {sd:.3f}")
-
-
-def cells(values: np.ndarray, sign: str = "") -> list[str]:
-    """The cell of each finding from float64 (K, L), with the folds it is defined in if those are not all."""
-    defined = (~np.isnan(values)).sum(axis=0)
-    return [
-        plus_minus(mean, sd, sign) + (f" ({n} of {len(values)} folds)" if 0 < n < len(values) else "")
-        for mean, sd, n in zip(*metrics.mean_sd(values), defined, strict=True)
-    ]
-
-
-def folds_text(folds: Sequence[int]) -> str:
-    """`5 folds (0, 1, 2, 3, 4)`."""
-    return f"{len(folds)} fold{'s' if len(folds) != 1 else ''} ({', '.join(map(str, folds))})"
-
-
-def best_bold(entries: Sequence[str], values: np.ndarray) -> list[Text]:
-    """`entries` for a terminal: that of the highest value bold if there are two, those of NaN dim."""
-    known = ~np.isnan(values)
-    best = values[known].max() if known.sum() > 1 else np.inf
-    styles = ["bold" if value == best else "" if k else "dim" for value, k in zip(values, known, strict=True)]
-    return [Text(entry, style=style) for entry, style in zip(entries, styles, strict=True)]
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))

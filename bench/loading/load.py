@@ -30,7 +30,7 @@ from cxrfast.bench.loading.engines import compare_engines
 from cxrfast.bench.loading.job import Job, Peer
 from cxrfast.bench.loading.measure import Large, large, pass_rate
 from cxrfast.bench.loading.peers import peer_names, peer_versions
-from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, sections
+from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, tables
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT, PIXEL_SCALE, RAW, WHAT, open_ways, pick_ways, typed, usable
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
@@ -38,7 +38,6 @@ from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.tables import to_markdown
 
 PHANTOM_SCALES = [256, 512, 1024, 2048]
 
@@ -105,7 +104,7 @@ def bench(
             what={**WHAT, **{way: peer.what for way, peer in found.items()}},
             provenance={**provenance(chosen), **peer_versions(), "file_system": file_system(made)},
         )
-    write_results(out, "load", asdict(result), to_markdown(sections(result)), plot(result))
+    write_results(out, "load", asdict(result), tables(result), plot(result))
     return result
 
 

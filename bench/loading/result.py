@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from cxrfast.bench.loading.engines import Engines
 from cxrfast.bench.loading.measure import Large
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
 
@@ -65,20 +65,26 @@ class LoadingResult:
     provenance: dict[str, Any]
 
 
-def sections(result: LoadingResult) -> list[Section]:
+def tables(result: LoadingResult) -> list[Table]:
     """Everything that is printed."""
     found = [_rates(result, task, pixels) for pixels in (False, True) for task in TASKS]
-    found = [section for section in found if section.lines]
+    found = [table for table in found if table.rows]
     ways = dict.fromkeys(line.way for line in result.lines)
     found.append(
-        Section("The ways", ["way", "what it does"], [[way, result.what[way]] for way in ways], _left_out(result))
+        Table(
+            "The ways",
+            ["way", "what it does"],
+            [[way, result.what[way]] for way in ways],
+            _left_out(result),
+            text=["what it does"],
+        )
     )
     if result.engines:
-        found += [_engines_section(result.engines)]
+        found += [_engines_table(result.engines)]
     if result.cold:
-        found.append(_cold_section(result.cold))
+        found.append(_cold_table(result.cold))
     if result.large:
-        found.append(_large_section(result.large))
+        found.append(_large_table(result.large))
     return found
 
 
@@ -86,7 +92,7 @@ def _left_out(result: LoadingResult) -> str:
     return " ".join(f"Left out: {what} ({why})." for what, why in result.left_out.items())
 
 
-def _rates(result: LoadingResult, task: str, pixels: bool) -> Section:
+def _rates(result: LoadingResult, task: str, pixels: bool) -> Table:
     lines = [line for line in result.lines if (line.task, line.pixels) == (task, pixels)]
     scales = sorted({line.scale for line in lines})
     at = {(line.way, line.scale): line for line in lines}
@@ -98,7 +104,7 @@ def _rates(result: LoadingResult, task: str, pixels: bool) -> Section:
     where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.workers} threads or workers"
     sizes = ", ".join(f"{s} px: {result.images[s]:,} images, batches of {result.batch[s]}" for s in scales)
     mine = CACHE if pixels else "host"
-    return Section(
+    return Table(
         f"Task {task}, {TASKS[task]}{', without JPEG' if pixels else ''}: images/s ({mine} / it), on {where}",
         ["way", *(f"{s} px" for s in scales)],
         [[way, *(cell(at.get((way, s))) for s in scales)] for way in ways],
@@ -106,9 +112,9 @@ def _rates(result: LoadingResult, task: str, pixels: bool) -> Section:
     )
 
 
-def _engines_section(engines: list[Engines]) -> Section:
+def _engines_table(engines: list[Engines]) -> Table:
     """What machines with a GPU differ in; see `compare_engines`."""
-    return Section(
+    return Table(
         "The engines side by side",
         [
             "px",
@@ -139,8 +145,8 @@ def _engines_section(engines: list[Engines]) -> Section:
     )
 
 
-def _cold_section(cold: list[Cold]) -> Section:
-    return Section(
+def _cold_table(cold: list[Cold]) -> Table:
+    return Table(
         "Cold storage: one pass, decoding only, images/s",
         ["px", "images", "warm", "cold", "cold, block order", "cold, no readahead"],
         [
@@ -151,9 +157,9 @@ def _cold_section(cold: list[Cold]) -> Section:
     )
 
 
-def _large_section(found: Large) -> Section:
+def _large_table(found: Large) -> Table:
     mb = [f"{n / 1e6:,.1f}" for n in found.anonymous]
-    return Section(
+    return Table(
         f"A set of {found.rows:,} rows in {found.shards} shards",
         ["order, ms", "block order, ms", "draws, ms", "opening, s", "resident then, MB", "anonymous MB by tenths"],
         [

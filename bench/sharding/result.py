@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from cxrfast.bench.data import MIMIC_IMAGES
 from cxrfast.bench.sharding.measure import Memory
 from cxrfast.bench.sharding.peers import WHAT
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,12 @@ class ShardingResult:
     provenance: dict[str, Any]
 
 
-def sections(result: ShardingResult) -> list[Section]:
+def tables(result: ShardingResult) -> list[Table]:
     """Everything that is printed."""
     r = result
     sides = ", ".join(map(str, r.scales))
     found = [
-        Section(
+        Table(
             f"Sharding at {sides} px, on one core ({r.provenance['processor']})",
             ["way", "images/s", "ms an image", "ours / it", "what it does"],
             [
@@ -83,14 +83,15 @@ def sections(result: ShardingResult) -> list[Section]:
             f"cache. Ours writes shards of {r.shard_rows:,} rows and waits until they are on the disk; the others do not wait. "
             "draft decodes at a half or less only where the largest scale is at most half of the image's shorter side."
             + "".join(f" Left out: {name} ({why})." for name, why in r.left_out.items()),
+            text=["what it does"],
         ),
-        Section(
+        Table(
             "Where ours spends its time",
             [*r.stages, "sum"],
             [[f"{ms:.1f} ms" for ms in (*r.stages.values(), sum(r.stages.values()))]],
             "an image; medians of the rounds. sync: fsync of tars, indexes, manifests and folders.",
         ),
-        Section(
+        Table(
             "Whole builds",
             ["workers", "images", "images/s at work", "/ one worker", "seconds at work", "seconds in all"],
             [
@@ -109,15 +110,15 @@ def sections(result: ShardingResult) -> list[Section]:
         ),
     ]
     if r.memory:
-        found.append(_memory_section(r.memory))
-    return [*found, _computed_section(r)]
+        found.append(_memory_table(r.memory))
+    return [*found, _computed_table(r)]
 
 
-def _memory_section(memory: list[Memory]) -> Section:
+def _memory_table(memory: list[Memory]) -> Table:
     def mb(n: int) -> str:
         return f"{n / 1e6:,.0f}"
 
-    return Section(
+    return Table(
         "Peak memory of a build, MB",
         ["rows", "of full size", "workers", "worker RSS", "worker USS", "parent RSS", "parent USS"],
         [
@@ -136,8 +137,8 @@ def _memory_section(memory: list[Memory]) -> Section:
     )
 
 
-def _computed_section(r: ShardingResult) -> Section:
-    return Section(
+def _computed_table(r: ShardingResult) -> Table:
+    return Table(
         f"Computed, not measured: all {MIMIC_IMAGES:,} images of MIMIC-CXR-JPG",
         ["cores", "images/s", "hours", "read MB/s", "written MB/s"],
         [

@@ -26,14 +26,13 @@ from cxrfast.bench.sharding.measure import (
     startup_seconds,
 )
 from cxrfast.bench.sharding.peers import peer_versions, peers
-from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult, plot, sections
+from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult, plot, tables
 from cxrfast.bench.trees import sample
 from cxrfast.machine import usable_cores
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import check_scales
 from cxrfast.shards.images.decode import decode
 from cxrfast.shards.storage import Tree
-from cxrfast.tables import to_markdown
 
 SCALES = (256, 512, 1024, 2048)
 
@@ -94,7 +93,7 @@ def bench(
             left_out=left_out,
             provenance={**provenance(torch.device("cpu")), **peer_versions(), "file_system": file_system(scratch)},
         )
-    write_results(out, "shard", asdict(result), to_markdown(sections(result)), plot(result))
+    write_results(out, "shard", asdict(result), tables(result), plot(result))
     return result
 
 

@@ -25,12 +25,11 @@ from cxrfast.bench.harness import (
     write_results,
 )
 from cxrfast.bench.training.ladder_measure import ARCH, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
-from cxrfast.bench.training.ladder_result import LadderLine, LadderResult, bound, plot, sections
+from cxrfast.bench.training.ladder_result import LadderLine, LadderResult, bound, plot, tables
 from cxrfast.config import preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.progress import progress
-from cxrfast.tables import to_markdown
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def bench(
         {rung.name: rung.what for rung in rungs},
         left_out | missing,
     )
-    write_results(out, "ladder", asdict(result), to_markdown(sections(result)), plot(result))
+    write_results(out, "ladder", asdict(result), tables(result), plot(result))
     return result
 
 

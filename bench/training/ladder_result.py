@@ -9,7 +9,7 @@ from cxrfast.bench.harness import (
     Measured,
 )
 from cxrfast.bench.training.ladder_measure import ARCH, KINDS, RUNGS
-from cxrfast.tables import Section
+from cxrfast.tables import Table
 
 H200_BANDWIDTH = 4.8e12
 """Bytes/s, NVIDIA's data sheet."""
@@ -86,11 +86,16 @@ NOTES = {
 }
 
 
-def sections(result: LadderResult) -> list[Section]:
+def tables(result: LadderResult) -> list[Table]:
     """Rates and memory of every rung; what the rungs are; time by kind of kernel where it was taken."""
     found = [
         _rates_and_memory(result),
-        Section("The rungs", ["rung", "what it does"], [[rung, what] for rung, what in result.what.items()]),
+        Table(
+            "The rungs",
+            ["rung", "what it does"],
+            [[rung, what] for rung, what in result.what.items()],
+            text=["what it does"],
+        ),
     ]
     profiled = {line.rung: line.kinds for line in result.lines if line.kinds}
     if profiled:
@@ -98,7 +103,7 @@ def sections(result: LadderResult) -> list[Section]:
     return found
 
 
-def _rates_and_memory(result: LadderResult) -> Section:
+def _rates_and_memory(result: LadderResult) -> Table:
     """One line per rung and scale. A column that no line has a figure for is left out, and so is its note."""
     lines = result.lines
     columns = {
@@ -120,7 +125,7 @@ def _rates_and_memory(result: LadderResult) -> Section:
         *(f"Left out: {what} ({why})." for what, why in result.left_out.items()),
     ]
     where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.provenance['cores']} cores"
-    return Section(
+    return Table(
         f"Ladder of training {ARCH} ({where})",
         list(columns),
         [list(cells) for cells in zip(*columns.values(), strict=True)],
@@ -132,10 +137,10 @@ def _cell(value: float | None, form: str, unit: int = 1) -> str:
     return ABSENT if value is None else format(value / unit, form)
 
 
-def _time_by_kind(profiled: dict[str, dict[str, float]], scale: int) -> Section:
+def _time_by_kind(profiled: dict[str, dict[str, float]], scale: int) -> Table:
     """`profiled`: rung → kind of kernel → µs an image."""
     kinds = [*KINDS, "other"]
-    return Section(
+    return Table(
         f"Time by kind of kernel, µs an image, at {scale} px",
         ["rung", *kinds],
         [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()],

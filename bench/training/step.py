@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from cxrfast.bench.data import make_phantoms
 from cxrfast.bench.harness import (
@@ -33,7 +32,7 @@ from cxrfast.models.classifier import check_arch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import progress
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.tables import markdown_table
+from cxrfast.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +79,11 @@ class StepResult:
         return failed + [f"Left out: {what} ({why})." for what, why in self.left_out.items()]
 
     def table(self) -> Table:
-        """Columns and remarks for a terminal."""
         where = self.provenance["gpu"] or f"{self.provenance['processor']}, {self.provenance['cores']} cores"
-        table = Table(title=f"Memory and images/s by resolution ({where})", padding=(0, 1, 0, 0))
         columns = self.columns()
-        for name in columns:
-            table.add_column(name, justify="right")
-        for cells in zip(*columns.values(), strict=True):
-            table.add_row(*cells)
-        table.caption, table.caption_justify = "\n".join(self.remarks()) or None, "left"
-        return table
+        rows = list(zip(*columns.values(), strict=True))
+        title = f"Memory and images/s by resolution ({where})"
+        return Table(title, list(columns), rows, "\n".join(self.remarks()), text=["engine", "precision"])
 
 
 def _per_second(rate: float) -> str:
@@ -151,7 +145,7 @@ def bench(
         ]
         lines, failed, left_out = _measure_all(todo, budget)
     result = StepResult(lines, failed, provenance(chosen), left_out)
-    _write(result, out)
+    write_results(out, "bench", asdict(result), [result.table()], plot(result) if result.lines else None)
     return result
 
 
@@ -202,13 +196,6 @@ def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:
 
 
 # Results
-
-
-def _write(result: StepResult, out: Path) -> None:
-    columns = result.columns()
-    remarks = "".join(f"\n{remark}\n" for remark in result.remarks())
-    text = markdown_table(list(columns), zip(*columns.values(), strict=True)) + remarks
-    write_results(out, "bench", asdict(result), text, plot(result) if result.lines else None)
 
 
 def plot(result: StepResult) -> Figure:

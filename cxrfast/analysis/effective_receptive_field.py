@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from cxrfast.analysis.gradients import frozen
+from cxrfast.analysis.maps import frozen
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import without_tf32

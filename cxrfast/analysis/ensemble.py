@@ -1,10 +1,9 @@
 """One prediction from several scales: weights by finding, fitted on validation logits, against a plain mean.
 
-In: run folders with predictions of val and test at two scales or more. Out: weights.csv, auroc.csv,
-summary.md and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
+In: run folders with predictions of val and test at two scales or more. Out: weights.csv, auroc.csv, summary.md,
+summary.tex and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.table import Table
-from rich.text import Text
 
 from cxrfast import metrics
-from cxrfast.analysis.join import (
-    check_same_study,
-    choose_scales,
-    join_logits,
-)
+from cxrfast.analysis.join import check_same_study, choose_scales, join_logits
 from cxrfast.analysis.mixture import (
     DECAY,
     EPOCHS,
@@ -34,12 +27,13 @@ from cxrfast.analysis.mixture import (
     uniform,
     vote,
 )
+from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, split_defined, undefined_note
 from cxrfast.errors import RunError
-from cxrfast.files import write_bytes
+from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
-from cxrfast.tables import best_bold, cells, folds_text, markdown_table, plus_minus
+from cxrfast.tables import Table
 
 FOLDER = "ensemble"
 
@@ -81,18 +75,18 @@ class EnsembleResult:
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
-        lines = self.auroc[self.auroc["method"] == method]
-        wide = lines.pivot(index="fold", columns="label", values="auroc")
-        return wide[list(self.labels)].to_numpy(np.float64)
+        return by_fold(self.auroc[self.auroc["method"] == method], self.labels, "auroc")
+
+    def gains(self, method: str) -> np.ndarray:
+        """Test AUROC of `method` minus the one of each finding's best single scale, fold by fold, float64 (K, L)."""
+        single = np.stack([self.matrix(name) for name in self.names])  # (S, K, L)
+        best = [self.names.index(name) if name in self.names else 0 for name in self.best_single()]
+        return self.matrix(method) - single[best, :, range(len(best))].T
 
     def mean_weights(self, column: str = "weight") -> np.ndarray:
         """Mean over the folds that were fitted, float64 (L, S), NaN where none was."""
-        columns = []
-        for name in self.names:
-            lines = self.weights[self.weights["name"] == name]
-            wide = lines.pivot(index="fold", columns="label", values=column)[list(self.labels)]
-            columns.append(metrics.mean_sd(wide.to_numpy(np.float64))[0])
-        return np.stack(columns, axis=1)
+        lines = [self.weights[self.weights["name"] == name] for name in self.names]
+        return np.stack([metrics.mean_sd(by_fold(one, self.labels, column))[0] for one in lines], axis=1)
 
     def best_single(self) -> list[str]:
         """By finding: the name with the highest mean test AUROC, or "undefined"."""
@@ -117,7 +111,7 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     parts = []
     with progress("ensemble", len(folds), unit="folds") as advance:
         for fold in folds:
-            parts.append(_one_fold([group[fold] for group in groups.values()]))
+            parts.append(_fold([group[fold] for group in groups.values()]))
             advance(note=f"fold {fold}")
     weights, auroc, bce = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     configs = [group[folds[0]].config for group in groups.values()]
@@ -129,193 +123,142 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     return result
 
 
-def _one_fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
-    fitted, weights, bce = _fit_fold(runs)
-    return weights, _test_fold(runs, fitted), bce
-
-
-def _fit_fold(runs: Sequence[Run]) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame]:
-    """Weights (L, S) of the stacked ensemble, fitted on the validation rows, then the lines of weights and bce."""
-    fold, labels = runs[0].config.fold, runs[0].config.labels
+    of_fold = {"fold": runs[0].config.fold, "label": runs[0].config.labels}
     logits, targets, mask = join_logits(runs, "val")
-    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)
-    undefined = ~has_both_classes(targets, mask)
-    bce = pd.DataFrame(
-        {"fold": fold, "label": labels}
-        | {
-            name: np.where(undefined, np.nan, mixture_bce(logits, targets, mask, weights))
-            for name, weights in (("voting", uniform(logits)), ("stacked", fitted), ("optimum", optimum))
-        }
-    )
-    weight, em_weight = (np.where(undefined[:, None], np.nan, w) for w in (fitted, optimum))
-    lines = [
+    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)  # (L, S)
+    can_fit = has_both_classes(targets, mask)
+    compared = {"voting": uniform(logits), "stacked": fitted, "optimum": optimum}
+    bce = {name: np.where(can_fit, mixture_bce(logits, targets, mask, w), np.nan) for name, w in compared.items()}
+    weights = [
         pd.DataFrame(
             {
-                "label": labels,
+                "label": run.config.labels,
                 "name": run.folder.parent.name,
                 "scale": run.config.scale,
                 "start": origin_of(run.config),
-                "fold": fold,
-                "weight": weight[:, s],
-                "em_weight": em_weight[:, s],
+                "fold": run.config.fold,
+                "weight": np.where(can_fit, fitted[:, s], np.nan),
+                "em_weight": np.where(can_fit, optimum[:, s], np.nan),
             }
         )
         for s, run in enumerate(runs)
     ]
-    return fitted, pd.concat(lines), bce
-
-
-def _test_fold(runs: Sequence[Run], fitted: np.ndarray) -> pd.DataFrame:
-    """AUROC of the test rows by each scale alone, by voting and by the `fitted` weights (L, S)."""
-    fold, labels = runs[0].config.fold, runs[0].config.labels
     logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
-    lines = [
-        pd.DataFrame({"fold": fold, "label": labels, "method": method, "auroc": metrics.auroc(score, targets, mask)})
+    auroc = [
+        pd.DataFrame({**of_fold, "method": method, "auroc": metrics.auroc(score, targets, mask)})
         for method, score in scores.items()
     ]
-    return pd.concat(lines)
+    return pd.concat(weights), pd.concat(auroc), pd.DataFrame({**of_fold, **bce})
 
 
 # Tables and figure
 
 
-def _gains(result: EnsembleResult, method: str) -> np.ndarray:
-    """Test AUROC of `method` minus that of each finding's best single scale, fold by fold, float64 (K, L)."""
-    single = {name: result.matrix(name) for name in result.names}
-    undefined = single[result.names[0]]  # NaN there in every fold, as at every scale
-    best = [single.get(name, undefined)[:, j] for j, name in enumerate(result.best_single())]
-    return result.matrix(method) - np.stack(best, axis=1)
+def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
+    """AUROC of every method and what the ensembles gain over the best single scale, the best of each finding bold.
 
-
-def ensemble_markdown(result: EnsembleResult) -> str:
-    """AUROC of every method with the gains over the best single scale, mean weights, and how to read them."""
-    best, weights = result.best_single(), result.mean_weights()
+    `brief`, for a terminal: means and the gain of stacking alone, without deviations.
+    """
     columns = [result.matrix(method) for method in result.methods]
-    gains = [_gains(result, method) for method in ("voting", "stacked")]
-    means, shared = metrics.over_findings([*columns, *gains])
-    texts = [cells(values) for values in columns] + [cells(values, "+") for values in gains]
+    gains = {"Stacked − best": result.gains("stacked")}
+    if not brief:
+        gains = {"Voting − best": result.gains("voting"), **gains}
+    rows = score_rows(result.labels, columns, list(gains.values()), deviations=not brief)
     short = dict(zip(result.names, result.short_names, strict=True))
-    lines = [
-        [label, short.get(best[j], best[j]), *(text[j] for text in texts)] for j, label in enumerate(result.labels)
-    ]
-    mean = [cells(v, "+" if i >= len(columns) else "")[0] for i, v in enumerate(means)]
-    head = ["Finding", "Best single", *result.short_names, "voting", "stacked", "Voting − best", "Stacked − best"]
-    weight_lines = [
-        [label, *("undefined" if np.isnan(w) else f"{w:.2f}" for w in weights[j])]
-        for j, label in enumerate(result.labels)
-    ]
-    return (
-        "# Ensemble of scales, AUROC of the test rows\n\n"
-        f"Mean ± standard deviation over {folds_text(result.folds)}.\n\n"
-        f"{markdown_table(head, [*lines, ['Mean', '', *mean]])}\n{_notes(result, shared)}\n"
-        "## Weights\n\nOf the stacked ensemble, mean over folds.\n\n"
-        f"{markdown_table(['Finding', *result.short_names], weight_lines)}"
+    best = {} if brief else {"Best single": dict(zip(result.labels, map(short.get, result.best_single()), strict=True))}
+    notes = [undefined_note(result.labels, columns, "test"), *_notes(result, columns, brief)]
+    return Table(
+        f"Ensemble of scales, AUROC of the test rows, mean{'' if brief else ' ± standard deviation'} over "
+        f"{folds_text(result.folds)}",
+        ["Finding", *best, *result.short_names, "voting", "stacked", *gains],
+        [[label, *(names.get(label) or "" for names in best.values()), *cells] for label, cells in rows],
+        "\n".join(filter(None, notes)),
+        text=[*best],
+        total=True,
     )
 
 
-def _notes(result: EnsembleResult, shared: int) -> str:
-    """What a reader must know to use the numbers, a Markdown list."""
-    fitted = result.bce.dropna()
-    weights, best = result.mean_weights(), result.best_single()
+def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -> list[str]:
+    """What a reader must know to use the numbers; `brief`: the most important of it."""
+    caution = "Validation logits served both early stopping and the ensemble's fit; test rows served neither."
+    if brief:
+        return [caution, origin_footnote(result.origins)]
+    fitted, weights, best = result.bce.dropna(), result.mean_weights(), result.best_single()
     both = [j for j, name in enumerate(best) if name in result.names and not np.isnan(weights[j]).any()]
     top = sum(result.names[weights[j].argmax()] == best[j] for j in both)
-    notes = [
-        "Validation logits served both early stopping and the ensemble's fit; test rows served neither.",
-        "The best single scale is the one with the highest mean test AUROC, a choice that favours it; "
-        "gains over it are taken fold by fold.",
-        f"Mean: over the {shared} of {len(result.labels)} findings that are defined in every fold.",
-        f"The largest weight is that of the best single scale for {top} of {len(both)} findings.",
+    gap, voting = fitted["stacked"] - fitted["optimum"], fitted["voting"] - fitted["optimum"]
+    unfitted = result.bce[result.bce["stacked"].isna()].groupby("fold")["label"].agg(", ".join)
+    held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
+    return [
+        caution,
+        "The best single scale has the highest mean test AUROC, a choice that favours it; gains over it are taken fold by fold.",
+        mean_note(result.labels, columns),
+        f"The best single scale has the largest weight for {top} of {len(both)} findings.",
+        f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate {LEARNING_RATE:g}, × {DECAY:g} per "
+        f"epoch) ends {gap.mean():.4f} nats above the optimum that EM finds, at most {gap.max():.4f}; voting lies "
+        f"{voting.mean():.4f} above it."
+        if len(fitted)
+        else "",
+        origin_footnote(result.origins),
+        *(
+            f"Fold {fold}: validation rows lack positives or negatives of {missing}; no weights can be fitted, so stacked "
+            "is voting there."
+            for fold, missing in unfitted.items()
+        ),
+        f"Left out, since not every scale has them: {held}." if held else "",
     ]
-    if len(fitted):
-        gap = fitted["stacked"] - fitted["optimum"]
-        notes.append(
-            f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate "
-            f"{LEARNING_RATE:g}, × {DECAY:g} an epoch) ends {gap.mean():.4f} nats above the optimum "
-            f"that EM finds, at most {gap.max():.4f}; "
-            f"voting lies {(fitted['voting'] - fitted['optimum']).mean():.4f} above it."
-        )
-    if note := origin_footnote(result.origins):
-        notes.append(note)
-    for fold, lines in result.bce[result.bce["stacked"].isna()].groupby("fold"):
-        missing = ", ".join(lines["label"])
-        notes.append(
-            f"Fold {fold}: validation rows lack positives or negatives of {missing}; "
-            "no weights can be fitted, so stacked is voting there."
-        )
-    if result.left_out:
-        held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
-        notes.append(f"Left out, since not every scale has them: {held}.")
-    return "".join(f"- {note}\n" for note in notes)
 
 
-def ensemble_table(result: EnsembleResult) -> Table:
-    """Mean AUROC of every method for a terminal, the best of each finding bold; deviations are in summary.md."""
-    table = Table(
-        title=f"AUROC of the test rows, mean over {folds_text(result.folds)}",
-        caption="gain: of stacked over the best single scale. "
-        "Validation logits served both early stopping and the ensemble's fit.\n" + origin_footnote(result.origins),
+def weights_table(result: EnsembleResult) -> Table:
+    """Mean weights of the stacked ensemble."""
+    weights = result.mean_weights()
+    shown, _ = split_defined(result.labels, [weights.T])
+    return Table(
+        f"Weights of the stacked ensemble, mean over {folds_text(result.folds)}",
+        ["Finding", *result.short_names],
+        [[result.labels[j], *(f"{w:.2f}" for w in weights[j])] for j in shown],
+        undefined_note(result.labels, [weights.T], "validation"),
     )
-    table.add_column("Finding", overflow="fold")
-    for method in (*result.short_names, "voting", "stacked", "gain"):
-        table.add_column(Text(method), justify="right", overflow="fold")
-    columns, gain = [result.matrix(method) for method in result.methods], _gains(result, "stacked")
-    overall = metrics.over_findings([*columns, gain])[0]
-    # Findings and then their mean, methods and then the gain.
-    means = np.stack(
-        [metrics.mean_sd(np.hstack(both))[0] for both in zip([*columns, gain], overall, strict=True)], axis=1
-    )
-    for label, line in zip((*result.labels, "Mean"), means, strict=True):
-        entries = best_bold([plus_minus(mean, np.nan) for mean in line[:-1]], line[:-1])
-        table.add_row(Text(label), *entries, plus_minus(line[-1], np.nan, "+"), end_section=label == result.labels[-1])
-    return table
 
 
 def weights_figure(result: EnsembleResult) -> Figure:
-    """Mean weights as one stacked bar a finding, scales ascending from left to right; 900 px wide."""
-    weights, labels = result.mean_weights(), result.labels
-    figure = Figure(figsize=(9.0, 1.3 + 0.32 * len(labels)), dpi=100, layout="constrained")
+    """Mean weights as one stacked bar per finding that has any, scales ascending from left to right; 900 px wide."""
+    weights = result.mean_weights()
+    shown, _ = split_defined(result.labels, [weights.T])
+    figure = Figure(figsize=(9.0, 1.3 + 0.32 * len(shown)), dpi=100, layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.2, 0.9, len(result.names)))
-    left, place = np.zeros(len(labels)), np.arange(len(labels))
-    undefined = np.isnan(weights).any(axis=1)
-    for s, (name, colour) in enumerate(zip(result.short_names, colours, strict=True)):
-        width = np.where(undefined, 0.0, weights[:, s])
-        bars = axes.barh(place, width, left=left, height=0.78, color=colour, edgecolor="white", label=name)
+    left = np.zeros(len(shown))
+    for width, name, colour in zip(weights[shown].T, result.short_names, colours, strict=True):
+        bars = axes.barh(range(len(shown)), width, left=left, height=0.78, color=colour, edgecolor="white", label=name)
         ink = "white" if colour[:3] @ (0.299, 0.587, 0.114) < 0.55 else "#222222"
         numbers = [f"{w:.2f}" if w >= 0.05 else "" for w in width]
         axes.bar_label(bars, numbers, label_type="center", color=ink, fontsize=8)
         left += width
-    if undefined.any():
-        axes.barh(
-            place[undefined],
-            1.0,
-            height=0.78,
-            color="none",
-            edgecolor="#999999",
-            hatch="///",
-            linewidth=0.5,
-            label="undefined",
-        )
-    axes.set_yticks(place, labels)
+    axes.set_yticks(range(len(shown)), [result.labels[j] for j in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"weight of each scale, mean over {folds_text(result.folds)}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(y=0.01)
-    figure.legend(loc="outside upper center", ncols=min(6, len(result.names) + 1), frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(6, len(result.names)), frameon=False)
     return figure
 
 
 def write(folder: Path, result: EnsembleResult) -> None:
-    """weights.csv, auroc.csv, summary.md and weights.png, each whole or absent."""
+    """weights.csv, auroc.csv, summary.md, summary.tex and weights.png, each whole or absent."""
     folder.mkdir(exist_ok=True)
-    for name, table in (("weights.csv", result.weights), ("auroc.csv", result.auroc)):
-        write_bytes(folder / name, table.to_csv(index=False, lineterminator="\n").encode())
-    write_bytes(folder / "summary.md", ensemble_markdown(result).encode())
-    image = io.BytesIO()
-    weights_figure(result).savefig(image, format="png", metadata={"Software": None})
-    write_bytes(folder / "weights.png", image.getvalue())
+    tables = ensemble_table(result, brief=False), weights_table(result)
+    for name, text in {
+        "weights.csv": result.weights.to_csv(index=False, lineterminator="\n"),
+        "auroc.csv": result.auroc.to_csv(index=False, lineterminator="\n"),
+        "summary.md": "\n".join(table.markdown() for table in tables),
+        "summary.tex": "\n".join(table.latex() for table in tables),
+    }.items():
+        write_bytes(folder / name, text.encode())
+    write_figure(folder / "weights.png", weights_figure(result))

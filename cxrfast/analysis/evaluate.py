@@ -1,8 +1,7 @@
 """How well the runs of a study rank findings: AUROC and average precision by run, joined over folds.
 
-In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_summary.csv and auroc.md in
-RUNS/evaluation/. Runs that did not answer the same questions are never joined, and what is undefined is shown
-as that, never as a number.
+In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_summary.csv, auroc.md and auroc.tex in
+RUNS/evaluation/. Runs that did not answer the same questions are never joined; what is undefined is never a number.
 """
 
 from collections.abc import Iterable
@@ -11,18 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
-from rich.text import Text
 from sklearn.metrics import average_precision_score
 
 from cxrfast import metrics
 from cxrfast.analysis.join import Answers, by_name, check_same_rows, check_same_study, read_answers, with_predictions
+from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.splits import PARTS
-from cxrfast.tables import best_bold, cells, folds_text, markdown_table
+from cxrfast.tables import Table
 
 FOLDER = "evaluation"
 
@@ -46,9 +44,7 @@ class Evaluation:
 
     def matrix(self, name: str, metric: str = "auroc") -> np.ndarray:
         """float64 (K, L) of one group, folds ascending, NaN where undefined."""
-        lines = self.table[self.table["name"] == name]
-        wide = lines.pivot(index="fold", columns="label", values=metric)
-        return wide[list(self.labels)].to_numpy(np.float64)
+        return by_fold(self.table[self.table["name"] == name], self.labels, metric)
 
     @property
     def origins(self) -> dict[str, str]:
@@ -64,37 +60,22 @@ class Evaluation:
 
         sd: sample standard deviation over the folds where the finding is defined; NaN with fewer than two.
         """
-        frames = []
-        for name in self.names:
-            auroc, auprc = self.matrix(name), self.matrix(name, "auprc")
-            scale = self.table.loc[self.table["name"] == name, "scale"].iloc[0]
-            columns = {
-                f"{metric}_{statistic}": value
-                for metric, values in (("auroc", auroc), ("auprc", auprc))
-                for statistic, value in zip(("mean", "sd"), metrics.mean_sd(values), strict=True)
-            }
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "name": name,
-                        "scale": scale,
-                        "start": self.origins[name],
-                        "label": self.labels,
-                        "part": self.part,
-                        "folds": len(auroc),
-                        "folds_defined": (~np.isnan(auroc)).sum(axis=0),
-                        **columns,
-                        "positives": [self.positives[label] for label in self.labels],
-                    }
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
+        table = self.table.assign(start=self.table["name"].map(self.origins))
+        lines = table.groupby(["name", "scale", "start", "label", "part"], sort=False).agg(
+            folds=("fold", "size"),
+            folds_defined=("auroc", "count"),
+            auroc_mean=("auroc", "mean"),
+            auroc_sd=("auroc", "std"),
+            auprc_mean=("auprc", "mean"),
+            auprc_sd=("auprc", "std"),
+        )
+        return lines.reset_index().assign(positives=lambda frame: frame["label"].map(self.positives))
 
 
 def evaluate(runs: Path, part: str = "test") -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
 
-    Tables of the test part are auroc.*, those of another auroc-<part>.*: neither takes the other's place.
+    Tables of the test part are auroc.*, tables of another part auroc-<part>.*.
 
     Raises RunError if no run has predictions, if runs cannot be joined, or if a run predicted other rows than
     the part's.
@@ -104,7 +85,7 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
     predicted, skipped = with_predictions(runs)
     names = tuple(by_name(predicted))
     check_same_study(predicted)
-    answers: dict[int, Answers] = {}  # one a fold: rows and labels, which all runs of the fold share
+    answers: dict[int, Answers] = {}  # by fold: rows and labels, which all runs of the fold share
     frames = []
     with progress("evaluate", len(predicted), unit="runs") as advance:
         for run in predicted:
@@ -114,17 +95,13 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
             advance(note=run.name)
     labels = predicted[0].config.labels
     positives = dict(zip(labels, distinct_positives(answers.values()), strict=True))
-    table = pd.concat(frames, ignore_index=True)
-    evaluation = Evaluation(part, names, labels, table, positives, tuple(skipped))
+    evaluation = Evaluation(part, names, labels, pd.concat(frames, ignore_index=True), positives, tuple(skipped))
     write(runs / FOLDER, evaluation)
     return evaluation
 
 
-# Scores
-
-
 def score(answers: Answers) -> pd.DataFrame:
-    """The lines of one run: name, scale, start, fold, label, part, auroc, auprc, positives, negatives.
+    """The lines of one run in `Evaluation.table`.
 
     auprc is scikit-learn's average precision; like auroc it is NaN where either class is missing.
     """
@@ -151,7 +128,7 @@ def score(answers: Answers) -> pd.DataFrame:
 
 
 def distinct_positives(answers: Iterable[Answers]) -> list[int]:
-    """How many rows hold each finding, (L,), over all folds. A row that several folds share counts once."""
+    """Number of rows that hold each finding, (L,), over all folds. A row that several folds share counts once."""
     rows, positive = [], []
     for mine in answers:
         target, mask = mine.targets()
@@ -161,66 +138,38 @@ def distinct_positives(answers: Iterable[Answers]) -> list[int]:
     return [int(n) for n in np.concatenate(positive)[first].sum(axis=0)]
 
 
-# Tables
-
-
-def auroc_markdown(evaluation: Evaluation) -> str:
-    """Findings × groups, AUROC as mean ± sd over folds, with what a reader must know to use the numbers."""
-    columns = [evaluation.matrix(name) for name in evaluation.names]
-    means, shared = metrics.over_findings(columns)
-    folds = {name: folds_text(evaluation.folds(name)) for name in evaluation.names}
-    one = next(iter(folds.values())) if len(set(folds.values())) == 1 else None
-    over = one or "; ".join(f"{name}: {text}" for name, text in folds.items())
-    texts = [cells(values) for values in columns]
-    lines = [
-        [label, f"{evaluation.positives[label]:,}", *(text[j] for text in texts)]
-        for j, label in enumerate(evaluation.labels)
-    ]
-    lines.append(["Mean", "", *(cells(values)[0] for values in means)])
-    text = (
-        f"# AUROC, {evaluation.part} rows\n\nMean ± standard deviation over folds. {over}.\n\n"
-        + markdown_table(["Finding", "Positives", *(marked_name(n, s) for n, s in evaluation.origins.items())], lines)
-        + f"\nMean: over the {shared} of {len(evaluation.labels)} findings that are defined in every "
-        "fold of every column. Positives: rows that hold the finding, over all folds. "
-        "Undefined: no positives or no negatives.\n"
-    )
-    if note := origin_footnote(evaluation.origins):
-        text += f"\n{note}\n"
-    if evaluation.skipped:
-        text += f"\nWithout predictions, left out: {', '.join(evaluation.skipped)}.\n"
-    return text
-
-
 def auroc_table(evaluation: Evaluation) -> Table:
-    """The Markdown table for a terminal, the best group of each finding in bold."""
-    columns = [evaluation.matrix(name) for name in evaluation.names]
-    means, texts = np.array([metrics.mean_sd(v)[0] for v in columns]), [cells(v) for v in columns]
-    skipped = f"without predictions: {', '.join(evaluation.skipped)}" if evaluation.skipped else ""
-    caption = "\n".join(filter(None, (origin_footnote(evaluation.origins), skipped)))
-    table = Table(title=f"AUROC, {evaluation.part} rows, mean ± sd over folds", caption=caption)
-    table.add_column("Finding", overflow="fold")
-    table.add_column("Positives", justify="right")
-    for name, start in evaluation.origins.items():
-        head = (
-            "".join(name.rpartition("-")[:2]),
-            marked_name(name.rpartition("-")[2], start),
-            folds_text(evaluation.folds(name)).split(" (")[0],
-        )
-        table.add_column(Text("\n".join(head).strip()), justify="right", overflow="fold")
-    for j, label in enumerate(evaluation.labels):
-        entries = best_bold([text[j] for text in texts], means[:, j])
-        table.add_row(Text(label), f"{evaluation.positives[label]:,}", *entries)
-    table.add_section()
-    overall = metrics.over_findings(columns)[0]
-    best = best_bold([cells(v)[0] for v in overall], np.array([v.mean() for v in overall]))
-    table.add_row("Mean", "", *best)
-    return table
+    """Findings × groups, AUROC as mean ± sd over folds, the best group of each finding bold."""
+    labels, columns = evaluation.labels, [evaluation.matrix(name) for name in evaluation.names]
+    folds = {name: folds_text(evaluation.folds(name)) for name in evaluation.names}
+    same = len(set(folds.values())) == 1
+    over = folds[evaluation.names[0]] if same else "; ".join(f"{name}: {text}" for name, text in folds.items())
+    notes = (
+        f"Mean ± standard deviation over {over}. Positives: rows that hold the finding, over all folds. "
+        + mean_note(labels, columns),
+        undefined_note(labels, columns, evaluation.part),
+        origin_footnote(evaluation.origins),
+        f"Without predictions, left out: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
+    )
+    counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
+    return Table(
+        f"AUROC, {evaluation.part} rows",
+        ["Finding", "Positives", *(marked_name(name, start) for name, start in evaluation.origins.items())],
+        [[label, counts.get(label, ""), *cells] for label, cells in score_rows(labels, columns)],
+        "\n".join(filter(None, notes)),
+        total=True,
+    )
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """auroc.csv, auroc_summary.csv and auroc.md, each whole or absent."""
+    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent."""
     folder.mkdir(exist_ok=True)
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
-    for name, table in ((f"{stem}.csv", evaluation.table), (f"{stem}_summary.csv", evaluation.summary())):
-        write_bytes(folder / name, table.to_csv(index=False, lineterminator="\n").encode())
-    write_bytes(folder / f"{stem}.md", auroc_markdown(evaluation).encode())
+    table = auroc_table(evaluation)
+    for name, text in {
+        f"{stem}.csv": evaluation.table.to_csv(index=False, lineterminator="\n"),
+        f"{stem}_summary.csv": evaluation.summary().to_csv(index=False, lineterminator="\n"),
+        f"{stem}.md": table.markdown(),
+        f"{stem}.tex": table.latex(),
+    }.items():
+        write_bytes(folder / name, text.encode())

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.gradients import frozen, small_batches
+from cxrfast.analysis.maps import frozen, small_batches, stored
 from cxrfast.errors import RunError
-from cxrfast.files import replacing
+from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
 from cxrfast.models.classifier import Classifier
@@ -140,14 +140,9 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
 def read_gradcam(run: Run, label: str) -> Maps:
     """Raises RunError if there are no maps of this finding, or another configuration's."""
     _index(run, label)
-    group, name = run.open_maps(), _group(label)
-    advice = f"`cxrfast gradcam {run.folder} --label '{label}'`"
-    if group is None or name not in group:
-        raise RunError(f"{run.name} has no Grad-CAM of {label} yet: {advice}")
-    attributes = group.attrs[name]
-    if attributes["config_hash"] != run.config.hash:
-        raise RunError(f"the Grad-CAM of {label} in {run.maps_path} belongs to another run: make it with {advice}")
-    return Maps(**{array: read_array(group, f"{name}/{array}", advice) for array in ARRAYS}, part=attributes["part"])
+    name, command = _group(label), f"cxrfast gradcam {run.folder} --label '{label}'"
+    group, known = stored(run, name, f"Grad-CAM of {label}", command)
+    return Maps(**{array: read_array(group, f"{name}/{array}", f"`{command}`") for array in ARRAYS}, part=known["part"])
 
 
 def _index(run: Run, label: str) -> int:
@@ -192,8 +187,7 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
 def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
     """Write `figure` as a PNG into the run. Returns its path."""
     path = run.gradcam_path(label)
-    with replacing(path) as file:
-        figure(run, label, shards).savefig(file, format="png", dpi=150)
+    write_figure(path, figure(run, label, shards), dpi=150)
     return path
 
 

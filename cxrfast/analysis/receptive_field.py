@@ -24,7 +24,7 @@ from cxrfast.analysis.effective_receptive_field import (
     erf_size,
     shifted,
 )
-from cxrfast.analysis.gradients import small_batches
+from cxrfast.analysis.maps import small_batches, stored
 from cxrfast.errors import RunError
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.pipelines.loader import Loader
@@ -94,30 +94,22 @@ def erf(
                 advance(len(batch.row))
 
         found = effective_receptive_field(model, batches()).astype(np.float32)
-    result = _summarise(
-        found,
+    size = erf_size(found)
+    result = Erf(
         run=run.name,
+        map=found,
         images=len(rows),
         seed=seed,
-        config_hash=run.config.hash,
+        size=size,
+        fraction=size / scale,
+        radius_50=energy_radius(found, 0.5),
+        radius_95=energy_radius(found, 0.95),
         theoretical=_theoretical_or_none(run.config.arch),
+        config_hash=run.config.hash,
     )
     numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
     run.add_maps({"erf": found}, {"erf": numbers})
     return result
-
-
-def _summarise(erf_map: np.ndarray, **known: Any) -> Erf:
-    """A map with the numbers that sum it up; `known` are the fields that it does not tell."""
-    size = erf_size(erf_map)
-    return Erf(
-        map=erf_map,
-        size=size,
-        fraction=size / erf_map.shape[0],
-        radius_50=energy_radius(erf_map, 0.5),
-        radius_95=energy_radius(erf_map, 0.95),
-        **known,
-    )
 
 
 def _theoretical_or_none(arch: str) -> int | None:
@@ -129,13 +121,9 @@ def _theoretical_or_none(arch: str) -> int | None:
 
 def read_erf(run: Run) -> Erf:
     """Raises RunError if it has not been measured, or for another configuration."""
-    group, advice = run.open_maps(), f"`cxrfast erf {run.folder}`"
-    if group is None or "erf" not in group:
-        raise RunError(f"{run.name} has no effective receptive field yet: {advice}")
-    numbers = group.attrs["erf"]
-    if numbers["config_hash"] != run.config.hash:
-        raise RunError(f"the receptive field in {run.maps_path} belongs to another run: measure again with {advice}")
-    return Erf(run=run.name, map=read_array(group, "erf", advice), **numbers)
+    command = f"cxrfast erf {run.folder}"
+    group, numbers = stored(run, "erf", "effective receptive field", command)
+    return Erf(run=run.name, map=read_array(group, "erf", f"`{command}`"), **numbers)
 
 
 def has_erf(run: Run) -> bool:

@@ -4,15 +4,12 @@ Images are named by their id alone.
 """
 
 import base64
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
-from markdown_it import MarkdownIt
-from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,11 +20,11 @@ from cxrfast.analysis import ensemble, evaluate
 from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.analysis.receptive_field import erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
-from cxrfast.files import write_bytes
+from cxrfast.files import write_bytes, write_figure
 from cxrfast.metrics import mean_sd
 from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
 from cxrfast.runs.run import Run
-from cxrfast.tables import markdown_table
+from cxrfast.tables import Table
 
 FIGURES = "figures"
 """Folder of the report's figures, in the folder of the runs."""
@@ -36,20 +33,22 @@ FIGURES = "figures"
 @dataclass
 class Chapter:
     title: str
-    html: Markup = field(default_factory=Markup)
+    text: str = ""
+    command: str = ""
+    """Makes what is missing."""
+    tables: list[Table] = field(default_factory=list)
     figures: list[tuple[str, str]] = field(default_factory=list)
     """(caption, data URL)"""
 
 
 def report(runs: Path) -> Path:
-    """Write RUNS/report.html from what the runs hold; a part that was not made yet says which command makes it."""
+    """Write RUNS/report.html from what the runs hold; a chapter whose results are missing names the command for them."""
     found = Run.find(runs)
-    predicted = any(run.has_predictions for run in found)
     chapters = [_summary(found)]
-    if predicted:
+    if any(run.has_predictions for run in found):
         chapters += [_auroc(runs), _ensemble(runs, found)]
     else:
-        chapters.append(Chapter("AUROC", _markdown(f"Nothing predicted yet: `cxrfast predict {found[0].folder}`")))
+        chapters.append(Chapter("AUROC", "Nothing predicted yet:", f"cxrfast predict {found[0].folder}"))
     chapters += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
     environment = Environment(loader=PackageLoader("cxrfast.analysis", "."), autoescape=select_autoescape(default=True))
     html = environment.get_template("report.html.j2").render(chapters=chapters, version=__version__)
@@ -57,22 +56,15 @@ def report(runs: Path) -> Path:
     return runs / "report.html"
 
 
-def _markdown(text: str) -> Markup:
-    """HTML of our own Markdown; raw HTML in it is escaped."""
-    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
-
-
 def _png(figure: Figure, path: Path) -> str:
     """Save the figure, for slides and papers, and return it as a data URL."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
     path.parent.mkdir(exist_ok=True)
-    write_bytes(path, buffer.getvalue())
-    return _data_url(buffer.getvalue())
+    write_figure(path, figure, dpi=110)
+    return _data_url(path)
 
 
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _data_url(png: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
 def _origins(runs: list[Run]) -> dict[str, str]:
@@ -105,18 +97,13 @@ def _summary(runs: list[Run]) -> Chapter:
             ]
         )
     head = ["Run", "State", "Train", "Validation", "Test", "Epochs", "Best epoch", "Validation AUROC"]
-    text = (
-        markdown_table(head, lines)
-        + "\nRows by part; the best epoch is the one with the lowest validation loss, whose weights are used. "
-        + _footnote(runs)
-    )
-    return Chapter("Runs", _markdown(text))
+    note = "Rows by part. The best epoch has the lowest validation loss; its weights are used."
+    return Chapter("Runs", tables=[Table("", head, lines, f"{note} {_footnote(runs)}", text=["State"])])
 
 
 def _auroc(runs: Path) -> Chapter:
     evaluation = evaluate.evaluate(runs)
-    text = evaluate.auroc_markdown(evaluation).split("\n", 1)[1]  # without its heading
-    chapter = Chapter("AUROC on the test rows", _markdown(text))
+    chapter = Chapter("AUROC on the test rows", tables=[evaluate.auroc_table(evaluation)])
     if len(evaluation.names) > 1:
         caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
         chapter.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
@@ -137,10 +124,11 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     x = np.arange(len(names))
     for i, j in enumerate(shown):
         offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars next to, not upon, each other
+        spread = np.nan_to_num(sd[:, j])
         axes.errorbar(
             x + offset,
             mean[:, j],
-            np.nan_to_num(sd[:, j]),
+            (np.minimum(spread, mean[:, j]), np.minimum(spread, 1 - mean[:, j])),  # an AUROC lies between 0 and 1
             marker="o",
             capsize=2,
             linewidth=1.5,
@@ -157,29 +145,24 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
 
 def _ensemble(runs: Path, found: list[Run]) -> Chapter:
     if len({run.config.scale for run in found if run.has_predictions}) < 2:
-        return Chapter("Ensemble of scales", _markdown("Needs predictions at two scales or more."))
+        return Chapter("Ensemble of scales", "Needs predictions at two scales or more.")
     try:
         result = ensemble.ensemble(runs)
     except RunError as error:
-        return Chapter("Ensemble of scales", _markdown(str(error)))
-    text = ensemble.ensemble_markdown(result).split("\n", 1)[1].replace("\n## ", "\n### ")
+        return Chapter("Ensemble of scales", str(error))
+    picture = _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png")
     return Chapter(
         "Ensemble of scales",
-        _markdown(text),
-        [
-            (
-                "Weights of the scales, mean over folds",
-                _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png"),
-            )
-        ],
+        tables=[ensemble.ensemble_table(result, brief=False), ensemble.weights_table(result)],
+        figures=[("Weights of the scales, mean over folds", picture)],
     )
 
 
 def _learning(folder: Path, runs: list[Run]) -> Chapter:
     trained = [run for run in runs if run.metrics()]
     if not trained:
-        return Chapter("Learning curves", _markdown("No epoch has ended yet."))
-    caption = f"A line a fold, a colour a scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
+        return Chapter("Learning curves", "No epoch has ended yet.")
+    caption = f"One line per fold, one colour per scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
     return Chapter(
         "Learning curves",
         figures=[(caption.strip(), _png(learning_figure(trained), folder / FIGURES / "learning.png"))],
@@ -230,29 +213,32 @@ def learning_figure(runs: list[Run]) -> Figure:
 def _erf(folder: Path, runs: list[Run]) -> Chapter:
     measured = [run for run in runs if has_erf(run)]
     if not measured:
-        return Chapter("Effective receptive fields", _markdown(f"Not measured yet: `cxrfast erf {runs[0].folder}`"))
-    text = "\n".join(f"- {read_erf(run).in_words()}" for run in measured)
-    return Chapter(
-        "Effective receptive fields",
-        _markdown(text),
+        return Chapter("Effective receptive fields", "Not measured yet:", f"cxrfast erf {runs[0].folder}")
+    head = ["Run", "ERF, px", "% of the side", "Theoretical, px", "50 % within, px", "95 % within, px", "Images"]
+    rows = [
         [
-            (
-                "Squared gradient of the centre of the last feature map; the square has the field's area",
-                _png(erf_figure(measured), folder / FIGURES / "erf.png"),
-            )
-        ],
-    )
+            e.run,
+            f"{e.size:.0f}",
+            f"{100 * e.fraction:.0f}",
+            str(e.theoretical or "unknown"),
+            f"{e.radius_50:.0f}",
+            f"{e.radius_95:.0f}",
+            str(e.images),
+        ]
+        for e in map(read_erf, measured)
+    ]
+    note = "ERF: side of the square with the field's area. Within: radius around the centre that holds half, or 95 %, of the energy."
+    caption = "Squared gradient of the centre of the last feature map; the square has the field's area"
+    figure = _png(erf_figure(measured), folder / FIGURES / "erf.png")
+    return Chapter("Effective receptive fields", tables=[Table("", head, rows, note)], figures=[(caption, figure)])
 
 
 def _gradcam(runs: list[Run]) -> Chapter:
     """The figures that `cxrfast gradcam` left in the runs: they show images, which the runs themselves do not hold."""
-    figures = [
-        (f"{label}, {run.name}", _data_url(path.read_bytes()))
-        for run in runs
-        for label, path in run.gradcam_paths().items()
-    ]
-    missing = "" if figures else f"Not made yet: `cxrfast gradcam {runs[0].folder} --label …`"
-    return Chapter("Grad-CAM", _markdown(missing), figures)
+    figures = [(f"{label}, {run.name}", _data_url(path)) for run in runs for label, path in run.gradcam_paths().items()]
+    if not figures:
+        return Chapter("Grad-CAM", "Not made yet:", f"cxrfast gradcam {runs[0].folder} --label …")
+    return Chapter("Grad-CAM", figures=figures)
 
 
 def _resources(runs: list[Run]) -> Chapter:
@@ -289,9 +275,8 @@ def _resources(runs: list[Run]) -> Chapter:
         "Process GiB",
         "torch peak GiB",
     ]
-    return Chapter(
-        "Time and memory", _markdown(markdown_table(head, lines) + f"\nMedians over epochs. {_footnote(runs)}")
-    )
+    note = f"Medians over epochs. {_footnote(runs)}"
+    return Chapter("Time and memory", tables=[Table("", head, lines, note, text=["Precision"])])
 
 
 def _configuration(runs: list[Run]) -> Chapter:
@@ -299,10 +284,10 @@ def _configuration(runs: list[Run]) -> Chapter:
     configs = [asdict(run.config) for run in runs]
     shared = [[name, str(value)] for name, value in configs[0].items() if all(c[name] == value for c in configs)]
     differing = [name for name in configs[0] if name not in dict(shared)]
-    text = markdown_table(["Shared by all runs", ""], shared)
+    tables = [Table("", ["Shared by all runs", "value"], shared, text=["value"])]
     if differing:
-        text += "\n" + markdown_table(
-            ["Run", *differing],
-            [[run.name, *(str(c[n]) for n in differing)] for run, c in zip(runs, configs, strict=True)],
-        )
-    return Chapter("Configuration", _markdown(text))
+        rows = [
+            [run.name, *(str(config[name]) for name in differing)] for run, config in zip(runs, configs, strict=True)
+        ]
+        tables.append(Table("", ["Run", *differing], rows, text=differing))
+    return Chapter("Configuration", tables=tables)

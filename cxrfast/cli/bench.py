@@ -99,10 +99,9 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
     from cxrfast.bench.training.ladder import bench as measure_rungs
-    from cxrfast.bench.training.ladder_result import sections
-    from cxrfast.tables import to_tables
+    from cxrfast.bench.training.ladder_result import tables
 
-    show(*to_tables(sections(measure_rungs(list(scales), out, only=list(only), **options))))
+    show(*tables(measure_rungs(list(scales), out, only=list(only), **options)))
     click.echo(f"tables, JSON and plot: {out}")
 
 
@@ -119,11 +118,10 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
-    from cxrfast.bench.sharding.result import sections
+    from cxrfast.bench.sharding.result import tables
     from cxrfast.bench.sharding.shard import bench as measure_sharding
-    from cxrfast.tables import to_tables
 
-    show(*to_tables(sections(measure_sharding(data, list(scales), out, **options))))
+    show(*tables(measure_sharding(data, list(scales), out, **options)))
     click.echo(f"tables, JSON and plot: {out}")
 
 
@@ -144,8 +142,7 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """Images/s of loading beside other loaders and the bare kernels, by scale."""
     from cxrfast.bench.loading.load import bench as measure_loading
-    from cxrfast.bench.loading.result import sections
-    from cxrfast.tables import to_tables
+    from cxrfast.bench.loading.result import tables
 
-    show(*to_tables(sections(measure_loading(shards, list(scales), out, only=list(only), **options))))
+    show(*tables(measure_loading(shards, list(scales), out, only=list(only), **options)))
     click.echo(f"tables, JSON and plot: {out}")

@@ -1,4 +1,4 @@
-"""Errors and tables on the terminal, the same for every command."""
+"""How every command shows an error and a table."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from cxrfast.tables import Table
 
 
 def fail(message: str) -> None:
@@ -17,9 +17,9 @@ def fail(message: str) -> None:
 
 
 def show(*tables: "Table") -> None:
-    """Print tables on stdout, as wide as the terminal; 120 columns if stdout is not a terminal."""
+    """Print tables on stdout, as wide as the terminal; 120 columns if stdout is not one."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in tables:
-        console.print(table)
+    for number, table in enumerate(tables):
+        console.print(*([""] if number else []), table.rich(), sep="\n")

@@ -1,7 +1,7 @@
 """`cxrfast doctor --deep`: proves in about a minute that this machine loads and trains as it should.
 
-A shard set comes in, or phantoms are made; one line per check goes out as soon as it is done. A check that fails does
-not keep the others from being made. Nothing is written but into temporary folders.
+A shard set comes in, or phantoms are made; one line per check goes out as soon as it is done. A failed check does not
+stop the others. Files are written into temporary folders only.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ PHANTOMS, PHANTOM_SCALE = 128, 256
 """Number of phantoms and their side, px."""
 
 HW_DECODER_LOADS = (0.0, 0.65, 1.0)
-"""Shares of the images that a GPU's JPEG engines get: none, DALI's default, all."""
+"""Fractions of the images that a GPU's JPEG engines decode: none, DALI's default, all."""
 
 OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
 
@@ -42,7 +42,7 @@ class Check:
     make: Callable[[], str]
     """Returns what was measured; raises where something is wrong."""
     left_out: str = ""
-    """Why it cannot be made here."""
+    """Why this machine cannot make it."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,21 @@ class Outcome:
     """OK, FAILED or LEFT_OUT."""
     measured: str
     """What was measured, what is wrong, or why it was left out."""
-    seconds: float = 0.0
 
 
 def checkup(shards: Path | None = None, scale: int | None = None) -> list[Outcome]:
-    """Make all checks on the device that training would take, and print them.
+    """Make and print all checks on the device that training would take.
 
     `shards`: set whose images are used; None makes phantoms. `scale`: side of the images, px; default: the set's smallest.
     Raises DeviceError, ShardError or LoadError where device or set cannot be used at all.
     """
     device = pick_device("auto")
     with _given_or_phantoms(shards) as folder:
-        side = scale or _smallest(folder)
-        print(f"Checks on {device} with {shards or 'phantoms'} at {side} px", flush=True)
-        with Reader(folder, side) as reader:
+        scales = ShardSet(folder).scales
+        if not scales:
+            raise LoadError(f"{folder} holds no shards: build them with `cxrfast shard`")
+        with Reader(folder, scale or scales[0]) as reader:
+            print(f"Checks on {device} with {shards or 'phantoms'} at {reader.scale} px", flush=True)
             return [carry_out(check) for check in checks(reader, device)]
 
 
@@ -73,31 +74,20 @@ def checks(reader: Reader, device: torch.device) -> list[Check]:
     """All checks, in the order in which they are made."""
     gpu = device.type == "cuda"
     no_dali = "" if dali.available() else "DALI is not installed"
-    of_dali = [
-        Check(
-            "DALI's pixels" + (f", {load:.0%} by JPEG engines" if load is not None else ""),
-            partial(dali_pixels, reader, device, load),
-            no_dali,
-        )
-        for load in (HW_DECODER_LOADS if gpu else (None,))
-    ]
+    too_few = f"the set has fewer than {IMAGES} images" if len(reader.rows) < IMAGES else ""
+    loads = {f", {load:.0%} by JPEG engines": load for load in HW_DECODER_LOADS} if gpu else {"": None}
     return [
         Check("host's pixels", partial(host_pixels, reader, device)),
-        *of_dali,
+        *(
+            Check(f"DALI's pixels{by}", partial(dali_pixels, reader, device, load), no_dali)
+            for by, load in loads.items()
+        ),
         Check("DALI's pixels, the set's means", partial(proven_pixels, reader, device), no_dali),
         Check("host, slow reader", partial(slow_reader, reader, device, "host")),
         Check("DALI, slow reader", partial(slow_reader, reader, device, "dali"), no_dali),
-        Check(
-            "gradients",
-            partial(gradients, reader, device),
-            "" if len(reader.rows) >= IMAGES else f"the set has fewer than {IMAGES} images",
-        ),
+        Check("gradients", partial(gradients, reader, device), too_few),
         Check("process group", partial(process_group, device)),
-        Check(
-            "synchronisations",
-            partial(synchronisations, reader, device),
-            "" if gpu else "no GPU",
-        ),
+        Check("synchronisations", partial(synchronisations, reader, device), "" if gpu else "no GPU"),
         Check("compiled step", partial(compiled_step, device), no_compiler()),
         Check("memory", partial(memory, reader, device)),
     ]
@@ -107,29 +97,24 @@ def carry_out(check: Check) -> Outcome:
     """Make one check and print it: its name first, so that one that hangs or kills the process is known."""
     print(f"{check.name:<37}", end="", flush=True)
     begun = time.monotonic()
-    state, measured = OK, ""
     try:
         state, measured = (LEFT_OUT, check.left_out) if check.left_out else (OK, check.make())
     except Exception as error:  # whatever is wrong with one, the others are made
         first = (str(error).strip().splitlines() or [""])[0]
-        state = FAILED
-        measured = first if isinstance(error, CxrfastError) else f"{type(error).__name__}: {first}"
-    outcome = Outcome(check.name, state, measured, time.monotonic() - begun)
-    print(f"{state:<9}{outcome.seconds:5.1f} s  {measured}", flush=True)
-    return outcome
+        state, measured = FAILED, first if isinstance(error, CxrfastError) else f"{type(error).__name__}: {first}"
+    print(f"{state:<9}{time.monotonic() - begun:5.1f} s  {measured}", flush=True)
+    return Outcome(check.name, state, measured)
 
 
 def failed(outcomes: list[Outcome]) -> str:
     """The closing message; empty if none failed."""
     names = [outcome.name for outcome in outcomes if outcome.state == FAILED]
-    if not names:
-        return ""
-    return f"{len(names)} of {len(outcomes)} checks failed ({'; '.join(names)}): see their lines above"
+    return f"{len(names)} of {len(outcomes)} checks failed ({'; '.join(names)}): see their lines above" if names else ""
 
 
 @contextmanager
 def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
-    """The folder of the set; one of phantoms goes when it is left."""
+    """The folder of the set; phantoms are deleted afterwards."""
     if shards is not None:
         yield shards
         return
@@ -139,9 +124,3 @@ def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
         with log.quiet():
             build(tree, folder, [PHANTOM_SCALE])
         yield folder
-
-
-def _smallest(folder: Path) -> int:
-    if not (scales := ShardSet(folder).scales):
-        raise LoadError(f"{folder} holds no shards: build them with `cxrfast shard`")
-    return scales[0]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from cxrfast import config
 from cxrfast.distributed import Dali, find_dali, nvidia_driver, pick_device
@@ -18,6 +17,7 @@ from cxrfast.models.precision import resolve_precision
 from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.dali import OLDEST
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.tables import Cell, Table
 
 DRIVERS = {12: 525, 13: 580}
 """First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
@@ -180,7 +180,8 @@ def _data() -> Iterator[Item]:
 
 
 def inventory_table(items: list[Item]) -> Table:
-    table = Table("what", "found", "advice", title="cxrfast doctor")
-    for item in items:
-        table.add_row(item.what, item.found, item.advice, style="bold red" if item.is_problem else None)
-    return table
+    rows = [
+        [Cell(text, "bold red" if item.is_problem else "") for text in (item.what, item.found, item.advice)]
+        for item in items
+    ]
+    return Table("cxrfast doctor", ["what", "found", "advice"], rows, text=["found", "advice"])

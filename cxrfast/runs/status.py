@@ -8,14 +8,12 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cxrfast.errors import RunError
 from cxrfast.runs.folder import RunFolder
+from cxrfast.tables import Cell, Table
 from cxrfast.units import duration
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SILENT_SECONDS = 300
 """Age of the last heartbeat above which a run is not called running; a training writes one every minute."""
@@ -150,29 +148,23 @@ def to_json(lines: list[Status]) -> str:
     return json.dumps([asdict(line) for line in lines], indent=2)
 
 
-def status_table(lines: list[Status], runs: Path) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
+def status_table(lines: list[Status], runs: Path) -> Table:
     counts = {state: sum(line.state == state for line in lines) for state in dict.fromkeys(s.state for s in lines)}
-    table = Table(title=f"{runs}: {', '.join(f'{n} {state}' for state, n in counts.items())}")
-    table.add_column("run", overflow="fold")
-    table.add_column("state")
-    for head in ("epoch", "best\nAUROC", "images/s", "time\nleft", "heart-\nbeat", "job"):
-        table.add_column(head, justify="right")
     noted = any(line.note for line in lines)
-    if noted:
-        table.add_column("note", overflow="fold")
-    for line in lines:
-        cells: list[str | Text] = [
+    head = ["run", "state", "epoch", "best\nAUROC", "images/s", "time\nleft", "heart-\nbeat", "job"]
+    rows: list[list[str | Cell]] = [
+        [
             line.name,
-            Text(line.state, style=STYLES.get(line.state, "")),
+            Cell(line.state, STYLES.get(line.state, "")),
             "" if line.epoch is None else f"{line.epoch}/{'?' if line.epochs is None else line.epochs}",
             "" if line.val_auroc is None else f"{line.val_auroc:.4f}",
             "" if line.images_per_s is None else f"{line.images_per_s:,.0f}",
             "" if line.eta_seconds is None else duration(line.eta_seconds),
             "" if line.heartbeat_seconds is None else duration(line.heartbeat_seconds),
             line.job or "",
+            *([line.note] if noted else []),
         ]
-        table.add_row(*cells, *([Text(line.note)] if noted else []))
-    return table
+        for line in lines
+    ]
+    title = f"{runs}: {', '.join(f'{n} {state}' for state, n in counts.items())}"
+    return Table(title, [*head, *(["note"] if noted else [])], rows, text=["state", "note"])

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.table import Table
-
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
@@ -18,6 +16,7 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.study.pace import Pace, jobs
 from cxrfast.study.plan import Plan
 from cxrfast.study.run_forecast import Outlook, look, other_set, read_scale, refused
+from cxrfast.tables import Cell, Table
 from cxrfast.units import size
 
 
@@ -104,27 +103,34 @@ def projection(plan: Plan, left: list[Outlook]) -> str:
 def forecast_table(result: Forecast, walltime: int | None = None) -> Table:
     """One line per run. Hours are upper limits, since early stopping may end a run before its last epoch."""
     plan, ranks = result.plan, result.plan.ranks
-    table = Table(
-        title=f"{plan.runtime.shards} → {plan.runtime.runs}: {len(result.outlooks)} runs, {ranks} processes each",
-        caption=f"checkpoints need {size(result.room)}, {size(result.free)} are free; hours are at most",
-    )
-    table.add_column("run", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    table.add_column("rows: train\nval\ntest", justify="right")
-    table.add_column("batch: global\nmicro\nlearning rate", justify="right")
-    table.add_column("weights", overflow="fold")
-    for head in ("images per epoch\nimages/s", "hours\nGPU-hours", *(["jobs"] if walltime else [])):
-        table.add_column(head, justify="right")
-    for o in result.outlooks:
-        table.add_row(*_cells(o, ranks, walltime), style="bold red" if o.refusals else None)
+    head = [
+        "run",
+        "what",
+        "rows: train\nval\ntest",
+        "batch: global\nmicro\nlearning rate",
+        "weights",
+        "images per epoch\nimages/s",
+        "hours\nGPU-hours",
+        *(["jobs"] if walltime else []),
+    ]
+    rows = [
+        [Cell(text, "bold red" if o.refusals else "") for text in _cells(o, ranks, walltime)] for o in result.outlooks
+    ]
     known = [o.seconds for o in result.outlooks if o.seconds is not None]
     if len(known) > 1:
         whole = "" if len(known) == len(result.outlooks) else " (of known rates)"
         hours = sum(known) / 3600
         count = [f"{sum(jobs(s, walltime) for s in known)}"] if walltime else []
-        table.add_section()
-        table.add_row(f"all{whole}", *[""] * 5, f"{hours:,.1f}\n{hours * ranks:,.1f}", *count)
-    return table
+        total = [f"all{whole}", *[""] * 5, f"{hours:,.1f}\n{hours * ranks:,.1f}", *count]
+        rows.append([Cell(text) for text in total])
+    return Table(
+        f"{plan.runtime.shards} → {plan.runtime.runs}: {len(result.outlooks)} runs, {ranks} processes each",
+        head,
+        rows,
+        f"checkpoints need {size(result.room)}, {size(result.free)} are free; hours are at most",
+        text=["what", "weights"],
+        total=len(known) > 1,
+    )
 
 
 def _cells(o: Outlook, ranks: int, walltime: int | None) -> list[str]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from cxrfast.analysis import ensemble, evaluate
 from cxrfast.analysis.gradcam import gradcam_run, save_figure
 from cxrfast.analysis.receptive_field import erf, has_erf
@@ -25,6 +23,7 @@ from cxrfast.runs.run import Run
 from cxrfast.study.forecast import forecast, projection
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.study.run_forecast import Outlook
+from cxrfast.tables import Table
 from cxrfast.training.predict import predict
 from cxrfast.training.signals import TORCHRUN_SIGNALS, Stopped, call
 from cxrfast.training.train import train

@@ -4,7 +4,6 @@ In: a set, finished or not; its tars are not needed, nor torch, nor DALI. Out: t
 the set.
 """
 
-import io
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from cxrfast.errors import ShardError
-from cxrfast.files import write_bytes
+from cxrfast.files import write_bytes, write_figure
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
-from cxrfast.tables import Section, markdown_table
+from cxrfast.tables import Table
 from cxrfast.units import size
 
 
@@ -34,7 +30,6 @@ class Description:
     heading: str
     """What the set is, in one line."""
     tables: list[Table]
-    """For a terminal of 100 columns or more."""
     written: list[Path]
     """describe.md and, if a size is known, sizes.png."""
 
@@ -48,9 +43,9 @@ def describe(folder: Path, out: Path) -> Description:
 # Tables
 
 
-def sections(counts: SetCounts) -> list[Section]:
-    """What a terminal shows."""
-    parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales_section(counts), _views(counts)]
+def description_tables(counts: SetCounts) -> list[Table]:
+    """For a terminal of 100 columns or more."""
+    parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales(counts), _views(counts)]
     return parts + ([_references(counts)] if len(counts.references) else [])
 
 
@@ -58,17 +53,17 @@ def _numbers(line: pd.Series, names: tuple[str, ...] = COUNTED) -> list[str]:
     return [f"{line[name]:,}" for name in names]
 
 
-def _splits(counts: SetCounts) -> Section:
+def _splits(counts: SetCounts) -> Table:
     lines = [["all", *_numbers(counts.flow.iloc[0])]]
     lines += [[f"official {line['split']}", *_numbers(line)] for _, line in counts.splits.iterrows()]
     lines += [[f"fold {line['fold']}", *_numbers(line)] for _, line in counts.folds.query("part == 'test'").iterrows()]
     note = f"Fold k is the test part of training k. Folds are dealt by patient, seed {counts.info.seed}."
-    return Section(
-        title="Images, studies and patients", head=["Part", "Images", "Studies", "Patients"], lines=lines, note=note
+    return Table(
+        title="Images, studies and patients", head=["Part", "Images", "Studies", "Patients"], rows=lines, note=note
     )
 
 
-def _labels(counts: SetCounts) -> Section:
+def _labels(counts: SetCounts) -> Table:
     wide = counts.labels.pivot(index="label", columns="fold", values="positive")
     total = counts.labels.query("fold == -1")
     lines = [
@@ -77,10 +72,10 @@ def _labels(counts: SetCounts) -> Section:
     ]
     head = ["Finding", "Positive", "Negative", "Uncertain", "Blank", *(f"fold {k}" for k in range(FOLDS))]
     note = "Fold 0 to 4: positives in that fold. Counted are all images listed; the images of a study share its labels."
-    return Section(title=f"Labels of {counts.info.images:,} images", head=head, lines=lines, note=note)
+    return Table(title=f"Labels of {counts.info.images:,} images", head=head, rows=lines, note=note)
 
 
-def _flow(counts: SetCounts) -> Section:
+def _flow(counts: SetCounts) -> Table:
     lines: list[list[str]] = []
     before = counts.info.images
     for _, line in counts.flow.iterrows():
@@ -92,15 +87,15 @@ def _flow(counts: SetCounts) -> Section:
                 for reason, images in counts.reasons.itertuples(index=False)
             ]
     lines += [[f"  {line['part']} of fold 0", *_numbers(line), ""] for _, line in counts.parts.iterrows()]
-    return Section(
+    return Table(
         title="From the tables to training",
         head=["Images that are", "Images", "Studies", "Patients", "Left out"],
-        lines=lines,
+        rows=lines,
         note="" if counts.state == "complete" else f"{counts.state[0].upper()}{counts.state[1:]}.",
     )
 
 
-def _sizes(counts: SetCounts, shown: int = 10) -> Section:
+def _sizes(counts: SetCounts, shown: int = 10) -> Table:
     images = counts.sizes["images"].sum()
     lines = [
         [f"{line['height']:,} × {line['width']:,}", f"{line['images']:,}", f"{100 * line['images'] / images:.1f}"]
@@ -109,8 +104,8 @@ def _sizes(counts: SetCounts, shown: int = 10) -> Section:
     if len(rest := counts.sizes.iloc[shown:]):
         n = rest["images"].sum()
         lines.append([f"{len(rest):,} other sizes", f"{n:,}", f"{100 * n / images:.1f}"])
-    return Section(
-        title="Sizes of the images", head=["Height × width, px", "Images", "%"], lines=lines, note=size_note(counts)
+    return Table(
+        title="Sizes of the images", head=["Height × width, px", "Images", "%"], rows=lines, note=size_note(counts)
     )
 
 
@@ -124,7 +119,7 @@ def size_note(counts: SetCounts) -> str:
     )
 
 
-def _scales_section(counts: SetCounts) -> Section:
+def _scales(counts: SetCounts) -> Table:
     lines = [
         [
             f"{line['scale']:.0f} px",
@@ -139,50 +134,25 @@ def _scales_section(counts: SetCounts) -> Section:
     head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB an image"]
     codec = "Raw (PGM)" if counts.info.codec == "raw" else f"JPEG, quality {counts.info.quality}"
     note = f"{codec}, {counts.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
-    return Section(title="Shards", head=head, lines=lines, note=note)
+    return Table(title="Shards", head=head, rows=lines, note=note)
 
 
-def _views(counts: SetCounts) -> Section:
+def _views(counts: SetCounts) -> Table:
     lines = [[str(line["view"]), *_numbers(line)] for _, line in counts.views.iterrows()]
-    return Section(title="Views", head=["View", "Images", "Studies", "Patients"], lines=lines)
+    return Table(title="Views", head=["View", "Images", "Studies", "Patients"], rows=lines)
 
 
-def _references(counts: SetCounts) -> Section:
+def _references(counts: SetCounts) -> Table:
     names = ("studies", *STATES)
     lines = [[line["label"], *_numbers(line, names)] for _, line in counts.references.iterrows()]
     head = ["Finding", "Studies read", "Positive", "Negative", "Uncertain"]
-    return Section(title="Studies labelled by a radiologist", head=head, lines=lines, note="Never trained on.")
-
-
-def description_tables(counts: SetCounts) -> list[Table]:
-    """For a terminal of 100 columns or more."""
-    tables = []
-    for section in sections(counts):
-        table = Table(
-            title=Text(section.title, style="bold"),
-            caption=section.note or None,
-            title_justify="left",
-            caption_justify="left",
-            box=box.HORIZONTALS,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for n, name in enumerate(section.head):
-            table.add_column(Text(name), justify="right" if n else "left", overflow="fold", vertical="bottom")
-        for line in section.lines:
-            table.add_row(*map(Text, line))
-        tables.append(table)
-    return tables
+    return Table(title="Studies labelled by a radiologist", head=head, rows=lines, note="Never trained on.")
 
 
 def description_markdown(counts: SetCounts) -> str:
     """The terminal's tables, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
-    for section in [*sections(counts), *_by_fold(counts)]:
-        lines = [[entry.strip() for entry in line] for line in section.lines]
-        text += f"\n## {section.title}\n\n{markdown_table(section.head, lines)}"
-        text += f"\n{section.note}\n" if section.note else ""
-    return text
+    return "\n".join([text, *(table.markdown() for table in [*description_tables(counts), *_by_fold(counts)])])
 
 
 def heading(counts: SetCounts) -> str:
@@ -195,15 +165,15 @@ def heading(counts: SetCounts) -> str:
     )
 
 
-def _by_fold(counts: SetCounts) -> list[Section]:
+def _by_fold(counts: SetCounts) -> list[Table]:
     """Every fold's parts, and every state of every label by fold."""
     lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in counts.folds.iterrows()]
-    found = [Section(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], lines=lines)]
+    found = [Table(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], rows=lines)]
     for state in (*STATES, "blank"):
         wide = counts.labels.pivot(index="label", columns="fold", values=state)
         lines = [[label, *(f"{n:,}" for n in wide.loc[label])] for label in counts.info.labels]
         head = ["Finding", "All", *(f"Fold {k}" for k in range(FOLDS))]
-        found.append(Section(title=f"Images {state} for each finding", head=head, lines=lines))
+        found.append(Table(title=f"Images {state} for each finding", head=head, rows=lines))
     return found
 
 
@@ -214,9 +184,7 @@ def save_figure(counts: SetCounts, path: Path) -> None:
     """Images by height and width, with the sum over either side, as a PNG. Raises ShardError if no size is known."""
     if counts.sizes.empty:
         raise ShardError("no image has a known size: there is nothing to draw")
-    image = io.BytesIO()
-    figure(counts).savefig(image, format="png", dpi=150, metadata={"Software": None})
-    write_bytes(path, image.getvalue())
+    write_figure(path, figure(counts), dpi=150)
 
 
 def figure(counts: SetCounts) -> Figure:

@@ -1,6 +1,5 @@
 """Grad-CAM against captum, against networks whose map is known, and over runs."""
 
-import json
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,18 @@ import pytest
 import torch
 from captum.attr import LayerGradCam
 from matplotlib.figure import Figure
+from runs import SMALL, make_untrained
 from torch import nn
 from torch.nn import functional
 
 from cxrfast.analysis import gradcam as cams
 from cxrfast.analysis.receptive_field import erf, read_erf
-from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.models.classifier import MEAN, STD, Classifier
 from cxrfast.runs.run import Predictions, Run
 
-SMALL, LABEL = "mobilenet_v3_small", "Pneumonia"
+LABEL = "Pneumonia"
 
 
 def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
@@ -115,23 +114,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def make_run(folder: Path, shards: Path, raw: list[float]) -> Run:
-    """A run of random weights whose test part is the first images of the set, with these raw values of LABEL."""
-    set_id = json.loads((shards / "set.json").read_bytes())["id"]
-    config = TrainConfig(
-        set_id=set_id, scale=64, labels=MIMIC, arch=SMALL, global_batch=4, micro_batch=4, learning_rate=1e-4
-    )
-    n = len(raw)
-    rows = pd.read_parquet(shards / "rows.parquet").iloc[: n + 4]
-    rows = rows.assign(part=["test"] * n + ["train"] * 2 + ["val"] * 2, **{LABEL: [*raw, 0, 0, 0, 0]})
-    run = Run.start(
-        folder / f"{SMALL}-64" / "fold-0",
-        config,
-        shards,
-        rows[["row", "image_id", "patient_id", "part", *MIMIC]].astype({LABEL: np.float32}),
-    )
-    torch.manual_seed(0)
-    run.write_weights(Classifier(SMALL, len(MIMIC)).state_dict())
-    return run
+    """A run whose test part is the first images of the set, with these raw values of LABEL."""
+    parts = ["test"] * len(raw) + ["train"] * 2 + ["val"] * 2
+    return make_untrained(folder, shards, parts, **{LABEL: [*raw, 0, 0, 0, 0]})
 
 
 RAW = [1, 0, 1, -1, 1, np.nan, 1, 1]

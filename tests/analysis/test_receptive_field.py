@@ -1,57 +1,25 @@
 """Effective receptive fields of runs: stored, read, refused and drawn."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
+from runs import SMALL, make_untrained
 
 from cxrfast.analysis import effective_receptive_field as fields
-from cxrfast.analysis import gradients
+from cxrfast.analysis import maps
 from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
-from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.labels import MIMIC
-from cxrfast.models.classifier import Classifier
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.runs.arrays import open_arrays, update_arrays
 from cxrfast.runs.run import Run
 
-SMALL = "mobilenet_v3_small"
-
-
-def make_run(folder: Path, shards: Path, scale: int = 64, fold: int = 0, seed: int = 0) -> Run:
-    """A run of random weights on the first 12 images: 4 to train, 4 to validate, 4 to test."""
-    set_id = json.loads((shards / "set.json").read_bytes())["id"]
-    config = TrainConfig(
-        set_id=set_id,
-        scale=scale,
-        labels=MIMIC,
-        fold=fold,
-        arch=SMALL,
-        seed=seed,
-        global_batch=4,
-        micro_batch=4,
-        learning_rate=1e-4,
-    )
-    rows = pd.read_parquet(shards / "rows.parquet").iloc[:12]
-    rows = rows.assign(part=["train"] * 4 + ["val"] * 4 + ["test"] * 4)
-    run = Run.start(
-        folder / f"{SMALL}-{scale}" / f"fold-{fold}",
-        config,
-        shards,
-        rows[["row", "image_id", "patient_id", "part", *MIMIC]],
-    )
-    torch.manual_seed(fold)
-    run.write_weights(Classifier(SMALL, len(MIMIC)).state_dict())
-    return run
+PARTS = ["train"] * 4 + ["val"] * 4 + ["test"] * 4
 
 
 def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_set)
+    run = make_untrained(tmp_path, tiny_set, PARTS)
     with pytest.raises(RunError, match="cxrfast erf"):
         read_erf(run)
     assert not has_erf(run)
@@ -69,15 +37,15 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
 
 
 def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path, tiny_set)
+    run = make_untrained(tmp_path, tiny_set, PARTS)
     whole = erf(run)
-    monkeypatch.setattr(gradients, "BATCH_PIXELS", 1)
+    monkeypatch.setattr(maps, "BATCH_PIXELS", 1)
     np.testing.assert_allclose(erf(run).map, whole.map, atol=1e-4)
     assert whole.images == 4  # all there are
 
 
 def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_set)
+    run = make_untrained(tmp_path, tiny_set, PARTS)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
     with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
         erf(other, shards=tiny_set)
@@ -85,7 +53,7 @@ def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_set)
+    run = make_untrained(tmp_path, tiny_set, PARTS)
     with pytest.raises(RunError, match="at least one validation image; 0 of its 4"):
         erf(run, images=0)
     (run.folder / "best.safetensors").unlink()
@@ -94,7 +62,7 @@ def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_
 
 
 def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_set)
+    run = make_untrained(tmp_path, tiny_set, PARTS)
     erf(run, images=1)
     other = replace(run, config=replace(run.config, seed=1))
     assert not has_erf(other)
@@ -103,7 +71,7 @@ def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path
 
 
 def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, tiny_set, scale, fold) for scale, fold in ((64, 0), (32, 0), (64, 1))]
+    runs = [make_untrained(tmp_path, tiny_set, PARTS, scale, fold) for scale, fold in ((64, 0), (32, 0), (64, 1))]
     measured = {(run.config.scale, run.config.fold): erf(run, images=2) for run in runs}
     drawn = erf_figure(runs)
     drawn.savefig(tmp_path / "erf.png")

@@ -74,8 +74,8 @@ def test_a_dali_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 2, done.stdout
-    assert "does not load" in done.stdout
-    assert "undefined symbol" in done.stdout
+    for word in ("does not load", "undefined", "symbol"):  # the table may break lines within a message
+        assert word in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -68,7 +68,7 @@ def numbers(frame: pd.DataFrame, name: str, value: object) -> list[int]:
 def shown(folder: Path, width: int = 100) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     for table in description_tables(count_set(folder)):
-        console.print(table)
+        console.print(table.rich())
     console.file.close()
     return console.export_text()
 

@@ -1,0 +1,70 @@
+"""Scores of findings by fold, and the rows of tables that show them: mean ± sd over folds, the best value bold."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cxrfast import metrics
+from cxrfast.tables import Cell
+
+UNDEFINED = "undefined"
+
+
+def by_fold(lines: pd.DataFrame, labels: Sequence[str], column: str) -> np.ndarray:
+    """float64 (K, L): `column` of lines with the columns fold and label, folds ascending; NaN where undefined."""
+    return lines.pivot(index="fold", columns="label", values=column)[list(labels)].to_numpy(np.float64)
+
+
+def score_rows(
+    labels: Sequence[str], columns: Sequence[np.ndarray], gains: Sequence[np.ndarray] = (), deviations: bool = True
+) -> list[tuple[str, list[Cell]]]:
+    """Each finding that some column defines, then the mean over findings, with a cell for each column and gain.
+
+    columns, gains: float64 (K, L) each, NaN where undefined. Gains have a sign and are not compared.
+    """
+    shown, _ = split_defined(labels, columns)
+    overall, _ = metrics.over_findings([*columns, *gains])
+    both = [np.hstack(pair) for pair in zip([*columns, *gains], overall, strict=True)]  # findings, then their mean
+    rows = []
+    for j in (*shown, len(labels)):
+        means = np.array([metrics.mean_sd(values[:, [j]])[0][0] for values in both[: len(columns)]])
+        best = np.nanmax(means) if (~np.isnan(means)).sum() > 1 else np.inf
+        cells = [_cell(v[:, j], "", deviations, mean == best) for v, mean in zip(both, means, strict=False)]
+        cells += [_cell(v[:, j], "+", deviations) for v in both[len(columns) :]]
+        rows.append(([*labels, "Mean"][j], cells))
+    return rows
+
+
+def _cell(values: np.ndarray, sign: str, deviations: bool, is_best: bool = False) -> Cell:
+    """`0.912 ± 0.004` from the values of K folds, with the number of folds that define it if not all do."""
+    (mean,), (sd,) = metrics.mean_sd(values[:, None])
+    if np.isnan(mean):
+        return Cell(UNDEFINED, "dim")
+    defined, text = (~np.isnan(values)).sum(), f"{mean:{sign}.3f}"
+    if deviations:
+        text += "" if np.isnan(sd) else f" ± {sd:.3f}"
+        text += "" if defined == len(values) else f" ({defined} of {len(values)} folds)"
+    return Cell(text, "bold" if is_best else "")
+
+
+def split_defined(labels: Sequence[str], columns: Sequence[np.ndarray]) -> tuple[list[int], list[str]]:
+    """Indices of the findings that some column (K, L) defines, and the names of the others."""
+    known = ~np.isnan(np.concatenate(columns)).all(axis=0)
+    return np.flatnonzero(known).tolist(), [label for label, k in zip(labels, known, strict=True) if not k]
+
+
+def undefined_note(labels: Sequence[str], columns: Sequence[np.ndarray], part: str) -> str:
+    """Names the findings that no column defines; empty if there are none."""
+    _, others = split_defined(labels, columns)
+    return f"Undefined everywhere: {', '.join(others)} (no positive or no negative {part} row)." if others else ""
+
+
+def mean_note(labels: Sequence[str], columns: Sequence[np.ndarray]) -> str:
+    shared = metrics.over_findings(columns)[1]
+    return f"Mean: over the {shared} of {len(labels)} findings that every fold of every column defines."
+
+
+def folds_text(folds: Sequence[int]) -> str:
+    """`5 folds (0, 1, 2, 3, 4)`."""
+    return f"{len(folds)} fold{'s' if len(folds) != 1 else ''} ({', '.join(map(str, folds))})"
