@@ -1,4 +1,4 @@
-"""What benchmarks read: phantoms where no shard set is given, and an order whose epochs do not end while they measure."""
+"""Input of benchmarks: phantoms where no shard set is given, and an order whose epochs outlast a measurement."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from cxrfast.shards.build import build
 PHANTOMS = 200
 
 MIMIC_IMAGES = 377_110
-"""Images of MIMIC-CXR-JPG."""
+"""Number of images of MIMIC-CXR-JPG."""
 
 LONG = 250_000
-"""Images in an epoch of a LongOrder, at least."""
+"""Images per epoch of a LongOrder, at least."""
 
 
 def make_phantoms(folder: Path, scales: list[int]) -> Path:
-    """Make a shard set of phantom radiographs, large enough for the largest scale; return its folder."""
+    """Make a shard set of phantom radiographs as large as the largest scale; return its folder."""
     synth(folder / "source", images=PHANTOMS, size=min(2048, max(256, max(scales))))
     build(folder / "source", folder / "shards", scales)
     return folder / "shards"
@@ -29,10 +29,10 @@ def make_phantoms(folder: Path, scales: list[int]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class LongOrder:
-    """Permutations of `rows`, one after the other, cut into full micro-batches, as one epoch of `LONG` images or more.
+    """Permutations of `rows`, one after the other, cut into full micro-batches, as one epoch of at least `LONG` images.
 
-    A pipeline starts once an epoch, so that a measurement in the middle of a long one sees no start however few the rows
-    are. Rows repeat within a micro-batch that is larger than their number.
+    A pipeline starts once per epoch; in a long epoch no start falls into a measurement, however few the rows are. Rows
+    repeat within a micro-batch that is larger than their number.
     """
 
     rows: np.ndarray

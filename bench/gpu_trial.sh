@@ -4,13 +4,13 @@
 #   bench/gpu_trial.sh 1 [OUT]   versions, doctor --deep, the ladder, training with host, compiled, deterministic, in fp16
 #   bench/gpu_trial.sh 2 [OUT]   doctor --deep with DALI, training with dali, bench step and bench load with both engines
 #
-# Steps stand in the order of their worth, each under a timeout of its own, and none is begun once the call's time is over.
-# OUT (default: the environment's OUT, else bench/results/gpu-trial) gets trial.md, trial.json and all.tar.gz, which holds what
-# each step printed and the results of the benchmarks; the second call's hold the first's, too. Exit code 1 if a step failed.
+# The most valuable steps come first; each has a timeout of its own, and none starts once the call's time is over.
+# OUT (default: the environment's OUT, else bench/results/gpu-trial) gets trial.md, trial.json and all.tar.gz with the output
+# of each step and the results of the benchmarks; the second call's include the first's. Exit code 1 if a step failed.
 #
 #   TREE=DIR            source tree in the layout of MIMIC-CXR-JPG, for 512 and 256 px [phantoms]
-#   MAKE_TREE=COMMAND   makes that tree, while the first steps run [it is there]
-#   PACKAGES=DIR        archives *.tar.xz of Python packages that the machine lacks, unpacked first [none]
+#   MAKE_TREE=COMMAND   makes that tree while the first steps run [it exists]
+#   PACKAGES=DIR        archives *.tar.xz of Python packages that the machine lacks; unpacked first [none]
 #   TRIAL_WORK=DIR      shard sets, runs and results, kept from the first call to the second [/tmp/cxrfast-trial]
 #   TRIAL_REHEARSAL=1   the same on a CPU, at 64 and 32 px, in a few minutes
 #   PYTHON=FILE         [python3]
@@ -20,7 +20,7 @@ call=${1:-} out=$(realpath -m "${2:-${OUT:-$(dirname "$0")/results/gpu-trial}}")
 [[ $call == [12] ]] || refuse "usage: bench/gpu_trial.sh 1|2 [OUT]"
 [[ ${TREE:-} ]] && TREE=$(realpath -m "$TREE")
 [[ ${PACKAGES:-} ]] && PACKAGES=$(realpath -m "$PACKAGES")
-python=$(command -v "${PYTHON:-python3}") || refuse "${PYTHON:-python3} is no program: give PYTHON"
+python=$(command -v "${PYTHON:-python3}") || refuse "${PYTHON:-python3} is not a program: give PYTHON"
 work=$(realpath -m "${TRIAL_WORK:-/tmp/cxrfast-trial}")
 results=$work/results sets=$work/sets runs=$work/runs packages=$work/packages
 cd "$(dirname "$0")/.." || exit 2
@@ -42,20 +42,20 @@ end=$((SECONDS + call_seconds))
 
 cxrfast() { echo "$python" -m cxrfast "$@"; }
 
-step() { # NAME SECONDS COMMAND…: run it for so long at most, keep what it prints, note how it ended
-  local name=$1 limit=$(($2 * patience)) begun=$SECONDS code=skipped
+step() { # NAME SECONDS COMMAND…: run it for at most SECONDS, keep its output, note how it ended
+  local name=$1 limit=$(($2 * patience)) start=$SECONDS code=skipped
   shift 2
   ((limit > end - SECONDS)) && limit=$((end - SECONDS))
   if ((limit >= 15)); then
     timeout -k 5 "$limit" "$@" >"$results/$name.txt" 2>&1
     code=$?
   fi
-  printf '%s\t%s\t%s\t%s\t%s\n' "$call" "$name" "$code" "$((SECONDS - begun))" "$*" >>"$results/steps.tsv"
-  printf '== %s: %s, %s s\n' "$name" "$code" "$((SECONDS - begun))"
+  printf '%s\t%s\t%s\t%s\t%s\n' "$call" "$name" "$code" "$((SECONDS - start))" "$*" >>"$results/steps.tsv"
+  printf '== %s: %s, %s s\n' "$name" "$code" "$((SECONDS - start))"
   [[ $code == 0 || $code == skipped ]] || tail -n 5 "$results/$name.txt"
 }
 
-bench() { # NAME SECONDS ARGUMENTS…: a benchmark, which writes its results only at its end: so it is given the time that is left
+bench() { # NAME SECONDS ARGUMENTS…: a benchmark, limited to the time left because it writes its results only at its end
   local name=$1 seconds=$2
   shift 2
   ((seconds > end - SECONDS - 45)) && seconds=$((end - SECONDS - 45))
@@ -73,7 +73,7 @@ train() { # NAME SECONDS OPTIONS…
 }
 short="--epochs 1 --limit 64 --global-batch 32 --micro-batch 16 --engine host"
 
-make_sets() { # on half of the cores, behind whatever else runs
+make_sets() { # on half of the cores, at low priority
   local cores=$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1)) tree=${TREE:-}
   [[ ${MAKE_TREE:-} ]] && $MAKE_TREE
   [[ $tree ]] || { tree=$work/films && $(cxrfast synth "$tree" --images 600 --size $((2 * small)) --workers $cores); }
@@ -82,14 +82,14 @@ make_sets() { # on half of the cores, behind whatever else runs
   $(cxrfast shard --data "$work/large-films" --out "$sets/large" --scale $large --scale $((large / 2)) --workers $cores)
 }
 
-begin_sets() { # in a session of its own, since it may go on into the second call
+begin_sets() { # in a session of its own, since it may continue into the second call
   export -f make_sets cxrfast
   export python work sets small large images side TREE MAKE_TREE
   setsid nice -n 19 bash -c make_sets >"$results/sets.txt" 2>&1 &
   echo $! >"$work/sets.pid"
 }
 
-wait_for() { # SET: until it is there, or cannot be any more
+wait_for() { # SET: until it exists, or nothing makes it any more
   while [[ ! -e $1/SHA256SUMS ]] && ((SECONDS < end - 60)) && kill -0 "$(<"$work/sets.pid")" 2>/dev/null; do sleep 1; done
   [[ -e $1/SHA256SUMS ]] && return
   echo "$1 could not be made; sets.txt in the results ends:"

@@ -1,6 +1,5 @@
-"""How to measure: interleaved rounds in one process, medians with their spread, a time to end, and where it all ran."""
+"""How all benchmarks measure: interleaved rounds, medians, a time limit, a process per piece of work, and where they ran."""
 
-import json
 import logging
 import math
 import os
@@ -9,34 +8,34 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
-from matplotlib.figure import Figure
 
+from cxrfast.bench.process import in_own_process, tell
 from cxrfast.distributed import dali_build, nvidia_driver
-from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
-from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.progress import Advance, progress
+from cxrfast.progress import progress
 from cxrfast.shards.format.info import versions
-from cxrfast.tables import Table
 from cxrfast.units import duration
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+Measurement = Callable[[float], float]
+"""Takes the seconds it may use and returns images/s."""
+
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates of one measurement, images/s, a value a round."""
+    """Rates of one measurement in images/s, one value per round."""
 
     rounds: list[float]
 
@@ -51,20 +50,23 @@ class Measured:
 
 # Time
 
+GRACE = 30.0
+"""Seconds a process may go on after the whole budget is over, before it is killed."""
+
 
 @dataclass(frozen=True)
 class Budget:
-    """The time until which work may be started, or a share of it. Without an end there is always enough."""
+    """The time until which work may start. Without an end there is always enough."""
 
     end: float = math.inf
     """On `clock`, which is the same for all processes of a machine."""
     last: float = math.inf
-    """The end of the whole, where this is a share."""
+    """The end of the whole budget, where this is a share of it."""
     clock: Callable[[], float] = time.monotonic
 
     @classmethod
     def of(cls, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> "Budget":
-        """So many minutes from now on; None: no end."""
+        """A budget of some minutes from now; None: no end."""
         end = math.inf if minutes is None else clock() + 60 * minutes
         return cls(end, end, clock)
 
@@ -75,11 +77,11 @@ class Budget:
 
     @property
     def left_of_all(self) -> float:
-        """Seconds, at least 0, until the whole is over."""
+        """Seconds until the whole budget is over, at least 0."""
         return max(0.0, self.last - self.clock())
 
     def share(self, least: list[float]) -> "Budget | None":
-        """The part of the first of several pieces of work, each of which takes at least so many seconds.
+        """The share of the first of several pieces of work. `least`: seconds that each of them takes at least.
 
         Those that fit, in this order, get their least and equal parts of the rest. None if not even the first fits.
         """
@@ -91,26 +93,65 @@ class Budget:
         return replace(self, end=self.clock() + least[0] + (left - needed) / fitting) if fitting else None
 
 
-def least_seconds(wall: float, rounds: int, steps: list[float], seconds: float, growth: float = 1.0) -> float:
-    """How long one round at another scale takes at least, judging by a scale that took `wall` seconds for `rounds` rounds.
+@dataclass(frozen=True)
+class Pace:
+    """How long a piece of work took, from which follows what the same work takes at another scale."""
 
-    `steps`: seconds of one step of each measurement there; a turn is a step to warm up, then `seconds` or one step.
-    `growth`: how much longer a step takes at the other scale. What came before and after the rounds stays as it was.
+    wall: float
+    """Seconds of the whole piece."""
+    rounds: int = 1
+    steps: Sequence[float] = ()
+    """Seconds of one step of each measurement."""
+    turn: float = 0.0
+    """Seconds that a turn was given."""
+    pixels: int = 1
+    """Pixels of a step."""
+
+    def least(self, pixels: int) -> float:
+        """Seconds of the same work with one round, at `pixels` per step. What surrounds the rounds stays as it was.
+
+        A turn is a step to warm up, then `turn` seconds or one step; the burn-in is a shorter turn.
+        """
+
+        def turns(growth: float, rounds: int) -> float:
+            return sum(
+                (rounds + 1) * step + max(self.turn / 4, step) + rounds * max(self.turn, step)
+                for step in (growth * step for step in self.steps)
+            )
+
+        return max(0.0, self.wall - turns(1.0, self.rounds)) + turns(pixels / self.pixels, 1)
+
+
+def in_time(
+    pieces: Mapping[str, tuple[int, T]],
+    work: Callable[[T, Budget], Pace | None],
+    budget: Budget,
+    left_out: dict[str, str],
+) -> None:
+    """Do the pieces of work that there is time for, each within its share; note the others in `left_out`.
+
+    `pieces`: by name, with their pixels per step. The pace that `work` returns tells how long the next pieces take.
     """
+    pace: Pace | None = None
+    for n, (name, (_, piece)) in enumerate(pieces.items()):
+        least = [pace.least(pixels) if pace else 0.0 for pixels, _ in list(pieces.values())[n:]]
+        share = budget.share(least)
+        if share is None:
+            left_out[name] = no_time(least[0], budget.left)
+        else:
+            pace = work(piece, share) or pace
 
-    def turns(growth: float, rounds: int) -> float:
-        return sum(
-            (rounds + 1) * growth * step + max(seconds / 4, growth * step) + rounds * max(seconds, growth * step)
-            for step in steps
-        )
 
-    return max(0.0, wall - turns(1.0, rounds)) + turns(growth, 1)
+def no_time(needed: float, left: float) -> str:
+    """Why something was left out, and what to do."""
+    took = f"about {duration(needed)} needed, {duration(left)} left" if needed else "no time left"
+    return f"{took}: give more --minutes, or measure less"
 
 
 def announce(title: str, minutes: float | None, seconds: float, *lines: str) -> None:
-    """Print the plan of a benchmark on stderr, before it starts: what is measured, how long that takes, what is left out.
+    """Show the plan of a benchmark before it starts: what is measured, how long that takes, what is left out.
 
-    `seconds`: what it takes without a limit, at least.
+    `seconds`: what it takes at least, without a limit.
     """
     limit = "--minutes N ends it sooner"
     if minutes is not None:
@@ -118,57 +159,59 @@ def announce(title: str, minutes: float | None, seconds: float, *lines: str) -> 
     log.info("\n  ".join([title, *lines, f"time: {duration(seconds)} or more; {limit}"]))
 
 
-def no_time(needed: float, left: float) -> str:
-    """Why something was left out, and what to do."""
-    took = f"about {duration(needed)} needed, {duration(left)} left" if needed else "no time left"
-    return f"{took}: give more --minutes, or ask for less"
-
-
 # Rounds
 
 
 def interleave(
-    measurements: Mapping[str, Callable[[float], float]],
+    measurements: Mapping[str, Measurement],
     seconds: float,
     rounds: int,
     budget: Budget | None = None,
-    told: Callable[[str], object] = lambda name: None,
+    on_figure: Callable[[str], object] = tell,
 ) -> dict[str, Measured]:
     """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
 
-    A measurement takes the seconds it may use and returns images/s; `told` hears its name each time. Rounds that would
-    go beyond the budget are left out, all but the first.
+    `on_figure` gets the name of each figure. Rounds that would exceed the budget are left out, except the first.
     """
     budget = budget or Budget()
     for name, measure in measurements.items():
         measure(seconds / 4)
-        told(name)
+        on_figure(name)
     results: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in range(rounds):
-        begun = budget.clock()
+        start = budget.clock()
         for name, measure in measurements.items():
             results[name].append(measure(seconds))
-            told(name)
-        if budget.left < (budget.clock() - begun) / 2:
+            on_figure(name)
+        if budget.left < (budget.clock() - start) / 2:
             break
     return {name: Measured(values) for name, values in results.items()}
 
 
 def take_turns(
-    label: str,
-    measurements: Mapping[str, Callable[[float], float]],
-    seconds: float,
-    rounds: int,
-    budget: Budget | None = None,
+    label: str, measurements: Mapping[str, Measurement], seconds: float, rounds: int, budget: Budget | None = None
 ) -> dict[str, Measured]:
-    """`interleave`, with a progress bar."""
+    """`interleave` with a progress bar."""
     with progress(label, len(measurements) * (rounds + 1), unit="figures") as advance:
         return interleave(measurements, seconds, rounds, budget, lambda name: advance(note=name))
 
 
+def measure_elsewhere(
+    work: Callable[..., T], options: dict[str, Any], budget: Budget, label: str = "", figures: int = 0
+) -> T:
+    """`in_own_process` with the `budget` as an option of `work`, and a progress bar of the `figures` that it measures."""
+    with progress(label, figures, unit="figures") as advance:
+        return in_own_process(
+            work,
+            {**options, "budget": budget},
+            limit=budget.left_of_all + GRACE,
+            on_figure=lambda name: advance(note=name),
+        )
+
+
 def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float:
-    """Images/s of `step`, which handles some images and returns how many, repeated until `seconds` are over; once at least."""
-    _wait_for(device)  # what is still running was not counted
+    """Images/s of `step`, which handles some images and returns how many, repeated for `seconds`, at least once."""
+    _wait_for(device)  # work that is still queued must not count
     images, start = 0, time.perf_counter()
     while True:
         images += step()
@@ -183,85 +226,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# Processes
-
-
-GRACE = 30.0
-"""Seconds after the end of the whole budget that a process gets before it is killed."""
-
-
-def in_own_process(
-    module: str, options: dict[str, Any], budget: Budget | None = None, advance: Advance | None = None
-) -> Any:
-    """What `answer` in `python -m module` makes of `options`, with memory of its own and no way to take others down.
-
-    With a `budget` it is told its `end`, and killed `GRACE` after the whole is over. `advance` counts what it measures, as
-    `tell` says. Raises MemoryError if memory ran short there, else RunError with the last line that the process wrote.
-    """
-    options = options | ({"end": budget.end} if budget else {}) | ({"telling": True} if advance else {})
-    limit = budget.left_of_all + GRACE if budget else math.inf
-    killed: list[int] = []
-    result = ""
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(options)], stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), lambda: killed.append(_kill(process.pid)))
-        timer.daemon = True
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                result = line
-                if advance and line.startswith(TOLD):
-                    advance(note=line.removeprefix(TOLD).strip())
-            process.wait()
-        except BaseException:
-            _kill(process.pid)
-            raise
-        finally:
-            timer.cancel()
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    if process.returncode == 0:
-        return json.loads(result)
-    if killed:
-        raise RunError(f"it did not end within {duration(limit)} and was killed")
-    last = said[-1] if said else f"exit code {process.returncode}"
-    raise MemoryError(last) if process.returncode == -9 or is_out_of_memory(RuntimeError(last)) else RunError(last)
-
-
-def _kill(pid: int) -> int:
-    """A process and all that it has started."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in (*process.children(recursive=True), process):
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    return pid
-
-
-TOLD = "measured: "
-
-
-def tell(figure: str) -> None:
-    """In the process that `in_own_process` starts: say that one more figure was measured."""
-    print(f"{TOLD}{figure}", flush=True)
-
-
-def answer(work: Callable[..., Any]) -> None:
-    """In the process that `in_own_process` starts: print what `work(**options)` returns, or exit with its error."""
-    try:
-        print(json.dumps(work(**json.loads(sys.argv[1]))))
-    except (CxrfastError, RuntimeError, MemoryError) as error:
-        lines = str(error).strip().splitlines()
-        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
-        sys.exit(": ".join([kind, *lines[:1]]))
+# The machine
 
 
 def limit_memory(device: torch.device) -> None:
-    """On a CPU, keep this process below the machine's memory: a failed allocation can be told, a killed process cannot."""
+    """On a CPU, keep this process below the machine's memory: a failed allocation can be reported, a kill cannot."""
     if device.type == "cpu":
         limit = int(0.85 * memory_bytes())
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -272,9 +241,17 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def gpu_used_bytes(device: torch.device) -> int | None:
+    """GPU memory in use by all processes, as the driver reports it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Hold this thread, and those it starts, to one core, where the system can: helper threads of a library then count."""
+    """Hold this thread and those it starts to one core, where the system can, so that a library's helper threads count."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -287,25 +264,14 @@ def one_core() -> Iterator[None]:
 
 
 def file_system(folder: Path) -> str | None:
-    """Kind of the file system that holds a folder (`ext4`, `nfs4`, `tmpfs`), which its name would not tell."""
+    """Kind of the file system that holds a folder: `ext4`, `nfs4`, `tmpfs`."""
     here = folder.resolve()
     mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else None
 
 
-def write_results(out: Path, name: str, values: dict[str, Any], tables: list[Table], plot: Figure | None) -> None:
-    """NAME.json, NAME.md (`tables`, then where it ran) and NAME.png in `out`."""
-    write_json(out / f"{name}.json", values)
-    notes = "\n".join(f"- {what}: {value}" for what, value in values["provenance"].items() if value is not None)
-    text = "\n".join(table.markdown() for table in tables)
-    write_bytes(out / f"{name}.md", f"{text}\n{notes}\n".encode())
-    if plot:
-        with replacing(out / f"{name}.png") as file:
-            plot.savefig(file, format="png", dpi=120)
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and command, as every result carries them. Names no host, no user and no folder."""
+    """Machine, versions and command, as every result carries them. Contains no host, user or folder."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": " ".join(["cxrfast", *(Path(word).name for word in sys.argv[1:])]),
@@ -327,14 +293,8 @@ def _commit() -> str | None:
     top = Path(__file__).resolve().parent.parent
     if not (top / "pyproject.toml").exists():
         return None
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=top,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return subprocess.run(command, cwd=top, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

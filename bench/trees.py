@@ -1,6 +1,6 @@
-"""Trees and sets to measure on: radiographs of a tree or set come in, copies with a table of their own go out.
+"""Trees and sets to measure on, made of the radiographs of a tree or set, which is only read.
 
-The given tree is only read; what is made lies in the folder that the caller names, and is the caller's to remove.
+They are written into the folder that the caller names and removes.
 """
 
 import os
@@ -29,16 +29,16 @@ from cxrfast.shards.storage import Tree
 from cxrfast.shuffle import permutation
 
 SOURCE: dict[str, Any] = {"source": "table", "source_options": {"table": "images.csv", "label": list(MIMIC)}}
-"""How `build` reads the trees that are made here."""
+"""Options with which `build` reads the trees made here."""
 
 FULL_SIZE = 16
-"""In a mixed tree, one row in so many is a radiograph of full size."""
+"""In a mixed tree, one row in 16 is a radiograph of full size."""
 
 
 def sample(tree: Tree, folder: Path, images: int) -> list[Path]:
-    """Copy `images` sound JPEGs, picked evenly from a MIMIC-CXR-JPG tree, into `folder`; all it has if they are fewer.
+    """Copy `images` sound JPEGs, picked at random from a MIMIC-CXR-JPG tree, into `folder`, or all if there are fewer.
 
-    Raises ShardError where there is none.
+    Raises ShardError if there is none.
     """
     paths = read_source("mimic", tree).images["path"]
     found: list[Path] = []
@@ -58,7 +58,7 @@ def sample(tree: Tree, folder: Path, images: int) -> list[Path]:
 
 
 def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> Path:
-    """A tree of `rows` files, each a hard link to one of `images`, with its table. Returns its folder.
+    """Make a tree of `rows` hard links to `images`, with its table; return its folder.
 
     `mixed`: only one row in `FULL_SIZE`, spread evenly over the shards, is one of `images`; the others are 16 px square.
     """
@@ -83,7 +83,7 @@ def _write_table(folder: Path, names: list[str]) -> None:
 
 
 def tiny_images(folder: Path, images: int, scale: int) -> Path:
-    """A shard set of so many noise images, a few different ones in turn, for measuring what depends on the number of rows alone."""
+    """Make a shard set of noise images, a few different ones in turn, to measure what depends only on the number of rows."""
     info = SetInfo(
         id=f"{images:032x}",
         source="table",
@@ -125,7 +125,7 @@ def tiny_images(folder: Path, images: int, scale: int) -> Path:
 
 
 def uncompressed(shards: Path, scale: int, rows: np.ndarray, folder: Path) -> Path:
-    """The images of `rows` of a JPEG set as a set of raw ones, at `folder`/raw; their row numbers are others."""
+    """Make a raw set at `folder`/raw of the images of `rows` of a JPEG set; their row numbers change."""
     tree = folder / "jpegs"
     tree.mkdir(parents=True)
     with Reader(shards, scale) as reader:

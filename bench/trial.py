@@ -1,7 +1,7 @@
-"""What a trial of a GPU found: `python -m cxrfast.bench.trial RESULTS RUNS`, which `bench/gpu_trial.sh` ends with.
+"""Summary of a GPU's trial: `python -m cxrfast.bench.trial RESULTS RUNS`, the end of `bench/gpu_trial.sh`.
 
-The folder of the steps' results comes in; trial.json and trial.md, with the tables of all benchmarks and what they say about
-`pipelines/loader.py`, go out. Exit code 1 if a step failed or a comparison came out wrong.
+The folder of the steps' results comes in; trial.json and trial.md go out, with the tables of all benchmarks and the
+figures that `pipelines/loader.py` needs. Exit code 1 if a step failed or a comparison came out wrong.
 """
 
 import csv
@@ -10,20 +10,21 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from cxrfast.bench.harness import provenance
+from cxrfast.bench.report import Column, markdown, table
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError
 from cxrfast.files import sha256, write_bytes, write_json
 from cxrfast.pipelines.loader import Rates
 from cxrfast.runs.run import Run
-from cxrfast.tables import Table
 
 LOSSES_APART = 0.01
-"""Share by which the losses of the same epoch may differ between the engines: same rows and draws, almost the same pixels."""
+"""Fraction by which an epoch's losses may differ between the engines: same rows and draws, almost the same pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,22 @@ class TrialStep:
     call: int
     name: str
     outcome: str
-    """ok, skipped (the call's time was over), timeout or failed."""
+    """ok, skipped (no time was left), timeout or failed."""
     seconds: int
     command: str
+
+
+STEPS = {name: Column(name) for name in ("call", "name", "outcome", "seconds", "command")}
+
+EPOCHS = {
+    "run": Column("run"),
+    "epoch": Column("number"),
+    "train loss": Column("train_loss", ".4f"),
+    "validation loss": Column("val_loss", ".4f"),
+    "images/s": Column("images_per_s", ",.0f"),
+    "waiting": Column("waiting_share", ".1%"),
+    "torch GiB": Column("gpu_peak_bytes", ".2f", 2**30),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +58,7 @@ class Comparison:
 
 
 def read_steps(path: Path) -> list[TrialStep]:
-    """The steps that the script noted: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
+    """The steps in the script's file: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
     outcomes = {"0": "ok", "skipped": "skipped", "124": "timeout", "137": "timeout"}
     with open(path, newline="") as file:
         return [
@@ -60,7 +74,7 @@ def read_steps(path: Path) -> list[TrialStep]:
 
 
 def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
-    """What two runs of the same rows must have in common. `runs`: by the name that the script gave; absent ones say nothing."""
+    """Compare pairs of runs that must agree. `runs`: by the script's names; pairs that are absent are not compared."""
     found = []
     if {"train-host", "train-dali"} <= runs.keys():
         host, dali = ([m["train_loss"] for m in runs[f"train-{engine}"].metrics()] for engine in ("host", "dali"))
@@ -85,9 +99,9 @@ def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
 
 
 def rates(results: dict[str, Any]) -> list[Rates]:
-    """What `pipelines/loader.py` wants to know of this GPU, at each scale where `bench load --engines` and the ladder ran.
+    """The figures of this GPU for `pipelines/loader.py`, at each scale where `bench load --engines` and the ladder ran.
 
-    The step is that of the fastest rung: compiled, if one was.
+    The step is that of the fastest rung.
     """
     steps: dict[int, float] = {}
     for name, result in results.items():
@@ -110,11 +124,11 @@ def rates(results: dict[str, Any]) -> list[Rates]:
 
 
 def trial(folder: Path, runs_folder: Path) -> bool:
-    """Write trial.json and trial.md into `folder`. Returns whether every step and every comparison came out right."""
+    """Write trial.json and trial.md into `folder`. Return whether every step and every comparison came out right."""
     steps = read_steps(folder / "steps.tsv")
     files = [
         path for path in sorted(folder.glob("*/*.json")) if path.with_suffix(".md").exists()
-    ]  # else it was stopped
+    ]  # others were stopped
     results = {path.parent.name: json.loads(path.read_bytes()) for path in files}
     try:
         runs = {run.folder.parent.name: run for run in Run.find(runs_folder) if run.is_done}
@@ -123,62 +137,27 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     findings, measured = compare_runs(runs), rates(results)
     where = {**provenance(pick_device("auto")), "command": "bench/gpu_trial.sh 1; bench/gpu_trial.sh 2"}
     epochs = {name: run.metrics() for name, run in runs.items()}
-    write_json(
-        folder / "trial.json",
-        {
-            "steps": [asdict(step) for step in steps],
-            "findings": [asdict(finding) for finding in findings],
-            "rates": [asdict(line) for line in measured],
-            "epochs": epochs,
-            "results": results,
-            "provenance": where,
-        },
-    )
-    tables = "\n".join(path.with_suffix(".md").read_text() for path in files)
+    parts: dict[str, list[Any]] = {"steps": steps, "findings": findings, "rates": measured}
+    values = {name: [asdict(one) for one in part] for name, part in parts.items()}
+    write_json(folder / "trial.json", {**values, "epochs": epochs, "results": results, "provenance": where})
+    lines = [SimpleNamespace(**epoch, run=name, number=epoch["epoch"] + 1) for name in epochs for epoch in epochs[name]]
     text = "\n".join(
         [
             f"# Trial on {where['gpu'] or where['processor']}\n",
             *(f"- {what}: {value}" for what, value in where.items() if value is not None),
-            "",
-            Table(
-                "Steps",
-                ["call", "step", "outcome", "s", "command"],
-                [[str(s.call), s.name, s.outcome, str(s.seconds), s.command] for s in steps],
-                text=["step", "outcome", "command"],
-            ).markdown(),
+            f"\n{markdown([table('Steps', STEPS, steps)])}",
             "## Findings\n",
             *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
-            "",
-            _epochs(epochs).markdown(),
+            f"\n{markdown([table('Epochs', EPOCHS, lines)])}",
             "## For pipelines/loader.py\n",
             *(f"    {line}," for line in measured),
             "",
         ]
     )
+    tables = "\n".join(path.with_suffix(".md").read_text() for path in files)
     write_bytes(folder / "trial.md", f"{text}\n{tables}".encode())
     print(text)
     return all(s.outcome in ("ok", "skipped") for s in steps) and all(f.is_right for f in findings)
-
-
-def _epochs(epochs: dict[str, list[dict[str, Any]]]) -> Table:
-    def gib(size: int | None) -> str:
-        return "-" if size is None else f"{size / 2**30:.2f}"
-
-    rows = [
-        [
-            name,
-            str(m["epoch"] + 1),
-            f"{m['train_loss']:.4f}",
-            f"{m['val_loss']:.4f}",
-            f"{m['images_per_s']:,.0f}",
-            f"{m['waiting_share']:.1%}",
-            gib(m["gpu_peak_bytes"]),
-        ]
-        for name, lines in epochs.items()
-        for m in lines
-    ]
-    head = ["run", "epoch", "train loss", "validation loss", "images/s", "waiting", "torch GiB"]
-    return Table("Epochs", head, rows)
 
 
 if __name__ == "__main__":

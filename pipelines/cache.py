@@ -1,10 +1,9 @@
-"""Decoded pixels of a set at one size, filled as rows are first decoded: one file on a local disk that all ranks of a
-machine share.
+"""Cache of decoded pixels: one file per set, scale and size on a local disk, shared by all ranks of a machine.
 
-Mapped for reading, so that what is kept costs no copy, and written with `pwrite`, so that a full disk is an error and not
-a signal. A row counts once its checksums are there: of the bytes it was decoded from, and of its pixels, which are checked
-when a process first uses them. So the file may be deleted, cut off by a crash or left from another version at any time:
-rows that are not right are decoded again. Nobody may shorten it while it is used.
+The file is mapped for reading, which saves a copy, and written with `pwrite`, so that a full disk is an error and not
+a signal. A row is valid once two checksums are stored: of the bytes it was decoded from, and of its pixels, which each
+process checks at first use. So the file may be deleted, cut off by a crash or left over from another version at any time:
+invalid rows are decoded again. The file must not be shortened while in use.
 """
 
 import mmap
@@ -23,37 +22,30 @@ from cxrfast.units import size as in_words
 
 
 class PixelCache:
-    """Pixels of the rows of a reader, resized to `size`, in `folder`; see the module.
+    """Pixels of a reader's rows at `size`, in `folder`; see the module.
 
-    Raises LoadError where the folder cannot be used or has too little room for all rows.
+    Raises LoadError if the folder cannot be used or has too little room for all rows.
     """
 
     def __init__(self, folder: Path | str, reader: Reader, size: int) -> None:
         self.size, self._source, self._file = size, reader.crc32, -1
         self._writing = threading.Lock()
-        """Held while `_file` is used: a number that was given back may be another file's."""
+        """Held while `_file` is used: once closed, its number may belong to another file."""
         images = len(reader.crc32)
         self.path = Path(folder) / f"{reader.info.id}-{reader.scale}-{size}.pixels"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._make_room(images * size * size, len(reader.rows) * size * size)
-            sums = os.open(self.path.with_suffix(".sums"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise LoadError(
-                f"the cache {self.path} cannot be used ({error.strerror}): choose another folder"
-            ) from error
-        try:
-            os.posix_fallocate(sums, 0, 8 * images)  # a mapped hole that finds the disk full would be a signal
-            self._sums = np.frombuffer(mmap.mmap(sums, 8 * images), np.uint32).reshape(images, 2)
+            with open(self.path.with_suffix(".sums"), "ab+") as sums:
+                os.posix_fallocate(sums.fileno(), 0, 8 * images)  # writing to a mapped hole on a full disk is a signal
+                self._sums = np.frombuffer(mmap.mmap(sums.fileno(), 8 * images), np.uint32).reshape(images, 2)
             self._pixels = np.frombuffer(mmap.mmap(self._file, images * size * size, prot=mmap.PROT_READ), np.uint8)
             self._pixels = self._pixels.reshape(images, size, size)
         except OSError as error:
             raise LoadError(
                 f"the cache {self.path} cannot be used ({error.strerror}): choose another folder"
             ) from error
-        finally:
-            os.close(sums)
         self._checked = np.zeros(images, bool)
         self._is_full = False
 
@@ -65,23 +57,23 @@ class PixelCache:
                 f"the cache {self.path} needs {in_words(needed - there)} more and {folder} has {in_words(free)} free: "
                 "choose another folder, or train without a cache"
             )
-        os.ftruncate(self._file, length)  # a hole where nothing was written yet
+        os.ftruncate(self._file, length)  # unwritten parts are holes
 
     def get(self, row: int) -> np.ndarray | None:
-        """uint8 (size, size), read-only, in the page cache; None if it is not there yet."""
+        """uint8 (size, size), read-only, in the page cache; None if the row is not cached yet."""
         if self._checked[row] or self._check(row):
             return self._pixels[row]
         return None
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> bool:
-        """Copy the pixels of `rows`, int64 (N,), to `out`, uint8 (N, size, size). False, and nothing done, if one is not there."""
+        """Copy the pixels of `rows`, int64 (N,), to `out`, uint8 (N, size, size). If a row is not cached, do nothing: False."""
         if not (self._checked[rows].all() or all(self._check(row) for row in rows[~self._checked[rows]].tolist())):
             return False
         np.take(self._pixels, rows, axis=0, out=out, mode="clip")  # `raise`, the default, copies once more
         return True
 
     def has(self, rows: np.ndarray) -> np.ndarray:
-        """bool (N,): which of the rows seem to be there. Looks at no pixel."""
+        """bool (N,): which rows seem to be cached, by checksum; their pixels are not read."""
         return self._checked[rows] | (self._sums[rows, 0] == self._source[rows])
 
     def _check(self, row: int) -> bool:
@@ -91,7 +83,7 @@ class PixelCache:
         return is_right
 
     def put(self, row: int, image: np.ndarray) -> None:
-        """Keep `image`, uint8 (size, size), as the pixels of `row`. On a full disk it warns once and keeps no more.
+        """Store `image`, uint8 (size, size), as the pixels of `row`. On a full disk, warn once and stop storing.
 
         Does nothing once the cache is closed.
         """
@@ -109,10 +101,10 @@ class PixelCache:
         if is_full:
             warnings.warn(f"the disk of the cache {self.path} is full: other rows are decoded again", stacklevel=2)
             return
-        self._sums[row] = self._source[row], crc32(data)  # after the pixels: they count from now on
+        self._sums[row] = self._source[row], crc32(data)  # after the pixels: they are valid from now on
 
     def close(self) -> None:
-        """Give the file back; pixels that were handed out stay valid."""
+        """Close the file; pixels that were handed out stay valid."""
         with self._writing:
             if self._file >= 0:
                 os.close(self._file)

@@ -1,6 +1,6 @@
-"""The DALI engine: one graph for CPU and GPU, fed with the reader's bytes; draws and geometry as in `host`.
+"""The DALI engine: one graph for CPU and GPU, fed with the reader's bytes; augmentation and geometry as in `host`.
 
-`device_id` is None for a CPU pipeline, which then runs without a driver. Nothing here imports DALI before it is asked for.
+`device_id` is None for a CPU pipeline, which then needs no driver. DALI is imported only when an engine is made.
 """
 
 from collections import deque
@@ -24,15 +24,15 @@ from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 DEPTH = 2
-"""Batches decoded ahead of the consumer, and again as many read ahead of the decoder."""
+"""Batches decoded ahead of the consumer, and as many again read ahead of the decoder."""
 
 OLDEST = (2, 1)
-"""Before this version of DALI, giving back a buffer waits for the device, which is an error while a stream is captured."""
+"""Older versions of DALI wait for the device when they free a buffer, which is an error while a stream is captured."""
 
 T = TypeVar("T")
 
 Inputs = tuple[Any, ...]
-"""What a pipeline takes for a batch: encoded images or pixels, then angles and flips if there are any."""
+"""Inputs of a pipeline for one batch: encoded images or pixels, then angles and flips if it augments."""
 
 
 def available() -> bool:
@@ -40,7 +40,7 @@ def available() -> bool:
 
 
 def check_version() -> None:
-    """Raises LoadError where DALI is not installed, or too old."""
+    """Raise LoadError if DALI is not installed or too old."""
     if not available():
         raise LoadError("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120`, or use --engine host")
     from nvidia.dali import __version__
@@ -54,11 +54,11 @@ def check_version() -> None:
 
 
 class DaliEngine:
-    """Decode grey (on a GPU: its JPEG engines, `mixed`), resize where the size differs, flip and rotate.
+    """Decode grey (on a GPU with its JPEG engines, `mixed`), resize if the size differs, flip and rotate.
 
-    Raw images, and whatever comes from or goes into a `cache`, are made by the CPU and only flipped and rotated here.
-    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines get; None is DALI's own default. `proof` is shown every
-    image at the stored scale, as it was decoded. Raises LoadError where DALI is not installed, or too old.
+    Raw images, and all images if there is a `cache`, are decoded by the CPU and only flipped and rotated here.
+    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines decode; None is DALI's own default. `proof` sees every
+    image at the stored scale as it was decoded. Raises LoadError if DALI is not installed or too old.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class DaliEngine:
         self.proof = proof if self._decodes or size == reader.scale else None
         self._lent = _LentMemory(device) if device.type == "cuda" else None
         self._idle: _Pipeline | None = None
-        """Pipeline that finished its epoch and can be used again; None while one runs, and after one was left or failed."""
+        """Pipeline that finished its epoch and can be reused; None while one runs, and after one stopped early or failed."""
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
-        """As `HostEngine.batches`. A batch that DALI refuses is decoded by the host engine, which names the bad row."""
+        """Like `HostEngine.batches`. If DALI fails on a batch, the host engine decodes it, and names the bad row."""
         items = list(work)
         done = 0
-        unexplained = 0  # errors of DALI in a row on images in which the host engine finds nothing wrong
+        unexplained = 0  # consecutive errors of DALI on batches that the host engine decodes
         while done < len(items):
             try:
                 for batch in self._decode(items[done:]):
@@ -101,9 +101,7 @@ class DaliEngine:
                 yield from self._host.batches(refused)
                 done, unexplained = done + 1, unexplained + isinstance(error, RuntimeError)
                 if unexplained == 2:
-                    raise LoadError(
-                        f"DALI fails on images that are whole: use --engine host. It says: {error}"
-                    ) from error
+                    raise LoadError(f"DALI fails on undamaged images: use --engine host. DALI says: {error}") from error
 
     def close(self) -> None:
         if self._lent:
@@ -112,7 +110,7 @@ class DaliEngine:
         self._host.close()
 
     def _decode(self, items: list[Work]) -> Iterator[torch.Tensor]:
-        """A batch for each item. Raises LoadError or RuntimeError for the first that cannot be read or decoded."""
+        """One batch per item. Raises LoadError or RuntimeError at the first that cannot be read or decoded."""
         with (
             ThreadPoolExecutor(min(self.threads, 4), thread_name_prefix="cxrfast-dali-read") as pool,
             closing(read_ahead(self._host.pixels, items)) as upcoming,
@@ -130,32 +128,32 @@ class DaliEngine:
     def _take_pipeline(self, batch: int, augmented: bool) -> "_Pipeline":
         """The idle pipeline if it is of this kind, else a new one.
 
-        No pipeline is idle until this epoch ends: one that is left in mid-epoch still holds batches and is not used again.
+        No pipeline is idle until this epoch ends: one that stopped early still holds batches and is not reused.
         """
         idle, self._idle = self._idle, None
         if idle and (idle.batch, idle.augmented) == (batch, augmented):
             return idle
         feed = _Feed()
-        return _Pipeline(batch, augmented, feed, self._pipeline(batch, augmented, feed))
+        return _Pipeline(batch, augmented, feed, self._graph(batch, augmented, feed))
 
     def _run(self, pipeline: "_Pipeline") -> list[torch.Tensor]:
-        """The next batch, uint8 (N, 1, size, size); for a proof, last, the same images at the stored scale as they were decoded."""
+        """The next batch, uint8 (N, 1, size, size); if there is a proof, also the same images as decoded at the stored scale."""
         graph = pipeline.graph
         outputs = graph.run(torch.cuda.current_stream(self.device)) if self._lent else graph.run()
-        # the default executor leaves tensors alone that were handed out and are still held
+        # the default executor does not overwrite tensors that are still referenced
         return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
 
     def _with_means(
         self, pool: ThreadPoolExecutor, items: list[Work]
     ) -> Iterator[tuple[Work, Future[np.ndarray] | None]]:
-        """Each item with the means that its images should have, if they are compared: looked up as early as it is read."""
+        """Each item with the means its images should have, if there is a proof: looked up while the item is read ahead."""
         proof = self.proof
         if proof is None:
             return ((item, None) for item in items)
         return _ahead(items, lambda item: pool.submit(proof.expected, item.rows), 2 * DEPTH)
 
     def _inputs(self, pool: ThreadPoolExecutor, items: Iterable[Work]) -> Iterator[Inputs]:
-        """The pipeline's inputs, batch by batch, read or made ahead in `pool`."""
+        """The pipeline's inputs, batch by batch, read or decoded ahead in `pool`."""
         if self._decodes:
             for item, reads in _ahead(items, lambda item: [pool.submit(self._read, row) for row in item.rows.tolist()]):
                 yield [read.result() for read in reads], *_draws(item)
@@ -164,28 +162,29 @@ class DaliEngine:
                 yield made.result(), *_draws(item)
 
     def _read(self, row: int) -> np.ndarray:
-        """An encoded image, uint8 (bytes,). Raises LoadError if it is no JPEG of the stored size."""
+        """An encoded image, uint8 (bytes,). Raises LoadError if it is not a JPEG of the stored size."""
         data = np.frombuffer(self.reader.read(row), np.uint8)
         try:
             shape = simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError as error:
-            # DALI 2.4 may crash on it: what one thread fails to parse frees what the others still read
-            raise LoadError(f"row {row} is no JPEG") from error  # host says more
+            # DALI 2.4 may crash on it: a thread that fails to parse frees memory that others still read
+            raise LoadError(f"row {row} is not a JPEG") from error  # the host engine says more
         if shape != (self.reader.scale, self.reader.scale):
             raise LoadError(f"row {row} has another size")
         return data
 
     def _make(self, rows: np.ndarray) -> np.ndarray:
-        """Pixels made by the CPU, uint8 (N, size, size, 1)."""
+        """Pixels decoded by the CPU, uint8 (N, size, size, 1)."""
         out = np.empty((len(rows), self.size, self.size), np.uint8)
         self._host.pixels.put_all(rows, out)
         return out[..., None]
 
-    def _pipeline(self, batch: int, augmented: bool, feed: "_Feed") -> Any:
-        """DALI's pipeline, built: `batch` images at most, flipped and rotated if `augmented`."""
+    def _graph(self, batch: int, augmented: bool, feed: "_Feed") -> Any:
+        """DALI's graph, built: for at most `batch` images, flipped and rotated if `augmented`."""
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.device.type == "cuda"
+        dtypes = [types.UINT8, *([types.FLOAT, types.INT32] if augmented else [])]
 
         @pipeline_def(
             batch_size=batch,
@@ -196,10 +195,10 @@ class DaliEngine:
         def graph() -> Any:
             sources = fn.external_source(
                 source=feed.next,
-                num_outputs=3 if augmented else 1,
+                num_outputs=len(dtypes),
                 batch=True,
                 no_copy=True,
-                dtype=[types.UINT8, types.FLOAT, types.INT32][: 3 if augmented else 1],
+                dtype=dtypes,
             )
             decoded = image = self._decoded(sources[0])
             if self._decodes and self.size != self.reader.scale:
@@ -217,7 +216,7 @@ class DaliEngine:
         return built
 
     def _decoded(self, source: Any) -> Any:
-        """Node of the graph: what the feed gives → pixels on the pipeline's device; those of JPEGs are of the stored size."""
+        """Node of the graph: input → pixels on the pipeline's device, of the stored size if they were JPEGs."""
         from nvidia.dali import fn, types
 
         gpu, stored = self.device.type == "cuda", self.reader.scale
@@ -232,10 +231,9 @@ class DaliEngine:
 
 
 class _Feed:
-    """Where a pipeline takes its inputs from: each has its own, so that two epochs at a time are not mixed."""
+    """Source of a pipeline's inputs. Each pipeline has its own, so that two epochs at a time are not mixed."""
 
-    def __init__(self) -> None:
-        self.inputs: Iterator[Inputs] = iter(())
+    inputs: Iterator[Inputs]
 
     def next(self) -> Inputs:
         return next(self.inputs)
@@ -246,17 +244,17 @@ class _Pipeline:
     batch: int
     """Images in its largest batch."""
     augmented: bool
-    """Whether it flips and rotates."""
+    """True if it flips and rotates."""
     feed: _Feed
     graph: Any
     """DALI's own object."""
 
 
 class _LentMemory:
-    """DALI's memory of batches on a GPU, held until torch's stream has come past the kernels that read it.
+    """DALI's memory of batches on a GPU, held until torch's stream has passed the kernels that read it.
 
-    DALI takes back what nobody refers to in the order of its own stream, which knows nothing of torch's kernels, and writes
-    the next images there. So batches are copied into torch's memory, which moves 0.02 % of the bytes of a training step.
+    DALI reuses unreferenced memory in the order of its own stream, which does not wait for torch's kernels. So batches are
+    copied into torch's memory, which moves 0.02 % of the bytes of a training step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -264,7 +262,7 @@ class _LentMemory:
         self._held: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
 
     def copy(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """The first of `images`, in memory of its own; all of them may be read by kernels that are queued already."""
+        """A copy of the first of `images`; kernels that are already queued may read all of them."""
         copied = images[0].clone()
         read = torch.cuda.Event()
         read.record(torch.cuda.current_stream(self.device))
@@ -275,14 +273,14 @@ class _LentMemory:
         return copied
 
     def give_back(self) -> None:
-        """Wait for the kernels, then hold nothing."""
+        """Wait for the kernels, then release the memory."""
         for event, _ in self._held:
             event.synchronize()
         self._held.clear()
 
 
 def _ahead(items: Iterable[Work], begin: Callable[[Work], T], depth: int = DEPTH) -> Iterator[tuple[Work, T]]:
-    """Each item with what `begin` gave for it; `begin` is called `depth` - 1 items ahead."""
+    """Each item with the result of `begin`, which is called `depth` - 1 items ahead."""
     begun: deque[tuple[Work, T]] = deque()
     for item in items:
         begun.append((item, begin(item)))
@@ -292,7 +290,7 @@ def _ahead(items: Iterable[Work], begin: Callable[[Work], T], depth: int = DEPTH
 
 
 def _draws(item: Work) -> Inputs:
-    """Angles and flips as DALI takes them; nothing where nothing is drawn."""
+    """Angles and flips in DALI's form; empty without augmentation."""
     if item.angles is None or item.flips is None:
         return ()
     return list(item.angles), list(item.flips.astype(np.int32))

@@ -12,37 +12,36 @@ from cxrfast.shards.images.resize import resize
 
 
 def reduction(stored: int, size: int) -> int:
-    """1, 2, 4 or 8: the largest by which a JPEG of side `stored` can be shrunk in decoding and be a multiple of `size` still.
+    """1, 2, 4 or 8: the largest factor that a decoder can shrink a JPEG of side `stored` by, to a multiple of `size`.
 
-    A JPEG's blocks of 8 × 8 coefficients can be transformed to 4 × 4, 2 × 2 or 1 pixel. Where the rest is a whole number,
-    99.99 % of the pixels are within 1 grey level of decoding and averaging, none beyond 4, in 0.64 to 0.82 of the time; else
-    they would be up to 27 off, and nothing would be won.
+    A JPEG's blocks of 8 × 8 coefficients can be transformed to 4 × 4, 2 × 2 or 1 pixel. If the result is a multiple of
+    `size`, 99.99 % of the pixels are within 1 grey level of decoding in full and averaging, none beyond 4, in 0.64 to 0.82
+    of the time; otherwise they differ by up to 27, and no time is saved.
     """
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or stored % (factor * size) == 0)
 
 
 class Pixels:
-    """The rows of `reader` as uint8 (size, size). Safe to use from threads; buffers are kept for each.
+    """The rows of `reader` as uint8 (size, size). Thread-safe: each thread has its own buffers.
 
-    Sizes other than the stored one are averaged down or enlarged as in sharding, after decoding at the reduced size that
-    `reduction` gives.
+    Images are decoded at the size that `reduction` allows, then averaged down or enlarged to `size` as in sharding.
     """
 
     def __init__(self, reader: Reader, size: int, cache: PixelCache | None = None) -> None:
         self.reader, self.size, self.cache = reader, size, cache
         factor = reduction(reader.scale, size) if not reader.is_raw else 1
         self._side = reader.scale // factor
-        """Side of the image that the decoder gives, px."""
+        """Side of the decoded image, px."""
         self._scaled = {"min_height": self._side, "min_width": self._side, "min_factor": factor} if factor > 1 else {}
         self._own = _Own(self._side, size, reader.largest)
 
     def get(self, row: int) -> np.ndarray:
-        """uint8 (size, size), to be used before the same thread asks again, and not to be written to.
+        """uint8 (size, size), read-only and valid until the same thread's next call.
 
         Raises LoadError naming the row that cannot be read or decoded.
         """
         if self.cache and (kept := self.cache.get(row)) is not None:
-            # a warp's slanted way through memory that is in no cache of the processor takes longer than this copy
+            # warping pixels that are not in the processor's cache takes longer than this copy
             np.copyto(self._own.kept, kept)
             return self._own.kept
         return self._make(row, self._own.image)
@@ -63,14 +62,14 @@ class Pixels:
                 self.put(row, image)
 
     def advise(self, rows: np.ndarray) -> None:
-        """Ask the system to read ahead what `rows` will need."""
+        """Ask the system to read `rows` ahead, except those in the cache."""
         if self.cache:
             rows = rows[~self.cache.has(rows)]
         if len(rows):
             self.reader.advise(rows)
 
     def _make(self, row: int, decoded: np.ndarray) -> np.ndarray:
-        """Decode into `decoded`, then resize, which gives another array, and fill the cache."""
+        """Decode into `decoded`, resize into another array if needed, and fill the cache."""
         if self.reader.is_raw:
             self.reader.read_pixels(row, decoded)
         else:
@@ -93,7 +92,7 @@ class Pixels:
             raise LoadError(f"{self._where(row)} does not decode: {error}") from error
 
     def _check_size(self, row: int, data: memoryview) -> None:
-        """Raises LoadError unless the JPEG `data` is a square of the stored side."""
+        """Raise LoadError unless the JPEG `data` has the stored size."""
         try:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError as error:
@@ -106,7 +105,7 @@ class Pixels:
 
 
 class _Own(threading.local):
-    """Buffers of one thread."""
+    """Buffers of a thread."""
 
     def __init__(self, side: int, size: int, bytes_: int) -> None:
         self.image, self.kept = np.empty((side, side), np.uint8), np.empty((size, size), np.uint8)

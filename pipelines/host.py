@@ -1,6 +1,6 @@
 """The host engine: a thread pool that decodes and warps on the CPU, without the GIL, into batches in order.
 
-It is the oracle for the DALI engine: the same draws, the same geometry, pixels within a grey level or so.
+It is the oracle for the DALI engine: the same augmentation and geometry, pixels within about one grey level.
 """
 
 import math
@@ -22,13 +22,13 @@ from cxrfast.pipelines.read_ahead import read_ahead
 from cxrfast.pipelines.reader import Reader
 
 PREFETCH_BYTES = 256 * 2**20
-"""Decoded pixels held ahead of the consumer, at most; two batches are always allowed."""
+"""Most bytes of pixels decoded ahead of the consumer; two batches are always allowed."""
 
 TASK_BYTES = 4 * 2**20
-"""Pixels that a thread makes at a time, at least, or all of a batch: 64 images of 256 px. Tasks of 16 cost 5 % of the rate."""
+"""Smallest task of a thread, in pixels, or a whole batch: 64 images of 256 px. Tasks of 16 cost 5 % of the rate."""
 
 KEPT = 4
-"""Batches beyond those under way whose memory is kept to be used again: what a consumer holds at a time, about."""
+"""Batches whose memory is kept for reuse besides those in progress: about as many as a consumer holds at a time."""
 
 WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
@@ -48,17 +48,17 @@ def warp_matrix(size: int, angle: float, flip: bool) -> np.ndarray:
 
 
 class Memory:
-    """Arrays of batches, handed out again when nobody refers to them or to a view of them any more.
+    """Arrays for batches, reused once they and all views of them are unreferenced.
 
     Fresh memory costs a page fault and zeroing, a tenth of the time at 256 and at 2048 px.
     """
 
     def __init__(self, kept: int) -> None:
-        self._arrays: deque[np.ndarray] = deque(maxlen=kept)  # the oldest is left to its holder where all are in use
+        self._arrays: deque[np.ndarray] = deque(maxlen=kept)  # if all are in use, the oldest is left to its holder
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """uint8 of this shape, of any content."""
+        """uint8 of this shape, with arbitrary content."""
         with self._lock:
             for i in range(len(self._arrays)):
                 # two referrers: the deque, and the call itself
@@ -72,24 +72,24 @@ class Memory:
 
 
 class HostEngine:
-    """Decode, resize where the size differs from the stored one, flip and rotate, on `threads` threads.
+    """Decode, resize if the size differs from the stored one, flip and rotate, on `threads` threads.
 
-    With `cache`, a folder, decoded pixels are kept there and not decoded again; see `pipelines.cache`.
+    `cache`: a folder for decoded pixels, which are then not decoded again; see `pipelines.cache`.
     """
 
     def __init__(
         self, reader: Reader, size: int, device: torch.device, threads: int, cache: Path | str | None = None
     ) -> None:
-        cv2.setNumThreads(1)  # our threads work on whole images; OpenCV's own would only get in their way
+        cv2.setNumThreads(1)  # our threads work on whole images; OpenCV's own would only compete with them
         self.size, self.device, self.threads = size, device, threads
         self.cache = PixelCache(cache, reader, size) if cache else None
         self.pixels = Pixels(reader, size, self.cache)
         self._copies: torch.cuda.Stream | None = None
-        """Stream on which batches move to a GPU, from the first batch on; None on a CPU."""
+        """Stream that copies batches to a GPU, made with the first batch; None on a CPU."""
         self._memory = Memory(threads + KEPT)
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
-        """uint8 (N, 1, size, size) with channels-last strides on the device, one for each Work, in order.
+        """uint8 (N, 1, size, size) with channels-last strides on the device, one per Work, in order.
 
         Raises LoadError naming the row that cannot be decoded.
         """
@@ -136,10 +136,10 @@ class HostEngine:
         for future in futures:
             future.result()
         if isinstance(batch, np.ndarray):
-            # strides are numpy's work: each operation of torch lets go of the GIL, and waits to have it back
+            # numpy sets the strides: each operation of torch would release the GIL and wait to get it back
             return torch.from_numpy(batch[..., None].transpose(0, 3, 1, 2))
         assert self._copies
-        # while the consumer's kernels run; pinned memory is kept until it has ended
+        # overlaps with the consumer's kernels; torch keeps the pinned memory until the copy has ended
         with torch.cuda.stream(self._copies):
             moved = batch.to(self.device, non_blocking=True)[..., None].permute(0, 3, 1, 2)
         consumer = torch.cuda.current_stream(self.device)
@@ -148,7 +148,7 @@ class HostEngine:
         return moved
 
     def _fill(self, pixels: np.ndarray, work: Work, items: slice) -> None:
-        """Write a part of a batch, uint8 (N, size, size)."""
+        """Write the `items` of a batch into `pixels`, uint8 (N, size, size)."""
         rows, out = work.rows[items], pixels[items]
         if work.angles is None or work.flips is None:
             self.pixels.put_all(rows, out)

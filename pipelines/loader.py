@@ -1,4 +1,4 @@
-"""The Loader: an order and a reader in, uint8 grey batches on the device out, whichever engine decodes them.
+"""The Loader: an order and a reader in, uint8 grey batches on the device out, with either decoding engine.
 
 reader = Reader("data/shards", scale=1024)
 order = TrainOrder(rows=reader.rows, global_batch=96, micro_batch=8, seed=0)
@@ -46,15 +46,15 @@ class Engine(Protocol):
 
 
 class Loader:
-    """Iterate the micro-batches that `order` gives this rank.
+    """Iterates over this rank's micro-batches of `order`, which may be replaced between epochs.
 
-    `scale`: side of the images handed out, px; need not be the reader's. `augment`: None for evaluation.
-    `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` is what `choose` says; `why` tells its reason.
+    `scale`: side of the images, px; default: the reader's. `augment`: None for evaluation.
+    `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` leaves it to `choose`, whose reason is `why`.
     `threads`: default: the usable cores, divided by `local_ranks`.
-    `cache`: a folder on a local disk in which decoded pixels are kept, see `pipelines.cache`; may be shared and deleted.
-    `hw_decoder_load`: of the dali engine. `order` may be replaced between epochs.
-    `prove`: compare all that DALI decodes with the means in the set's manifests (see `proof`); default: on a GPU. Wrong
-    pixels are found by `check`, which the end of each epoch calls, too. The host engine is the oracle and proves nothing.
+    `cache`: a folder on a local disk for decoded pixels, see `pipelines.cache`; it may be shared and deleted.
+    `hw_decoder_load`: see `DaliEngine`.
+    `prove`: compare all that DALI decodes with the means in the set's manifests (see `proof`); default: on a GPU. `check`
+    raises if pixels are wrong, and so does the end of each epoch. The host engine is the oracle and is not checked.
     Raises LoadError for an unknown engine and, while iterating, for rows that cannot be read or decoded.
     """
 
@@ -97,7 +97,7 @@ class Loader:
         return DaliEngine(*given, hw_decoder_load=self.hw_decoder_load, proof=self.proof)
 
     def epoch(self, epoch: int = 0, consumed: int = 0, scale: int | None = None) -> Generator[Batch]:
-        """The batches of an epoch; `consumed` samples of it (over all ranks) are already behind.
+        """The batches of an epoch after its first `consumed` samples (over all ranks).
 
         `scale`: side of the images from this epoch on, px (progressive resizing).
         """
@@ -110,14 +110,11 @@ class Loader:
         self.check()
 
     def problem(self) -> str | None:
-        """What is wrong with the images that DALI has decoded so far, naming a row; None if nothing is known to be.
-
-        Waits for the device.
-        """
+        """Description of what is wrong with the images DALI decoded so far, naming a row, or None. Waits for the device."""
         return self.proof.problem() if self.proof else None
 
     def check(self) -> None:
-        """Raises LoadError where there is a `problem`."""
+        """Raise LoadError if there is a `problem`."""
         if problem := self.problem():
             raise LoadError(problem)
 
@@ -136,30 +133,30 @@ class Loader:
         return self.epoch()
 
     def close(self) -> None:
-        """Give the engine's memory and files back; the reader stays open. Tensors that were handed out stay valid."""
+        """Release the engine's memory and files; the reader stays open. Tensors that were handed out stay valid."""
         self._engine.close()
 
 
 HEADROOM = 1.2
-"""Host threads must be this much faster than the training step before they are chosen, since rates vary."""
+"""How much faster than the training step host threads must be to be chosen, since rates vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Images/s on one kind of GPU at one scale."""
+    """Images/s with one model of GPU at one scale."""
 
     scale: int
     """Side of the images, px."""
     host: float
-    """Decoded and turned by one core of the CPU."""
+    """Decoded and rotated by one core of the CPU."""
     dali: float
-    """Decoded and turned by the GPU, while it does nothing else."""
+    """Decoded and rotated by an otherwise idle GPU."""
     step: float
-    """Taken by a training step on a cached batch: densenet121 as fast as it was measured, compiled if it was."""
+    """Training step of densenet121 on a cached batch, in the fastest measured configuration."""
 
 
 MEASURED: Mapping[str, Sequence[Rates]] = {}
-"""By the GPU's name, as torch gives it; filled from what `bench/gpu_trial.sh` measures. Empty: none has been measured."""
+"""Rates by torch's name of the GPU, as `bench/gpu_trial.sh` measures them. Empty: no GPU has been measured yet."""
 
 
 def choose(
@@ -169,10 +166,10 @@ def choose(
     threads: int,
     measured: Mapping[str, Sequence[Rates]] = MEASURED,
 ) -> tuple[str, str]:
-    """`host` or `dali`, and why, for people.
+    """`host` or `dali`, and the reason as a text.
 
-    `gpu`: its name, None on a CPU. `threads`: of the host engine, one core each. Where both would keep the training step
-    fed, host is better: its threads leave the GPU's memory bandwidth, which bounds the step, to the step.
+    `gpu`: its name, None on a CPU. `threads`: of the host engine, one core each. If both keep up with the training step,
+    host is better: it leaves the GPU's memory bandwidth, which limits the step, to the step.
     """
     if gpu is None:
         return "host", "on a CPU its threads are several times as fast as DALI's"

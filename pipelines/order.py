@@ -1,6 +1,6 @@
-"""Which rows come next, on which rank, turned and flipped how. Pure numpy: no files, no clock, no global state.
+"""The rows of each batch on each rank, and their random rotations and flips. Pure numpy: no files, clock or global state.
 
-Nothing here depends on the number of ranks but the choice of micro-batches: 8, 4, 2 or 1 ranks see the same ones.
+The number of ranks only decides which rank gets which micro-batch: 8, 4, 2 or 1 ranks see the same ones.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from cxrfast.errors import LoadError
 from cxrfast.shuffle import permutation
 
 WINDOW = 4
-"""Shards among whose rows a block order shuffles."""
+"""Number of shards whose rows a block order shuffles together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOrder:
-    """Every row at most once an epoch, in an order drawn from (seed, epoch); N mod global_batch rows are dropped.
+    """Each row at most once per epoch, in an order drawn from (seed, epoch); N mod global_batch rows are dropped.
 
     Micro-batch j of the M = global_batch / micro_batch in a global batch is its rows j::M; rank r takes j ≡ r (mod world).
     Raises LoadError where the sizes do not divide or no global batch can be filled.
@@ -33,9 +33,9 @@ class TrainOrder:
     rank: int = 0
     world: int = 1
     shard_rows: int | None = None
-    """Rows of a shard (`reader.info.rows_per_shard`): the order is then one of blocks, for storage that is slow to seek.
+    """Rows per shard (`reader.info.rows_per_shard`) for a block order, which suits storage that is slow to seek.
 
-    Shards are shuffled, and rows within a window of `WINDOW` shards, so that each tar is read once, at about one time.
+    It shuffles shards, and rows within windows of `WINDOW` shards, so that each tar is read in one short stretch.
     """
 
     def __post_init__(self) -> None:
@@ -43,11 +43,11 @@ class TrainOrder:
             raise LoadError(f"a shard cannot have {self.shard_rows} rows")
         if self.micro_batch < 1 or self.global_batch % self.micro_batch:
             raise LoadError(
-                f"global batch {self.global_batch} is no multiple of micro-batch {self.micro_batch}: "
+                f"global batch {self.global_batch} is not a multiple of micro-batch {self.micro_batch}: "
                 f"micro-batches that fit are {_divisors(self.global_batch)}"
             )
         if not 0 <= self.rank < self.world:
-            raise LoadError(f"rank {self.rank} is not among {self.world} ranks")
+            raise LoadError(f"rank {self.rank} does not exist: {self.world} ranks are numbered from 0")
         if self.accumulation % self.world:
             raise LoadError(
                 f"{self.world} ranks cannot share the {self.accumulation} micro-batches of a global batch "
@@ -71,26 +71,25 @@ class TrainOrder:
         return len(self.rows) // self.global_batch
 
     def global_batches(self, epoch: int, consumed: int = 0) -> np.ndarray:
-        """int64 (steps left, global_batch): the rows of each optimiser step once `consumed` samples are behind."""
+        """int64 (steps left, global_batch): the rows of each optimiser step after the first `consumed` samples."""
         if consumed % self.global_batch:
             raise LoadError(f"position {consumed} is not at the start of a global batch of {self.global_batch}")
         if self.shard_rows is None:
             rows = self.rows[permutation(len(self.rows), self.seed, epoch)]
         else:
             rows = in_blocks(self.rows, self.shard_rows, self.seed, epoch)
-        return rows[: self.steps * self.global_batch].reshape(self.steps, self.global_batch)[
-            consumed // self.global_batch :
-        ]
+        whole = rows[: self.steps * self.global_batch].reshape(self.steps, self.global_batch)
+        return whole[consumed // self.global_batch :]
 
     def micro_batches(self, epoch: int, consumed: int = 0) -> list[np.ndarray]:
-        """This rank's micro-batches, int64 (micro_batch,) each, `accumulation / world` for each global batch."""
+        """This rank's micro-batches, int64 (micro_batch,) each, `accumulation / world` per global batch."""
         steps = self.global_batches(epoch, consumed)
         cut = steps.reshape(len(steps), self.micro_batch, self.accumulation).transpose(0, 2, 1)
         return list(cut[:, self.rank :: self.world].reshape(-1, self.micro_batch))
 
 
 def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """`rows`, int64 (N,), with their shards shuffled, and then shuffled themselves within windows of `WINDOW` shards' size."""
+    """Shuffle the shards of `rows`, int64 (N,), then the rows within windows the size of `WINDOW` shards."""
     shards, shard_of_row = np.unique(rows // shard_rows, return_inverse=True)
     key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, 1], np.uint64)  # not a global order's words
     words = np.random.Philox(key=key, counter=counter).random_raw(len(shards) + len(rows))
@@ -106,23 +105,9 @@ def in_blocks(rows: np.ndarray, shard_rows: int, seed: int, epoch: int) -> np.nd
     return by_shard[np.argsort(key_of_place, kind="stable")]
 
 
-def balanced(rows: np.ndarray, group: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """As many of `rows`, int64 (N,), from each group as the smallest has, drawn again each epoch; in their own order.
-
-    `group`: (N,), the group of each row, such as its class. For the `rows` of an order that is made for each epoch.
-    """
-    _, of_row = np.unique(group, return_inverse=True)
-    shuffled = permutation(len(rows), seed, epoch)
-    by_group = shuffled[np.argsort(of_row[shuffled], kind="stable")]
-    counts = np.bincount(of_row)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    chosen = by_group[np.arange(len(rows)) - starts < counts.min(initial=len(rows))]
-    return rows[np.sort(chosen)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalOrder:
-    """Every row exactly once, on exactly one rank, in the order given. Batches are dealt to the ranks in turn."""
+    """Every row exactly once, on exactly one rank, in the given order. The ranks take batches in turn."""
 
     rows: np.ndarray
     micro_batch: int
@@ -131,13 +116,13 @@ class EvalOrder:
     world: int = 1
 
     def micro_batches(self, epoch: int = 0, consumed: int = 0) -> list[np.ndarray]:
-        """This rank's batches, int64, of `micro_batch` rows; the very last one may be shorter."""
+        """This rank's batches of `micro_batch` rows, int64; the last batch of all may be shorter."""
         starts = range(consumed, len(self.rows), self.micro_batch)
         return [self.rows[s : s + self.micro_batch] for s in starts][self.rank :: self.world]
 
 
 class Order(Protocol):
-    """What a Loader asks of an order: the rows of each batch of this rank, and the seed of the draws."""
+    """What a Loader needs: the rows of this rank's batches, and the seed for augmentation."""
 
     @property
     def seed(self) -> int: ...
@@ -147,19 +132,19 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """One micro-batch to be made."""
+    """One micro-batch to load."""
 
     rows: np.ndarray
     """int64 (N,)"""
     angles: np.ndarray | None = None
-    """float32 (N,), degrees, counter-clockwise; None where nothing is drawn."""
+    """float32 (N,), degrees, counter-clockwise; None without augmentation."""
     flips: np.ndarray | None = None
     """bool (N,), horizontal, before the rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random rotation about the centre and horizontal flip; what is rotated in from outside is black."""
+    """Random rotation about the centre and horizontal flip; pixels from outside the image are black."""
 
     degrees: float = 15.0
     """Angles are uniform in ±degrees, counter-clockwise as seen."""
@@ -167,7 +152,7 @@ class Augment:
     """Probability of a horizontal flip, which comes before the rotation."""
 
     def draw(self, seed: int, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Angles float32 (N,) in degrees and flips bool (N,): a hash of (seed, epoch, row) and of nothing else."""
+        """Angles float32 (N,) in degrees and flips bool (N,), which depend on (seed, epoch, row) alone."""
         key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
         words = _mix(key + rows.astype(np.uint64))
         unit = (words >> np.uint64(40)).astype(np.float64) / 2**24

@@ -1,8 +1,8 @@
-"""Proof of decoded pixels: batches come in, are compared with the grids of means in the set's manifests on their device,
-and what differs is counted there. Nobody waits for the device until somebody asks.
+"""Proof of decoded pixels: compares batches with the grids of means in the set's manifests and counts differences, on the
+batch's device. Only a question for the result waits for the device.
 
 Hardware JPEG decoders have been reported to overwrite memory that was still in use, without an error (pytorch/vision#9606,
-meta-pytorch/torchcodec#1634), so what a GPU decoded is not taken on trust.
+meta-pytorch/torchcodec#1634), so images decoded on a GPU are not trusted blindly.
 """
 
 import numpy as np
@@ -13,26 +13,26 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.images.cell_means import SIDE, STEPS, edges, grid, tolerance
 
 EVERY = 16
-"""Where a set holds no grids, the rows whose number this divides are decoded by the CPU, too, and compared."""
+"""In a set without grids, rows whose number this divides are also decoded on the CPU and compared."""
 
 NONE = 2**62
-"""Number of a row that does not exist."""
+"""Row number that does not exist."""
 
 UNKNOWN = -1
-"""Instead of a mean: nothing to compare with."""
+"""Stands for a mean that is not known."""
 
 
 class Proof:
     """Compares images at the stored scale of `reader` with its grids.
 
-    `compare` moves 0.1 % of the bytes of a training step and never waits for the device; `problem` does.
+    `compare` moves 0.1 % of the bytes of a training step and does not wait for the device; `problem` does.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self.reader, self.device = reader, device
         info = reader.info
         self.tolerance = tolerance(info.codec, info.quality, reader.scale)
-        """Grey levels by which the mean of a cell may differ."""
+        """Largest allowed difference of a cell's mean, grey levels."""
         self._pixels = Pixels(reader, reader.scale)
         self.compared = 0
         """Number of images whose means were known."""
@@ -41,9 +41,9 @@ class Proof:
         self._largest = torch.zeros(())
 
     def expected(self, rows: np.ndarray) -> np.ndarray:
-        """int16 (N, 16): the means that the images of `rows` should have, in steps of 1/128; UNKNOWN where nothing is known.
+        """int16 (N, 16): the means that the images of `rows` should have, in steps of 1/128, or UNKNOWN.
 
-        Without grids in the set, some rows are decoded here. Raises LoadError for one that does not decode.
+        Without grids in the set, some rows are decoded here. Raises LoadError if one does not decode.
         """
         means = self.reader.grids[rows].reshape(len(rows), -1)
         for i in np.flatnonzero((means[:, 0] == UNKNOWN) & (rows % EVERY == 0)).tolist():
@@ -51,7 +51,7 @@ class Proof:
         return means
 
     def compare(self, images: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
-        """Compare uint8 (N, 1, scale, scale), before it is turned, with what `expected` gave for the same rows."""
+        """Compare unrotated images, uint8 (N, 1, scale, scale), with the result of `expected` for the same rows."""
         if self._found.device != self.device:
             self._found, self._largest = self._found.to(self.device), self._largest.to(self.device)
         table = torch.from_numpy(np.column_stack([rows, expected]))  # int64: one small copy to the device
@@ -67,7 +67,7 @@ class Proof:
 
     @property
     def unknown(self) -> int:
-        """Number of rows that the set holds no grid of."""
+        """Number of rows without a grid in the set."""
         return int((self.reader.grids[self.reader.rows, 0, 0] == UNKNOWN).sum())
 
     @property
@@ -76,7 +76,7 @@ class Proof:
         return self._largest.item()
 
     def problem(self) -> str | None:
-        """What is wrong with the images compared so far, for people; None if nothing is. Waits for the device."""
+        """Description of what is wrong with the images compared so far, or None. Waits for the device."""
         count, first = self._found.tolist()
         if not count:
             return None
@@ -84,13 +84,13 @@ class Proof:
         off = np.abs(grid(self._pixels.get(first)).astype(np.int32) - known).max()
         if known[0, 0] != UNKNOWN and off > self.tolerance * STEPS:
             return (
-                f"the means that the manifests of {reader.folder} hold are not those of its images, first row {first} at "
+                f"the means in the manifests of {reader.folder} are not those of its images, first row {first} at "
                 f"{reader.scale} px: `cxrfast verify --deep {reader.folder}` names the shards and says what to do"
             )
         return (
-            f"{count:,} of {self.compared:,} images that DALI decoded and that were compared are not those of the set, first "
-            f"row {first} of {reader.folder} at {reader.scale} px: the JPEG decoder of {self.device} cannot be trusted: use "
-            "--engine host"
+            f"{count:,} of {self.compared:,} images that DALI decoded and that were compared are not those of the set, "
+            f"first row {first} of {reader.folder} at {reader.scale} px: the JPEG decoder of {self.device} cannot be "
+            "trusted: use --engine host"
         )
 
 
@@ -103,7 +103,7 @@ def cell_means(images: torch.Tensor) -> torch.Tensor:
 
 
 def means_by_torch(images: torch.Tensor) -> torch.Tensor:
-    """`cell_means` on any device. torch sums what it has copied to int32: four times the batch's memory, for a moment."""
+    """`cell_means` on any device. torch sums an int32 copy, which briefly takes four times the batch's memory."""
     n, _, height, width = images.shape
     if height % SIDE == 0 and width % SIDE == 0:
         cells = images.reshape(n, SIDE, height // SIDE, SIDE, width // SIDE)

@@ -1,6 +1,6 @@
-"""Work that passes through, while a helper thread asks the system to read what comes later.
+"""Passes work through while a helper thread asks the system to read the images of later work.
 
-On a cold disk or a network file system the decoding threads alone would ask for too few images at a time.
+On a cold disk or a network file system the decoding threads alone would request too few images at a time.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.order import Work
 
 AHEAD_BYTES = 64 * 2**20
-"""Encoded bytes asked for before they are read, about. Half of them are asked for at a time, so that rows that lie near
-each other, as in a block order, are read in one piece."""
+"""Encoded bytes to read ahead, about. They are requested in two halves, so that rows close to each other in a tar, as in a
+block order, are read in one piece."""
 
 
 def read_ahead(pixels: Pixels, work: Iterable[Work]) -> Generator[Work]:
-    """`work`, in order and unchanged."""
+    """Yield `work` in order and unchanged."""
     waiting: deque[tuple[Work, int]] = deque()
     group: list[np.ndarray] = []
     held = asked = 0

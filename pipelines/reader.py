@@ -1,7 +1,7 @@
 """A row number in, its bytes out: `preadv` from the tars of one scale, checked against the set's manifests.
 
-Not mapped: a mapped tar that is cut short kills the process, and mapped pages count as resident. Safe to use from
-threads, after a fork and, pickled, in spawned processes.
+The tars are not mapped: a mapped tar that is cut short kills the process, and mapped pages count as resident. Readers may
+be used from threads, after a fork and, pickled, in spawned processes.
 """
 
 import os
@@ -21,22 +21,22 @@ from cxrfast.shards.images.cell_means import SIDE, unpack
 from cxrfast.shards.shard_set import ShardSet
 
 OPEN_FILES = 512
-"""Tars kept open; those beyond are opened for each read."""
+"""Tars kept open; further ones are opened for each read."""
 
 GAP = 64 * 1024
-"""Bytes between two rows in a tar below which they are asked for together."""
+"""Rows of a tar that are at most this many bytes apart are read ahead in one request."""
 
 PIECE = 128 * 1024
-"""Bytes asked for at a time: of more in one request Linux takes the device's readahead window and drops the rest."""
+"""Bytes per read-ahead request: Linux cuts a longer one down to the device's readahead window."""
 
 PROBES = 4
-"""Rows of a batch that are looked at to see whether the batch is in memory already."""
+"""Rows of a batch that are probed to see whether it is in memory already."""
 
 
 class Reader:
     """The images of one scale of a shard set.
 
-    Raises LoadError where the scale is absent, and names the tar that is missing, cut short or of another set.
+    Raises LoadError if the scale is absent, or a tar is missing, cut short or from another set.
     """
 
     def __init__(self, folder: Path | str, scale: int) -> None:
@@ -51,9 +51,9 @@ class Reader:
         self._tar = np.full(self.info.images, -1, np.int32)
         self._offset, self._size = np.zeros((2, self.info.images), np.int64)
         self.crc32 = np.zeros(self.info.images, np.uint32)
-        """uint32 (images,), of the bytes of each row; 0 for rows that this scale does not hold."""
+        """uint32 (images,): checksum of each row's bytes; 0 for rows that this scale does not have."""
         self.grids = np.full((self.info.images, SIDE, SIDE), -1, np.int16)
-        """int16 (images, 4, 4): see `grid`; -1 for rows that this scale does not hold and where a shard has no grids."""
+        """int16 (images, 4, 4): see `grid`; -1 for rows that this scale does not have and in shards without grids."""
         for shard in shards:
             self._open_index(shard)
         self._header = pgm_header(scale, scale)
@@ -61,12 +61,12 @@ class Reader:
 
     @property
     def folder(self) -> Path:
-        """Where the set lies."""
+        """Folder of the set."""
         return self.shard_set.folder
 
     @property
     def info(self) -> SetInfo:
-        """What the set's set.json says."""
+        """The set's set.json."""
         return self.shard_set.info
 
     def _open_index(self, shard: int) -> None:
@@ -94,16 +94,16 @@ class Reader:
 
     @property
     def _advice(self) -> str:
-        return f"`cxrfast verify {self.folder}` says what is damaged"
+        return f"`cxrfast verify {self.folder}` lists the damage"
 
     @property
     def is_raw(self) -> bool:
-        """Are the images stored as pixels?"""
+        """True if images are stored as pixels, not as JPEGs."""
         return self.info.codec == "raw"
 
     @property
     def rows(self) -> np.ndarray:
-        """int64, ascending: rows that this scale holds (neither quarantined nor left for a later build)."""
+        """int64, ascending: rows that this scale has (neither quarantined nor still to be built)."""
         return np.flatnonzero(self._tar >= 0)
 
     @property
@@ -112,16 +112,16 @@ class Reader:
         return int(self._size.max())
 
     def bytes_of(self, rows: np.ndarray) -> int:
-        """How many bytes the images of `rows` have together. Raises LoadError for rows that no set of this size has."""
+        """Total bytes of the images of `rows`. Raises LoadError for row numbers out of range."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._tar):
             self._find(int(rows.min()))
             self._find(int(rows.max()))
         return int(self._size[rows].sum())
 
     def read(self, row: int, buffer: bytearray | None = None) -> memoryview:
-        """The bytes of the image of `row`, in `buffer` if it is large enough (see `largest`).
+        """Bytes of the image of `row`, read into `buffer` if it is large enough (see `largest`).
 
-        Raises LoadError naming row and tar if they are not the bytes that were written when the set was built.
+        Raises LoadError naming row and tar if they differ from the bytes written when the set was built.
         """
         shard, size = self._find(row)
         view = memoryview(buffer if buffer is not None and len(buffer) >= size else bytearray(size))[:size]
@@ -129,17 +129,17 @@ class Reader:
         return view
 
     def read_pixels(self, row: int, out: np.ndarray) -> None:
-        """The pixels of `row` of a raw set into `out`, uint8 (scale, scale), contiguous. Raises LoadError as `read` does."""
+        """Read the pixels of `row` of a raw set into `out`, uint8 (scale, scale), contiguous. Raises LoadError like `read`."""
         shard, size = self._find(row)
         header, pixels = bytearray(len(self._header)), out.data.cast("B")
         fits = size == len(header) + len(pixels)
         if fits:
             self._check(row, shard, self._pread(row, shard, [header, pixels]), size, crc32(pixels, crc32(header)))
         if not fits or header != self._header:
-            raise LoadError(f"{self._path(shard)}, row {row} is no raw image of {self.scale} px: {self._advice}")
+            raise LoadError(f"{self._path(shard)}, row {row} is not a raw image of {self.scale} px: {self._advice}")
 
     def _find(self, row: int) -> tuple[int, int]:
-        """Shard and size in bytes."""
+        """Shard and size in bytes. Raises LoadError for a row that does not exist or is not in this scale."""
         if not 0 <= row < len(self._tar):
             raise LoadError(f"row {row} does not exist: {self.folder} has rows 0 to {len(self._tar) - 1:,}")
         shard = int(self._tar[row])
@@ -182,10 +182,10 @@ class Reader:
     # Reading ahead
 
     def advise(self, rows: np.ndarray) -> None:
-        """Ask the system to read the images of `rows` ahead of their use; rows that are near in a tar in one piece.
+        """Ask the system to read the images of `rows` ahead; rows close to each other in a tar in one request.
 
-        Does nothing where they seem to be in memory already, or where a system knows no such advice. Never raises
-        OSError: whoever reads the rows will.
+        Does nothing if they seem to be in memory, or on systems without such advice. Never raises OSError: reading the
+        rows will.
         """
         if not hasattr(os, "posix_fadvise") or self._in_memory(rows[:: max(1, len(rows) // PROBES)]):
             return
@@ -206,7 +206,7 @@ class Reader:
                 continue
 
     def _in_memory(self, rows: np.ndarray) -> bool:
-        """Is the last byte of each of these rows in the page cache? False where the system cannot tell."""
+        """True if the last byte of each row is in the page cache; False if the system cannot tell."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         byte = [bytearray(1)]

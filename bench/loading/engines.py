@@ -1,6 +1,6 @@
-"""The two engines side by side on one device: rates, share of a GPU's JPEG engines, memory, agreement of pixels.
+"""The two engines compared on one device: rates, share of a GPU's JPEG engines, memory, agreement of pixels.
 
-What a machine with a GPU has to tell before `auto` can be decided; without one it runs on the CPU all the same.
+These figures of a GPU decide what `auto` means there; without a GPU, the CPU is measured.
 """
 
 from contextlib import closing
@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cxrfast.bench.harness import Budget, take_turns
+from cxrfast.bench.harness import Budget, Measurement, gpu_used_bytes, take_turns
 from cxrfast.bench.loading.job import Job
-from cxrfast.bench.loading.measure import Measurement, measurement, ours
+from cxrfast.bench.loading.measure import measurement, ours
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import Augment, EvalOrder
 from cxrfast.pipelines.reader import Reader
 
 HARDWARE = (0.0, 0.65, 1.0)
-"""Shares of a batch that a GPU's JPEG engines are tried with; the others are decoded by its cores."""
+"""Shares of a batch given to a GPU's JPEG engines; its cores decode the rest."""
 
 COMPARED = 200
 """Images whose pixels are compared."""
@@ -24,7 +24,7 @@ COMPARED = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """At one scale. Rates are images/s, medians of the rounds, by task (A, B)."""
+    """Figures at one scale. Rates are images/s, medians of the rounds, by task (A, B)."""
 
     scale: int
     host: dict[str, float]
@@ -32,12 +32,12 @@ class Engines:
     """By task, then by `hw_decoder_load`; `-` on a CPU."""
     images: int
     within_1: float
-    """Share of pixels that stay within the image whose grey levels differ by at most 1 between the engines, turned."""
+    """Share of the pixels that stay in the turned image whose grey levels differ by at most 1 between the engines."""
     within_4: float
     largest: int
-    """Difference, grey levels."""
+    """Largest difference, grey levels."""
     gpu_bytes: int | None
-    """GPU memory that the dali engine took, as the driver reports it, without torch's."""
+    """GPU memory that the dali engine took, as the driver reports it, torch's left out."""
 
 
 def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job, budget: Budget) -> Engines:
@@ -68,27 +68,25 @@ def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job,
 
 
 def _differences(job: Job, device: torch.device) -> tuple[torch.Tensor, int | None]:
-    """How many pixels differ by 0 … 255 grey levels, int64 (256,), and the GPU memory that dali took, bytes."""
+    """Number of pixels that differ by 0 … 255 grey levels, int64 (256,), and the bytes of GPU memory that dali took."""
     offset = torch.arange(job.scale, device=device) - (job.scale - 1) / 2
     inside = torch.hypot(offset[:, None], offset) < job.scale / 2 - 2
     counts = torch.zeros(256, dtype=torch.int64, device=device)
-    is_gpu = device.type == "cuda"
     with Reader(job.shards, job.scale) as reader:
         order = EvalOrder(rows=job.rows[:COMPARED], micro_batch=job.batch)
         host, dali = (
             Loader(reader, order, augment=Augment(), device=device, engine=engine, threads=job.workers)
             for engine in ("host", "dali")
         )
-        before = _gpu_bytes_outside_torch(device) if is_gpu else 0
+        before = _gpu_bytes_outside_torch(device)
         with closing(host), closing(dali):
             for one, other in zip(dali.epoch(), host.epoch(), strict=True):
                 difference = (one.image.int() - other.image.int()).abs()[:, 0, inside]
                 counts += torch.bincount(difference.ravel(), minlength=256)
-            taken = _gpu_bytes_outside_torch(device) - before if is_gpu else None
-    return counts.cpu(), taken
+            taken = _gpu_bytes_outside_torch(device) - before
+    return counts.cpu(), taken if device.type == "cuda" else None
 
 
 def _gpu_bytes_outside_torch(device: torch.device) -> int:
     """Bytes in use on the GPU that torch's allocator does not hold."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
+    return gpu_used - torch.cuda.memory_reserved(device) if (gpu_used := gpu_used_bytes(device)) else 0

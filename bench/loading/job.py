@@ -1,4 +1,4 @@
-"""What loaders are measured on and how one is described: a job comes in, files that a loader reads lie in its folder."""
+"""What loaders are measured on, and how a loader is described."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
@@ -14,45 +14,47 @@ from cxrfast.pipelines.reader import Reader
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Load these rows of a set again and again, in an order that is new each time."""
+    """Load these rows of a set again and again, each time in a new order."""
 
     folder: Path
-    """For what a loader needs on the disk; it is there."""
+    """An existing folder for what a loader needs on the disk."""
     shards: Path
     """A set of JPEGs."""
     scale: int
     rows: np.ndarray
     """int64 (N,)"""
     batch: int
-    """Images in a batch; all N where they are fewer."""
+    """Images per batch; all N where they are fewer."""
     workers: int
-    """Threads or processes that a loader may use."""
+    """Threads or processes a loader may use."""
     turn: bool
-    """Rotate each image by a uniform angle within ±15°, bilinear, black outside, after a horizontal flip of every other one?"""
+    """Whether each image is flipped with a probability of ½, then rotated by a uniform angle within ±15°, bilinear, black outside."""
 
 
 Supply = AbstractContextManager[Iterator[Any]]
-"""An endless iterator over batches, uint8 (n, H, W), (n, 1, H, W) or (n, H, W, 1), each good until the next one is asked for.
-Threads and processes behind it are gone when it closes."""
+"""An endless iterator over batches, uint8 (n, H, W), (n, 1, H, W) or (n, H, W, 1), each valid until the next one is taken.
+Closing it ends the threads and processes behind it."""
 
 
 class Peer(NamedTuple):
     """A way of loading that ours is compared with."""
 
     what: str
-    """One line."""
-    prepare: Callable[[Job], object]
-    """Writes what it reads into the folder of a job; whether the job turns images does not matter."""
+    """A description in one line."""
     batches: Callable[[Job], Supply]
+    prepare: Callable[[Job], object] = lambda job: None
+    """Writes its input into the folder of a job, whether or not the job turns images."""
+    needs: str | None = None
+    """Module of a library that cxrfast itself does not need."""
     turns: bool = True
-    """Can it rotate?"""
+    """Whether it can rotate."""
     pixels: bool = False
-    """Does it read uncompressed pixels?"""
+    """Whether it reads uncompressed pixels."""
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Numbers 0 … images - 1 in batches, list[int], endlessly, in a new order each time; an incomplete batch is left out."""
+    """Endless batches, list[int], of the numbers 0 … images - 1, each time in a new order and without an incomplete batch."""
 
     images: int
     batch: int
@@ -66,7 +68,7 @@ class Shuffled:
 
 
 def endless(epoch: Iterable[Any], pick: Callable[[Any], Any] = lambda batch: batch) -> Supply:
-    """Over and over again what iterating `epoch` gives; `pick` takes the images out of a batch."""
+    """Repeat `epoch` forever; `pick` takes the images out of a batch."""
 
     def batches() -> Generator[Any]:
         while True:
@@ -87,7 +89,7 @@ def pixels(job: Job) -> Iterator[np.ndarray]:
 
 
 def files(job: Job) -> list[Path]:
-    """The JPEGs of a job as files; written unless they are there."""
+    """The JPEGs of a job as files, written once."""
     folder = job.folder / "files"
     paths = [folder / f"{n:06d}.jpg" for n in range(len(job.rows))]
     if not folder.exists():

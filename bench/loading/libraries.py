@@ -1,4 +1,4 @@
-"""Loaders of other libraries, each used as its documentation shows, on the same JPEGs. A library is imported when it is used."""
+"""Loaders of other libraries, each used as its documentation shows, on the same JPEGs. They are imported when used."""
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, suppress
@@ -15,27 +15,27 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from cxrfast.bench.loading.job import Job, Shuffled, Supply, endless, files, jpegs, pixels
-from cxrfast.bench.loading.torch_loaders import transform, turned
+from cxrfast.bench.loading.torch_loaders import transform, turn_array, turned
 from cxrfast.shards.format.tar import TarWriter
 
 LONG = 50_000
-"""Images of an epoch at least, where a library makes epochs: small sets are repeated, so that their ends do not count."""
+"""Images per epoch, at least, where a library makes epochs: small sets are repeated, so that their ends do not count."""
 
 
 def decode_grey(jpeg: bytes) -> torch.Tensor:
-    """uint8 (1, H, W), by torchvision, in half of Pillow's time."""
+    """uint8 (1, H, W), decoded by torchvision in half of Pillow's time."""
     return decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.GRAY)
 
 
 def decode_and_turn(jpeg: bytes) -> torch.Tensor:
-    return turned(Image.fromarray(decode_grey(jpeg)[0].numpy()))
+    return turn_array(decode_grey(jpeg)[0].numpy())
 
 
 # webdataset, and DALI's reader of the same tars
 
 
 def write_tars(job: Job) -> None:
-    """As ours, with their indexes; four for each worker, so that none is without."""
+    """Write tars like ours with their indexes, four per worker, so that every worker has some."""
     folder = job.folder / "tars"
     if folder.exists():
         return
@@ -91,48 +91,34 @@ def dali_tars(job: Job) -> Supply:
 # LitData
 
 
-def write_litdata(job: Job) -> None:
-    _write_litdata(job.folder / "litdata", jpegs(job))
-
-
-def write_litdata_raw(job: Job) -> None:
-    _write_litdata(job.folder / "litdata-raw", pixels(job))
-
-
-def _write_litdata(folder: Path, samples: Iterator[Any]) -> None:
-    """What `litdata.optimize` writes, without the processes that it starts."""
+def write_litdata(job: Job, raw: bool = False) -> None:
+    """Write what `litdata.optimize` writes, without the processes that it starts."""
     from litdata.streaming.writer import BinaryWriter
 
-    writer = BinaryWriter(str(folder), chunk_bytes="64MB")
+    writer = BinaryWriter(_litdata_folder(job, raw), chunk_bytes="64MB")
+    samples: Iterator[Any] = pixels(job) if raw else jpegs(job)
     for n, sample in enumerate(samples):
         writer.add_item(n, sample)
     writer.done()
     writer.merge()
 
 
-def litdata(job: Job) -> Supply:
-    return _litdata(job, "litdata", decode_and_turn if job.turn else decode_grey)
-
-
-def litdata_raw(job: Job) -> Supply:
-    return _litdata(job, "litdata-raw", turn_array if job.turn else torch.from_numpy)
-
-
-def turn_array(image: np.ndarray) -> torch.Tensor:
-    return turned(Image.fromarray(image))
-
-
-def _litdata(job: Job, name: str, transform: Any) -> Supply:
+def litdata(job: Job, raw: bool = False) -> Supply:
     from litdata import StreamingDataLoader, StreamingDataset
 
+    plain, turning = (torch.from_numpy, turn_array) if raw else (decode_grey, decode_and_turn)
     dataset = StreamingDataset(
-        str(job.folder / name), shuffle=True, drop_last=True, transform=transform, subsample=_times(job)
+        _litdata_folder(job, raw),
+        shuffle=True,
+        drop_last=True,
+        transform=turning if job.turn else plain,
+        subsample=float(-(-LONG // len(job.rows))),
     )
     return endless(StreamingDataLoader(dataset, batch_size=job.batch, num_workers=job.workers))
 
 
-def _times(job: Job) -> float:
-    return float(-(-LONG // len(job.rows)))
+def _litdata_folder(job: Job, raw: bool) -> str:
+    return str(job.folder / ("litdata-raw" if raw else "litdata"))
 
 
 # Streaming
@@ -181,65 +167,46 @@ def spdl(job: Job) -> Iterator[Iterator[torch.Tensor]]:
 # FFCV
 
 
-def write_beton(job: Job) -> None:
-    from ffcv.fields import RGBImageField
+def write_beton(job: Job, raw: bool = False) -> None:
+    from ffcv.fields import NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
 
     class Encoded(RGBImageField):
-        """Keeps the JPEG that it is given, where theirs would encode it again."""
+        """Stores a JPEG as it is, where theirs would encode it again."""
 
         def encode(self, destination: Any, field: bytes, malloc: Any) -> None:
             destination["mode"], destination["height"], destination["width"] = 0, job.scale, job.scale
             destination["data_ptr"], storage = malloc(len(field))
             storage[:] = np.frombuffer(field, np.uint8)
 
-    _write_beton(job, "images.beton", Encoded(), list(jpegs(job)))
-
-
-def write_beton_raw(job: Job) -> None:
-    from ffcv.fields import NDArrayField
-
-    field = NDArrayField(np.dtype("uint8"), (job.scale, job.scale, 1))
-    _write_beton(job, "pixels.beton", field, [image[..., None] for image in pixels(job)])
-
-
-def _write_beton(job: Job, name: str, field: Any, samples: list[Any]) -> None:
-    from ffcv.writer import DatasetWriter
-
-    writer = DatasetWriter(str(job.folder / name), {"image": field}, num_workers=1)
+    field = NDArrayField(np.dtype("uint8"), (job.scale, job.scale, 1)) if raw else Encoded()
+    samples: Iterator[Any] = (image[..., None] for image in pixels(job)) if raw else jpegs(job)
+    writer = DatasetWriter(str(_beton(job, raw)), {"image": field}, num_workers=1)
     with redirect_stderr(StringIO()):  # its progress bar
         writer.from_indexed_dataset([(sample,) for sample in samples])
 
 
-def ffcv(job: Job) -> Supply:
-    from ffcv.fields import RGBImageField
-    from ffcv.fields.decoders import SimpleRGBImageDecoder
-
-    return _ffcv(job, "images.beton", SimpleRGBImageDecoder, RGBImageField)
-
-
-def ffcv_raw(job: Job) -> Supply:
-    from ffcv.fields.decoders import NDArrayDecoder
-
-    return _ffcv(job, "pixels.beton", NDArrayDecoder, None)
-
-
-def _ffcv(job: Job, name: str, decoder: Any, field: Any) -> Supply:
-    loader = _ffcv_loader(job.folder / name, min(job.batch, len(job.rows)), job.workers, decoder, field)
+def ffcv(job: Job, raw: bool = False) -> Supply:
+    loader = _ffcv_loader(_beton(job, raw), min(job.batch, len(job.rows)), job.workers, raw)
 
     def batches() -> Generator[torch.Tensor]:
         while True:
             iterator = iter(loader)
             try:
                 for (images,) in iterator:
-                    yield images[..., :1]  # of grey images all channels are alike
+                    yield images[..., :1]  # the channels of a grey image are equal
             finally:
                 _end(iterator)
 
     return closing(batches())
 
 
+def _beton(job: Job, raw: bool) -> Path:
+    return job.folder / ("pixels.beton" if raw else "images.beton")
+
+
 def _end(iterator: Any) -> None:
-    """Its `close` unmaps what its thread may still read, and does not wait for it."""
+    """End an iterator's thread first: its `close` does not wait for the thread, and unmaps what it may still read."""
     iterator.terminate_event.set()
     while iterator.is_alive():
         with suppress(Empty):
@@ -248,14 +215,16 @@ def _end(iterator: Any) -> None:
 
 
 @lru_cache(maxsize=2)
-def _ffcv_loader(path: Path, batch: int, workers: int, decoder: Any, field: Any) -> Any:
-    """Compiled once: it takes seconds, and holds no thread between epochs."""
+def _ffcv_loader(path: Path, batch: int, workers: int, raw: bool) -> Any:
+    """Made once, since it is compiled for seconds; it holds no thread between epochs."""
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.decoders import NDArrayDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToTensor
 
-    custom = {"image": field} if field else {}
+    custom = {} if raw else {"image": RGBImageField}
     options = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True, "custom_fields": custom}
     images = int(Loader(str(path), batch, workers, **options).reader.num_samples)
     indices = np.tile(np.arange(images), -(-LONG // images))
-    pipelines = {"image": [decoder(), ToTensor()]}
+    pipelines = {"image": [NDArrayDecoder() if raw else SimpleRGBImageDecoder(), ToTensor()]}
     return Loader(str(path), batch, workers, indices=indices, pipelines=pipelines, **options)

@@ -1,13 +1,13 @@
-"""`cxrfast bench load`: images/s of loading, next to what users do instead and to the bare kernels.
+"""`cxrfast bench load`: images/s of loading, compared with what users do instead and with the bare kernels.
 
-A shard set comes in, or phantoms are made; tables, JSON and a plot go out. At each scale all loaders see the same JPEGs and
-give the same uint8 grey batches, and take turns in one run, so that ratios hold whatever the machine does meanwhile.
+A shard set comes in, or phantoms are made; tables, JSON and a plot go out. At each scale all loaders see the same JPEGs
+and give the same uint8 grey batches. They take turns in one run, so that ratios hold whatever the machine does meanwhile.
 """
 
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,20 +18,34 @@ from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms
 from cxrfast.bench.harness import (
     Budget,
     Measured,
+    Pace,
     announce,
     file_system,
-    least_seconds,
+    in_time,
     no_time,
     provenance,
     take_turns,
-    write_results,
 )
 from cxrfast.bench.loading.engines import compare_engines
-from cxrfast.bench.loading.job import Job, Peer
-from cxrfast.bench.loading.measure import Large, large, pass_rate
-from cxrfast.bench.loading.peers import peer_names, peer_versions
-from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult, plot, tables
-from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT, PIXEL_SCALE, RAW, WHAT, open_ways, pick_ways, typed, usable
+from cxrfast.bench.loading.job import Job
+from cxrfast.bench.loading.large import Large, large
+from cxrfast.bench.loading.measure import pass_rate
+from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult
+from cxrfast.bench.loading.ways import (
+    CACHE,
+    HOST,
+    LIMIT,
+    PEERS,
+    RAW,
+    WHAT,
+    open_ways,
+    peer_versions,
+    pick_ways,
+    reads_pixels,
+    typed,
+    usable,
+)
+from cxrfast.bench.report import write_results
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
 from cxrfast.errors import LoadError
@@ -42,10 +56,10 @@ from cxrfast.shards.shard_set import ShardSet
 PHANTOM_SCALES = [256, 512, 1024, 2048]
 
 MOST_PIXELS = 2**29
-"""Images of a scale that are measured on have at most so many pixels together."""
+"""Limit of the pixels of all images measured on at a scale."""
 
 LARGE_SECONDS = 60.0
-"""What `large` takes, about."""
+"""Time of `large`, roughly."""
 
 T = TypeVar("T")
 
@@ -68,10 +82,10 @@ def bench(
 ) -> LoadingResult:
     """Measure, write load.json, load.md and load.png into `out`. Raises LoadError or ShardError for bad input.
 
-    `only`: these ways, and those that their ratios are to. `minutes`: about so long; smallest scales and rates first.
+    `only`: these ways, and those that ratios are to. `minutes`: about how long; smallest scales and rates come first.
     """
     budget, chosen, workers = Budget.of(minutes), pick_device(device), workers or usable_cores()
-    ways, found, left_out = pick_ways(only or [], with_peers, workers)
+    ways, left_out = pick_ways(only or [], with_peers, workers)
     if with_engines and "dali" not in ways:
         left_out["engines"] = (
             "they compare dali with host: install NVIDIA DALI, and give --only dali if you give --only"
@@ -87,24 +101,22 @@ def bench(
         made = shards or make_phantoms(scratch, scales)
         jobs = [_job(scratch, made, scale, workers) for scale in scales]
         out.mkdir(parents=True, exist_ok=True)
-        prepare = partial(_prepare, ways=ways, found=found)
-        measure = partial(_measure, device=chosen, ways=ways, found=found, seconds=seconds, rounds=rounds)
+        measure = partial(_measure, device=chosen, ways=ways, seconds=seconds, rounds=rounds)
+        compare = partial(compare_engines, chosen, seconds, rounds)
         result = LoadingResult(
             source="the given set" if shards else "phantoms",
             images={job.scale: len(job.rows) for job in jobs},
             batch={job.scale: job.batch for job in jobs},
             workers=workers,
-            lines=_measure_all(jobs, prepare, measure, seconds, budget, left_out),
-            engines=_in_time("engines", jobs, partial(compare_engines, chosen, seconds, rounds), budget, left_out)
-            if with_engines
-            else [],
-            cold=_in_time("cold storage", jobs, lambda job, budget: _cold(job), budget, left_out) if with_cold else [],
+            lines=_measure_all(jobs, ways, measure, seconds, budget, left_out),
+            engines=_at_each_scale("engines", jobs, compare, budget, left_out) if with_engines else [],
+            cold=_at_each_scale("cold storage", jobs, _cold, budget, left_out) if with_cold else [],
             large=_large(scratch, budget, left_out) if with_large else None,
             left_out=left_out,
-            what={**WHAT, **{way: peer.what for way, peer in found.items()}},
+            what={way: what for way, what in WHAT.items() if way not in PEERS or way in ways},
             provenance={**provenance(chosen), **peer_versions(), "file_system": file_system(made)},
         )
-    write_results(out, "load", asdict(result), tables(result), plot(result))
+    write_results(out, "load", result)
     return result
 
 
@@ -116,10 +128,11 @@ def _announce(
     rounds: int,
     minutes: float | None,
 ) -> None:
-    absent = [typed(way) for way in (*WHAT, *peer_names()) if way not in ways]
-    options = [option for option, is_on in extras.items() if not is_on]
+    absent = [typed(way) for way in WHAT if way not in ways]
     then = [option for option, is_on in extras.items() if is_on]
-    left_out = [f"{', '.join(absent)} (--only NAME)"] if absent else []
+    left_out = [f"{', '.join(absent)} (--only NAME)"] * bool(absent) + [
+        option for option in extras if option not in then
+    ]
     announce(
         "bench load: images/s of loading",
         minutes,
@@ -128,7 +141,7 @@ def _announce(
         f"ways: {', '.join(map(typed, ways))}; host is always measured, since ratios are to it",
         f"{rounds} rounds × {seconds:g} s per way, task and scale",
         *([f"then {' '.join(then)}"] if then else []),
-        *([f"left out: {'; '.join([*left_out, *options])}"] if left_out or options else []),
+        *([f"left out: {'; '.join(left_out)}"] if left_out else []),
     )
 
 
@@ -136,7 +149,7 @@ def _check(shards: Path, scales: list[int]) -> None:
     if ShardSet(shards).info.codec != "jpeg":
         raise LoadError(f"{shards} holds no JPEGs: give the set that its raw images were made from")
     for scale in scales:
-        Reader(shards, scale).close()  # says what is wrong before anything is measured
+        Reader(shards, scale).close()  # a problem is reported before anything is measured
 
 
 def _job(scratch: Path, shards: Path, scale: int, workers: int) -> Job:
@@ -158,7 +171,7 @@ def _job(scratch: Path, shards: Path, scale: int, workers: int) -> Job:
 
 def _measure_all(
     jobs: list[Job],
-    prepare: Callable[[Job], None],
+    ways: list[str],
     measure: Callable[[Job, str, Budget], list[LoadingLine]],
     seconds: float,
     budget: Budget,
@@ -166,77 +179,57 @@ def _measure_all(
 ) -> list[LoadingLine]:
     """The lines of every scale and task that there is time for; the others are added to `left_out`."""
     lines: list[LoadingLine] = []
-    last: list[LoadingLine] = []
-    first = next(iter(TASKS))
-    preparing = wall = 0.0
-    blocks = [(job, task) for job in jobs for task in TASKS]
-    for n, (job, task) in enumerate(blocks):
-        least = [
-            _least(last, wall, seconds, later) + (preparing if its_task == first else 0.0)
-            for later, its_task in blocks[n:]
-        ]
-        share = budget.share(least)
-        if share is None:
-            left_out[f"{job.scale} px, task {task}"] = no_time(least[0], budget.left)
-            continue
-        begun = budget.clock()
+    preparing = 0.0
+
+    def work(piece: tuple[Job, str], share: Budget) -> Pace:
+        nonlocal preparing
+        job, task = piece
+        start = budget.clock()
         if task == first:
-            prepare(job)
-            preparing = budget.clock() - begun
-            begun = budget.clock()
-        last = measure(job, task, share)
-        lines += last
-        wall = budget.clock() - begun
+            _prepare(job, ways)
+            preparing = budget.clock() - start
+        found = measure(job, task, share)
+        lines.extend(found)
+        wall = budget.clock() - start
+        wall += -preparing if task == first else preparing  # as long as the next piece, which prepares if this did not
+        return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
+
+    first = next(iter(TASKS))
+    in_time(
+        {f"{job.scale} px, task {t}": (_pixels(job), (job, t)) for job in jobs for t in TASKS}, work, budget, left_out
+    )
     if not lines:
         raise LoadError("nothing was measured, the time was over before: give more --minutes")
     return lines
 
 
-def _least(lines: list[LoadingLine], wall: float, seconds: float, job: Job) -> float:
-    """Seconds that a task takes at least, judging by the lines of another one, which took `wall` seconds."""
-    if not lines:
-        return 0.0
-    growth = (job.scale / lines[0].scale) ** 2
-    return least_seconds(wall, len(lines[0].rounds), [job.batch / line.rate for line in lines], seconds, growth)
-
-
-def _prepare(job: Job, ways: list[str], found: dict[str, Peer]) -> None:
-    """Have the loaders write what they read into the folder of the job; it serves all tasks."""
+def _prepare(job: Job, ways: list[str]) -> None:
+    """Have the loaders write their input into the folder of the job; it serves all tasks."""
     job.folder.mkdir()
-    for peer in usable(job, found).values():
-        peer.prepare(job)
-    if job.scale <= PIXEL_SCALE and RAW in ways:
+    mine = usable(job, ways)
+    for way in mine:
+        if way in PEERS:
+            PEERS[way].prepare(job)
+    if RAW in mine:
         uncompressed(job.shards, job.scale, job.rows, job.folder)
 
 
 def _measure(
-    job: Job,
-    task: str,
-    budget: Budget,
-    *,
-    device: torch.device,
-    ways: list[str],
-    found: dict[str, Peer],
-    seconds: float,
-    rounds: int,
+    job: Job, task: str, budget: Budget, *, device: torch.device, ways: list[str], seconds: float, rounds: int
 ) -> list[LoadingLine]:
     """One task at one scale."""
-    mine = usable(job, found)
-    here = replace(job, turn=task == "B")
-    own = ways if job.scale <= PIXEL_SCALE else [way for way in ways if way not in (CACHE, RAW)]
-    each = open_ways(here, device, own, mine)
+    each = open_ways(replace(job, turn=task == "B"), device, ways)
     figures = take_turns(f"bench load, {job.scale} px, task {task}", each, seconds, rounds, budget)
-    return _lines(here, task, figures, {way for way, peer in mine.items() if peer.pixels})
+    return _lines(job.scale, task, figures)
 
 
-def _lines(job: Job, task: str, figures: dict[str, Measured], of_pixels: set[str]) -> list[LoadingLine]:
-    of_pixels = of_pixels | {CACHE, RAW}
+def _lines(scale: int, task: str, figures: dict[str, Measured]) -> list[LoadingLine]:
     lines = []
     for way, figure in figures.items():
-        pixels = way in of_pixels
+        pixels = reads_pixels(way)
         lines.append(
             LoadingLine(
-                scale=job.scale,
+                scale=scale,
                 task=task,
                 way=way,
                 rate=figure.median,
@@ -249,7 +242,7 @@ def _lines(job: Job, task: str, figures: dict[str, Measured], of_pixels: set[str
     return lines
 
 
-def _cold(job: Job) -> Cold:
+def _cold(job: Job, budget: Budget) -> Cold:
     def median(**how: bool) -> float:
         return statistics.median(pass_rate(job, **how) for _ in range(3))
 
@@ -263,21 +256,23 @@ def _cold(job: Job) -> Cold:
     )
 
 
-def _in_time(
+def _at_each_scale(
     what: str, jobs: list[Job], work: Callable[[Job, Budget], T], budget: Budget, left_out: dict[str, str]
 ) -> list[T]:
-    """What `work` gives for every scale that there is time for; the others are added to `left_out`."""
+    """The result of `work` at every scale that there is time for; the others are added to `left_out`."""
     found: list[T] = []
-    took = 0.0
-    for n, job in enumerate(jobs):
-        share = budget.share([took] * (len(jobs) - n))
-        if share is None:
-            left_out[f"{what}, {job.scale} px"] = no_time(took, budget.left)
-            continue
-        begun = budget.clock()
+
+    def timed(job: Job, share: Budget) -> Pace:
+        start = budget.clock()
         found.append(work(job, share))
-        took = budget.clock() - begun
+        return Pace(budget.clock() - start)
+
+    in_time({f"{what}, {job.scale} px": (_pixels(job), job) for job in jobs}, timed, budget, left_out)
     return found
+
+
+def _pixels(job: Job) -> int:
+    return job.scale**2 * job.batch
 
 
 def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> Large | None:

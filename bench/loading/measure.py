@@ -1,14 +1,11 @@
-"""The measurements of `cxrfast bench load`: a shard set comes in, images/s and memory go out. Nothing is compared here."""
+"""The measurements of `cxrfast bench load`: a job comes in, images/s go out. Nothing is compared here."""
 
-import json
 import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import simplejpeg
 import torch
 
 from cxrfast.bench.data import LongOrder, endless
-from cxrfast.bench.harness import rate
+from cxrfast.bench.harness import Measurement, rate
 from cxrfast.bench.loading.job import Job
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import WARP, warp_matrix
@@ -27,12 +24,12 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 
-Measurement = Callable[[float], float]
-"""Takes the seconds it may use and returns images/s."""
+Batches = Callable[[], AbstractContextManager[Iterator[Any]]]
+"""Opens an endless supply of batches; everything behind it ends when it closes."""
 
 
-def ours(job: Job, engine: str, device: torch.device, cache: Path | None = None, **options: Any) -> "Batches":
-    """Our Loader over the rows of a job. `cache` is filled first. `options`: of the Loader."""
+def ours(job: Job, engine: str, device: torch.device, cache: Path | None = None, **options: Any) -> Batches:
+    """Our Loader over the rows of a job. `cache` is filled first. `options`: arguments of the Loader."""
 
     @contextmanager
     def open_loader() -> Iterator[Iterator[Any]]:
@@ -53,12 +50,8 @@ def ours(job: Job, engine: str, device: torch.device, cache: Path | None = None,
     return open_loader
 
 
-Batches = Callable[[], AbstractContextManager[Iterator[Any]]]
-"""Opens an endless supply of batches; what is behind it is gone when it closes."""
-
-
 def measurement(batches: Batches, device: torch.device) -> Measurement:
-    """Images/s of what `batches` supplies; its start and first batches are not counted."""
+    """Images/s of what `batches` supplies; its start and first batches do not count."""
 
     def measure(seconds: float) -> float:
         with batches() as supply:
@@ -70,7 +63,7 @@ def measurement(batches: Batches, device: torch.device) -> Measurement:
 
 
 def limit(job: Job) -> Measurement:
-    """Bare decoding, and turning where the job says so, in `workers` threads over bytes in memory into buffers that are warm."""
+    """Bare decoding, and turning where the job says so, in `workers` threads from bytes in memory into warm buffers."""
     with Reader(job.shards, job.scale) as reader:
         rows = job.rows[: max(1, 256 * 2**20 // reader.largest)]
         jpegs = [bytes(reader.read(row)) for row in rows.tolist()]
@@ -78,7 +71,7 @@ def limit(job: Job) -> Measurement:
     matrices = [warp_matrix(job.scale, angle, flip) for angle, flip in draws]
     side = (job.scale, job.scale)
 
-    def work(first: int, end: float, done: list[int]) -> None:
+    def work(first: int, end: float) -> int:
         image, out = np.empty((*side, 1), np.uint8), np.empty(side, np.uint8)
         n = 0
         while time.perf_counter() < end:
@@ -87,17 +80,13 @@ def limit(job: Job) -> Measurement:
             if job.turn:
                 cv2.warpAffine(image[..., 0], matrices[i], side, dst=out, flags=WARP, borderValue=0)
             n += 1
-        done.append(n)
+        return n
 
     def measure(seconds: float) -> float:
-        done: list[int] = []
-        start = time.perf_counter()
-        threads = [threading.Thread(target=work, args=(first, start + seconds, done)) for first in range(job.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(done) / (time.perf_counter() - start)
+        with ThreadPoolExecutor(job.workers) as threads:
+            start = time.perf_counter()
+            done = list(threads.map(work, range(job.workers), repeat(start + seconds)))
+            return sum(done) / (time.perf_counter() - start)
 
     return measure
 
@@ -106,7 +95,7 @@ def limit(job: Job) -> Measurement:
 
 
 def drop_pages(folder: Path, scale: int) -> None:
-    """Put the tars of a scale out of the page cache. Raises LoadError where the system cannot."""
+    """Drop the tars of a scale from the page cache. Raises LoadError where the system cannot."""
     if not hasattr(os, "posix_fadvise"):
         raise LoadError("this system cannot drop pages of a file: leave out --cold")
     shards = ShardSet(folder)
@@ -120,7 +109,7 @@ def drop_pages(folder: Path, scale: int) -> None:
 
 
 def pass_rate(job: Job, *, cold: bool, block: bool = False, ahead: bool = True) -> float:
-    """Images/s of the host engine over one pass, its start included; decoding only."""
+    """Images/s of the host engine over one pass that only decodes, including its start."""
     if cold:
         drop_pages(job.shards, job.scale)
     with Reader(job.shards, job.scale) as reader:
@@ -133,105 +122,3 @@ def pass_rate(job: Job, *, cold: bool, block: bool = False, ahead: bool = True) 
             start = time.perf_counter()
             n = sum(len(batch.row) for batch in loader.epoch())
             return n / (time.perf_counter() - start)
-
-
-# A large set
-
-
-@dataclass(frozen=True, kw_only=True)
-class Large:
-    """Figures of a set as large as MIMIC-CXR-JPG, of tiny images."""
-
-    rows: int
-    shards: int
-    order_ms: float
-    """One epoch's micro-batches of this rank."""
-    block_ms: float
-    """The same in block order."""
-    draws_ms: float
-    open_seconds: float
-    open_resident: int
-    """Resident bytes of a process that has only imported the reader and opened the set."""
-    images: int
-    """Passed in one go, turned."""
-    anonymous: list[int]
-    """Anonymous resident bytes after each tenth of them."""
-
-
-def order_ms(rows: int, shard_rows: int | None) -> float:
-    order = TrainOrder(rows=np.arange(rows), global_batch=96, micro_batch=8, shard_rows=shard_rows)
-    return _best_ms(lambda epoch: order.micro_batches(epoch))
-
-
-def draws_ms(rows: int) -> float:
-    numbers = np.arange(rows)
-    return _best_ms(lambda epoch: Augment().draw(0, epoch, numbers))
-
-
-def _best_ms(work: Callable[[int], Any]) -> float:
-    """Median of five."""
-    times = []
-    for epoch in range(5):
-        start = time.perf_counter()
-        work(epoch)
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[2]
-
-
-OPEN = """
-import json, sys, time, psutil
-from cxrfast.pipelines.reader import Reader
-start = time.perf_counter()
-reader = Reader(sys.argv[1], int(sys.argv[2]))
-print(json.dumps([time.perf_counter() - start, psutil.Process().memory_info().rss]))
-"""
-
-PASS = """
-import json, sys
-from pathlib import Path
-from cxrfast.pipelines.loader import Loader
-from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
-from cxrfast.pipelines.reader import Reader
-
-def anonymous():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
-
-reader, images = Reader(sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
-loader = Loader(reader, TrainOrder(rows=reader.rows, global_batch=64, micro_batch=64), augment=Augment(), engine="host")
-found, seen, epoch = [], 0, 0
-while seen < images:
-    for batch in loader.epoch(epoch):
-        seen += len(batch.row)
-        if seen >= images * (len(found) + 1) / 10:
-            found.append(anonymous())
-            if len(found) == 10:
-                break
-    epoch += 1
-print(json.dumps(found))
-"""
-
-
-def large(folder: Path, scale: int, images: int) -> Large:
-    """Measure a set made by `trees.tiny_images`; opening and passing in processes of their own."""
-    with Reader(folder, scale) as reader:
-        info = reader.info
-    seconds, resident = _python(OPEN, folder, scale)
-    return Large(
-        rows=info.images,
-        shards=info.shards,
-        order_ms=order_ms(info.images, None),
-        block_ms=order_ms(info.images, info.rows_per_shard),
-        draws_ms=draws_ms(info.images),
-        open_seconds=seconds,
-        open_resident=resident,
-        images=images,
-        anonymous=_python(PASS, folder, scale, images),
-    )
-
-
-def _python(code: str, *arguments: Any) -> Any:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise LoadError(f"the measurement failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout)

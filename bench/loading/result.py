@@ -1,4 +1,4 @@
-"""The results of `cxrfast bench load`: rates and memory come in, tables and a plot go out."""
+"""The result of `cxrfast bench load`: rates and memory come in, tables and a plot go out."""
 
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -8,8 +8,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from cxrfast.bench.loading.engines import Engines
-from cxrfast.bench.loading.measure import Large
+from cxrfast.bench.loading.large import Large
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT
+from cxrfast.bench.report import ABSENT, Column, left_out_notes, side_axis, table
 from cxrfast.tables import Table
 
 TASKS = {"A": "decode", "B": "decode, rotate by up to 15°, flip"}
@@ -25,11 +26,11 @@ class LoadingLine:
     rate: float
     """Images/s, median of the rounds."""
     ratio: float
-    """Ours / it: medians over the rounds of the ratio in a round. Ours is `host`, or `host, cache` among pixels."""
+    """Ours / it: median over the rounds of the ratio in a round. Ours is `host`, or `host, cache` among pixels."""
     of_limit: float | None
     """It / the limit of the task."""
     pixels: bool
-    """It reads uncompressed pixels."""
+    """Whether it reads uncompressed pixels."""
     rounds: list[float]
 
 
@@ -48,72 +49,92 @@ class Cold:
     """The same in the global order, without reading ahead."""
 
 
+COLD = {
+    "px": Column("scale"),
+    "images": Column("images", ","),
+    "warm": Column("warm", ",.0f"),
+    "cold": Column("cold", ",.0f"),
+    "cold, block order": Column("cold_block", ",.0f"),
+    "cold, no readahead": Column("cold_unadvised", ",.0f"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadingResult:
     source: str
     images: dict[int, int]
-    """By scale: how many were measured on."""
+    """Number of images measured on, by scale."""
     batch: dict[int, int]
     workers: int
     lines: list[LoadingLine]
     left_out: dict[str, str]
-    """Ways that cannot be run here, and what there was no time for; with the reason."""
+    """Ways that do not run here, and what there was no time for, with the reason."""
     what: dict[str, str]
     engines: list[Engines] = field(default_factory=list)
     cold: list[Cold] = field(default_factory=list)
     large: Large | None = None
     provenance: dict[str, Any]
 
-
-def tables(result: LoadingResult) -> list[Table]:
-    """Everything that is printed."""
-    found = [_rates(result, task, pixels) for pixels in (False, True) for task in TASKS]
-    found = [table for table in found if table.rows]
-    ways = dict.fromkeys(line.way for line in result.lines)
-    found.append(
-        Table(
-            "The ways",
-            ["way", "what it does"],
-            [[way, result.what[way]] for way in ways],
-            _left_out(result),
-            text=["what it does"],
+    def tables(self) -> list[Table]:
+        found = [self._rates(task, pixels) for pixels in (False, True) for task in TASKS]
+        found = [table for table in found if table.rows]
+        ways = dict.fromkeys(line.way for line in self.lines)
+        notes = "\n".join(left_out_notes(self.left_out))
+        found.append(
+            Table(
+                "The ways",
+                ["way", "what it does"],
+                [[way, self.what[way]] for way in ways],
+                notes,
+                text=["what it does"],
+            )
         )
-    )
-    if result.engines:
-        found += [_engines_table(result.engines)]
-    if result.cold:
-        found.append(_cold_table(result.cold))
-    if result.large:
-        found.append(_large_table(result.large))
-    return found
+        if self.engines:
+            found.append(_engines_table(self.engines))
+        if self.cold:
+            note = "Medians of three passes. Cold: every page of the tars was dropped from the page cache before."
+            found.append(table("Cold storage: one pass, decoding only, images/s", COLD, self.cold, note))
+        if self.large:
+            found.append(_large_table(self.large))
+        return found
 
+    def _rates(self, task: str, pixels: bool) -> Table:
+        lines = [line for line in self.lines if (line.task, line.pixels) == (task, pixels)]
+        at = {(line.way, line.scale): f"{line.rate:,.0f} ({line.ratio:.2f})" for line in lines}
+        scales = sorted({line.scale for line in lines})
+        ways = dict.fromkeys(line.way for line in sorted(lines, key=lambda line: line.ratio))
+        where = self.provenance["gpu"] or f"{self.provenance['processor']}, {self.workers} threads or workers"
+        sizes = ", ".join(f"{s} px: {self.images[s]:,} images, batches of {self.batch[s]}" for s in scales)
+        return Table(
+            f"Task {task}, {TASKS[task]}{', without JPEG' if pixels else ''}: images/s ({CACHE if pixels else HOST} / it), on {where}",
+            ["way", *(f"{s} px" for s in scales)],
+            [[way, *(at.get((way, s), ABSENT) for s in scales)] for way in ways],
+            f"Medians of the rounds; ratios are taken round by round. {sizes}. All in the page cache.",
+        )
 
-def _left_out(result: LoadingResult) -> str:
-    return " ".join(f"Left out: {what} ({why})." for what, why in result.left_out.items())
-
-
-def _rates(result: LoadingResult, task: str, pixels: bool) -> Table:
-    lines = [line for line in result.lines if (line.task, line.pixels) == (task, pixels)]
-    scales = sorted({line.scale for line in lines})
-    at = {(line.way, line.scale): line for line in lines}
-
-    def cell(line: LoadingLine | None) -> str:
-        return f"{line.rate:,.0f} ({line.ratio:.2f})" if line else "-"
-
-    ways = sorted({line.way for line in lines}, key=lambda way: min(at[way, s].ratio for s in scales if (way, s) in at))
-    where = result.provenance["gpu"] or f"{result.provenance['processor']}, {result.workers} threads or workers"
-    sizes = ", ".join(f"{s} px: {result.images[s]:,} images, batches of {result.batch[s]}" for s in scales)
-    mine = CACHE if pixels else "host"
-    return Table(
-        f"Task {task}, {TASKS[task]}{', without JPEG' if pixels else ''}: images/s ({mine} / it), on {where}",
-        ["way", *(f"{s} px" for s in scales)],
-        [[way, *(cell(at.get((way, s))) for s in scales)] for way in ways],
-        f"Medians of the rounds; ratios are taken round by round. {sizes}. All in the page cache.",
-    )
+    def plot(self) -> Figure | None:
+        """Share of the limit by scale, one line per way with JPEGs, one panel per task; None where it was not measured."""
+        if all(line.of_limit is None for line in self.lines):
+            return None
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        panels = figure.subplots(1, len(TASKS), sharey=True)
+        colours = dict(zip(dict.fromkeys(line.way for line in self.lines), cycle(colormaps["tab20"](range(20)))))
+        for axes, task in zip(panels, TASKS, strict=True):
+            lines = [line for line in self.lines if line.task == task and line.of_limit and line.way != LIMIT]
+            for way in dict.fromkeys(line.way for line in lines):
+                mine = [line for line in lines if line.way == way]
+                style = {"color": "black", "linewidth": 2.5} if way == HOST else {"color": colours[way]}
+                axes.plot([line.scale for line in mine], [line.of_limit for line in mine], "o-", label=way, **style)
+            axes.axhline(1, color="0.6", linestyle=":")
+            axes.set(title=f"{task}: {TASKS[task]}", ylim=(0, None))
+            side_axis(axes, sorted(self.images))
+        panels[0].set_ylabel("images/s / those of the bare kernels")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        return figure
 
 
 def _engines_table(engines: list[Engines]) -> Table:
-    """What machines with a GPU differ in; see `compare_engines`."""
+    """What differs between machines with a GPU; see `compare_engines`."""
     return Table(
         "The engines side by side",
         [
@@ -140,20 +161,8 @@ def _engines_table(engines: list[Engines]) -> Table:
             for e in engines
             for task in TASKS
         ],
-        "hardware: hw_decoder_load, the share of a batch that a GPU's JPEG engines get. within: pixels, of those that stay in the "
-        f"image, whose grey levels differ by at most so much between the engines, over {engines[0].images} images, turned.",
-    )
-
-
-def _cold_table(cold: list[Cold]) -> Table:
-    return Table(
-        "Cold storage: one pass, decoding only, images/s",
-        ["px", "images", "warm", "cold", "cold, block order", "cold, no readahead"],
-        [
-            [str(c.scale), f"{c.images:,}", *(f"{x:,.0f}" for x in (c.warm, c.cold, c.cold_block, c.cold_unadvised))]
-            for c in cold
-        ],
-        "Medians of three passes. Cold: every page of the tars was dropped from the page cache before.",
+        "hardware: hw_decoder_load, the share of a batch that a GPU's JPEG engines get. within: share of the pixels that stay in "
+        f"the image whose grey levels differ by at most 1 or 4 between the engines, over {engines[0].images} turned images.",
     )
 
 
@@ -174,26 +183,3 @@ def _large_table(found: Large) -> Table:
         ],
         f"Tiny images. Medians of five. Memory: after each tenth of {found.images:,} images, turned by the host engine.",
     )
-
-
-def plot(result: LoadingResult) -> Figure | None:
-    """Share of the limit by scale, one line per way with JPEGs, one panel per task; None where it was not measured."""
-    if all(line.of_limit is None for line in result.lines):
-        return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, len(TASKS), sharey=True)
-    colours = dict(zip(dict.fromkeys(line.way for line in result.lines), cycle(colormaps["tab20"](range(20)))))
-    for axes, task in zip(panels, TASKS, strict=True):
-        lines = [line for line in result.lines if line.task == task and line.of_limit is not None and line.way != LIMIT]
-        for way in dict.fromkeys(line.way for line in lines):
-            mine = [line for line in lines if line.way == way]
-            style = {"color": "black", "linewidth": 2.5} if way == HOST else {"color": colours[way]}
-            axes.plot([line.scale for line in mine], [line.of_limit for line in mine], "o-", label=way, **style)
-        axes.axhline(1, color="0.6", linestyle=":")
-        axes.set(xscale="log", xlabel="side, px", title=f"{task}: {TASKS[task]}", ylim=(0, None))
-        scales = sorted({line.scale for line in lines})
-        axes.set_xticks(scales, map(str, scales))
-        axes.minorticks_off()
-    panels[0].set_ylabel("images/s / those of the bare kernels")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    return figure

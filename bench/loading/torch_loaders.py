@@ -21,16 +21,16 @@ from cxrfast.pipelines.order import Augment
 from cxrfast.pipelines.reader import Reader
 
 AHEAD = 2
-"""Batches that each worker of ours prepares ahead; 4 and 8 were no faster."""
+"""Batches each worker of ours prepares ahead; 4 and 8 were not faster."""
 
 TURN = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(15, InterpolationMode.BILINEAR)])
-"""On Pillow images, as most scripts do it. Pillow rotates grey images faster than torchvision does tensors."""
+"""Applied to Pillow images, as in most scripts. Pillow rotates grey images faster than torchvision rotates tensors."""
 
 TO_TENSOR = v2.PILToTensor()
 
 
 def transform(job: Job) -> Callable[[Image.Image], torch.Tensor]:
-    """Pillow image → uint8 (1, H, W), turned where the job says so."""
+    """From a Pillow image to uint8 (1, H, W), turned where the job says so."""
     return turned if job.turn else grey
 
 
@@ -40,6 +40,10 @@ def grey(image: Image.Image) -> torch.Tensor:
 
 def turned(image: Image.Image) -> torch.Tensor:
     return TO_TENSOR(TURN(image.convert("L")))
+
+
+def turn_array(image: np.ndarray) -> torch.Tensor:
+    return turned(Image.fromarray(image))
 
 
 # DataLoader over files
@@ -63,7 +67,7 @@ def over_files(job: Job) -> Supply:
 
 
 class Kernels(Dataset[torch.Tensor]):
-    """Whole batches, made in memory that processes share, so that none is copied."""
+    """Whole batches in memory that processes share, so that none is copied."""
 
     def __init__(self, job: Job) -> None:
         self.reader, self.rows, self.turn = Reader(job.shards, job.scale), job.rows, job.turn
@@ -93,20 +97,20 @@ class Kernels(Dataset[torch.Tensor]):
 
 
 class Ring(Dataset[int]):
-    """As `Kernels`, but the memory is used again and again, and only its numbers travel."""
+    """Like `Kernels`, but in buffers that are reused, so that only their numbers travel."""
 
     def __init__(self, job: Job, buffers: int) -> None:
         shape = (buffers, min(job.batch, len(job.rows)), job.scale, job.scale)
         self.kernels, self.ring = Kernels(job), torch.empty(shape, dtype=torch.uint8).share_memory_()
 
     def __getitems__(self, items: list[int]) -> int:
-        """`items`: number of the buffer, then those of the images."""
+        """`items`: number of the buffer, then numbers of the images."""
         self.kernels.fill(items[1:], self.ring[items[0]])
         return items[0]
 
 
 class Numbered:
-    """Batches of `Shuffled`, each with the number of its buffer before it, in turn."""
+    """Batches of `Shuffled`, each preceded by the number of its buffer; buffers take turns."""
 
     def __init__(self, batches: Shuffled, buffers: int) -> None:
         self.batches, self.buffers = batches, buffers
@@ -131,14 +135,14 @@ def over_kernels(job: Job) -> Supply:
 
 
 def over_ring(job: Job) -> Supply:
-    buffers = AHEAD * job.workers + 2  # all that may be under way, the one in use, and one to spare
+    buffers = AHEAD * job.workers + 2  # those under way, the one in use, and a spare one
     dataset = Ring(job, buffers)
     batches = Numbered(Shuffled(len(job.rows), job.batch), buffers)
     return endless(_kernels_loader(dataset, batches, job), lambda buffer: dataset.ring[buffer])
 
 
 def _kernels_loader(dataset: Dataset[Any], batches: Any, job: Job) -> DataLoader[Any]:
-    cv2.setNumThreads(1)  # before the fork: a worker that ended threads which only its parent has would hang
+    cv2.setNumThreads(1)  # before the fork: a worker that ends threads which only its parent has would hang
     return DataLoader(dataset, batch_sampler=batches, num_workers=job.workers, prefetch_factor=AHEAD, collate_fn=_same)
 
 
@@ -175,11 +179,11 @@ def _turned_in_threads(job: Job, array: np.ndarray) -> Generator[np.ndarray]:
 
     cv2.setNumThreads(1)
     with ThreadPoolExecutor(job.workers) as pool:
-        begun: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+        under_way: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         for rows in Shuffled(len(job.rows), job.batch):
-            begun.append(begin(rows))
-            if len(begun) > AHEAD:
-                out, futures = begun.popleft()
+            under_way.append(begin(rows))
+            if len(under_way) > AHEAD:
+                out, futures = under_way.popleft()
                 for future in futures:
                     future.result()
                 yield out

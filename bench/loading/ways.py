@@ -1,14 +1,20 @@
-"""Ways of loading: names of some come in, those that can be measured here go out, ours and those of other libraries."""
+"""All ways of loading: ours and those of other libraries, which of them run here, and how each is opened for a job."""
 
 import re
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
-from cxrfast.bench.loading.job import Job, Peer
-from cxrfast.bench.loading.measure import Measurement, limit, measurement, ours
-from cxrfast.bench.loading.peers import peer_names, peers
+from cxrfast.bench.harness import Measurement
+from cxrfast.bench.loading import libraries, torch_loaders
+from cxrfast.bench.loading.job import Job, Peer, files
+from cxrfast.bench.loading.measure import Batches, limit, measurement, ours
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
@@ -19,7 +25,7 @@ ONE_THREAD, RAW, UNPROVEN = "host, 1 thread", "host, raw", "dali, unproven"
 PIXEL_SCALE = 512
 """Largest scale at which uncompressed pixels are measured, px."""
 
-WHAT = {
+OURS = {
     HOST: "Loader(engine='host')",
     "dali": "Loader(engine='dali', prove=True), the default on a GPU",
     UNPROVEN: "Loader(engine='dali', prove=False), the default on a CPU",
@@ -29,52 +35,175 @@ WHAT = {
     LIMIT: "the same decoder, and warpAffine, in bare threads: bytes in memory, no loader",
 }
 
+PEERS = {
+    "DataLoader, our kernels": Peer(
+        "torch's DataLoader over our reader, decoder and warp: whole batches, made in memory that its processes share",
+        batches=torch_loaders.over_kernels,
+    ),
+    "DataLoader, our kernels, ring": Peer(
+        "the same, but a batch lies in a ring of buffers that are made once, and is overwritten soon after the next one",
+        batches=torch_loaders.over_ring,
+    ),
+    "DataLoader, Pillow": Peer(
+        'torch\'s DataLoader over files: Pillow open, convert("L"), torchvision RandomHorizontalFlip and RandomRotation',
+        batches=torch_loaders.over_files,
+        prepare=files,
+    ),
+    "memmap": Peer(
+        "one np.memmap of all images, indexed by batches of a permutation; turned by our warp in threads",
+        batches=torch_loaders.over_array,
+        prepare=torch_loaders.write_array,
+        pixels=True,
+    ),
+    "webdataset": Peer(
+        'WebDataset(tars, resampled=True).shuffle(1000).decode(…, grey).map(…).batched(…) in a WebLoader; turned as "Pillow"',
+        batches=libraries.webdataset,
+        prepare=libraries.write_tars,
+        needs="webdataset",
+    ),
+    "DALI's tar reader": Peer(
+        "fn.readers.webdataset(random_shuffle=True), decoders.image(GRAY), flip, rotate: on the CPU",
+        batches=libraries.dali_tars,
+        prepare=libraries.write_tars,
+        needs="nvidia.dali",
+    ),
+    "LitData": Peer(
+        "StreamingDataset of JPEG bytes, torchvision decode_jpeg(GRAY), StreamingDataLoader; turned as Pillow",
+        batches=libraries.litdata,
+        prepare=libraries.write_litdata,
+        needs="litdata",
+    ),
+    "LitData, raw": Peer(
+        "StreamingDataset of arrays, StreamingDataLoader; turned as Pillow",
+        batches=partial(libraries.litdata, raw=True),
+        prepare=partial(libraries.write_litdata, raw=True),
+        needs="litdata",
+        pixels=True,
+    ),
+    "Streaming": Peer(
+        "MDS shards of JPEGs (they come as Pillow images), torch's DataLoader; turned as Pillow",
+        batches=libraries.streaming,
+        prepare=libraries.write_mds,
+        needs="streaming",
+    ),
+    "SPDL": Peer(
+        "PipelineBuilder: files, torchvision decode_jpeg(GRAY), batches in a pool of threads; turned as Pillow",
+        batches=libraries.spdl,
+        prepare=files,
+        needs="spdl.pipeline",
+    ),
+    "FFCV": Peer(
+        "Loader of a beton of JPEGs, os_cache, RANDOM; decodes to colour, in haste (up to 11 grey levels off), and cannot rotate",
+        batches=libraries.ffcv,
+        prepare=libraries.write_beton,
+        needs="ffcv",
+        turns=False,
+    ),
+    "FFCV, raw": Peer(
+        "Loader of a beton of grey arrays, os_cache, RANDOM; cannot rotate",
+        batches=partial(libraries.ffcv, raw=True),
+        prepare=partial(libraries.write_beton, raw=True),
+        needs="ffcv",
+        turns=False,
+        pixels=True,
+    ),
+}
+
+ADVICE = {
+    "nvidia.dali": "pip install nvidia-dali-cuda120",
+    "ffcv": "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev, then pip install --no-deps ffcv numba",
+}
+"""How to install a library outside the `bench` extra. FFCV must be compiled, and would bring a second OpenCV."""
+
+PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "spdl-core", "ffcv", "pillow", "simplejpeg")
+
+
+WHAT = OURS | {name: peer.what for name, peer in PEERS.items()}
+
 
 def typed(way: str) -> str:
     """A way's name as it is typed after --only: `DataLoader, Pillow` → `dataloader-pillow`."""
     return re.sub("[^a-z0-9]+", "-", way.lower().replace("'", ""))
 
 
-def pick_ways(only: list[str], with_peers: bool, workers: int) -> tuple[list[str], dict[str, Peer], dict[str, str]]:
-    """The ways to measure; the peers among them; and the ways that cannot be run here, with the reason.
+def reads_pixels(way: str) -> bool:
+    """Whether a way reads uncompressed pixels."""
+    return way in (CACHE, RAW) or (way in PEERS and PEERS[way].pixels)
 
-    `host` is always measured, and `host, cache` where there are other ways that read pixels: ratios are to them.
+
+def pick_ways(only: list[str], with_peers: bool, workers: int) -> tuple[list[str], dict[str, str]]:
+    """The ways to measure, and those that do not run here, with the reason.
+
+    `host` is always measured, and `host, cache` if other ways read pixels: ratios are to them.
     Raises LoadError for a way that does not exist.
     """
-    known = {typed(way): way for way in (*WHAT, *(peer_names() if with_peers or only else ()))}
+    known = {typed(way): way for way in (WHAT if with_peers or only else OURS)}
     for name in only:
         if typed(name) not in known:
             raise LoadError(f"--only {name}: no such way of loading, use one of {', '.join(known)}")
     picked = {known[typed(name)] for name in only} or set(known.values())
-    found, left_out = peers(picked)
-    if RAW in picked or any(peer.pixels for peer in found.values()):
+    left_out = missing(picked)
+    picked -= left_out.keys()
+    if any(map(reads_pixels, picked)):
         picked.add(CACHE)
-    if not dali.available():
-        missing = "NVIDIA DALI is not installed: pip install nvidia-dali-cuda120"
-        left_out |= {way: missing for way in ("dali", UNPROVEN) if way in picked}
     if workers == 1:
         picked.discard(ONE_THREAD)
-    return [way for way in known.values() if way in picked | {HOST} and way not in left_out], found, left_out
+    return [way for way in known.values() if way in picked | {HOST}], left_out
 
 
-def usable(job: Job, found: dict[str, Peer]) -> dict[str, Peer]:
-    return {way: peer for way, peer in found.items() if job.scale <= PIXEL_SCALE or not peer.pixels}
+def missing(names: Collection[str]) -> dict[str, str]:
+    """Those of `names` whose library is not installed, with the reason."""
+    found: dict[str, str] = {}
+    for name in (name for name in WHAT if name in names):
+        needs = PEERS[name].needs if name in PEERS else None
+        if name in ("dali", UNPROVEN) and not dali.available():
+            found[name] = f"NVIDIA DALI is not installed: {ADVICE['nvidia.dali']}"
+        elif needs:
+            try:
+                import_module(needs)
+            except (ImportError, OSError) as error:  # OSError: the Python package without a library that it loads
+                advice = ADVICE.get(needs, "pip install 'cxrfast[bench]'")
+                found[name] = f"{error}: {advice}"
+    return found
 
 
-def open_ways(job: Job, device: torch.device, ways: list[str], found: dict[str, Peer]) -> dict[str, Measurement]:
+def usable(job: Job, ways: list[str]) -> list[str]:
     """Those of `ways` that the job can be given to."""
-    own = {
-        HOST: partial(ours, job, "host", device),
-        "dali": partial(ours, job, "dali", device, prove=True),
-        UNPROVEN: partial(ours, job, "dali", device, prove=False),
-        ONE_THREAD: partial(ours, job, "host", device, threads=1),
-        CACHE: partial(ours, job, "host", device, cache=job.folder / "cache"),
+    return [
+        way
+        for way in ways
+        if (job.scale <= PIXEL_SCALE or not reads_pixels(way))
+        and not (job.turn and way in PEERS and not PEERS[way].turns)
+    ]
+
+
+def open_ways(job: Job, device: torch.device, ways: list[str]) -> dict[str, Measurement]:
+    """A measurement of each of the usable `ways`."""
+    return {
+        way: limit(job) if way == LIMIT else measurement(_batches(job, device, way), device)
+        for way in usable(job, ways)
     }
-    batches = {way: open_() for way, open_ in own.items() if way in ways}
-    if RAW in ways:
+
+
+def _batches(job: Job, device: torch.device, way: str) -> Batches:
+    if way in PEERS:
+        return partial(PEERS[way].batches, job)
+    if way == RAW:
         raw = job.folder / "raw"
         with Reader(raw, job.scale) as reader:
-            batches[RAW] = ours(replace(job, shards=raw, rows=reader.rows), "host", device)
-    batches |= {way: partial(peer.batches, job) for way, peer in found.items() if peer.turns or not job.turn}
-    measurements = {way: measurement(supply, device) for way, supply in batches.items()}
-    return measurements | ({LIMIT: limit(job)} if LIMIT in ways else {})
+            job = replace(job, shards=raw, rows=reader.rows)
+    options: dict[str, dict[str, Any]] = {
+        "dali": {"prove": True},
+        UNPROVEN: {"prove": False},
+        ONE_THREAD: {"threads": 1},
+        CACHE: {"cache": job.folder / "cache"},
+    }
+    return ours(job, way.split(",")[0], device, **options.get(way, {}))
+
+
+def peer_versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,27 +1,25 @@
 """The measurements of `cxrfast bench shard`: radiographs on the disk come in, images/s and memory go out.
 
-Nothing is compared or printed here, and nothing outlasts the scratch folder.
+Nothing is compared or printed here, and everything written lies in the scratch folder.
 """
 
 import cProfile
-import json
 import pstats
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from cxrfast.bench.harness import one_core
+from cxrfast.bench.harness import Measurement, one_core
+from cxrfast.bench.process import in_own_process
 from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
-from cxrfast.errors import ShardError
+from cxrfast.errors import RunError, ShardError
 from cxrfast.log import quiet
 from cxrfast.shards.build import build
 from cxrfast.shards.building.tasks import Blueprint, Task, Todo, build_shard, make_task
@@ -34,7 +32,7 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 
 SMALLEST, LARGEST = 64, 1024
-"""Rows of a shard in sets of up to 64 shards, and in large sets; see `shards.building.layout.rows_per_shard`."""
+"""Rows per shard in sets of up to 64 shards, and in large sets; see `shards.building.layout.rows_per_shard`."""
 
 STAGES = {
     "read": [Tree.read.__code__],
@@ -43,16 +41,12 @@ STAGES = {
     "encode": [pixels.encode.__code__],
     "tar, hash": [f.__code__ for f in (TarWriter.add, TarWriter.close, ShardManifest.write)],
 }
-"""What `build_shard` spends its time in, by the code that it calls. `sync` is taken out of the last, and what is
-left over is `rest`."""
-
-Measurement = Callable[[float], float]
-"""Takes the seconds it may use and returns images/s."""
+"""Stages of `build_shard` by the code that it calls. `sync` is taken out of the last; what is left over is `rest`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all measurements work on."""
+    """Input of all measurements."""
 
     scratch: Path
     images: list[Path]
@@ -62,11 +56,11 @@ class Setup:
     """One shard of `LARGEST` rows, in which the images take turns."""
     tree: Path
     shard_rows: int
-    """Rows of a shard when the tree is built whole."""
+    """Rows per shard when the whole tree is built."""
     each: int
-    """Shards of the tree for each worker."""
+    """Shards of the tree per worker."""
     per_second: float
-    """Images/s and core, roughly: how many to take in the seconds given."""
+    """Images/s and core, roughly: decides how many images fill a turn."""
 
 
 @dataclass(frozen=True)
@@ -75,32 +69,32 @@ class Call:
 
     images: int
     work_seconds: float
-    """From set.json, when all is laid out, to the last manifest: the start of the workers included."""
+    """From set.json, when the plan is done, to the last manifest; includes the start of the workers."""
     seconds: float
     written_bytes: int
 
 
 @dataclass
 class Notes:
-    """What is observed besides the rates."""
+    """Observations besides the rates."""
 
     stages: list[dict[str, float]] = field(default_factory=list)
-    """ms an image, a line for each run of `ours`."""
+    """ms per image, one entry per run of `ours`."""
     calls: dict[int, list[Call]] = field(default_factory=dict)
     """By the number of workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Peaks during one build, sampled from outside. USS is what a process alone holds: without shared libraries."""
+    """Peaks during one build in bytes, sampled from outside. USS leaves out what processes share, such as libraries."""
 
     rows: int
     full_size: int
-    """Rows whose image is one of those measured; the others are small."""
+    """Rows with one of the measured images; the others are small."""
     workers: int
     worker_rss: int
+    """In the largest worker."""
     worker_uss: int
-    """In the largest worker, bytes."""
     parent_rss: int
     parent_uss: int
     seconds: float
@@ -109,7 +103,7 @@ class Memory:
 def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float, workers: int) -> Setup:
     """Lay out a tree that keeps `workers` busy for about `seconds`, and plan it.
 
-    It has 1,024 rows at least, which are hard links to the images: what is read lies in the page cache.
+    It has at least 1,024 rows, which are hard links to the images: all input lies in the page cache.
     """
     start = time.perf_counter()
     kernels([path.read_bytes() for path in images], scales)
@@ -157,7 +151,7 @@ def build_name(workers: int) -> str:
 
 @contextmanager
 def _folder(setup: Setup) -> Iterator[Path]:
-    """A new folder with one for each scale, gone afterwards; neither takes measured time."""
+    """A temporary folder with one folder per scale; making and removing it takes no measured time."""
     with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
         for scale in setup.scales:
             (Path(name) / str(scale)).mkdir()
@@ -165,7 +159,7 @@ def _folder(setup: Setup) -> Iterator[Path]:
 
 
 def _passes(setup: Setup, work: Callable[[Path], int], seconds: float) -> float:
-    """Whole passes over the images until the seconds are over."""
+    """Images/s of whole passes over the images, until the seconds are over."""
     images, spent = 0, 0.0
     with one_core():
         while spent < seconds:
@@ -177,13 +171,13 @@ def _passes(setup: Setup, work: Callable[[Path], int], seconds: float) -> float:
 
 
 def shard_rows(setup: Setup, seconds: float) -> int:
-    """Rows that take about so long, whole passes over the images as in `_passes`; at most as many as a shard holds."""
+    """Rows that take about `seconds`, in whole passes over the images, at most as many as a shard holds."""
     n = len(setup.images)
     return max(1, min(round(seconds * setup.per_second), LARGEST) // n) * n
 
 
 def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
-    """One shard as a worker builds it. The profile costs it some hundred calls an image, well under 1 %."""
+    """Build one shard as a worker does. The profile adds some hundred calls per image, well under 1 %."""
     with one_core(), _folder(setup) as folder:
         task = replace(setup.task, out=folder, images=setup.task.images[: shard_rows(setup, seconds)])
         profile = cProfile.Profile()
@@ -195,7 +189,7 @@ def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
 
 
 def _stages(profile: cProfile.Profile, images: int, spent: float) -> dict[str, float]:
-    """ms an image in each of `STAGES`, in fsync and in the rest; they add up to `spent` seconds for all images."""
+    """ms per image in each of `STAGES`, in fsync and in the rest; they add up to `spent` seconds for all images."""
     stats: dict[tuple[str, int, str], tuple] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
 
     def ms(file: str, line: int, name: str) -> float:
@@ -211,7 +205,7 @@ def _stages(profile: cProfile.Profile, images: int, spent: float) -> dict[str, f
 
 
 def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
-    """A whole `build` of as many shards a worker as fit into the seconds, one at least."""
+    """A whole `build` of as many shards per worker as fit into the seconds, at least one."""
     each = max(1, min(setup.each, round(seconds * setup.per_second / setup.shard_rows)))
     with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
         out = Path(name)
@@ -228,7 +222,7 @@ def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
 
 
 def startup_seconds(setup: Setup) -> float:
-    """From nothing to a worker that has done a task without rows and exited."""
+    """Seconds until a new worker has done a task without rows and exited."""
     start = time.perf_counter()
     with start_pool(1) as pool:
         for _, error in run_here([replace(setup.task, images=[], scales=[])], 1, lambda text: None, pool):
@@ -238,56 +232,24 @@ def startup_seconds(setup: Setup) -> float:
 
 
 def memory(setup: Setup, rows: int) -> Memory:
-    """Build a tree of so many rows, one in sixteen of full size, in a process of its own, and watch it and its workers."""
+    """Build a tree of `rows` rows, one in sixteen of full size, in a process of its own; watch it and its workers."""
     tree = crowd(setup.images, setup.scratch / f"tree-{rows}", rows, mixed=True)
-    code = "import json, sys; from cxrfast.shards.build import build; build(**json.loads(sys.argv[1]))"
+    peaks = dict.fromkeys(("worker_rss", "worker_uss", "parent_rss", "parent_uss"), 0)
+
+    def watch(process: psutil.Process) -> None:
+        with suppress(psutil.Error):  # one of them has just ended
+            workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+            for who, one in (("parent", process), *(("worker", worker) for worker in workers)):
+                used = one.memory_full_info()
+                peaks[f"{who}_rss"] = max(peaks[f"{who}_rss"], used.rss)
+                peaks[f"{who}_uss"] = max(peaks[f"{who}_uss"], used.uss)
+
     with tempfile.TemporaryDirectory(dir=setup.scratch) as out:
-        options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers}
-        command = [sys.executable, "-c", code, json.dumps({**options, **SOURCE})]
+        options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers, **SOURCE}
         start = time.perf_counter()
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-            worker, parent = _peaks(child)
-            text = child.stderr.read() if child.stderr else ""
+        try:
+            in_own_process(build, options, watch=watch)
+        except (RunError, MemoryError) as error:
+            raise ShardError(f"the build of {rows:,} rows failed: {error}") from error
         spent = time.perf_counter() - start
-    if child.returncode:
-        raise ShardError(f"the build of {rows:,} rows failed: {(text.strip().splitlines() or ['no message'])[-1]}")
-    return Memory(
-        rows=rows,
-        full_size=-(-rows // FULL_SIZE),
-        workers=setup.workers,
-        worker_rss=worker[0],
-        worker_uss=worker[1],
-        parent_rss=parent[0],
-        parent_uss=parent[1],
-        seconds=spent,
-    )
-
-
-def _peaks(child: subprocess.Popen[str]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Peak (RSS, USS) of the largest of its worker processes, and its own, until it ends; asked 20 times a second."""
-    parent = psutil.Process(child.pid)
-    worker, own = (0, 0), (0, 0)
-    while child.poll() is None:
-        for process in (parent, *_workers(parent)):
-            try:
-                used = process.memory_full_info()
-            except psutil.Error:  # it has just ended
-                continue
-            if process is parent:
-                own = max(own[0], used.rss), max(own[1], used.uss)
-            else:
-                worker = max(worker[0], used.rss), max(worker[1], used.uss)
-        time.sleep(0.05)
-    return worker, own
-
-
-def _workers(parent: psutil.Process) -> list[psutil.Process]:
-    """Its worker processes, without the helper that multiprocessing starts for them."""
-    found = []
-    try:
-        for process in parent.children():
-            if any("spawn_main" in word for word in process.cmdline()):
-                found.append(process)
-    except psutil.Error:
-        pass
-    return found
+    return Memory(rows=rows, full_size=-(-rows // FULL_SIZE), workers=setup.workers, seconds=spent, **peaks)

@@ -1,9 +1,9 @@
-"""What sharding is compared with: the ways in which radiographs are usually resized, and the codec's own limit.
+"""What sharding is compared with: how radiographs are usually resized, and the codec's own limit.
 
-Each takes an image and writes it, at every scale and JPEG quality 95, to a file of its own. Nothing is synced.
+Each peer writes an image at every scale, as a JPEG of quality 95 in a file of its own. Nothing is synced.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL
@@ -28,14 +28,14 @@ WHAT = {
 
 
 def pillow_rgb(path: Path, scales: list[int], folder: Path) -> None:
-    """As most scripts do it."""
+    """What most scripts do."""
     with Image.open(path) as file:
         picture = file.convert("RGB")
     _save(picture, path, scales, folder)
 
 
 def pillow_grey(path: Path, scales: list[int], folder: Path) -> None:
-    """As careful scripts do it.
+    """What careful scripts do.
 
     The decoder skips colour and, where the largest scale is at most half of the shorter side, decodes at a half, a
     quarter or an eighth; a largest scale of 2048 px leaves an image of 2500 × 3056 px at full size.
@@ -53,7 +53,7 @@ def _save(picture: Image.Image, path: Path, scales: list[int], folder: Path) -> 
 
 
 def libvips(path: Path, scales: list[int], folder: Path) -> None:
-    """As `vipsthumbnail` does it: each scale is read again, decoded at the smallest size that serves it, and streamed."""
+    """What `vipsthumbnail` does: read each scale again, decoded at the smallest sufficient size, and stream it."""
     import pyvips
 
     for scale in scales:
@@ -62,14 +62,14 @@ def libvips(path: Path, scales: list[int], folder: Path) -> None:
 
 
 def peers() -> tuple[dict[str, Peer], dict[str, str]]:
-    """What can be run here by name, each on one thread; and what cannot, with the reason."""
+    """The peers that run here by name, each on one thread; and those that do not, with the reason."""
     found: dict[str, Peer] = {"pillow_rgb": pillow_rgb, "pillow_grey": pillow_grey}
     try:
         import pyvips
     except (ImportError, OSError) as error:  # OSError: the Python package without the library
         return found, {"libvips": f"{error}: pip install 'cxrfast[bench]'"}
     pyvips.concurrency_set(1)
-    pyvips.cache_set_max(0)  # or a second pass over the same files would find its results there
+    pyvips.cache_set_max(0)  # otherwise a second pass over the same files would find its results there
     return {**found, "libvips": libvips}, {}
 
 
@@ -81,10 +81,9 @@ def peer_versions() -> dict[str, str | None]:
     return {"pillow": PIL.__version__, "libvips": ".".join(str(pyvips.version(n)) for n in range(3))}
 
 
-def kernels(files: Iterable[bytes], scales: list[int]) -> int:
-    """Decode, resize and encode JPEGs that lie in memory; returns how many."""
-    n = 0
-    for n, data in enumerate(files, 1):  # noqa: B007 - counted, not indexed
+def kernels(files: list[bytes], scales: list[int]) -> int:
+    """Decode, resize and encode JPEGs that lie in memory; return how many."""
+    for data in files:
         for picture in at_scales(simplejpeg.decode_jpeg(data, "GRAY")[:, :, 0], scales).values():
             encode(picture, QUALITY)
-    return n
+    return len(files)

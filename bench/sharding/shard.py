@@ -1,20 +1,20 @@
-"""`cxrfast bench shard`: images/s per core of sharding, next to what users do instead; its scaling and memory.
+"""`cxrfast bench shard`: images/s per core of sharding, compared with what users do instead; its scaling and memory.
 
-Radiographs come in, drawn on the spot or copied from a tree, and a table, JSON and a plot go out. All rates are measured
-in one run in turns, so that ratios hold whatever the machine does meanwhile; what is computed says so. The given tree is
-only read.
+Radiographs come in, drawn on the spot or copied from a tree; tables, JSON and a plot go out. All rates are measured in
+turns in one run, so that ratios hold whatever the machine does meanwhile; computed figures say so. The given tree is only
+read.
 """
 
 import statistics
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import torch
 
 from cxrfast.bench.data import MIMIC_IMAGES
-from cxrfast.bench.harness import Measured, file_system, provenance, take_turns, write_results
+from cxrfast.bench.harness import Measured, file_system, provenance, take_turns
+from cxrfast.bench.report import write_results
 from cxrfast.bench.sharding.measure import (
     Notes,
     Setup,
@@ -26,7 +26,7 @@ from cxrfast.bench.sharding.measure import (
     startup_seconds,
 )
 from cxrfast.bench.sharding.peers import peer_versions, peers
-from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult, plot, tables
+from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult
 from cxrfast.bench.trees import sample
 from cxrfast.machine import usable_cores
 from cxrfast.phantoms.dataset import synth
@@ -37,7 +37,7 @@ from cxrfast.shards.storage import Tree
 SCALES = (256, 512, 1024, 2048)
 
 SIZE = 3056
-"""Longer side of the phantoms, px. Most are 2500 × 3056, as in MIMIC-CXR-JPG, and files of 1.5 MB on average, too."""
+"""Longer side of the phantoms, px. As in MIMIC-CXR-JPG, most are 2500 × 3056, and a file has 1.5 MB on average."""
 
 MEMORY_ROWS = (1_000, 20_000)
 
@@ -55,9 +55,9 @@ def bench(
     workers: int | None = None,
     with_memory: bool = False,
 ) -> ShardingResult:
-    """Measure for about `seconds` a figure and round, write shard.json, shard.md and shard.png into `out`.
+    """Measure for about `seconds` per figure and round, write shard.json, shard.md and shard.png into `out`.
 
-    `data`: a MIMIC-CXR-JPG tree, else phantoms are drawn. Raises ShardError for bad input.
+    `data`: a MIMIC-CXR-JPG tree; None: draw phantoms. Raises ShardError for bad input.
     """
     scales = check_scales(scales or list(SCALES))
     cv2.setNumThreads(1)
@@ -93,12 +93,12 @@ def bench(
             left_out=left_out,
             provenance={**provenance(torch.device("cpu")), **peer_versions(), "file_system": file_system(scratch)},
         )
-    write_results(out, "shard", asdict(result), tables(result), plot(result))
+    write_results(out, "shard", result)
     return result
 
 
 def _files(scratch: Path, data: str | None, images: int) -> list[Path]:
-    """The JPEGs to measure on, on the disk that is written to."""
+    """The JPEGs to measure on, copied to the disk that builds write to."""
     if data is None:
         synth(scratch / "phantoms", images=images, size=SIZE)
     (scratch / "images").mkdir()
@@ -127,7 +127,7 @@ def _builds(setup: Setup, figures: dict[str, Measured], notes: Notes, rounds: in
 
 
 def _compute(builds: Builds, cores: int, read: float, written: float) -> Computed:
-    """`builds` with more or fewer cores, each as fast as one of its workers while all of them were at work."""
+    """`builds` on another number of cores, each as fast as one of its workers while all of them were at work."""
     rate = cores * builds.rate / builds.workers
     return Computed(
         cores=cores,

@@ -1,13 +1,12 @@
 """`cxrfast bench ladder`: what each means of training faster is worth, one on top of the other, by scale.
 
-A synthetic uint8 batch lies on the device; a step is forward pass, loss, backward pass and a fused Adam. Every rung of
-the ladder is timed in turn with the others, and then has a process of its own that says how much memory its step takes,
-how many images fit and where the time goes. A rung that fails costs its lines alone. Nothing is loaded here.
+A synthetic uint8 batch lies on the device; a step is forward pass, loss, backward pass and a fused Adam. The rungs of
+the ladder are timed in turns. Then each gets a process of its own that measures how much memory its step takes, how
+many images fit and where the time goes. A rung that fails costs its own lines only. Nothing is loaded here.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,26 @@ import torch
 from cxrfast.bench.harness import (
     Budget,
     Measured,
+    Pace,
     announce,
-    answer,
-    in_own_process,
-    least_seconds,
+    in_time,
+    measure_elsewhere,
     no_time,
     provenance,
-    write_results,
 )
+from cxrfast.bench.report import write_results
 from cxrfast.bench.training.ladder_measure import ARCH, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
-from cxrfast.bench.training.ladder_result import LadderLine, LadderResult, bound, plot, tables
+from cxrfast.bench.training.ladder_result import LadderLine, LadderResult, bound
 from cxrfast.config import preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
-from cxrfast.progress import progress
 
 log = logging.getLogger(__name__)
 
 SCALES = {"cuda": [256, 512, 1024, 2048], "cpu": [64, 128]}
 
 START_SECONDS = 10.0
-"""A process that trains takes about so long to start; for the plan alone."""
+"""Time a process that trains takes to start, roughly; used for the plan only."""
 
 
 def bench(
@@ -53,13 +51,14 @@ def bench(
 ) -> LadderResult:
     """Measure every rung at every scale, write ladder.json, ladder.md and ladder.png into `out`.
 
-    `seconds` a figure and round. `micro_batch`: images of a step, by default the preset's of each scale.
-    `with_compile`: the rungs of torch.compile, too. `with_profile`: time by kind of kernel at the largest scale.
-    `only`: these rungs, and the first one, to which the ratios are. `minutes`: about so long; rates come first.
+    `seconds`: per figure and round. `micro_batch`: images per step, by default the preset's of each scale.
+    `with_compile`: include the rungs of torch.compile. `with_profile`: time by kind of kernel at the largest scale.
+    `only`: these rungs, and the first one, to which the ratios are. `minutes`: about how long; rates come first.
     Raises RunError if nothing could be measured, or for a rung that does not exist.
     """
     budget, chosen = Budget.of(minutes), pick_device(device)
-    rungs = _chosen(only or [], with_compile, chosen)
+    names = only or [rung.name for rung in rungs_of(chosen).values() if with_compile or not rung.compile]
+    rungs = pick_rungs([RUNGS[0].name, *names], chosen)
     given = [
         {"scale": scale, "micro_batch": micro_batch or preset(scale).micro_batch, "device": device}
         for scale in sorted(scales or SCALES[chosen.type])
@@ -72,19 +71,10 @@ def bench(
         reasons = [*(line.failed for line in lines), *left_out.values()]
         raise RunError(f"no rung could be measured; first: {reasons[0]}")
     origin = provenance(chosen)
-    result = LadderResult(
-        [replace(line, bound=bound(line, origin["gpu"])) for line in lines],
-        origin,
-        {rung.name: rung.what for rung in rungs},
-        left_out | missing,
-    )
-    write_results(out, "ladder", asdict(result), tables(result), plot(result))
+    lines = [replace(line, bound=bound(line, origin["gpu"])) for line in lines]
+    result = LadderResult(lines, origin, {rung.name: rung.what for rung in rungs}, left_out | missing)
+    write_results(out, "ladder", result)
     return result
-
-
-def _chosen(only: list[str], with_compile: bool, device: torch.device) -> list[Rung]:
-    names = only or [rung.name for rung in rungs_of(device).values() if with_compile or not rung.compile]
-    return pick_rungs([RUNGS[0].name, *names], device)
 
 
 def _announce(
@@ -109,28 +99,21 @@ def _all_rates(
     """The lines of every scale that there was time for, with rates alone; and the other scales."""
     lines: list[LadderLine] = []
     left_out: dict[str, str] = {}
-    wall = 0.0
-    for n, one in enumerate(given):
-        least = [_least(lines[-len(rungs) :], wall, seconds, later) for later in given[n:]]
-        share = budget.share(least)
-        if share is None:
-            left_out[f"{one['scale']} px"] = no_time(least[0], budget.left)
-            continue
-        begun = budget.clock()
-        lines += _rates(one, rungs, seconds, share)
-        wall = budget.clock() - begun
+
+    def work(one: dict[str, Any], share: Budget) -> Pace | None:
+        start = budget.clock()
+        found = _rates(one, rungs, seconds, share)
+        lines.extend(found)
+        steps = [line.micro_batch / line.rate for line in found if line.rate]
+        rounds = max(len(line.rounds or []) for line in found)
+        return Pace(budget.clock() - start, rounds, steps, seconds, _pixels(one)) if steps else None
+
+    in_time({f"{one['scale']} px": (_pixels(one), one) for one in given}, work, budget, left_out)
     return lines, left_out
 
 
-def _least(lines: list[LadderLine], wall: float, seconds: float, given: dict[str, Any]) -> float:
-    """Seconds that the rates of a scale take at least, judging by the lines of another one; 0 if nothing is known."""
-    timed = [line for line in lines if line.rate]
-    if not timed:
-        return 0.0
-    first = timed[0]
-    growth = given["scale"] ** 2 * given["micro_batch"] / (first.scale**2 * first.micro_batch)
-    steps = [line.micro_batch / line.rate for line in timed if line.rate]
-    return least_seconds(wall, len(first.rounds or []), steps, seconds, growth)
+def _pixels(one: dict[str, Any]) -> int:
+    return one["scale"] ** 2 * one["micro_batch"]
 
 
 def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list[LadderLine]:
@@ -140,9 +123,9 @@ def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budg
         if any(lines[rung].rounds or lines[rung].failed for rung in together):
             continue
         try:
-            with progress(f"{given['scale']} px", len(together) * (ROUNDS + 2), unit="figures") as advance:
-                options = {"what": "rates", **given, "rungs": together, "seconds": seconds}
-                found = in_own_process("cxrfast.bench.training.ladder", options, budget, advance)
+            options = {**given, "rungs": together, "seconds": seconds}
+            figures = len(together) * (ROUNDS + 2)
+            found = measure_elsewhere(rates, options, budget, f"{given['scale']} px", figures)
         except (RunError, MemoryError) as error:
             if len(together) == 1 or not budget.left_of_all:
                 lines |= {rung: replace(lines[rung], failed=str(error)) for rung in together}
@@ -174,22 +157,16 @@ def _all_extras(
         log.info(f"{line.scale} px: memory of {line.rung}")
         options = {
             **next(one for one in given if one["scale"] == line.scale),
-            "what": "alone",
             "rung": line.rung,
             "start": largest[line.scale],
             "with_profile": with_profile and line.scale == given[-1]["scale"],
         }
-        begun = budget.clock()
+        start = budget.clock()
         try:
-            more = in_own_process("cxrfast.bench.training.ladder", options, budget)
+            more = measure_elsewhere(alone, options, budget)
         except (RunError, MemoryError) as error:
             more = {"failed": str(error)}
-        took = budget.clock() - begun
+        took = budget.clock() - start
         largest[line.scale] = more.get("largest") or largest[line.scale]  # the next rung's is near it
         found.append(replace(line, **more))
     return found, {what: f"{', '.join(rungs)}: {no_time(took, budget.left)}" for what, rungs in missing.items()}
-
-
-if __name__ == "__main__":
-    jobs: dict[str, Callable[..., Any]] = {"rates": rates, "alone": alone}
-    answer(lambda what, **options: jobs[what](**options))

@@ -1,10 +1,8 @@
-"""The measurements of `cxrfast bench ladder`: a rung, a scale and a micro-batch come in, rates and memory go out.
+"""The measurements of `cxrfast bench ladder`: rungs, a scale and a micro-batch come in, rates and memory go out.
 
-Nothing is compared here, and nothing is loaded: a synthetic uint8 batch lies on the device. Each of `rates` and `alone`
-runs in a process of its own.
+Each of `rates` and `alone` runs in a process of its own, on a synthetic uint8 batch. Nothing is compared or loaded here.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,16 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.bench.harness import (
+    Budget,
+    gpu_used_bytes,
+    interleave,
+    limit_memory,
+    no_time,
+    peak_resident_bytes,
+    rate,
+)
+from cxrfast.bench.process import tell
 from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError, is_out_of_memory
@@ -33,13 +40,13 @@ PROFILED_STEPS = 3
 
 @dataclass(frozen=True)
 class Rung:
-    """A way to train: its predecessor's and one thing more, but for `recompute`, which trades time for memory."""
+    """A way to train: the one before it plus one thing, except `recompute`, which trades time for memory."""
 
     name: str
-    """Short, to be typed."""
+    """Short, as typed after --only."""
     what: str
     precision: str = "auto"
-    """As `resolve_precision` takes it."""
+    """An argument of `resolve_precision`."""
     channels_last: bool = True
     ours: bool = True
     """Our DenseNet, else torchvision's."""
@@ -61,12 +68,12 @@ RUNGS = (
 
 
 def rungs_of(device: torch.device) -> dict[str, Rung]:
-    """Those that a device can be asked for, by name."""
+    """The rungs that exist on a device, by name."""
     return {rung.name: rung for rung in RUNGS if rung.precision != "tf32" or device.type == "cuda"}
 
 
 def pick_rungs(names: list[str], device: torch.device) -> list[Rung]:
-    """The rungs of these names, in the order of the ladder. Raises RunError for a name that the device has no rung for."""
+    """The rungs with these names, in the order of the ladder. Raises RunError for one that does not exist on the device."""
     known = rungs_of(device)
     for name in names:
         if name not in known:
@@ -88,14 +95,14 @@ class TorchvisionNet(nn.Module):
 
 
 def make_net(rung: Rung, device: torch.device) -> nn.Module:
-    """In training mode, not compiled yet."""
+    """The rung's network in training mode, not compiled yet."""
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
     net: nn.Module = Classifier(ARCH, len(MIMIC), rung.recompute) if rung.ours else TorchvisionNet(layout)
     return net.to(device).train()
 
 
 def make_step(rung: Rung, scale: int, micro_batch: int, device: torch.device) -> Callable[[], int]:
-    """A training step of `micro_batch` images, which it returns."""
+    """A training step that returns its number of images, `micro_batch`."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as in training
     net = make_net(rung, device)
@@ -108,7 +115,7 @@ def make_step(rung: Rung, scale: int, micro_batch: int, device: torch.device) ->
     mask = torch.ones_like(target, dtype=torch.bool)
 
     def step() -> int:
-        use_tf32(precision)  # a setting of the process, and rungs take turns in it
+        use_tf32(precision)  # a setting of the process, which all rungs share
         with autocast(device, precision):
             logits = forward(image)
         scaler.scale(masked_bce_sum(logits.float(), target, mask) / mask.numel()).backward()
@@ -121,22 +128,16 @@ def make_step(rung: Rung, scale: int, micro_batch: int, device: torch.device) ->
 
 
 def rates(
-    scale: int,
-    micro_batch: int,
-    device: str,
-    rungs: list[str],
-    seconds: float,
-    end: float = math.inf,
-    telling: bool = False,
+    scale: int, micro_batch: int, device: str, rungs: list[str], seconds: float, budget: Budget
 ) -> dict[str, dict[str, Any]]:
-    """Rung → its rounds, all timed in turn, or why it failed. After the `end`, on the monotonic clock, no rung is begun."""
-    where, budget, told = pick_device(device), Budget(end), tell if telling else lambda name: None
+    """Rung → its rounds, all timed in turns, or why it failed. No rung but the first starts after the budget's end."""
+    where = pick_device(device)
     limit_memory(where)
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], int]] = {}
     for rung in pick_rungs(rungs, where):
         if steps and not budget.left:
-            found[rung.name] = {"failed": "no time left: give more --minutes, or ask for less"}
+            found[rung.name] = {"failed": no_time(0, 0)}
             continue
         try:
             steps[rung.name] = make_step(rung, scale, micro_batch, where)
@@ -146,29 +147,23 @@ def rates(
         except (RuntimeError, MemoryError) as error:
             steps.pop(rung.name, None)
             found[rung.name] = {"failed": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])}
-        told(f"{rung.name}, first step")
+        tell(f"{rung.name}, first step")
 
     def turn(step: Callable[[], int], seconds: float) -> float:
         step()  # the rungs share one allocator: this one takes back what the last one had
         return rate(step, seconds, where)
 
     turns = {name: partial(turn, step) for name, step in steps.items()}
-    figures = interleave(turns, seconds, ROUNDS, budget, told) if turns else {}
+    figures = interleave(turns, seconds, ROUNDS, budget) if turns else {}
     return found | {name: {"rounds": figure.rounds} for name, figure in figures.items()}
 
 
 def alone(
-    scale: int,
-    micro_batch: int,
-    device: str,
-    rung: str,
-    start: int,
-    with_profile: bool,
-    end: float = math.inf,
-) -> dict[str, int | dict[str, float] | None]:
-    """Memory of a step, time by kind of kernel, and the largest micro-batch, sought from `start` on.
+    scale: int, micro_batch: int, device: str, rung: str, start: int, with_profile: bool, budget: Budget
+) -> dict[str, Any]:
+    """Memory of a step, time by kind of kernel, and the largest micro-batch, searched for from `start` on.
 
-    The search is left out after the `end`, and for compiled rungs, whose every size would be compiled.
+    There is no search after the budget's end, nor for compiled rungs, which would compile every size.
     """
     where = pick_device(device)
     limit_memory(where)
@@ -179,31 +174,27 @@ def alone(
     if is_gpu:
         torch.cuda.reset_peak_memory_stats(where)
     step()
-    peak = torch.cuda.max_memory_allocated(where) if is_gpu else peak_resident_bytes()
-    free, total = torch.cuda.mem_get_info(where) if is_gpu else (0, 0)
-    kinds = by_kind(step, where) if with_profile else None
-    del step  # and its memory
-    saved = None if climbed.compile else saved_by(climbed, scale, where)
-    is_sought = is_gpu and not climbed.compile and Budget(end).left > 0
-    fitting = largest(lambda n: make_step(climbed, scale, n, where), start) if is_sought else None
-    return {
-        "peak_bytes": peak,
-        "gpu_used_bytes": total - free if is_gpu else None,
-        "saved_bytes": saved,
-        "kinds": kinds,
-        "largest": fitting,
+    found: dict[str, Any] = {
+        "peak_bytes": torch.cuda.max_memory_allocated(where) if is_gpu else peak_resident_bytes(),
+        "gpu_used_bytes": gpu_used_bytes(where),
+        "kinds": by_kind(step, where) if with_profile else None,
     }
+    del step  # and its memory
+    found["saved_bytes"] = None if climbed.compile else saved_by(climbed, scale, where)
+    is_sought = is_gpu and not climbed.compile and budget.left > 0
+    found["largest"] = largest(lambda n: make_step(climbed, scale, n, where), start) if is_sought else None
+    return found
 
 
 def saved_by(rung: Rung, scale: int, device: torch.device) -> int:
-    """Bytes an image that autograd keeps; without autocast, which needs real tensors, nothing is computed."""
+    """Bytes autograd keeps per image. Without autocast, which needs real tensors, nothing is computed."""
     precision = resolve_precision(rung.precision, device)
     with autocast(device, precision):
         return saved_bytes(make_net(rung, device if rung.precision == "auto" else torch.device("meta")), scale)
 
 
 def largest(make: Callable[[int], Callable[[], int]], start: int) -> int | None:
-    """The largest of start · 2^k images whose steps fit, k any integer; None if not one does."""
+    """The largest of start · 2^k images whose steps fit, for any integer k; None if none does."""
 
     def fits(images: int) -> bool:
         torch.cuda.empty_cache()
@@ -237,10 +228,10 @@ KINDS = {
     "batch norm": r"batch_?norm|bn_(fw|bw)",
     "elementwise": r"elementwise|vectorized|relu|threshold|clamp|::(add|mul|div|sub)_?$|triton",
 }
-"""Kind → pattern of names of kernels (GPU) and operations (CPU), in lower case; the first that is found counts.
+"""Kind → pattern of lower-case names of kernels (GPU) and operations (CPU); the first match counts.
 
-Triton's kernels are named after all that was fused in them: a batch norm, with what goes before and after, or else
-elementwise; but for `triton_tem`, the templates of convolutions and matrix products.
+Triton names a kernel after everything fused in it: a batch norm with what goes before and after, else elementwise;
+`triton_tem` are its templates of convolutions and matrix products.
 """
 
 
@@ -250,7 +241,7 @@ def kind(name: str) -> str:
 
 
 def by_kind(step: Callable[[], int], device: torch.device) -> dict[str, float]:
-    """µs an image, on the device, of each kind."""
+    """Device time of each kind, µs per image."""
     is_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as found:
         images = sum(step() for _ in range(PROFILED_STEPS))

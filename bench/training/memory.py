@@ -1,4 +1,4 @@
-"""Memory of a training step: a model comes in, the bytes that autograd keeps for its backward pass go out."""
+"""Memory of a training step: the bytes that autograd keeps for a model's backward pass."""
 
 import copy
 
@@ -7,12 +7,12 @@ from torch import nn
 
 
 def saved_bytes(model: nn.Module, size: int, channels: int = 1) -> int:
-    """Bytes that autograd keeps between forward and backward for each image (channels, size, size) of a batch, float32.
+    """Bytes autograd keeps between forward and backward per image, float32 (channels, size, size).
 
-    In training mode, on the model's device, measured as a batch of three less a batch of two, so that what does not
-    grow with the batch is left out. Each storage counts once and whole; parameters and buffers do not count, the images do.
+    Measured in training mode on the model's device, as a batch of three less a batch of two, which leaves out what does
+    not grow with the batch. Each storage counts once and whole; parameters and buffers do not count, the images do.
     A model on the `meta` device is measured without computing or allocating anything. Call it within `torch.autocast`
-    for another precision. Not in it: what lives during the two passes only (gradients, a layer's recomputation).
+    for another precision. What lives only during the two passes (gradients, a layer's recomputation) does not count.
     """
     trial = copy.deepcopy(model).train()  # a copy, since a forward pass moves BatchNorm's statistics
     device = next(trial.parameters()).device
@@ -24,7 +24,7 @@ def saved_bytes(model: nn.Module, size: int, channels: int = 1) -> int:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                storages[storage._cdata] = storage  # held, so that no address is given twice
+                storages[storage._cdata] = storage  # held, so that no address is used twice
             return tensor
 
         image = torch.zeros((batch, channels, size, size), device=device)
@@ -33,4 +33,4 @@ def saved_bytes(model: nn.Module, size: int, channels: int = 1) -> int:
             trial(image)
         return sum(storage.nbytes() for storage in storages.values())
 
-    return kept(3) - kept(2)  # of one image, 32 px leave a pixel in the end, of which BatchNorm makes no variance
+    return kept(3) - kept(2)  # one image of 32 px ends as a single pixel, which has no variance for BatchNorm

@@ -4,10 +4,9 @@
 """
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -17,12 +16,20 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrfast.bench.data import LongOrder, endless
-from cxrfast.bench.harness import Budget, interleave, limit_memory, peak_resident_bytes, rate, tell
+from cxrfast.bench.harness import (
+    Budget,
+    Measurement,
+    gpu_used_bytes,
+    interleave,
+    limit_memory,
+    peak_resident_bytes,
+    rate,
+)
 from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
-from cxrfast.pipelines.loader import Batch
+from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.training.monitor import Timed
@@ -43,16 +50,16 @@ class StepLine:
     train: float
     """The training loop with real loading."""
     cached: float
-    """The same loop with one batch that is on the device already."""
+    """The same loop with one batch that is already on the device."""
     bare: float
     """Forward pass, loss, backward pass and Adam on that batch, and nothing else."""
     fed: float
     """train / cached, round by round: 1 where the loop never waits for data."""
     loop: float
-    """train / bare, round by round: 1 where loading and all that the loop looks after cost nothing."""
+    """train / bare, round by round: 1 where loading and everything else in the loop cost nothing."""
     validate: float
     saved_bytes_per_image: int
-    """That autograd keeps between forward and backward, in the run's precision: what limits the micro-batch."""
+    """Kept by autograd between forward and backward, in the run's precision: what limits the micro-batch."""
     process_bytes: int
     """Peak resident memory of the whole process."""
     torch_peak_bytes: int | None
@@ -66,6 +73,7 @@ class StepLine:
 
 def measure(
     shards: Path,
+    scratch: Path,
     scale: int,
     arch: str,
     seconds: float,
@@ -74,20 +82,17 @@ def measure(
     engine: str,
     threads: int | None,
     micro_batch: int,
-    end: float = math.inf,
-    telling: bool = False,
+    budget: Budget,
 ) -> StepLine:
-    """One scale, in this process; after the `end`, on the monotonic clock, no round is begun but the first."""
+    """Measure one scale in this process, with `seconds` per turn. `scratch`: folder for the run."""
     ranks = World(pick_device(device))
     limit_memory(ranks.device)
-    with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
-        runtime = Runtime(shards=shards, runs=Path(folder), device=device, engine=engine, threads=threads)
-        trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
-        told = tell if telling else lambda name: None
-        figures = interleave(measurements(trainer, micro_batch), seconds / rounds, rounds, Budget(end), told)
-    is_gpu = ranks.device.type == "cuda"
-    free, total = torch.cuda.mem_get_info(ranks.device) if is_gpu else (0, 0)
-    process, peak = peak_resident_bytes(), torch.cuda.max_memory_allocated(ranks.device) if is_gpu else None
+    runs = Path(tempfile.mkdtemp(dir=scratch))
+    runtime = Runtime(shards=shards, runs=runs, device=device, engine=engine, threads=threads)
+    trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
+    figures = interleave(measurements(trainer, micro_batch), seconds, rounds, budget)
+    gpu_used, process = gpu_used_bytes(ranks.device), peak_resident_bytes()
+    peak = torch.cuda.max_memory_allocated(ranks.device) if gpu_used else None
     with trainer.autocast():  # after the peaks, to which it would add
         saved = saved_bytes(trainer.model, scale)
     return StepLine(
@@ -99,7 +104,7 @@ def measure(
         saved_bytes_per_image=saved,
         process_bytes=process,
         torch_peak_bytes=peak,
-        gpu_used_bytes=total - free if is_gpu else None,
+        gpu_used_bytes=gpu_used,
         engine=trainer.train_loader.engine,
         precision=trainer.config.precision,
         rounds={name: figure.rounds for name, figure in figures.items()},
@@ -107,7 +112,7 @@ def measure(
 
 
 def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:
-    """A trainer whose steps are of one micro-batch and whose epochs, of training and of validation, hardly ever end."""
+    """A trainer whose steps have one micro-batch and whose epochs of training and validation hardly ever end."""
     # batches of 1, since there may be fewer rows than `micro_batch`: the orders below say how many images a step has
     config = make_config(
         runtime.shards, scale, device=runtime.device, arch=arch, weights="none", global_batch=1, micro_batch=1
@@ -121,20 +126,30 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     return trainer
 
 
-def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[float], float]]:
-    """FIGURES: each takes seconds and returns images/s. A pipeline starts before the clock does, and runs on until it stops."""
+def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
+    """One measurement for each of FIGURES. A pipeline starts before the clock does, and runs on until it stops."""
     device = trainer.ranks.device
     rows = np.resize(trainer.order.rows, micro_batch)
     with closing(endless(trainer.train_loader)) as batches:
         kept = next(batches)
 
-    def load(seconds: float) -> float:
-        with closing(endless(trainer.train_loader)) as batches:
-            for _ in range(3):
-                next(batches)
-            return rate(lambda: len(next(batches).row), seconds, device)
+    def timed(start: Callable[[Iterator[Batch]], Callable[[], int]], loader: Loader | None = None) -> Measurement:
+        """The rate of the steps that `start` makes of a loader's batches, or of the one kept on the device."""
 
-    def train_on(batches: Iterator[Batch], seconds: float) -> float:
+        def measure(seconds: float) -> float:
+            supply = closing(endless(loader)) if loader else nullcontext(repeat(kept))
+            with supply as batches:
+                step = start(batches)
+                step()  # to warm up
+                return rate(step, seconds, device)
+
+        return measure
+
+    def load(batches: Iterator[Batch]) -> Callable[[], int]:
+        next(batches), next(batches)
+        return lambda: len(next(batches).row)
+
+    def train(batches: Iterator[Batch]) -> Callable[[], int]:
         trainer.model.train()
         source = Timed(batches, device)
         trainer.monitor.start_epoch(steps=2**62, images=trainer.counters.consumed)
@@ -146,52 +161,41 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Callable[[floa
             trainer.after_step(1)
             return len(rows)
 
-        step()
-        return rate(step, seconds, device)
+        return step
 
-    def train(seconds: float) -> float:
-        with closing(endless(trainer.train_loader)) as batches:
-            return train_on(batches, seconds)
-
-    def cached(seconds: float) -> float:
-        return train_on(repeat(kept), seconds)
-
-    def bare(seconds: float) -> float:
-        return bare_rate(trainer, kept, seconds)
-
-    def validate(seconds: float) -> float:
-        with closing(endless(trainer.val_loader)) as batches:
-            return validation_rate(trainer, batches, seconds)
-
-    return dict(zip(FIGURES, (load, train, cached, bare, validate), strict=True))
-
-
-def bare_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
-    """Forward pass, loss, backward pass and Adam, on a copy of the model."""
-    model = copy.deepcopy(trainer.model).train()
-    optimizer, target = torch.optim.Adam(model.parameters(), fused=True), trainer.targets.target[batch.row]
-
-    def step() -> int:
-        with trainer.autocast():
-            logits = model(batch.image)
-        binary_cross_entropy_with_logits(logits.float(), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return len(batch.row)
-
-    step()
-    return rate(step, seconds, trainer.ranks.device)
-
-
-def validation_rate(trainer: Trainer, batches: Iterator[Batch], seconds: float) -> float:
-    trainer.model.eval()
-
-    @torch.inference_mode()
-    def step() -> int:
+    def bare(batches: Iterator[Batch]) -> Callable[[], int]:
+        """Forward pass, loss, backward pass and Adam, on a copy of the model."""
+        model = copy.deepcopy(trainer.model).train()
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
         batch = next(batches)
-        with trainer.autocast():
-            trainer.model(batch.image)
-        return len(batch.row)
+        target = trainer.targets.target[batch.row]
 
-    step()
-    return rate(step, seconds, trainer.ranks.device)
+        def step() -> int:
+            with trainer.autocast():
+                logits = model(batch.image)
+            binary_cross_entropy_with_logits(logits.float(), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(batch.row)
+
+        return step
+
+    def validate(batches: Iterator[Batch]) -> Callable[[], int]:
+        trainer.model.eval()
+
+        @torch.inference_mode()
+        def step() -> int:
+            batch = next(batches)
+            with trainer.autocast():
+                trainer.model(batch.image)
+            return len(batch.row)
+
+        return step
+
+    return {
+        "load": timed(load, trainer.train_loader),
+        "train": timed(train, trainer.train_loader),
+        "cached": timed(train),
+        "bare": timed(bare),
+        "validate": timed(validate, trainer.val_loader),
+    }

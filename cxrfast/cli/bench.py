@@ -1,14 +1,19 @@
 """The group `cxrfast bench`: how fast, and with how much memory."""
 
 import logging
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cxrfast.cli.options import FOLDER, Finite, runtime_options
 from cxrfast.cli.terminal import fail, show
+
+if TYPE_CHECKING:
+    from cxrfast.bench.report import Result
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +26,9 @@ BENCH_MINUTES = 2.0
 @click.pass_context
 def bench(ctx: click.Context, full: bool) -> None:
     """How fast, and with how much memory. Without a command: `step`, in two minutes."""
+    # leave through the stack, which ends processes and removes temporary folders
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     if ctx.invoked_subcommand is None:
         limit = "as long as it takes" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
         log.info(f"cxrfast bench: memory and images/s of training by resolution, {limit}")
@@ -29,120 +37,136 @@ def bench(ctx: click.Context, full: bool) -> None:
         fail("--full belongs to `cxrfast bench` without a command: leave out --minutes instead")
 
 
+def report(result: "Result", out: Path) -> None:
+    show(*result.tables())
+    click.echo(f"tables, JSON and plot: {out}")
+
+
+Option = Callable[[Callable[..., None]], Callable[..., None]]
+
 RESULTS = click.option(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
 )
-
+SHARDS = click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: phantoms made for the purpose]")
 ROUNDS = click.option(
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them."
 )
-
 MINUTES = click.option(
     "--minutes",
     type=Finite(min=0, min_open=True),
-    help="End after about so long: fewer rounds, and what does not fit is left out. [default: no limit]",
+    help="Stop after about this long: fewer rounds, and what does not fit is left out. [default: no limit]",
 )
+MICRO_BATCH = click.option("--micro-batch", type=click.IntRange(min=1), help="Images per step. [default: by scale]")
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 
-def seconds_option(default: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(
-        "--seconds",
-        type=Finite(min=0.01, max=3600),
-        default=default,
-        show_default=True,
-        help="Measured time a figure and round.",
-    )
+def scales_option(default: str) -> Option:
+    return click.option("--scale", "scales", type=int, multiple=True, help=f"Once per scale. [default: {default}]")
 
 
-def only_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def seconds_option(default: float, least: float = 0.01, what: str = "figure and round") -> Option:
+    time = Finite(min=least, max=3600)
+    return click.option("--seconds", type=time, default=default, show_default=True, help=f"Measured time per {what}.")
+
+
+def workers_option(what: str) -> Option:
+    return click.option("--workers", type=click.IntRange(min=1), help=f"{what} [default: usable cores]")
+
+
+def only_option(what: str) -> Option:
     return click.option("--only", metavar="NAME", multiple=True, help=f"This {what} only; may be given again.")
 
 
 @bench.command()
-@click.option("--shards", type=FOLDER, help="Shard set. [default: phantoms made for the purpose]")
-@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@SHARDS
+@scales_option("all of the set")
 @RESULTS
 @click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
-@click.option(
-    "--seconds",
-    type=Finite(min=0.1, max=3600),
-    default=10.0,
-    show_default=True,
-    help="Measured time a figure.",
-)
+@seconds_option(10.0, 0.1, "figure")
 @ROUNDS
 @MINUTES
-@click.option("--micro-batch", type=click.IntRange(min=1), help="Images a forward pass. [default: by scale]")
+@MICRO_BATCH
 @runtime_options
 @click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
-    from cxrfast.bench.training.step import bench as measure_steps
+    from cxrfast.bench.training.step import bench as measure
 
-    result = measure_steps(shards, list(scales), out, **options)
-    show(result.table())
+    result = measure(shards, list(scales), out, **options)
+    report(result, out)
     if not result.lines:
         fail("no scale could be measured, for the reasons above")
-    click.echo(f"table, JSON and plot: {out}")
 
 
 @bench.command()
-@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: by device]")
+@scales_option("by device")
 @seconds_option(2.0)
-@click.option("--micro-batch", type=click.IntRange(min=1), help="Images a step. [default: by scale]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--compile", "with_compile", is_flag=True, help="torch.compile, too: minutes more a scale.")
-@click.option("--profile", "with_profile", is_flag=True, help="Time by kind of kernel at the largest scale, too.")
+@MICRO_BATCH
+@DEVICE
+@click.option("--compile", "with_compile", is_flag=True, help="Also torch.compile: minutes more per scale.")
+@click.option("--profile", "with_profile", is_flag=True, help="Also time by kind of kernel, at the largest scale.")
 @only_option("rung")
 @MINUTES
 @RESULTS
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
     """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
-    from cxrfast.bench.training.ladder import bench as measure_rungs
-    from cxrfast.bench.training.ladder_result import tables
+    from cxrfast.bench.training.ladder import bench as measure
 
-    show(*tables(measure_rungs(list(scales), out, only=list(only), **options)))
-    click.echo(f"tables, JSON and plot: {out}")
+    report(measure(list(scales), out, only=list(only), **options), out)
 
 
 @bench.command(name="shard")
 @click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: phantoms drawn for the purpose]")
 @click.option("--images", type=click.IntRange(1, 1024), default=24, show_default=True, help="Images to measure on.")
-@click.option(
-    "--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: 256, 512, 1024 and 2048]"
-)
+@scales_option("256, 512, 1024 and 2048")
 @seconds_option(20.0)
 @ROUNDS
-@click.option("--workers", type=click.IntRange(min=1), help="Of the build beside one worker's. [default: usable cores]")
-@click.option("--memory", "with_memory", is_flag=True, help="Memory of whole builds, too: minutes more.")
+@workers_option("Workers of the build that is compared with one worker's.")
+@click.option("--memory", "with_memory", is_flag=True, help="Also the memory of whole builds: minutes more.")
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
-    """Images/s a core of sharding beside Pillow and libvips, by stage, by number of workers."""
-    from cxrfast.bench.sharding.result import tables
-    from cxrfast.bench.sharding.shard import bench as measure_sharding
+    """Images/s per core of sharding compared with Pillow and libvips, by stage, by number of workers."""
+    from cxrfast.bench.sharding.shard import bench as measure
 
-    show(*tables(measure_sharding(data, list(scales), out, **options)))
-    click.echo(f"tables, JSON and plot: {out}")
+    report(measure(data, list(scales), out, **options), out)
 
 
 @bench.command(name="load")
-@click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: phantoms made for the purpose]")
-@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
+@SHARDS
+@scales_option("all of the set")
 @seconds_option(2.0)
 @ROUNDS
-@click.option("--workers", type=click.IntRange(min=1), help="Threads or processes of each. [default: usable cores]")
-@click.option("--device", default="auto", show_default=True, help="Of our own engines: auto, cpu or cuda.")
-@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Other loaders, too.")
-@click.option("--engines", "with_engines", is_flag=True, help="host against dali on the device, in detail, too.")
-@click.option("--cold", "with_cold", is_flag=True, help="Passes with an empty page cache, too.")
-@click.option("--large", "with_large", is_flag=True, help="A set of 377,110 rows, too: a minute more.")
+@workers_option("Threads or processes of each.")
+@DEVICE
+@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Also other loaders.")
+@click.option("--engines", "with_engines", is_flag=True, help="Also host against dali on the device, in detail.")
+@click.option("--cold", "with_cold", is_flag=True, help="Also passes with an empty page cache.")
+@click.option("--large", "with_large", is_flag=True, help="Also a set of 377,110 rows: a minute more.")
 @only_option("way of loading")
 @MINUTES
 @RESULTS
 def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
-    """Images/s of loading beside other loaders and the bare kernels, by scale."""
-    from cxrfast.bench.loading.load import bench as measure_loading
-    from cxrfast.bench.loading.result import tables
+    """Images/s of loading compared with other loaders and the bare kernels, by scale."""
+    from cxrfast.bench.loading.load import bench as measure
 
-    show(*tables(measure_loading(shards, list(scales), out, only=list(only), **options)))
-    click.echo(f"tables, JSON and plot: {out}")
+    report(measure(shards, list(scales), out, only=list(only), **options), out)
+
+
+@bench.command()
+@click.option("--shards", type=FOLDER, required=True, help="Shard set with both scales.")
+@click.option("--scale", type=int, required=True, help="Side, px.")
+@click.option("--from-scale", type=int, required=True, help="Smaller side, px.")
+@click.option("--fold", type=click.IntRange(0, 4), default=0, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True, help="Epochs of every run.")
+@click.option("--target", type=click.FloatRange(0, 1), help="AUROC. [default: the best from scratch]")
+@click.option("--weights", default="none", show_default=True, help="First weights, except from the smaller scale.")
+@click.option("--global-batch", type=click.IntRange(min=1), help="Images per optimiser step. [default: by scale]")
+@MICRO_BATCH
+@click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]")
+@DEVICE
+@RESULTS
+def curriculum(shards: Path, scale: int, from_scale: int, out: Path, **options: Any) -> None:
+    """Seconds to the same validation AUROC: from scratch, from a smaller scale, with progressive resizing."""
+    from cxrfast.bench.training.curriculum import bench as measure
+
+    report(measure(shards, scale, from_scale, out, **options), out)

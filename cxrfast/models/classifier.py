@@ -7,17 +7,17 @@ import torchvision
 from torch import nn
 
 from cxrfast.errors import RunError
-from cxrfast.models.densenet import SHAPES, DenseNet
+from cxrfast.models.densenet import ARCHITECTURES, lean
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, as torchvision's weights expect."""
 
 SMALL = 64
-"""Side in px from which on no convolutional classifier runs out of pixels; smaller images are tried at their size."""
+"""Side in px at which no convolutional classifier runs out of pixels; smaller images are tried at their own size."""
 
 
 class Normalise(nn.Module):
-    """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scaled to [0, 1], copied to three channels, normalised."""
+    """uint8 (N, 1, H, W) → float32 (N, 3, H, W), channels last: scale to [0, 1], copy to three channels, normalise."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -38,32 +38,31 @@ def check_arch(arch: str) -> None:
 
 
 class Classifier(nn.Module):
-    """`normalise`, then a torchvision classifier `net` with one logit a finding: float (N, L).
+    """`normalise`, then a torchvision classifier `net` with one logit per finding: float (N, L).
 
-    The DenseNets are ours, which are torchvision's but for what they keep in memory. `recompute` has them keep less
-    still, for more time. Raises RunError for an unknown architecture, and for one that `recompute` is unknown to.
+    DenseNets are torchvision's, made to use less memory (see `densenet`); with `recompute` even less, for more time.
+    Raises RunError for an unknown architecture, or for `recompute` with one that does not support it.
     """
 
     def __init__(self, arch: str, outputs: int, recompute: bool = False) -> None:
         super().__init__()
         check_arch(arch)
-        if recompute and arch not in SHAPES:
-            raise RunError(f"{arch} knows no activation checkpointing: use {', '.join(SHAPES)}, or train without it")
+        if recompute and arch not in ARCHITECTURES:
+            raise RunError(
+                f"{arch} does not support activation checkpointing: use {', '.join(ARCHITECTURES)}, or train without it"
+            )
         self.arch = arch
         self.normalise = Normalise()
-        self.net = (
-            DenseNet(SHAPES[arch], outputs, recompute)
-            if arch in SHAPES
-            else torchvision.models.get_model(arch, weights=None, num_classes=outputs)
-        )
+        net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+        self.net = lean(net, recompute) if arch in ARCHITECTURES else net
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.net(self.normalise(image))
 
     def check_size(self, side: int) -> None:
-        """Raises RunError if images of `side` px are too small for the network, or if it takes no size but its own."""
-        trial = copy.deepcopy(self).train()  # a copy, since a forward pass moves BatchNorm's statistics
+        """Raise RunError if images of `side` px are too small for the network, or if it only takes one size."""
+        trial = copy.deepcopy(self).train()  # a copy, since a forward pass updates BatchNorm's statistics
         try:
             with torch.no_grad():
                 logits = trial(torch.zeros((2, 1, min(side, SMALL), min(side, SMALL)), dtype=torch.uint8))

@@ -1,30 +1,30 @@
-"""DenseNet that keeps less for the backward pass: torchvision's parameters, names and function, a fraction of its memory.
+"""torchvision's DenseNet with forward passes that keep less for the backward pass: same layers, same function, less memory.
 
-A float image batch comes in, logits go out (Huang et al. 2017, "Densely Connected Convolutional Networks"). What
-differs from torchvision's class is what is computed, and what autograd keeps, to the same end:
+`lean` takes torchvision's network and replaces its `features` (Huang et al. 2017, "Densely Connected Convolutional
+Networks"). Parameters, names and first weights stay torchvision's. What differs is what is computed and what autograd keeps:
 
 - Transitions average 2 × 2 pixels before their 1×1 convolution instead of after it. Both are linear and act on different
-  axes, so they commute; the convolution has a quarter of the pixels left to do and to keep. In the stem, likewise, the
-  largest of 3 × 3 pixels is taken before the ReLU, which is monotonic.
-- With `recompute`, what lies between two convolutions (concatenation, BatchNorm, ReLU, pooling) is computed again in
-  the backward pass instead of kept, as in Pleiss et al. 2017, "Memory-Efficient Implementation of DenseNets". Kept are
-  the outputs of convolutions alone, each once, so that memory grows with the depth of a block and not with its square.
-  No convolution runs twice, and BatchNorm's running statistics move once a step, as without.
-
-Nothing here knows of labels, files or devices.
+  axes, so they commute; the convolution then computes and keeps a quarter of the pixels. In the stem, likewise, the
+  maximum over 3 × 3 pixels is taken before the ReLU, which is monotonic.
+- With `recompute`, everything between two convolutions (concatenation, BatchNorm, ReLU, pooling) is recomputed in the
+  backward pass instead of kept, as in Pleiss et al. 2017, "Memory-Efficient Implementation of DenseNets". Only the outputs
+  of convolutions are kept, each once, so memory grows with the depth of a block and not with its square.
+  No convolution runs twice, and BatchNorm's running statistics move once per step, as without.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torchvision
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
+
+ARCHITECTURES = ("densenet121", "densenet161", "densenet169", "densenet201")
+"""torchvision's architectures of this family."""
 
 Features = tuple[torch.Tensor, ...]
 """Feature maps (N, c, H, W) of one size, not yet concatenated along c."""
@@ -32,71 +32,42 @@ Features = tuple[torch.Tensor, ...]
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a DenseNet-BC (Huang et al. 2017, table 1)."""
-
-    growth_rate: int
-    """Channels that each dense layer adds, k in the paper."""
-    blocks: tuple[int, ...]
-    """Dense layers of each block."""
-    stem: int
-    """Channels of the first convolution."""
-
-
-SHAPES = {
-    "densenet121": Shape(32, (6, 12, 24, 16), 64),
-    "densenet161": Shape(48, (6, 12, 36, 24), 96),
-    "densenet169": Shape(32, (6, 12, 32, 32), 64),
-    "densenet201": Shape(32, (6, 12, 48, 32), 64),
-}
-"""torchvision's architectures of this family."""
-
-BOTTLENECK = 4
-"""The 1×1 convolution of a dense layer has this many times `growth_rate` channels (section 3, "Bottleneck layers")."""
-
-
-class DenseNet(nn.Module):
-    """Image float (N, 3, H, W) → logits (N, outputs); `state_dict` is torchvision's, both ways, and so are first weights.
+def lean(net: torchvision.models.DenseNet, recompute: bool = False) -> torchvision.models.DenseNet:
+    """Replace the `features` of `net` by ours, which take over its layers, and return it.
 
     `features` gives the last feature map (N, C, H/32, W/32), before its ReLU; C is 1024 for densenet121. Channels-last
-    images stay channels last. `recompute` trades time for memory (`cxrfast bench ladder` says how much); it changes no logit,
-    gradient or running statistic, and does nothing where no gradient is recorded.
+    images stay channels last. `recompute` trades time for memory (`cxrfast bench ladder` measures how much); it changes no
+    logit, gradient or running statistic, and does nothing where no gradient is recorded.
     """
-
-    def __init__(self, shape: Shape, outputs: int, recompute: bool = False) -> None:
-        super().__init__()
-        self.features = _Features(shape, recompute)
-        self.classifier = nn.Linear(self.features.channels, outputs)
-        for module in self.modules():  # in torchvision's order, which fixes who gets which random numbers
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        features = functional.relu(self.features(image), inplace=True)
-        return self.classifier(torch.flatten(functional.adaptive_avg_pool2d(features, (1, 1)), 1))
+    net.features = _Features(net.features, recompute)
+    return net
 
 
-class _Features(nn.Module):
-    """Image (N, 3, H, W) → feature map (N, `channels`, H/32, W/32)."""
+class _Adopted(nn.Module):
+    """Has the layers of one of torchvision's modules, under their names."""
 
-    def __init__(self, shape: Shape, recompute: bool) -> None:
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, theirs: nn.Module, recompute: bool) -> None:
         super().__init__()
         self.recompute = recompute
-        self.conv0 = nn.Conv2d(3, shape.stem, kernel_size=7, stride=2, padding=3, bias=False)
-        self.norm0 = nn.BatchNorm2d(shape.stem)
-        self.relu0 = nn.ReLU(inplace=True)
-        self.pool0 = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels = shape.stem
-        for i, layers in enumerate(shape.blocks, 1):
-            self.add_module(f"denseblock{i}", _DenseBlock(layers, channels, shape.growth_rate, recompute))
-            channels += layers * shape.growth_rate
-            if i < len(shape.blocks):
-                self.add_module(f"transition{i}", _Transition(channels, channels // 2, recompute))
-                channels //= 2
-        self.norm5 = nn.BatchNorm2d(channels)
-        self.channels = channels
+        for name, child in theirs.named_children():
+            self.add_module(name, child)
+
+
+class _Features(_Adopted):
+    """Image (N, 3, H, W) → feature map (N, C, H/32, W/32)."""
+
+    def __init__(self, theirs: nn.Module, recompute: bool) -> None:
+        super().__init__(theirs, recompute)
+        for name, child in theirs.named_children():
+            if name.startswith("denseblock"):
+                layers = {n: _DenseLayer(layer, recompute) for n, layer in child.named_children()}
+                self._modules[name] = _DenseBlock(layers)
+            elif name.startswith("transition"):
+                self._modules[name] = _Transition(child, recompute)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         # one map before a block, a tuple of them behind it
@@ -111,15 +82,7 @@ class _Features(nn.Module):
 
 
 class _DenseBlock(nn.ModuleDict):
-    """Feature map → the same and one more of each layer, each of which has seen all before it."""
-
-    def __init__(self, layers: int, channels: int, growth_rate: int, recompute: bool) -> None:
-        super().__init__(
-            {
-                f"denselayer{i + 1}": _DenseLayer(channels + i * growth_rate, growth_rate, recompute)
-                for i in range(layers)
-            }
-        )
+    """Feature map → the same map and one more per layer; each layer sees all maps before it."""
 
     def forward(self, first: torch.Tensor) -> Features:
         features: Features = (first,)
@@ -128,19 +91,8 @@ class _DenseBlock(nn.ModuleDict):
         return features
 
 
-class _DenseLayer(nn.Module):
-    """Feature maps, `channels` together → one new feature map (N, growth_rate, H, W)."""
-
-    def __init__(self, channels: int, growth_rate: int, recompute: bool) -> None:
-        super().__init__()
-        self.recompute = recompute
-        narrow = BOTTLENECK * growth_rate
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(channels, narrow, kernel_size=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(narrow)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(narrow, growth_rate, kernel_size=3, padding=1, bias=False)
+class _DenseLayer(_Adopted):
+    """Feature maps → one new feature map (N, growth rate, H, W)."""
 
     def forward(self, features: Features) -> torch.Tensor:
         narrow = _run(self._narrow, self.norm1, self.recompute, *features)
@@ -154,16 +106,8 @@ class _DenseLayer(nn.Module):
         return self.conv2(self.relu2(norm(narrow)))
 
 
-class _Transition(nn.Module):
-    """Feature maps, `channels` together → one feature map (N, out, H/2, W/2)."""
-
-    def __init__(self, channels: int, out: int, recompute: bool) -> None:
-        super().__init__()
-        self.recompute = recompute
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(channels, out, kernel_size=1, bias=False)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+class _Transition(_Adopted):
+    """Feature maps → one feature map (N, C/2, H/2, W/2)."""
 
     def forward(self, features: Features) -> torch.Tensor:
         return _run(self._shrink, self.norm, self.recompute, *features)
@@ -180,13 +124,13 @@ def _run(
 ) -> torch.Tensor:
     """`function(norm, *inputs)`, which draws no random numbers.
 
-    With `recompute` only the inputs are kept for the backward pass. Recomputation ends when the last tensor that the
-    backward pass reads is there, which is the input of the convolution that `function` ends with. Raises RuntimeError
-    if the mode (train, eval) was changed between the two passes.
+    With `recompute` only the inputs are kept for the backward pass. Recomputation ends at the last tensor that the
+    backward pass reads: the input of the convolution that `function` ends with. Raises RuntimeError if the mode (train,
+    eval) changed between the two passes.
     """
     if not (recompute and torch.is_grad_enabled()):
         return function(norm, *inputs)
-    if torch.compiler.is_compiling():  # a compiled graph writes buffers once, whatever it computes again
+    if torch.compiler.is_compiling():  # a compiled graph writes buffers once, whatever it recomputes
         return recomputed(function, norm, *inputs, use_reentrant=False, preserve_rng_state=False)
     passes, training = count(), norm.training
 
@@ -201,5 +145,5 @@ def _run(
 
 
 def _again(norm: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """`norm(features)` that moves copies of its running statistics: they have moved in the forward pass already."""
+    """`norm(features)` that updates copies of its running statistics: the forward pass has already updated them."""
     return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, features)

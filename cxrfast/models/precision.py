@@ -1,4 +1,4 @@
-"""Number formats and compilation of a training step: what the device can do, and how it is set."""
+"""Number formats and compilation of a training step."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from cxrfast.errors import RunError
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` → bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
+    """Resolve `auto`: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
 
-    Raises RunError for tf32 on a CPU, which would be fp32 under another name.
+    Raises RunError for tf32 on a CPU, where it would just be fp32.
     """
     if precision == "tf32" and device.type != "cuda":
         raise RunError("--precision tf32 works on NVIDIA GPUs only: use fp32, or --device cuda")
@@ -26,7 +26,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass of that precision runs; for tf32 and fp32 see `use_tf32`, too."""
+    """Context for a forward pass of that precision; see also `use_tf32` for tf32 and fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -36,7 +36,7 @@ def use_tf32(precision: str) -> None:
 
     torch computes float32 convolutions in TF32 (10 bits of mantissa) by default, so that fp32 would not be float32 on a GPU.
     """
-    # the older of torch's two settings: inductor reads it, and fails where the newer one was set
+    # the older of torch's two settings: inductor reads it, and fails if the newer one was set
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -45,7 +45,7 @@ def use_tf32(precision: str) -> None:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 means float32 in here, on GPUs too; afterwards torch's settings are as they were."""
+    """Compute float32 exactly inside, on GPUs too; torch's settings are restored afterwards."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     use_tf32("fp32")
     try:

@@ -11,21 +11,9 @@ from cxrfast.models.classifier import Classifier
 
 _POINTWISE = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.cat}
 _POINTWISE_NAMES = {"relu", "relu_", "sigmoid", "stochastic_depth", "layer_norm", "permute", "contiguous"}
-_POINTWISE_MODULES = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.Dropout,
-    nn.Identity,
-    nn.Linear,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.GELU,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish)
+_POINTWISE_MODULES = (*_NORMS, *_ACTIVATIONS, nn.Dropout, nn.Identity, nn.Linear)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 Field = tuple[int, int]
@@ -33,7 +21,7 @@ Field = tuple[int, int]
 
 
 def theoretical_receptive_field(arch: str) -> Field:
-    """Side of the square of input pixels that a unit of the last feature map depends on, and its stride, px.
+    """Side of the square of input pixels that one unit of the last feature map depends on, and the map's stride, px.
 
     densenet121: 2071 and 32. Raises RunError for architectures without a convolutional feature map (swin_t).
     """
@@ -73,7 +61,7 @@ def receptive_field(layers: nn.Module) -> Field:
 
 
 def _after(module: nn.Module, field: Field | None) -> Field | None:
-    """The field behind one layer; None behind a global pool, whose output is no feature map any more."""
+    """The field behind one layer; None behind a global pool, whose output is not a feature map."""
     if isinstance(module, _GLOBAL):
         return None
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):

@@ -12,16 +12,16 @@ from cxrfast.models.classifier import Classifier, check_arch
 
 
 def imagenet_file(arch: str) -> tuple[str, Path]:
-    """Address of torchvision's ImageNet weights and where torch keeps them on this machine."""
+    """URL of torchvision's ImageNet weights and the path where torch keeps them on this machine."""
     check_arch(arch)
     url = str(torchvision.models.get_model_weights(arch).DEFAULT.url)
     return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
 def fetch_weights(arch: str, to: Path | None = None) -> Path:
-    """Download torchvision's ImageNet weights, checked against the hash in their name; kept ones are not fetched again.
+    """Download torchvision's ImageNet weights unless they are there, and check the hash in their name.
 
-    Raises RunError without a network, naming what to do.
+    Raises RunError without a network.
     """
     url, cached = imagenet_file(arch)
     target = to / cached.name if to else cached
@@ -41,9 +41,9 @@ def fetch_weights(arch: str, to: Path | None = None) -> Path:
 
 
 def load_weights(model: Classifier, path: Path, option: str | None = None) -> None:
-    """Fill `model` from a .pth or .safetensors file; `option`: what --weights said, for messages.
+    """Load a .pth or .safetensors file into `model`; `option`: the value of --weights, for messages.
 
-    The last layer is kept random where the file has another number of outputs. Raises RunError for a file that is not a
+    The last layer stays random if the file has another number of outputs. Raises RunError if the file is not a
     checkpoint of this architecture.
     """
     weights = option or path
@@ -54,17 +54,13 @@ def load_weights(model: Classifier, path: Path, option: str | None = None) -> No
             else torch.load(path, map_location="cpu", weights_only=True)
         )
         given = {_modern(name): tensor for name, tensor in given.items()}
-    except Exception as error:  # torch and safetensors raise half a dozen unrelated classes for files that are none
-        raise RunError(f"--weights {weights}: {path} is no checkpoint ({type(error).__name__})") from error
+    except Exception as error:  # torch and safetensors raise half a dozen unrelated classes for other files
+        raise RunError(f"--weights {weights}: {path} is not a checkpoint ({type(error).__name__})") from error
     own = model.state_dict()
     usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     # older files have no num_batches_tracked, which nothing reads
-    optional = ("normalise.", "num_batches_tracked")
-    missing = [
-        name
-        for name in own
-        if name not in usable and not name.startswith(optional[0]) and not name.endswith(optional[1])
-    ]
+    optional = re.compile(r"normalise\.|.*num_batches_tracked$")
+    missing = [name for name in own if name not in usable and not optional.match(name)]
     last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
     if set(missing) - last:
         raise RunError(

@@ -1,1 +1,1 @@
-"""Radiographs nobody was exposed for, with findings of known place and size."""
+"""Synthetic radiographs with findings of known place and size."""

@@ -11,12 +11,12 @@ from cxrfast.phantoms.curves import Points, mirror, smooth
 from cxrfast.phantoms.findings import FINDINGS
 
 LUNG = np.array([(0.0, 0.34), (0.05, 0.52), (0.15, 0.70), (0.32, 0.86), (0.52, 0.955), (0.74, 1.0), (1.0, 1.0)])
-"""Lateral border of a lung: share of the way from apex to costophrenic angle, share of the half thorax."""
+"""Lateral border of a lung: fraction of the way from apex to costophrenic angle, fraction of the half thorax."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What stays the same over a patient's studies, in mm unless said otherwise."""
+    """Sizes that stay the same over a patient's studies, in mm unless stated otherwise."""
 
     half: float
     """Half the inner width of the thorax."""
@@ -30,9 +30,9 @@ class Anatomy:
     rib_step: float
     """From rib to rib."""
     rib_drop: float
-    """How steeply the ribs fall, as a share of the usual."""
+    """Slope of the ribs relative to the usual one."""
     clavicle: float
-    """How much lower than usual the clavicles are."""
+    """Height of the clavicles below the usual one."""
     fat: float
     """0 for a thin patient, 1 for a heavy one."""
     breasts: bool
@@ -73,54 +73,23 @@ def dome(a: Anatomy, side: int) -> float:
 def lung(a: Anatomy, side: int) -> np.ndarray:
     y, d = a.apex + LUNG[:, 0] * (a.angle - a.apex), dome(a, side)
     lateral = np.stack([a.half * LUNG[:, 1], y], axis=1)
-    base = [
-        (a.half - 6, a.angle - 2),
-        (0.87 * a.half, d + 16),
-        (0.68 * a.half, d + 2),
-        (0.46 * a.half, d - 2),
-        (0.26 * a.half, d + 8),
-        (21, d + 14),
-    ]
+    outer = [(a.half - 6, a.angle - 2), (0.87 * a.half, d + 16), (0.68 * a.half, d + 2)]
+    inner = [(0.46 * a.half, d - 2), (0.26 * a.half, d + 8), (21, d + 14)]
     medial = [(20, 30), (19, -40), (21, a.apex + 38), (28, a.apex + 12)]
-    return mirror(smooth(np.vstack([lateral, base, medial])), side)
+    return mirror(smooth(np.vstack([lateral, outer, inner, medial])), side)
 
 
 def heart(a: Anatomy, ratio: float) -> list[np.ndarray]:
     """Outlines of the heart, `ratio` of the thorax wide, and of the great vessels above it."""
     width = 2 * a.half * ratio
-    r, left, y, tall = -0.34 * width, 0.66 * width, (a.dome[0] + a.dome[1]) / 2, 0.55 * width + 24
-    body = [
-        (0.55 * r, y - tall),
-        (0.92 * r, y - 0.72 * tall),
-        (r, y - 0.42 * tall),
-        (0.93 * r, y - 5),
-        (0.6 * r, y + 14),
-        (0, y + 20),
-        (0.5 * left, y + 20),
-        (0.83 * left, y + 7),
-        (left, y - 16),
-        (0.95 * left, y - 0.42 * tall),
-        (0.68 * left, y - 0.75 * tall),
-        (0.42 * left, y - 1.02 * tall),
-    ]
-    vessels = [
-        (-22, -160),
-        (-27, -90),
-        (-30, -55),
-        (-32, -20),
-        (-25, 60),
-        (25, 60),
-        (36, -5),
-        (38, -22),
-        (33, -36),
-        (37, -48),
-        (38, -58),
-        (32, -68),
-        (25, -80),
-        (25, -110),
-        (22, -160),
-    ]
-    return [smooth(body), smooth(vessels)]
+    rx, lx, y, tall = -0.34 * width, 0.66 * width, (a.dome[0] + a.dome[1]) / 2, 0.55 * width + 24
+    right = [(0.55 * rx, y - tall), (0.92 * rx, y - 0.72 * tall), (rx, y - 0.42 * tall), (0.93 * rx, y - 5)]
+    base = [(0.6 * rx, y + 14), (0, y + 20), (0.5 * lx, y + 20), (0.83 * lx, y + 7), (lx, y - 16)]
+    left = [(0.95 * lx, y - 0.42 * tall), (0.68 * lx, y - 0.75 * tall), (0.42 * lx, y - 1.02 * tall)]
+    vena_cava = [(-22, -160), (-27, -90), (-30, -55), (-32, -20), (-25, 60)]
+    pulmonary_trunk = [(25, 60), (36, -5), (38, -22), (33, -36)]
+    aorta = [(37, -48), (38, -58), (32, -68), (25, -80), (25, -110), (22, -160)]
+    return [smooth([*right, *base, *left]), smooth([*vena_cava, *pulmonary_trunk, *aorta])]
 
 
 def ribs(a: Anatomy, side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -154,7 +123,7 @@ def vascular_tree(a: Anatomy, hila: list[tuple[float, float, int]]) -> tuple[np.
     at, heading = roots[:, :2], roots[:, 2]
     width, length = rng.uniform(3.6, 5.2, len(at)), rng.uniform(70, 95, len(at))
     segments, widths = [], []
-    while len(at):  # one generation of branches after the other; seven steps each, children at three of them
+    while len(at):  # generation by generation; seven steps per branch, children at three of them
         headings = heading[:, None] + np.cumsum(rng.normal(0, 0.16, (len(at), 7)), axis=1)
         step = np.stack([np.cos(headings), np.sin(headings)], axis=2) * (length / 7)[:, None, None]
         path = np.concatenate([at[:, None], at[:, None] + np.cumsum(step, axis=1)], axis=1)
@@ -171,25 +140,14 @@ def vascular_tree(a: Anatomy, hila: list[tuple[float, float, int]]) -> tuple[np.
 def trunk(a: Anatomy) -> list[np.ndarray]:
     """Outlines of neck with torso, and of the arms."""
     wall = a.half + 19 + 20 * a.fat
-    half = [
-        (56, -260),
-        (58, -190),
-        (78, -166),
-        (120, -153),
-        (170, -140),
-        (205, -118),
-        (wall + 44, -95),
-        (wall + 12, -62),
-        (wall, -10),
-        (wall - 3, 90),
-        (wall + 4, 260),
-    ]
+    shoulder = [(56, -260), (58, -190), (78, -166), (120, -153), (170, -140), (205, -118)]
+    half = [*shoulder, (wall + 44, -95), (wall + 12, -62), (wall, -10), (wall - 3, 90), (wall + 4, 260)]
     arm = [(190, -130), (222, -95), (245, 0), (255, 240), (212, 240), (200, 0), (182, -70)]
     return [np.vstack([mirror(half, 1), mirror(half, -1)[::-1]]), mirror(arm, 1), mirror(arm, -1)]
 
 
 def lower_body(a: Anatomy) -> Points:
-    """What lies below the diaphragm."""
+    """Outline of the body below the diaphragm."""
     w = a.half + 10
     right, left = a.dome[0] + 6, a.dome[1] + 6
     return [(-w, a.angle), (-0.5 * w, right), (0.5 * w, left), (w, a.angle), (w, 260), (-w, 260)]
@@ -209,7 +167,7 @@ def lateral_body(a: Anatomy) -> np.ndarray:
 
 
 def lateral_ribs(a: Anatomy) -> list[np.ndarray]:
-    """Ribs seen from the side fall from the spine towards the sternum."""
+    """Centre lines of ribs seen from the side, falling from the spine towards the sternum."""
     return [
         smooth([(98, y), (60, y + 22), (0, y + 62), (-62, y + 82)], closed=False)
         for y in a.apex + 12 + a.rib_step * np.arange(8)

@@ -1,6 +1,6 @@
-"""Who is drawn: patients, their studies and images, with the findings of each study. Pure.
+"""The patients to draw, their studies and images, and the findings of each study. Pure.
 
-Every random number comes from a stream of its own, keyed by the seed and by what is drawn.
+Each object draws its random numbers from its own stream, keyed by the seed and the object.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 from cxrfast.phantoms.findings import FINDINGS
 
 DAMAGE = ("truncated", "empty", "not a JPEG")
-"""What is done, in turn, to the images that `corrupt` asks for."""
+"""How the `corrupt` images are damaged, in turn."""
 
 VIEWS = {
     ("AP",): 0.40,
@@ -21,7 +21,7 @@ VIEWS = {
     ("PA", "LATERAL"): 0.12,
     ("AP", "PA", "LATERAL"): 0.03,
 }
-"""Views of a study and how often they occur; one image in ten is a lateral."""
+"""Views of a study and their probability; one image in ten is a lateral."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Image:
 
 
 def stream(seed: int, domain: str, index: int = 0) -> np.random.Generator:
-    """The random numbers of one thing: the same whichever process draws it, and whatever else is drawn."""
+    """Random numbers for one object: the same in any process, whatever else is drawn."""
     number = ("set", "patient", "study", "image", "labels").index(domain)
     return np.random.Generator(np.random.Philox(key=np.array([seed, number << 40 | index], np.uint64)))
 
@@ -98,13 +98,13 @@ def make_cohort(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list
 
 
 def _ids(rng: np.random.Generator, first: int, n: int) -> list[int]:
-    """`n` different numbers of eight digits, in no order."""
+    """`n` distinct numbers of eight digits, in random order."""
     gaps = rng.integers(1, max(2, 2 * 4_999_999 // n), n)
     return [int(i) for i in rng.permutation(first + np.cumsum(gaps))]
 
 
 def _shape(rng: np.random.Generator, size: int, view: str) -> tuple[int, int]:
-    """Height and width: portrait, the reverse, or now and then an odd ratio."""
+    """Height and width: portrait, landscape, or now and then an odd ratio."""
     kind = rng.random()
     ratio = rng.uniform(0.74, 1.0) if kind > 0.93 else rng.choice([0.818, 0.82, 0.832])
     short = round(size * float(ratio))

@@ -9,7 +9,7 @@ Points = Sequence[tuple[float, float]] | np.ndarray
 
 
 def smooth(points: Points, closed: bool = True, steps: int = 8) -> np.ndarray:
-    """Catmull-Rom curve through the points: (M, 2), `steps` points for each of theirs."""
+    """Catmull-Rom curve through the points: (M, 2), `steps` points per given one."""
     p = np.asarray(points, float)
     p = np.vstack([p[-1:], p, p[:2]]) if closed else np.vstack([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
@@ -20,7 +20,7 @@ def smooth(points: Points, closed: bool = True, steps: int = 8) -> np.ndarray:
 
 
 def mirror(points: Points, side: float) -> np.ndarray:
-    """The same on the other side of the body where `side` is -1."""
+    """`points`, on the other side of the body if `side` is -1."""
     return np.asarray(points, float) * (side, 1.0)
 
 

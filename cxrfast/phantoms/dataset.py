@@ -1,6 +1,6 @@
-"""`cxrfast synth`: a phantom MIMIC-CXR-JPG tree, radiographs nobody was exposed for.
+"""`cxrfast synth`: a phantom MIMIC-CXR-JPG tree.
 
-In: how many images, how large, which seed. Out: the folders, CSVs and checksums of MIMIC-CXR-JPG 2.1.0 with their
+In: number and size of the images, and a seed. Out: the folders, CSVs and checksums of MIMIC-CXR-JPG 2.1.0 with their
 quirks. The target must be new or empty.
 """
 
@@ -12,6 +12,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -37,32 +38,22 @@ DESCRIPTION = {
 }
 """Procedure, view code and orientation, as the metadata table has them."""
 
-METADATA = [
-    "dicom_id",
-    "subject_id",
-    "study_id",
-    "PerformedProcedureStepDescription",
-    "ViewPosition",
-    "Rows",
-    "Columns",
-    "StudyDate",
-    "StudyTime",
-    "ProcedureCodeSequence_CodeMeaning",
-    "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-]
-
 
 def tables(made: list[Image], seed: int) -> dict[str, list[list[str]]]:
     """The four CSVs by their short name, header first. Pure."""
     labels = [["subject_id", "study_id", *MIMIC], *label_rows(made, seed)]
-    metadata = [METADATA, *sorted(_metadata(image) for image in made)]
+    metadata = sorted((_metadata(image) for image in made), key=lambda row: row["dicom_id"])
     split = [["dicom_id", "study_id", "subject_id", "split"], *sorted(_splits(made, seed))]
-    return {"chexpert": labels, "negbio": labels, "metadata": metadata, "split": split}
+    return {
+        "chexpert": labels,
+        "negbio": labels,
+        "metadata": [[*metadata[0]], *([*row.values()] for row in metadata)],
+        "split": split,
+    }
 
 
 def label_rows(made: list[Image], seed: int) -> list[list[str]]:
-    """One row per study: mostly blank, some negatives said, some positives doubted. From ten studies on, one in
+    """One row per study: mostly blank, some negatives stated, some positives uncertain. From ten studies on, one in
     fifty (rounded up) has no row, and as many have a blank one."""
     rng = stream(seed, "labels")
     studies = {image.study_id: image for image in made}
@@ -85,27 +76,28 @@ def _label(name: str, present: tuple[str, ...], chance: float) -> str:
     return "0.0" if chance < (0.15 if name in FINDINGS else 0.04) else ""
 
 
-def _metadata(image: Image) -> list[str]:
+def _metadata(image: Image) -> dict[str, str]:
+    """A row of the metadata table, by column."""
     procedure, code, orientation = DESCRIPTION[image.view]
     time = f"{image.time:.3f}".rstrip("0").rstrip(".")  # a number, so no leading zeros
-    return [
-        image.dicom_id,
-        str(image.subject_id),
-        str(image.study_id),
-        procedure,
-        image.view,
-        str(image.height),
-        str(image.width),
-        str(image.date),
-        time,
-        procedure,
-        code,
-        orientation,
-    ]
+    return {
+        "dicom_id": image.dicom_id,
+        "subject_id": str(image.subject_id),
+        "study_id": str(image.study_id),
+        "PerformedProcedureStepDescription": procedure,
+        "ViewPosition": image.view,
+        "Rows": str(image.height),
+        "Columns": str(image.width),
+        "StudyDate": str(image.date),
+        "StudyTime": time,
+        "ProcedureCodeSequence_CodeMeaning": procedure,
+        "ViewCodeSequence_CodeMeaning": code,
+        "PatientOrientationCodeSequence_CodeMeaning": orientation,
+    }
 
 
 def _splits(made: list[Image], seed: int) -> Iterator[list[str]]:
-    """A tenth of the patients to validate and to test, at least one each where there are three."""
+    """One row per image; a tenth of the patients each in validate and test, at least one each if there are three."""
     patients = stream(seed, "labels", 1).permutation(sorted({image.subject_id for image in made}))
     tenth = max(1, len(patients) // 10) if len(patients) >= 3 else 0
     part = {
@@ -117,7 +109,7 @@ def _splits(made: list[Image], seed: int) -> Iterator[list[str]]:
 
 
 def encode(image: Image, seed: int) -> bytes:
-    """Bytes of the file: a grey JPEG of quality 95, or what `image.damage` made of it."""
+    """Bytes of the file: a grey JPEG of quality 95, damaged as `image.damage` says."""
     if image.damage == "empty":
         return b""
     if image.damage == "not a JPEG":
@@ -138,17 +130,15 @@ def _write_image(out: Path, seed: int, image: Image) -> str:
 def _write_images(out: Path, seed: int, made: list[Image], workers: int) -> list[str]:
     task = partial(_write_image, out, seed)
     hashes = []
-    with progress(f"synth {out}", len(made)) as advance:
-        if workers == 1:
-            for image in made:
-                hashes.append(task(image))
-                advance()
-            return hashes
-        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
-        with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
-            for found in pool.map(task, made, chunksize=max(1, min(8, len(made) // (4 * workers)))):
-                hashes.append(found)
-                advance()
+    with progress(f"synth {out}", len(made)) as advance, ExitStack() as stack:
+        written: Iterator[str] = map(task, made)
+        if workers > 1:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, cv2.setNumThreads, (1,)))
+            written = pool.map(task, made, chunksize=max(1, min(8, len(made) // (4 * workers))))
+        for digest in written:
+            hashes.append(digest)
+            advance()
     return hashes
 
 
@@ -162,16 +152,20 @@ def _check(out: Path, images: int, size: int, seed: int, corrupt: int, workers: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise RunError(f"{out} {what}: name a new or empty folder for the phantoms, nothing is overwritten")
-    if images < 1:
-        raise RunError(f"images is {images}: ask for at least 1")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise RunError(f"size is {size} px: choose {SIZES[0]} to {SIZES[1]}, the longer side of an image")
-    if not 0 <= corrupt <= images:
-        raise RunError(f"corrupt is {corrupt}: choose 0 to {images}, the number of images")
-    if not 0 <= seed < 1 << 63:
-        raise RunError(f"seed is {seed}: choose 0 or a positive number below 2**63")
-    if workers < 1:
-        raise RunError(f"workers is {workers}: ask for at least 1")
+    for name, value, is_valid, advice in (
+        ("images", images, images >= 1, "ask for at least 1"),
+        (
+            "size",
+            size,
+            SIZES[0] <= size <= SIZES[1],
+            f"choose {SIZES[0]} to {SIZES[1]} px, the longer side of an image",
+        ),
+        ("corrupt", corrupt, 0 <= corrupt <= images, f"choose 0 to {images}, the number of images"),
+        ("seed", seed, 0 <= seed < 1 << 63, "choose 0 or a positive number below 2**63"),
+        ("workers", workers, workers >= 1, "ask for at least 1"),
+    ):
+        if not is_valid:
+            raise RunError(f"{name} is {value}: {advice}")
 
 
 def synth(
@@ -180,8 +174,8 @@ def synth(
     """Write a phantom MIMIC-CXR-JPG tree into `out`; returns its counts: images, studies, patients, corrupt.
 
     `size`: longer side in pixels. `corrupt`: images to damage (truncated, empty, not a JPEG, in turn).
-    `workers`: processes, by default one a core. Same arguments, same bytes, whatever `workers` is.
-    Raises RunError for arguments out of range, for an `out` that holds something, and where writing fails.
+    `workers`: processes, by default one per core. Same arguments, same bytes, whatever `workers` is.
+    Raises RunError for arguments out of range, for an `out` that is not empty, and where writing fails.
     """
     out = Path(out)
     if workers is None:
@@ -203,8 +197,8 @@ def synth(
         ) from error
     except BrokenProcessPool as error:
         raise RunError(
-            f"{out}: a worker process died, perhaps for want of memory: empty the folder and use "
-            f"fewer than {workers} (scripts need `if __name__ == '__main__':`)"
+            f"{out}: a worker process died, perhaps out of memory: empty the folder and use fewer than {workers} "
+            "workers (scripts need `if __name__ == '__main__':`)"
         ) from error
     return {
         "images": images,

@@ -1,36 +1,26 @@
 """The pixels of a phantom radiograph, drawn at native resolution. Pure.
 
-Large findings survive any downscaling; fine ones are one to two native pixels wide and keep the local mean, so that
-nothing of them is left at low resolution. Attenuation is what is summed up: 0 air, about 1 bone.
+Large findings survive any downscaling; fine ones are one to two native pixels wide and keep the local mean, so they
+vanish at low resolution. Attenuations are added up: 0 is air, about 1 bone.
 """
 
 import cv2
 import numpy as np
 
-from cxrfast.phantoms.anatomy import (
-    Anatomy,
-    dome,
-    heart,
-    lateral_body,
-    lateral_lungs,
-    lateral_ribs,
-    lower_body,
-    lung,
-    ribs,
-    trunk,
-    vascular_tree,
-)
+from cxrfast.phantoms import anatomy as body
+from cxrfast.phantoms import planting
+from cxrfast.phantoms.anatomy import Anatomy
 from cxrfast.phantoms.cohort import Image, stream
 from cxrfast.phantoms.curves import Points, disc, mirror, smooth
 from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.phantoms.frame import Frame
-from cxrfast.phantoms.planting import Placement, fluid_outline, hairlines, nodule_outline, patch_outline, pleural_line
+from cxrfast.phantoms.planting import Placement
 
 
 def draw(image: Image, seed: int) -> np.ndarray:
     """The radiograph of `image`: uint8 (height, width), 0 for air.
 
-    All random numbers are drawn whatever is present: with and without a finding, all else is equal.
+    All random numbers are drawn whether or not a finding is present, so that everything else stays equal.
     Large structures are drawn at 256 to 512 pixels and enlarged; fine findings and noise at native size.
     """
     anatomy = Anatomy.of(stream(seed, "patient", image.patient))
@@ -50,14 +40,14 @@ def draw(image: Image, seed: int) -> np.ndarray:
         grey = cv2.resize(grey, (image.width, image.height), interpolation=how)
     grey += rng.standard_normal(grey.shape, np.float32) * np.float32(rng.uniform(1.4, 2.2))
     if "Pneumothorax" in image.present:
-        grey += fine(native, [pleural_line(anatomy, placement, image.view)], 42)
+        grey += fine(native, [planting.pleural_line(anatomy, placement, image.view)], 42)
     if "Fracture" in image.present:
-        grey += fine(native, hairlines(anatomy, placement, image.view), -60)
+        grey += fine(native, planting.hairlines(anatomy, placement, image.view), -60)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 
 def expose(attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Attenuation → grey levels, float32: uneven tissue, exposure, a film's shoulder for what is dense."""
+    """Attenuation → grey levels, float32: uneven tissue, exposure, a film's shoulder for dense parts."""
     h, w = attenuation.shape
     for cells, strength in ((5, 0.030), (24, 0.014), (90, 0.010)):
         noise = rng.standard_normal((cells, cells), np.float32) * np.float32(strength)
@@ -71,8 +61,8 @@ def expose(attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def fine(frame: Frame, lines: list[np.ndarray], levels: float) -> np.ndarray:
     """Grey levels that lines of one to two pixels add to an image. float32.
 
-    The surroundings are darkened by as much as the lines are brightened (or the reverse), as digital
-    radiography's edge enhancement does: the mean of any larger square stays, reduced images hold no trace.
+    The surroundings are darkened by as much as the lines are brightened (or the reverse), as in digital
+    radiography's edge enhancement: the mean of any larger square stays, so reduced images show no trace.
     """
     mask = np.zeros((frame.height, frame.width), np.uint8)
     for line in lines:
@@ -82,37 +72,28 @@ def fine(frame: Frame, lines: list[np.ndarray], levels: float) -> np.ndarray:
 
 
 def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap: bool) -> np.ndarray:
-    """Attenuation of a PA or AP view, but for fine findings. (H, W) float32."""
-    lungs = frame.areas([lung(a, -1), lung(a, 1)], 1.3)
+    """Attenuation of a PA or AP view without fine findings, float32 (H, W)."""
+    lungs = frame.areas([body.lung(a, -1), body.lung(a, 1)], 1.3)
     ratio = a.heart[1 if "Cardiomegaly" in present else 0]
-    centre = frame.areas(heart(a, ratio), 1.6)
-    tissue = frame.areas(trunk(a), 2.5)
+    centre = frame.areas(body.heart(a, ratio), 1.6)
+    tissue = frame.areas(body.trunk(a), 2.5)
     depth = tissue * (0.34 + 0.30 * frame.blur((tissue * 255).astype(np.uint8), 22))
     image = depth + (0.03 * a.fat) * tissue
-    tree = draw_vessels(frame, vascular_tree(a, [(-34, -12, -1), (34, -20, 1)]))
+    tree = draw_vessels(frame, body.vascular_tree(a, [(-34, -12, -1), (34, -20, 1)]))
     hila = frame.areas([disc(-36, -8, 13, 24), disc(37, -18, 12, 22)], 6)
     air = lungs * (1 - 0.93 * centre)
-    fluid = np.zeros_like(air)
-    if "Pleural Effusion" in present:
-        wet = [
-            mirror(fluid_outline((18, a.half + 2), dome(a, side) - height, a.angle + 12), side)
-            for side, height in zip((-1, 1), p.fluid, strict=True)
-            if height
-        ]
-        fluid = frame.areas(wet, 2.2)
-        air *= 1 - fluid
+    wet = [mirror(planting.fluid_outline(a, p, s, (18, a.half + 2)), s) for s in planting.effusions(p, present)]
+    fluid = frame.areas(wet, 2.2)
+    air *= 1 - fluid
     image -= air * (0.415 - 0.125 * tree - 0.09 * hila)
-    image += 0.05 * centre + 0.08 * np.maximum(frame.areas([lower_body(a)], 6), fluid)
+    image += 0.05 * centre + 0.08 * np.maximum(frame.areas([body.lower_body(a)], 6), fluid)
     if "Lung Opacity" in present:
-        image += 0.26 * frame.areas([patch_outline(a, p, "AP")], 6) * air
+        image += 0.26 * frame.areas([planting.patch_outline(a, p, "AP")], 6) * air
     if "Lung Lesion" in present:
-        image += 0.20 * frame.areas([nodule_outline(a, p, "AP")], 0.8)
+        image += 0.20 * frame.areas([planting.nodule_outline(a, p, "AP")], 0.8)
     image += bones(frame, a, ap)
-    image -= (
-        0.10
-        * frame.bands([[(0, -230), (1, -120), (3, -58)], [(3, -58), (-26, -32)], [(3, -58), (32, -38)]], 15, 2.0)
-        * tissue
-    )
+    airways = [[(0, -230), (1, -120), (3, -58)], [(3, -58), (-26, -32)], [(3, -58), (32, -38)]]
+    image -= 0.10 * frame.bands(airways, 15, 2.0) * tissue
     image -= 0.30 * frame.areas([disc(60, a.dome[1] + a.bubble + 12, 1.7 * a.bubble, a.bubble)], 2)
     if "Support Devices" in present:
         image += devices(frame, p.device, a)
@@ -121,7 +102,7 @@ def frontal(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...], ap
 
 def bones(frame: Frame, a: Anatomy, ap: bool) -> np.ndarray:
     """Ribs, clavicles, spine, shoulder blades and upper arms. An AP view shows the blades over the lungs."""
-    pairs = [ribs(a, side) for side in (-1, 1)]
+    pairs = [body.ribs(a, side) for side in (-1, 1)]
     bone = 0.105 * frame.bands([r for back, _ in pairs for r in back], 8.5, 0.8, core=0.6)
     bone += 0.065 * frame.bands([r for _, front in pairs for r in front], 10.5, 1.0, core=0.6)
     lift = a.clavicle - (10 if ap else 0)
@@ -141,37 +122,31 @@ def bones(frame: Frame, a: Anatomy, ap: bool) -> np.ndarray:
 
 
 def lateral(frame: Frame, a: Anatomy, p: Placement, present: tuple[str, ...]) -> np.ndarray:
-    """Attenuation of a lateral view, the patient facing left, but for fine findings. (H, W) float32."""
+    """Attenuation of a lateral view without fine findings, float32 (H, W). The patient faces left."""
     base = a.dome[0]
-    lungs = frame.areas([lateral_lungs(a)], 1.5)
+    lungs = frame.areas([body.lateral_lungs(a)], 1.5)
     ratio = a.heart[1 if "Cardiomegaly" in present else 0]
     rx = 0.31 * 2 * a.half * ratio
     vessels = smooth([(-20, -60), (5, -75), (22, -60), (24, 10), (5, 20), (-30, 0)])
     centre = frame.areas([disc(-88 + rx, base - 0.95 * rx + 6, rx, 1.12 * rx), vessels], 3)
-    tissue = frame.areas([lateral_body(a)], 2.5)
+    tissue = frame.areas([body.lateral_body(a)], 2.5)
     image = tissue * (0.36 + 0.28 * frame.blur((tissue * 255).astype(np.uint8), 22))
     air = lungs * (1 - 0.75 * centre)
-    fluid = np.zeros_like(air)
-    if "Pleural Effusion" in present:
-        wet = [
-            fluid_outline((-98, 104), dome(a, side) - height, a.angle + 12)
-            for side, height in zip((-1, 1), p.fluid, strict=True)
-            if height
-        ]
-        fluid = frame.areas(wet, 2.2)
-        air *= 1 - fluid
-    image -= air * (0.37 - 0.11 * draw_vessels(frame, vascular_tree(a, [(2, -22, 0)])))
+    wet = [planting.fluid_outline(a, p, side, (-98, 104)) for side in planting.effusions(p, present)]
+    fluid = frame.areas(wet, 2.2)
+    air *= 1 - fluid
+    image -= air * (0.37 - 0.11 * draw_vessels(frame, body.vascular_tree(a, [(2, -22, 0)])))
     belly = [(-130, base + 8), (70, base + 14), (130, a.angle), (130, 260), (-130, 260)]
     image += 0.08 * np.maximum(frame.areas([belly], 7), fluid) * tissue
     if "Lung Opacity" in present:
-        image += 0.24 * frame.areas([patch_outline(a, p, "LATERAL")], 6) * air
+        image += 0.24 * frame.areas([planting.patch_outline(a, p, "LATERAL")], 6) * air
     if "Lung Lesion" in present:
-        image += 0.20 * frame.areas([nodule_outline(a, p, "LATERAL")], 0.8)
+        image += 0.20 * frame.areas([planting.nodule_outline(a, p, "LATERAL")], 0.8)
     spine = [
         [(x - 7, y), (x + 7, y + 1)] for y in np.arange(-210, 240, a.rib_step) for x in [84 - 0.0013 * (y - 20) ** 2]
     ]
     image += 0.09 * frame.bands(spine, 0.78 * a.rib_step, 1.0, core=0.7)
-    image += 0.07 * frame.bands(lateral_ribs(a), 8.5, 0.9, core=0.6)
+    image += 0.07 * frame.bands(body.lateral_ribs(a), 8.5, 0.9, core=0.6)
     image += 0.08 * frame.bands([[(-62, -112), (-88, -60), (-102, 20)]], 9, 1, core=0.6)
     shoulder = smooth([(-10, -230), (60, -230), (44, -140), (20, -118), (-6, -140)])
     image += 0.16 * frame.areas([shoulder], 7)
@@ -208,13 +183,6 @@ def draw_vessels(frame: Frame, tree: tuple[np.ndarray, np.ndarray]) -> np.ndarra
     ends = frame.pixels(tree[0].reshape(-1, 2)).reshape(-1, 2, 1, 2)
     thick = np.ceil(tree[1] * 1.5).astype(int)  # classes of 2/3 mm, drawn wide over thin
     for k in np.unique(thick):
-        cv2.polylines(
-            mask,
-            list(ends[thick == k]),
-            False,
-            min(255, 60 + 25 * int(k)),
-            max(1, round(k / 1.5 * frame.scale)),
-            cv2.LINE_AA,
-            4,
-        )
+        grey, width = min(255, 60 + 25 * int(k)), max(1, round(k / 1.5 * frame.scale))
+        cv2.polylines(mask, list(ends[thick == k]), False, grey, width, cv2.LINE_AA, 4)
     return frame.blur(mask, 0.7)

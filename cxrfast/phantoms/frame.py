@@ -14,7 +14,7 @@ FIELD = 430.0
 
 @dataclass(frozen=True)
 class Frame:
-    """A grid of pixels over the patient, who lies `shift` mm off its centre, turned by `angle` radians."""
+    """A grid of pixels over the patient, who lies `shift` mm off its centre, rotated by `angle` radians."""
 
     height: int
     width: int
@@ -44,14 +44,14 @@ class Frame:
         return cv2.resize(soft, (self.width, self.height)) if part > 1 else soft
 
     def areas(self, outlines: Sequence[Points], blur: float) -> np.ndarray:
-        """Filled outlines."""
+        """Mask of filled outlines."""
         mask = np.zeros((self.height, self.width), np.uint8)
         for outline in outlines:
             cv2.fillPoly(mask, [self.pixels(outline)], 255, cv2.LINE_AA, 4)
         return self.blur(mask, blur)
 
     def bands(self, lines: Sequence[Points], width: float, blur: float, core: float = 1.0) -> np.ndarray:
-        """Lines of `width` mm; inside their walls the value is `core`, as in a bone with its cortex."""
+        """Lines of `width` mm, with the value `core` inside their walls, like a bone with its cortex."""
         mask = np.zeros((self.height, self.width), np.uint8)
         for share, value in ((1.0, 255), (0.62, round(255 * core)))[: 1 if core == 1.0 else 2]:
             for line in lines:

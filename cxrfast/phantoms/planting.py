@@ -11,7 +11,7 @@ from cxrfast.phantoms.findings import FINDINGS
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how large a study's findings are, were they present: all views of a study show the same ones.
+    """Place and size of each finding in a study, whether present or not: all its views show the same ones.
 
     Places in a lung are (side, u, v): side -1 is the image's left, u runs from 0 (medial; in a lateral view,
     anterior) to 1 (lateral; posterior), v from 0 (apex) to 1 (diaphragm).
@@ -28,9 +28,9 @@ class Placement:
     pleura: tuple[int, float]
     """side, mm inside the lung's border"""
     breaks: tuple[int, int, int, float]
-    """side, first rib, number of ribs, share of the way from spine to chest wall"""
+    """side, first rib, number of ribs, fraction of the way from spine to chest wall"""
     wobble: tuple[float, ...]
-    """Radii of the patch's outline, as shares of its radius."""
+    """Radii of the patch's outline, relative to its radius."""
 
     @classmethod
     def of(cls, rng: np.random.Generator) -> "Placement":
@@ -53,8 +53,14 @@ class Placement:
         )
 
 
-def fluid_outline(x: tuple[float, float], level: float, bottom: float) -> np.ndarray:
-    """Fluid from `bottom` up to a meniscus that climbs from x[0] to x[1], where it stands at `level`."""
+def effusions(p: Placement, present: tuple[str, ...]) -> list[int]:
+    """Sides with fluid; none if the study has no effusion."""
+    return [side for side, height in zip((-1, 1), p.fluid, strict=True) if height and "Pleural Effusion" in present]
+
+
+def fluid_outline(a: Anatomy, p: Placement, side: int, x: tuple[float, float]) -> np.ndarray:
+    """Fluid over the dome of a side, up to a meniscus that climbs from x[0] to x[1]."""
+    level, bottom = dome(a, side) - p.fluid[0 if side < 0 else 1], a.angle + 12
     t = np.linspace(0, 1, 24)
     surface = np.stack([x[0] + t * (x[1] - x[0]), level + 22 * (1 - t**3)], axis=1)
     return np.vstack([surface, [(x[1], bottom), (x[0], bottom)]])

@@ -1,4 +1,4 @@
-"""Arrays on disk: a zarr group, written by one process under a temporary name, then renamed. Knows nothing of runs."""
+"""Arrays on disk: a zarr group, written by one process under a temporary name, then renamed."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ from cxrfast.files import TEMPORARY
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
-    """Write a zarr group that takes `path`'s place when it is whole."""
+    """Write a zarr group that replaces `path` once it is complete."""
     temporary, old = path.with_name(path.name + TEMPORARY), path.with_name(path.name + ".old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     group = zarr.open_group(temporary, mode="w", zarr_format=3)
     for name, array in arrays.items():
-        lost = np.nan if array.dtype.kind == "f" else 0  # what a chunk that is lost later reads as; 0 is zarr's own
+        lost = np.nan if array.dtype.kind == "f" else 0  # value of a chunk that is lost later; zarr's default is 0
         made = group.create_array(name, shape=array.shape, dtype=array.dtype, fill_value=lost)
         made[...] = array
     group.attrs.update(dict(attributes))
@@ -31,9 +31,9 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mappi
 
 
 def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
-    """Write `arrays` and `attributes` into the group at `path`, keeping what it holds under other names.
+    """Write `arrays` and `attributes` into the group at `path`, keeping others that are there.
 
-    Raises RunError if a group is there that cannot be read: it is neither used nor overwritten.
+    Raises RunError if the existing group cannot be read: it is neither used nor overwritten.
     """
     kept_arrays: dict[str, np.ndarray] = {}
     kept_attributes: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapp
 
 
 def read_array(group: Any, name: str, advice: str) -> np.ndarray:
-    """An array of an open store. Raises RunError with `advice` if it is absent, damaged or has lost a chunk."""
+    """An array of an open group. Raises RunError with `advice` if it is missing, damaged or has lost a chunk."""
     try:
         array = np.asarray(group[name][:])
     except Exception as error:  # of zarr, of its codecs, of the file system
@@ -61,7 +61,7 @@ def read_array(group: Any, name: str, advice: str) -> np.ndarray:
 
 
 def open_arrays(path: Path) -> Any:
-    """The zarr group at `path`, read-only. Raises RunError if it is none."""
+    """The zarr group at `path`, read-only. Raises RunError if it cannot be read."""
     try:
         return zarr.open_group(path, mode="r")
     except Exception as error:  # zarr's own classes differ by version

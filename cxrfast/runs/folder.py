@@ -1,6 +1,6 @@
-"""Names of the files in a run's folder, RUNS/<arch>-<scale>/fold-<k>/. Each file is whole or absent; only this module knows its name.
+"""Names of the files in a run's folder, RUNS/<arch>-<scale>/fold-<k>/, which only this module knows. Each is whole or absent.
 
-Imports neither torch nor pandas, since `cxrfast status` has to answer at once.
+Imports neither torch nor pandas, since `cxrfast status` must answer at once.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,42 @@ WEIGHTS = "best.safetensors"
 FIGURE = "gradcam-"
 
 
+class _File:
+    """Path of a file in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunFolder", owner: type) -> Path:
+        return run.folder / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where the files of a run are, or will be once it is started."""
 
     folder: Path
+
+    config_path = _File("config.json")
+    """The configuration, its hash, where the shards were, versions."""
+    state_path = _File("state.json")
+    """running | preempted | done | failed, epoch, rate, heartbeat."""
+    metrics_path = _File("metrics.jsonl")
+    """One line per epoch."""
+    rows_path = _File("rows.parquet")
+    """The run's own copy of rows, parts and raw labels."""
+    checkpoint_path = _File("last.pt")
+    """The checkpoint to resume from."""
+    weights_path = _File(WEIGHTS)
+    """Weights of the epoch with the lowest validation loss."""
+    predictions_path = _File("predictions.zarr")
+    """Logits of the validation and test rows."""
+    maps_path = _File("maps.zarr")
+    """Receptive field and Grad-CAM maps."""
+    profile_path = _File("profile.json")
+    """Trace of a few training steps."""
+    tensorboard_path = _File("tensorboard")
+    """Folder of TensorBoard's events."""
 
     @staticmethod
     def of(runs: Path, arch: str, scale: int, fold: int, name: str | None = None) -> "RunFolder":
@@ -24,72 +55,22 @@ class RunFolder:
 
     @staticmethod
     def below(runs: Path) -> list["RunFolder"]:
-        """Every folder below `runs` that holds a run, damaged or not; sorted by path."""
-        # glob passes over folders that may not be read, as those of other people
+        """Every folder below `runs` with a run, damaged or not; sorted by path."""
+        # glob skips unreadable folders, such as those of other users
         found = {path.parent for name in ("config.json", "state.json") for path in runs.glob(f"*/fold-*/{name}")}
         return [RunFolder(folder) for folder in sorted(found)]
 
     @property
     def name(self) -> str:
-        """`densenet121-2048/fold-0`, as people call it."""
+        """`densenet121-2048/fold-0`, for people."""
         return f"{self.folder.parent.name}/{self.folder.name}"
-
-    @property
-    def config_path(self) -> Path:
-        """The configuration, its hash, where the shards were, versions."""
-        return self.folder / "config.json"
-
-    @property
-    def state_path(self) -> Path:
-        """running | preempted | done | failed, epoch, rate, heartbeat."""
-        return self.folder / "state.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One line per epoch."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def rows_path(self) -> Path:
-        """The run's own copy of rows, parts and raw labels."""
-        return self.folder / "rows.parquet"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """The checkpoint to resume from."""
-        return self.folder / "last.pt"
-
-    @property
-    def weights_path(self) -> Path:
-        """Weights of the epoch with the lowest validation loss."""
-        return self.folder / WEIGHTS
-
-    @property
-    def predictions_path(self) -> Path:
-        """Logits of the validation and test rows."""
-        return self.folder / "predictions.zarr"
-
-    @property
-    def maps_path(self) -> Path:
-        """Receptive field and Grad-CAM maps."""
-        return self.folder / "maps.zarr"
-
-    @property
-    def profile_path(self) -> Path:
-        """A trace of a few training steps."""
-        return self.folder / "profile.json"
-
-    @property
-    def tensorboard_path(self) -> Path:
-        """Folder of TensorBoard's events."""
-        return self.folder / "tensorboard"
 
     def gradcam_path(self, label: str) -> Path:
         """Figure of a finding's Grad-CAM maps."""
         return self.folder / f"{FIGURE}{quote(label, safe=' ')}.png"
 
     def gradcam_paths(self) -> dict[str, Path]:
-        """The Grad-CAM figures that are there, by finding as the file names spell it; sorted."""
+        """The existing Grad-CAM figures by finding, as spelt in the file names; sorted."""
         paths = sorted(self.folder.glob(f"{FIGURE}*.png"))
         return {path.stem.removeprefix(FIGURE): path for path in paths}
 
@@ -107,5 +88,5 @@ class RunFolder:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the checkpoint and the best weights that are there."""
+        """Bytes of the checkpoint and the best weights, as far as they exist."""
         return sum(path.stat().st_size for path in (self.checkpoint_path, self.weights_path) if path.exists())

@@ -1,4 +1,4 @@
-"""Origin of a run's first weights, as a text, and how tables point it out. Reads configurations only, no files."""
+"""The origin of a run's first weights as text, and the sign and footnote that tables mark it with. Reads no files."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ SIGN = "†"
 """Follows the name of a run, or of a group of runs, whose first weights came from another run."""
 
 FROM_RUN = "from "
-"""What such an origin begins with."""
+"""Start of the text of an origin that is another run."""
 
 
 def origin_of(config: TrainConfig) -> str:
@@ -37,7 +37,7 @@ def marked_name(name: str, origin: str) -> str:
 
 
 def origin_footnote(origins: Mapping[str, str]) -> str:
-    """What the sign means, from the origin of each name; empty where no name carries it."""
+    """Explanation of the sign, from the origin of each name; empty if no name has the sign."""
     marked = {name: origin for name, origin in origins.items() if origin.startswith(FROM_RUN)}
     if not marked:
         return ""

@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -26,6 +27,15 @@ from cxrfast.runs.folder import RunFolder
 if TYPE_CHECKING:
     from cxrfast.models.classifier import Classifier
     from cxrfast.pipelines.reader import Reader
+
+
+class _ConfigFile(TypedDict):
+    config: dict[str, Any]
+    shards: str
+
+
+class _Line(TypedDict):
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -48,18 +58,16 @@ class Run(RunFolder):
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """The run in a folder like `runs/densenet121-256/fold-0`. Raises RunError if there is none or its config.json is damaged."""
+        """The run in a folder like `runs/densenet121-256/fold-0`. Raises RunError if its config.json is missing or damaged."""
         folder = Path(folder)
         path = RunFolder(folder).config_path
         if not path.is_file():
             raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
         try:
-            value = json.loads(path.read_bytes())
+            value = _checked(json.loads(path.read_bytes()), _ConfigFile)
             return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
-        except (ValueError, KeyError, TypeError, RunError) as error:
-            raise RunError(
-                f"{path} is damaged ({error}): restore it, or train the run again in a new folder"
-            ) from error
+        except (OSError, ValueError, RunError) as error:
+            raise RunError(f"{path} is damaged ({error})") from error
 
     @classmethod
     def find(cls, runs: str | Path) -> list["Run"]:
@@ -75,9 +83,9 @@ class Run(RunFolder):
 
     @classmethod
     def start(cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> "Run":
-        """Create the run, or take up the one that is there if its configuration is the same.
+        """Create the run, or continue the existing one if its configuration is the same.
 
-        Raises RunError naming the differences if it is not; but a run that failed with nothing to lose takes the new one.
+        Otherwise raises RunError naming the differences, unless the run failed with nothing to lose: it is then replaced.
         """
         run = cls(folder, config, shards)
         if run.is_started:
@@ -118,7 +126,7 @@ class Run(RunFolder):
             ) from error
 
     def reader(self, shards: Path | None = None) -> "Reader":
-        """A reader of the run's shard set at its scale; `shards`: where the set is now, if not where it was.
+        """A reader of the run's shard set at its scale; `shards`: where the set is now, if it has moved.
 
         Raises RunError if it is another set.
         """
@@ -138,8 +146,8 @@ class Run(RunFolder):
         """{} if the run never started."""
         path = self.state_path
         try:
-            return json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as error:
+            return _checked(json.loads(path.read_bytes()), dict[str, Any]) if path.exists() else {}
+        except (OSError, ValueError) as error:
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
     def set_state(self, state: str, **more: Any) -> None:
@@ -151,37 +159,34 @@ class Run(RunFolder):
 
     @property
     def has_nothing_to_lose(self) -> bool:
-        """True if it failed before anything was trained: its folder may take another configuration."""
+        """True if it failed before anything was trained, so that another configuration may take its folder."""
         results = (self.checkpoint_path, self.weights_path, self.metrics_path)
         return self.state().get("state") == "failed" and not any(path.exists() for path in results)
 
     # Metrics
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict an epoch, oldest first. A line that a killed process left unfinished is not one."""
+        """One dict per epoch, oldest first, without a last line that a killed process left unfinished."""
         path = self.metrics_path
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            return _checked([json.loads(line) for line in lines], list[_Line])
+        except (OSError, ValueError) as error:
             raise RunError(f"{path} is damaged: restore it, or train the run again in a new folder") from error
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        """Append an epoch's line; those of this epoch and later ones, left by a killed process, go."""
-        kept = [m for m in self.metrics() if m["epoch"] < line["epoch"]]
-        self._write_metrics([*kept, line])
+        """Append an epoch's line, in place of lines of this or later epochs that a killed process left."""
+        self.cut_metrics(line["epoch"], line)
 
-    def cut_metrics(self, epochs: int) -> None:
-        """Keep the lines of the first `epochs` epochs: what the checkpoint knows of."""
-        self._write_metrics([m for m in self.metrics() if m["epoch"] < epochs])
-
-    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+    def cut_metrics(self, epochs: int, *more: dict[str, Any]) -> None:
+        """Keep the lines of the first `epochs` epochs, those in the checkpoint, and add `more`."""
+        lines = [*(m for m in self.metrics() if m["epoch"] < epochs), *more]
         write_bytes(self.metrics_path, "".join(json.dumps(m) + "\n" for m in lines).encode())
 
     # Checkpoint and weights
 
     def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = io.BytesIO()  # torch's own writing to a full disk is a RuntimeError about a position
+        data = io.BytesIO()  # writing to a full disk itself, torch raises a RuntimeError about a position
         torch.save({**checkpoint, "config_hash": self.config.hash}, data)
         with replacing(self.checkpoint_path) as file:
             file.write(data.getbuffer())
@@ -196,16 +201,16 @@ class Run(RunFolder):
             owner = checkpoint["config_hash"]
         except Exception as error:  # torch raises half a dozen unrelated classes here
             raise RunError(
-                f"{path} is damaged ({type(error).__name__}): delete it to start the run anew, or restore it"
+                f"{path} is damaged ({type(error).__name__}): delete it to restart the run, or restore it"
             ) from error
         if owner != self.config.hash:
             raise RunError(
-                f"{path} belongs to another configuration: delete it to start the run anew, or choose another --runs"
+                f"{path} belongs to another configuration: delete it to restart the run, or choose another --runs"
             )
         return checkpoint
 
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Replace the best weights; what was made with the old ones is deleted."""
+        """Replace the best weights, and delete predictions, maps and figures made with the old ones."""
         for derived in (self.predictions_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
         for figure in self.gradcam_paths().values():
@@ -214,7 +219,7 @@ class Run(RunFolder):
         write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.config.hash}))
 
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """The best weights, as a state dict. Raises RunError if the run has none yet, or damaged ones."""
+        """The best weights, as a state dict. Raises RunError if they are missing or damaged."""
         path = self.weights_path
         try:
             return load_file(path)
@@ -249,7 +254,7 @@ class Run(RunFolder):
         write_arrays(self.predictions_path, arrays, owner)
 
     def read_predictions(self, part: str) -> Predictions:
-        """Raises RunError if the run has not predicted `part` or if the store is another configuration's."""
+        """Logits of `part`. Raises RunError if they are missing or belong to another configuration."""
         path, again = self.predictions_path, f"predict again with `cxrfast predict {self.folder}`"
         if not self.has_predictions:
             raise RunError(f"{self.name} has no predictions: `cxrfast predict {self.folder}`")
@@ -265,8 +270,14 @@ class Run(RunFolder):
         return open_arrays(self.maps_path) if self.maps_path.is_dir() else None
 
     def add_maps(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
-        """Write arrays and attributes into the maps, keeping what they hold under other names."""
+        """Write arrays and attributes into the maps, keeping others that are there."""
         update_arrays(self.maps_path, arrays, attributes)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """`value`, unchanged, if it is of that type. Raises ValueError if not."""
+    msgspec.convert(value, kind)
+    return value
 
 
 def part_rows(rows: pd.DataFrame, part: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""TensorBoard's view of a run: the lines of its metrics as scalars, into a folder in the run. Needs `cxrfast[tensorboard]`."""
+"""Writes the metrics of a run as TensorBoard scalars, into a folder in the run. Needs `cxrfast[tensorboard]`."""
 
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ TAGS = {
     "resident_bytes": "memory/process, GiB",
     "gpu_peak_bytes": "memory/torch on the GPU, GiB",
 }
-"""Where the numbers of a line are shown; the rest of it is not."""
+"""Metric → tag; other metrics are not shown."""
 
 
 class Board:
     """Writes the epochs of a run as events."""
 
     def __init__(self, folder: Path, epoch: int = 0) -> None:
-        """`folder`: for the events. `epoch`: the first that will be added, from 0: events of it and later ones, left by a
-        training that was cut back, are hidden from then on. Raises RunError if TensorBoard is not installed."""
+        """`folder`: for the events. `epoch`: the first that will be added, from 0; older events of it and later epochs, left
+        by a run that resumed earlier, are hidden. Raises RunError if TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -31,7 +31,7 @@ class Board:
         self.writer = SummaryWriter(folder, purge_step=epoch)
 
     def add(self, line: dict[str, Any], step: int) -> None:
-        """Show a line of the metrics at `step`, the epoch from 0; what is undefined there is left out."""
+        """Write a line of the metrics at `step`, the epoch from 0, without undefined values."""
         scalars = {tag: line.get(name) for name, tag in TAGS.items()}
         scalars |= {f"AUROC/{label}": value for label, value in line.get("val_auroc_by_label", {}).items()}
         for tag, value in scalars.items():

@@ -30,8 +30,8 @@ from cxrfast.distributed import World, pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.files import write_json
 from cxrfast.machine import memory_bytes, processor, usable_cores
+from cxrfast.models import densenet
 from cxrfast.models.classifier import Classifier, check_arch
-from cxrfast.models.densenet import SHAPES
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
             room = f"the machine has {memory_bytes() / 2**30:.1f} GiB, {ranks.local_size} processes share it"
         smaller = [n for n in shareable(config.global_batch, ranks.size, config.micro_batch) if n < config.micro_batch]
         helps = [f"--micro-batch {smaller[-1]}", "--micro-batch auto"] if smaller else ["a smaller --scale"]
-        if config.arch in SHAPES:
+        if config.arch in densenet.ARCHITECTURES:
             helps.append("--recompute")
         raise RunError(
             f"memory ran out with micro-batches of {config.micro_batch} images of {config.scale} px in "

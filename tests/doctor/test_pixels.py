@@ -128,5 +128,5 @@ def test_a_dali_that_always_fails_is_not_covered_by_the_host(reader, monkeypatch
 
     monkeypatch.setattr(DaliEngine, "_pipeline", fail)
     monkeypatch.setattr(pixels, "_rows", lambda reader: reader.rows[:3])
-    with pytest.raises(LoadError, match="DALI fails on images that are whole"):
+    with pytest.raises(LoadError, match="DALI fails on undamaged images"):
         dali_pixels(reader, CPU)

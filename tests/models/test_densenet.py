@@ -3,26 +3,31 @@
 import copy
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torchvision.models import DenseNet, densenet121, get_model
 
-from cxrfast.models.densenet import SHAPES, DenseNet, Shape
+from cxrfast.models.densenet import ARCHITECTURES, lean
 
 ODD = 7
 """Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""
 
 
+SMALL = partial(DenseNet, 8, (2, 3, 2), 16, num_classes=3)
+"""torchvision's, with three blocks of two or three layers."""
+
+
 def small(recompute: bool = False) -> DenseNet:
-    """Three blocks of two or three layers; the same weights each time."""
+    """With the same weights each time."""
     torch.manual_seed(0)
-    return DenseNet(Shape(8, (2, 3, 2), 16), 3, recompute)
+    return lean(SMALL(), recompute)
 
 
 def images(n: int = 2, side: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,38 +65,42 @@ def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(recompute: bool) -> None:
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large: bool, recompute: bool) -> None:
     torch.manual_seed(3)
-    oracle = torchvision.models.densenet121(num_classes=3).double()
-    ours = DenseNet(SHAPES["densenet121"], 3, recompute).double()
-    ours.load_state_dict(oracle.state_dict())
+    oracle = (densenet121(num_classes=3) if large else SMALL()).double()
+    ours = lean(copy.deepcopy(oracle), recompute)
     pixels = images(dtype=torch.float64)
     theirs_layers, our_layers = outputs(oracle), outputs(ours)
     theirs, mine = step(oracle, pixels), step(ours, pixels)
-    assert len(theirs_layers) == 3 + 3 * 58 + 4 + 3
+    layers, transitions = (58, 3) if large else (7, 2)
+    assert len(theirs_layers) == 3 + 3 * layers + (transitions + 1) + transitions
     for name, value in theirs_layers.items():
         torch.testing.assert_close(our_layers[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     assert mine.keys() == theirs.keys()
-    assert len(mine) == 2 + 364 + 3 * 121
+    assert len(mine) == 2 + len(list(oracle.parameters())) + len(list(oracle.buffers()))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(pixels), oracle.eval()(pixels), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("arch", SHAPES)
-def test_state_dicts_have_torchvisions_names_and_shapes(arch: str) -> None:
+@pytest.mark.parametrize(
+    "arch", [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])]
+)
+def test_names_shapes_and_their_order_are_torchvisions(arch: str) -> None:
     with torch.device("meta"):
-        ours, oracle = DenseNet(SHAPES[arch], 5), torchvision.models.get_model(arch, num_classes=5)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in oracle.state_dict().items()}
+        ours, oracle = lean(get_model(arch, num_classes=5)), get_model(arch, num_classes=5)
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in oracle.state_dict().items()
+    ]
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in oracle.named_parameters()], "order, for optimisers"
 
 
 def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_back() -> None:
-    torch.manual_seed(4)
-    oracle = torchvision.models.densenet121(num_classes=5)
-    torch.manual_seed(4)
-    ours = DenseNet(SHAPES["densenet121"], 5)
+    ours = small()
+    torch.manual_seed(0)
+    oracle = SMALL()
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in oracle.state_dict().items())
     with torch.no_grad():
         ours.features.conv0.weight.add_(1)
@@ -102,8 +111,7 @@ def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_ba
 # Checkpointing
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("precision", "training"), [("fp32", True), ("fp32", False), ("bf16", True)])
 def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, training: bool) -> None:
     def one(recompute: bool) -> dict[str, torch.Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
@@ -179,6 +187,7 @@ def test_a_copy_is_independent_and_equal() -> None:
     assert all(torch.equal(a[name], value) for name, value in b.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_it_can_be_compiled(recompute: bool) -> None:
     eager, compiled = step(small(recompute), images()), small(recompute)
@@ -216,8 +225,9 @@ def copied(net: nn.Module, pixels: torch.Tensor) -> list[list[int]]:
     return [shape for shape in shapes if len(shape) == 4 and shape[0] == ODD]
 
 
-def test_a_channels_last_step_copies_no_activation() -> None:
-    net = DenseNet(SHAPES["densenet121"], 14).to(memory_format=torch.channels_last)
+@pytest.mark.slow
+def test_a_channels_last_step_of_densenet121_copies_no_activation() -> None:
+    net = lean(densenet121(num_classes=14)).to(memory_format=torch.channels_last)
     # a block's last layer alone has one reader: its gradient is cut out of that of the concatenation, not summed
     last = [[ODD, 32, side, side] for side in (2, 4, 8, 16)]
     assert copied(net, images(ODD)) == last

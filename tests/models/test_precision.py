@@ -6,12 +6,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torchvision.models import DenseNet
 from trainings import CUDA, make_trainer, needs_gpu
 
 from cxrfast.cli.main import cli
 from cxrfast.config import COMPILE_MODES, Runtime
 from cxrfast.errors import RunError
-from cxrfast.models.densenet import DenseNet, Shape
+from cxrfast.models.densenet import lean
 from cxrfast.models.precision import compiled, resolve_precision, use_tf32, without_tf32
 
 
@@ -36,8 +37,8 @@ def test_a_compiled_network_accumulates_the_gradients_of_an_eager_one(mode: str)
     """Two micro-batches before the gradients are looked at, as every preset has it."""
     torch.manual_seed(0)
     use_tf32("fp32")
-    eager = DenseNet(Shape(8, (2, 2), 16), 5).to(CUDA, memory_format=torch.channels_last)
-    other = DenseNet(Shape(8, (2, 2), 16), 5).to(CUDA, memory_format=torch.channels_last)
+    eager = lean(DenseNet(8, (2, 2), 16, num_classes=5)).to(CUDA, memory_format=torch.channels_last)
+    other = lean(DenseNet(8, (2, 2), 16, num_classes=5)).to(CUDA, memory_format=torch.channels_last)
     other.load_state_dict(eager.state_dict())
     forward = compiled(other, mode)
     for images in torch.randn(2, 4, 3, 64, 64, device=CUDA):

@@ -32,7 +32,7 @@ def test_a_network_without_a_convolutional_feature_map_is_named(arch: str) -> No
 
 
 class Branches(nn.Module):
-    """x + wide(x), gated by a global mean as in squeeze-and-excitation, beside x itself."""
+    """x + wide(x), gated by a global mean as in squeeze-and-excitation, next to x itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import copy_set
+from damage import copy_set, without_grids
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import dali
@@ -22,16 +22,6 @@ from cxrfast.shards.images.cell_means import STEPS, grid, pack, unpack
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
-def without_grids(folder: Path, copy: Path) -> Path:
-    """The set as an earlier version built it."""
-    copy_set(folder, copy)
-    for path in copy.glob("*/*.json"):
-        manifest = json.loads(path.read_bytes())
-        del manifest["grids"]
-        path.write_text(json.dumps(manifest) + "\n")
-    return copy
 
 
 def load(folder: Path, stored: int, corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None, **options) -> Loader:
@@ -58,6 +48,7 @@ def test_sound_decoding_raises_no_alarm(either_set: Path, augment: Augment | Non
     assert read_all(load(either_set, 64, augment=augment, scale=size)) == 150
 
 
+@pytest.mark.slow
 @needs_dali
 @pytest.mark.parametrize("scale", [64, 256, 1024])
 def test_real_radiographs_raise_no_alarm(real_set: Path, scale: int) -> None:
@@ -65,14 +56,6 @@ def test_real_radiographs_raise_no_alarm(real_set: Path, scale: int) -> None:
     assert read_all(loader) == 237
     assert loader.proof.compared == 237
     assert 0 < loader.proof.largest < loader.proof.tolerance
-
-
-def shifted(images: torch.Tensor) -> torch.Tensor:
-    return images.roll(5, 2)
-
-
-def neighbours(images: torch.Tensor) -> torch.Tensor:
-    return images.roll(1, 0)
 
 
 def zeros(images: torch.Tensor) -> torch.Tensor:
@@ -84,17 +67,29 @@ def quarter_zeroed(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
+CORRUPTIONS = {
+    "zeros": zeros,
+    "quarter zeroed": quarter_zeroed,
+    "shifted": lambda images: images.roll(5, 2),
+    "neighbours": lambda images: images.roll(1, 0),
+}
+
+
 @needs_dali
-@pytest.mark.parametrize("corrupt", [shifted, neighbours, zeros, quarter_zeroed])
-def test_a_corrupting_decoder_is_caught_and_a_row_named(real_set: Path, corrupt) -> None:
-    loader = load(real_set, 256, corrupt)
-    with pytest.raises(LoadError, match=r"images that DALI decoded .* first row \d+ of .* at 256 px: .* --engine host"):
+@pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
+@pytest.mark.parametrize(
+    ("fixture", "scale"), [("tiny_set", 64), pytest.param("real_set", 256, marks=pytest.mark.slow)]
+)
+def test_a_corrupting_decoder_is_caught_and_a_row_named(request, fixture: str, scale: int, corrupt) -> None:
+    loader = load(request.getfixturevalue(fixture), scale, corrupt)
+    says = rf"images that DALI decoded .* first row \d+ of .* at {scale} px: .* --engine host"
+    with pytest.raises(LoadError, match=says):
         read_all(loader)
 
 
 @needs_dali
-def test_one_bad_image_among_all_is_found_and_is_the_one_that_is_named(real_set: Path) -> None:
-    loader = load(real_set, 256, augment=Augment())
+def test_one_bad_image_among_all_is_found_and_is_the_one_that_is_named(tiny_set: Path) -> None:
+    loader = load(tiny_set, 64, augment=Augment())
     compare = loader.proof.compare
 
     def spoil(images: torch.Tensor, rows: np.ndarray, means: np.ndarray) -> None:
@@ -103,13 +98,13 @@ def test_one_bad_image_among_all_is_found_and_is_the_one_that_is_named(real_set:
         compare(images, rows, means)
 
     loader.proof.compare = spoil
-    with pytest.raises(LoadError, match=r"^1 of 237 images .* first row 123 of"):
+    with pytest.raises(LoadError, match=r"^1 of 150 images .* first row 123 of"):
         read_all(loader)
 
 
 @needs_dali
-def test_wrong_pixels_are_found_before_the_epoch_ends_by_whoever_asks(real_set: Path) -> None:
-    loader = load(real_set, 64, zeros)
+def test_wrong_pixels_are_found_before_the_epoch_ends_if_asked(tiny_set: Path) -> None:
+    loader = load(tiny_set, 64, zeros)
     with closing(loader), closing(loader.epoch()) as batches:
         next(batches)
         assert "first row" in (loader.problem() or "")
@@ -118,32 +113,32 @@ def test_wrong_pixels_are_found_before_the_epoch_ends_by_whoever_asks(real_set: 
 
 
 @needs_dali
-def test_a_set_without_grids_iscompared_with_the_host_on_some_rows(real_set: Path, tmp_path: Path) -> None:
-    old = without_grids(real_set, tmp_path / "old")
-    loader = load(old, 256)
-    assert read_all(loader) == 237
-    assert loader.proof.compared == len(range(0, 237, EVERY))
-    assert loader.proof.unknown == 237
+def test_a_set_without_grids_is_compared_with_the_host_on_some_rows(tiny_set: Path, tmp_path: Path) -> None:
+    old = without_grids(copy_set(tiny_set, tmp_path / "old"))
+    loader = load(old, 64)
+    assert read_all(loader) == 150
+    assert loader.proof.compared == len(range(0, 150, EVERY))
+    assert loader.proof.unknown == 150
     with pytest.raises(LoadError, match="first row 0 of"):
-        read_all(load(old, 256, zeros))
+        read_all(load(old, 64, zeros))
 
 
 @needs_dali
-def test_wrong_means_in_a_manifest_are_not_blamed_on_the_decoder(real_set: Path, tmp_path: Path) -> None:
-    folder = copy_set(real_set, tmp_path / "set")
-    path = folder / "256" / "000001.json"
+def test_wrong_means_in_a_manifest_are_not_blamed_on_the_decoder(tiny_set: Path, tmp_path: Path) -> None:
+    folder = copy_set(tiny_set, tmp_path / "set")
+    path = folder / "64" / "000001.json"
     manifest = json.loads(path.read_bytes())
     grids = unpack(manifest["grids"], len(manifest["rows"])).copy()
     grids[3] = grids[4]
     path.write_text(json.dumps({**manifest, "grids": pack(grids)}) + "\n")
     with pytest.raises(
-        LoadError, match=rf"are not those of its images, first row {manifest['rows'][3]} at 256 px: `cxrfast"
+        LoadError, match=rf"are not those of its images, first row {manifest['rows'][3]} at 64 px: `cxrfast"
     ):
-        read_all(load(folder, 256))
+        read_all(load(folder, 64))
 
 
-def test_rows_without_grids_are_unknown_but_for_some(real_set: Path, tmp_path: Path) -> None:
-    with Reader(without_grids(real_set, tmp_path / "old"), 256) as old, Reader(real_set, 256) as reader:
+def test_rows_without_grids_are_unknown_except_for_some(tiny_set: Path, tmp_path: Path) -> None:
+    with Reader(without_grids(copy_set(tiny_set, tmp_path / "old")), 64) as old, Reader(tiny_set, 64) as reader:
         rows = np.arange(2 * EVERY + 1)
         means, known = Proof(old, CPU).expected(rows), Proof(reader, CPU).expected(rows)
     decoded = rows % EVERY == 0

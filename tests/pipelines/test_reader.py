@@ -4,9 +4,8 @@ import pickle
 import shutil
 import sys
 import tarfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
@@ -30,10 +29,6 @@ def by_tarfile(folder: Path, scale: int) -> dict[int, bytes]:
         with tarfile.open(path) as tar:
             images.update({int(m.name[:9]): tar.extractfile(m).read() for m in tar if not m.name.endswith(".json")})
     return images
-
-
-def tar_of(folder: Path, scale: int, row: int) -> Path:
-    return shard_path(folder, scale, where(folder, scale, row)[0], "tar")
 
 
 def read_all(reader: Reader) -> dict[int, bytes]:
@@ -68,24 +63,15 @@ def test_a_buffer_is_used_where_it_is_large_enough(tiny_set):
 def test_many_threads_read_the_right_rows(tiny_set, monkeypatch):
     monkeypatch.setattr(module, "OPEN_FILES", 2)  # of three tars: one is opened for every read
     expected = by_tarfile(tiny_set, 64)
-    wrong: list[int] = []
-
-    def read(seed: int) -> None:
-        for row in np.random.default_rng(seed).integers(150, size=400).tolist():
-            if bytes(reader.read(row)) != expected[row]:
-                wrong.append(row)
-
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    with Reader(tiny_set, 64) as reader:
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
-    assert len(os.listdir("/proc/self/fd") if before else []) == before, "every tar is closed again"
+    files = Path("/proc/self/fd")
+    before = len(os.listdir(files)) if files.exists() else 0
+    rows = np.random.default_rng(0).integers(150, size=3000).tolist()
+    with Reader(tiny_set, 64) as reader, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda row: bytes(reader.read(row)) == expected[row], rows))
+    assert len(os.listdir(files) if before else []) == before, "every tar is closed again"
 
 
+@pytest.mark.slow
 def test_a_reader_goes_to_a_spawned_process(tiny_set):
     with Reader(tiny_set, 32) as reader:
         reader.read(0)
@@ -129,17 +115,11 @@ def test_any_single_flipped_bit_in_an_image_is_refused_and_row_and_tar_are_named
     rng = np.random.default_rng(0)
     with Reader(folder, 64) as reader:
         for row in rng.choice(150, 20, replace=False).tolist():
-            _, offset, size = where(folder, 64, row)
-            tar = tar_of(folder, 64, row)
+            shard, offset, size = where(folder, 64, row)
+            tar = shard_path(folder, 64, shard, "tar")
             flip_bit(tar, offset + int(rng.integers(size)), 1 << int(rng.integers(8)))
             with pytest.raises(LoadError, match=rf"{tar}, row {row}: the image's bytes have changed"):
                 reader.read(row)
-
-
-def test_other_rows_of_a_damaged_tar_are_still_read(folder, tiny_set):
-    flip_bit(tar_of(folder, 64, 5), where(folder, 64, 5)[1])
-    with Reader(folder, 64) as reader, Reader(tiny_set, 64) as whole:
-        assert all(reader.read(row) == whole.read(row) for row in range(150) if row != 5)
 
 
 def test_a_scale_that_is_not_there_is_refused_and_those_there_are_named(tiny_set):
@@ -147,44 +127,33 @@ def test_a_scale_that_is_not_there_is_refused_and_those_there_are_named(tiny_set
         Reader(tiny_set, 128)
 
 
-def test_a_missing_tar_is_named_when_the_set_is_opened(folder):
-    tar = shard_path(folder, 32, 1, "tar")
-    tar.unlink()
-    with pytest.raises(LoadError, match=rf"{tar} is missing: `cxrfast verify"):
-        Reader(folder, 32)
+def resize(by: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, path.stat().st_size + by)
 
 
-@pytest.mark.parametrize("change", [-1, -5000, 1])
-def test_a_tar_cut_short_or_grown_is_named_when_the_set_is_opened(folder, change):
-    tar = shard_path(folder, 32, 1, "tar")
-    size = tar.stat().st_size
-    os.truncate(tar, size + change)
-    with pytest.raises(LoadError, match=rf"{tar} has {size + change:,} bytes, its manifest says {size:,}"):
-        Reader(folder, 32)
+def take_index_of_another(path: Path) -> None:
+    shutil.copy(path.with_name("000000.idx"), path)
 
 
-def test_a_tar_cut_short_while_it_is_open_is_an_error_that_names_the_row(folder):
-    with Reader(folder, 32) as reader:
-        reader.read(64)
-        tar = tar_of(folder, 32, 64)
-        os.truncate(tar, where(folder, 32, 100)[1] + 10)
-        assert len(reader.read(99))
-        for row in (100, 101):
-            with pytest.raises(LoadError, match=rf"{tar} ends inside row {row}"):
-                reader.read(row)
+def take_another_set(path: Path) -> None:
+    path.write_text(path.read_text().replace('"set": "', '"set": "0'))
 
 
-def test_a_tar_that_vanishes_before_it_is_read_is_named(folder):
-    with Reader(folder, 32) as reader:
-        tar = tar_of(folder, 32, 64)
-        tar.unlink()
-        with pytest.raises(LoadError, match=rf"{tar}, row 64: No such file"):
-            reader.read(64)
-
-
-def test_the_index_of_another_tar_is_refused(folder):
-    shutil.copy(shard_path(folder, 64, 0, "idx"), shard_path(folder, 64, 1, "idx"))
-    with pytest.raises(LoadError, match=r"the index of .*64/000001.tar belongs to another tar"):
+@pytest.mark.parametrize(
+    ("kind", "spoil", "says"),
+    [
+        ("tar", Path.unlink, "000001.tar is missing: `cxrfast verify"),
+        ("tar", resize(-1), r"000001.tar has [\d,]+ bytes, its manifest says [\d,]+: `cxrfast verify"),
+        ("tar", resize(1), r"000001.tar has [\d,]+ bytes, its manifest says [\d,]+"),
+        ("idx", Path.unlink, "000001.idx is missing"),
+        ("idx", lambda path: path.write_text("v1.2 1\n"), "000001.idx is damaged"),
+        ("idx", take_index_of_another, "the index of .*64/000001.tar belongs to another tar"),
+        ("json", take_another_set, "64/000001.tar belongs to another set"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_when_the_set_is_opened(folder, kind, spoil, says):
+    spoil(shard_path(folder, 64, 1, kind))
+    with pytest.raises(LoadError, match=says):
         Reader(folder, 64)
 
 
@@ -198,26 +167,9 @@ def test_with_the_index_of_another_set_no_row_is_taken_for_another(either_set, t
             with pytest.raises(LoadError, match=rf"64/000001.tar, row {row}: the image's bytes have changed"):
                 reader.read(row)
             if reader.is_raw:
-                with pytest.raises(LoadError, match=rf"64/000001.tar, row {row} is no raw image of 64 px"):
+                with pytest.raises(LoadError, match=rf"64/000001.tar, row {row} is not a raw image of 64 px"):
                     reader.read_pixels(row, out)
         assert all(reader.read(row) == whole.read(row) for row in [*range(64), *range(128, 150)])
-
-
-def test_a_missing_or_damaged_index_is_named(folder):
-    path = shard_path(folder, 64, 1, "idx")
-    path.write_text("v1.2 1\n")
-    with pytest.raises(LoadError, match=r"000001.idx is damaged"):
-        Reader(folder, 64)
-    path.unlink()
-    with pytest.raises(LoadError, match=r"000001.idx is missing"):
-        Reader(folder, 64)
-
-
-def test_a_shard_of_another_set_is_refused(folder):
-    path = shard_path(folder, 64, 2, "json")
-    path.write_text(path.read_text().replace('"set": "', '"set": "0'))
-    with pytest.raises(LoadError, match=r"64/000002.tar belongs to another set"):
-        Reader(folder, 64)
 
 
 def test_a_row_of_a_shard_that_is_not_built_yet_is_refused(folder):
@@ -239,19 +191,19 @@ def truncate(tar: Path, offset: int) -> None:
     os.truncate(tar, offset + 3)
 
 
-def flip(tar: Path, offset: int) -> None:
+def write_at(tar: Path, offset: int, data: bytes) -> None:
     with tar.open("rb+") as file:
-        file.seek(offset + 40)
-        byte = file.read(1)[0]
-        file.seek(offset + 40)
-        file.write(bytes([byte ^ 0x10]))
+        file.seek(offset)
+        file.write(data)
+
+
+def flip(tar: Path, offset: int) -> None:
+    write_at(tar, offset + 40, bytes([tar.read_bytes()[offset + 40] ^ 0x10]))
 
 
 def overwrite(tar: Path, offset: int) -> None:
     """In place, by another of the same length, from `offset` on."""
-    with tar.open("rb+") as file:
-        file.seek(offset)
-        file.write(np.random.default_rng(0).bytes(tar.stat().st_size - offset))
+    write_at(tar, offset, np.random.default_rng(0).bytes(tar.stat().st_size - offset))
 
 
 def replace(tar: Path, offset: int) -> None:
@@ -302,16 +254,16 @@ def run_into(folder: Path, engine: str, damage: Callable[[Path, int], None], aug
 
 
 @pytest.mark.usefixtures("unasked")
-@pytest.mark.parametrize("augment", [None, Augment()], ids=["plain", "turned"])
 @pytest.mark.parametrize(
-    ("damage", "is_open", "row", "says"),
+    ("damage", "is_open", "augment", "row", "says"),
     [
-        (truncate, False, ROW, f"ends inside row {ROW}"),
-        (truncate, True, ROW, f"ends inside row {ROW}"),
-        (flip, False, ROW, f"row {ROW}: the image's bytes have changed"),
-        (overwrite, True, ROW, f"row {ROW}: the image's bytes have changed"),
-        (replace, False, 64, "row 64: the image's bytes have changed"),
-        (delete, False, 64, "row 64: No such file"),
+        (truncate, False, None, ROW, f"ends inside row {ROW}"),
+        (truncate, True, Augment(), ROW, f"ends inside row {ROW}"),
+        (flip, False, None, ROW, f"row {ROW}: the image's bytes have changed"),
+        (flip, True, Augment(), ROW, f"row {ROW}: the image's bytes have changed"),
+        (overwrite, True, None, ROW, f"row {ROW}: the image's bytes have changed"),
+        (replace, False, Augment(), 64, "row 64: the image's bytes have changed"),
+        (delete, False, None, 64, "row 64: No such file"),
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
@@ -342,26 +294,15 @@ def test_a_tar_that_is_open_is_read_to_its_end_though_it_was_replaced_or_deleted
         assert equal(got, images(whole, engine, whole.rows))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, overwrite])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_rows_than_the_damaged_are_loaded_as_if_nothing_had_happened(either_copy, either_set, engine, damage):
+def test_after_an_error_other_rows_are_loaded_by_the_same_loader_as_if_nothing_had_happened(
+    either_copy, either_set, engine
+):
+    replace_image(either_copy, 64, ROW, b"no picture")
     with Reader(either_copy, 64) as reader, Reader(either_set, 64) as whole:
-        shard, offset, _ = where(either_copy, 64, ROW)
-        damage(shard_path(either_copy, 64, shard, "tar"), offset)
-        others = np.array([row for row in range(150) if row < ROW or row > 127])
-        assert equal(images(reader, engine, others), images(whole, engine, others))
-
-
-@pytest.mark.parametrize("codec", ["tiny_set", "raw_set"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_after_an_error_the_next_epoch_of_the_same_loader_works(request, tmp_path, engine, codec):
-    original = request.getfixturevalue(codec)
-    folder = copy_set(original, tmp_path / "set")
-    replace_image(folder, 64, ROW, b"no picture")
-    with Reader(folder, 64) as reader, Reader(original, 64) as whole:
         running = loader(reader, engine, reader.rows, Augment())
         for _ in range(2):
-            with pytest.raises(LoadError, match=f"row {ROW}"):
+            with pytest.raises(LoadError, match=rf"row {ROW}( of .* does not decode| is not a raw image)"):
                 list(running.epoch(3))
             assert threads_of_ours() == []
         others = np.delete(np.arange(150), ROW)
@@ -370,7 +311,7 @@ def test_after_an_error_the_next_epoch_of_the_same_loader_works(request, tmp_pat
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_row_that_was_mended_is_loaded_in_the_next_epoch_of_the_same_loader(either_copy, either_set, engine):
+def test_a_row_that_was_repaired_is_loaded_in_the_next_epoch_of_the_same_loader(either_copy, either_set, engine):
     shard, offset, size = where(either_copy, 64, ROW)
     tar = shard_path(either_copy, 64, shard, "tar")
     with Reader(either_copy, 64) as reader, Reader(either_set, 64) as whole:
@@ -380,13 +321,3 @@ def test_a_row_that_was_mended_is_loaded_in_the_next_epoch_of_the_same_loader(ei
             list(running)
         flip_bit(tar, offset + size // 2)
         assert equal((batch.image for batch in running), images(whole, engine, whole.rows))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_row_left_out_of_this_scale_is_named(either_copy, engine):
-    shard_path(either_copy, 64, 1, "json").unlink()
-    with (
-        Reader(either_copy, 64) as reader,
-        pytest.raises(LoadError, match=r"row 64 is not in .* at 64 px: quarantined"),
-    ):
-        images(reader, engine, np.arange(150))

@@ -1,16 +1,23 @@
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
 from cxrfast.config import PRESETS, TrainConfig, learning_rate, preset
 from cxrfast.errors import RunError
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Predictions, Run
+from cxrfast.runs.status import status, status_table
 
 CONFIG = TrainConfig(
     set_id="abc", scale=64, labels=("A", "B"), views=("AP",), global_batch=8, micro_batch=4, learning_rate=1e-4
@@ -62,13 +69,6 @@ def test_a_checkpoint_comes_back_bitwise_and_another_runs_is_refused(run: Run, t
     (other.folder / "last.pt").write_bytes((run.folder / "last.pt").read_bytes())
     with pytest.raises(RunError, match="belongs to another configuration"):
         other.read_checkpoint()
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}}', '{"config": {"unknown": 1}, "shards": "x"}'])
-def test_a_damaged_configuration_is_refused(run: Run, text: str) -> None:
-    (run.folder / "config.json").write_text(text)
-    with pytest.raises(RunError, match=r"config\.json is damaged"):
-        Run.open(run.folder)
 
 
 def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run: Run) -> None:
@@ -137,12 +137,46 @@ def test_a_lost_chunk_of_predictions_is_not_read_as_zeros(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "read"), [("rows.parquet", Run.rows), ("state.json", Run.state), ("metrics.jsonl", Run.metrics)]
+    ("name", "text"),
+    [
+        *(("config.json", text) for text in ("", "{", "[]", '{"config": {}}', '{"config": [], "shards": "x"}')),
+        *(("config.json", f'{{"config": {{{text}}}, "shards": "x"}}') for text in ('"unknown": 1', '"fold": "x"')),
+        *(("state.json", text) for text in ("", "junk", "[]", "7", "\0")),
+        *(("metrics.jsonl", text) for text in ("junk\n", "7\n", "[]\n", "{}\n", '{"epoch": "x"}\n')),
+        ("rows.parquet", "junk"),
+    ],
 )
-def test_a_damaged_file_of_a_run_is_named(run: Run, name: str, read) -> None:  # type: ignore[no-untyped-def]
-    (run.folder / name).write_bytes(b"junk\n")
-    with pytest.raises(RunError, match=rf"{name} is .*damaged"):
-        read(run)
+def test_a_damaged_file_of_a_run_is_named(run: Run, name: str, text: str) -> None:
+    (run.folder / name).write_text(text)
+    with pytest.raises(RunError, match=rf"{name} is .*damaged|configuration is"):
+        read_all(run.folder)
+
+
+def read_all(folder: Path) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
+    run = Run.open(folder)
+    run.rows()
+    return run, run.state(), run.metrics()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["config.json", "state.json", "metrics.jsonl"]), st.data())
+def test_a_mutated_file_of_a_run_is_read_or_refused_and_never_hides_it_from_status(run: Run, name: str, data) -> None:  # type: ignore[no-untyped-def]
+    run.set_state("running", epoch=2, images_per_s=75.5, eta_seconds=3700)
+    run.cut_metrics(0, {"epoch": 0, "val_loss": 0.5, "val_auroc": 0.6}, {"epoch": 1, "val_loss": float("nan")})
+    path = run.folder / name
+    whole = path.read_bytes()
+    try:
+        at, length = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 20))
+        new = data.draw(st.binary(max_size=4) | st.sampled_from([b"[]", b"{}", b"null", b"-1", b'"x"', b"1e999", b","]))
+        path.write_bytes(whole[:at] + new + whole[at + length :])
+        with contextlib.suppress(RunError):
+            read_all(run.folder)
+        lines = status(run.folder.parents[1])
+        assert [line.name for line in lines] == ["densenet121-64/fold-0"]
+        console = Console(file=io.StringIO(), width=200)
+        console.print(status_table(lines, run.folder.parents[1]))
+    finally:
+        path.write_bytes(whole)
 
 
 def test_folders_of_runs_are_found_from_text_too_and_by_either_class(tmp_path: Path) -> None:

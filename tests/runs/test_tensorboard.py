@@ -50,23 +50,14 @@ def test_an_epoch_is_shown_with_all_that_is_defined(tmp_path: Path) -> None:
     assert not {"AUROC/Pleural Effusion", "memory/torch on the GPU, GiB"} & tags.keys(), "undefined is not drawn"
 
 
-def test_epochs_that_were_cut_back_are_not_shown_twice(tmp_path: Path) -> None:
-    board = Board(tmp_path / "tensorboard")
-    for epoch in range(3):
-        board.add(line(epoch, 0.5), epoch)
-    board.close()
-    again = Board(tmp_path / "tensorboard", epoch=1)
-    again.add(line(1, 0.3), 1)
-    again.close()
-    assert shown(tmp_path)["loss/training"] == [(0, 0.5), (1, 0.3)]
-
-
-def test_a_training_that_starts_anew_hides_the_old_one(tmp_path: Path) -> None:
-    for loss in (0.5, 0.2):
-        board = Board(tmp_path / "tensorboard")
-        board.add(line(0, loss), 0)
+@pytest.mark.parametrize("resumed", [0, 1])
+def test_a_run_that_resumes_earlier_or_starts_again_hides_its_old_epochs(tmp_path: Path, resumed: int) -> None:
+    for epochs, loss in ((range(3), 0.5), (range(resumed, 2), 0.3)):
+        board = Board(tmp_path / "tensorboard", epochs[0])
+        for epoch in epochs:
+            board.add(line(epoch, loss), epoch)
         board.close()
-    assert shown(tmp_path)["loss/training"] == [(0, 0.2)]
+    assert shown(tmp_path)["loss/training"] == [(0, 0.5 if resumed else 0.3), (1, 0.3)]
 
 
 def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

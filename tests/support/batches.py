@@ -1,4 +1,4 @@
-"""Work for the engines, and comparing the pixels they make; shared by the tests of loading."""
+"""Work for the engines and comparisons of their pixels, shared by the tests of loading."""
 
 import threading
 from collections.abc import Iterable
@@ -47,14 +47,14 @@ def decoded(reader: Reader, row: int) -> np.ndarray:
 
 
 def oracle(images: np.ndarray, angle: float, flip: bool) -> np.ndarray:
-    """float32 (N, H, W): what torchvision makes of them."""
+    """float32 (N, H, W): the images as torchvision rotates and flips them."""
     tensor = torch.tensor(images)[:, None].float()
     tensor = tensor.flip(3) if flip else tensor
     return rotate(tensor, float(angle), InterpolationMode.BILINEAR, fill=[0.0])[:, 0].numpy()
 
 
 def disc(size: int) -> np.ndarray:
-    """bool (size, size): pixels that stay within the image however it is turned."""
+    """bool (size, size): pixels that stay within the image at any rotation."""
     offset = np.arange(size) - (size - 1) / 2
     return np.hypot(offset[:, None], offset) < size / 2 - 2
 
@@ -71,7 +71,7 @@ def assert_agree(one: Iterable[torch.Tensor], two: Iterable[torch.Tensor]) -> No
 
 
 def equal(one: Iterable[torch.Tensor], two: Iterable[torch.Tensor]) -> bool:
-    """Are the batches the same, pixel by pixel?"""
+    """True if the batches are the same, pixel by pixel."""
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What other processes do to a cache in tests. Light to import: each of them starts anew."""
+"""Jobs of other processes on a cache. Light to import, since each process imports it."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from cxrfast.pipelines.reader import Reader
 
 
 def pixels_of(folder: Path, scale: int, size: int, cache: Path | None = None, rows: np.ndarray | None = None):
-    """uint8 (N, size, size): pixels of `rows` (all), each asked for twice: first decoded, then from the cache if there is one."""
+    """uint8 (N, size, size): pixels of `rows` (default: all), read twice: decoded, then from the cache if there is one."""
     with Reader(folder, scale) as reader:
         rows = reader.rows if rows is None else rows
         pixels = Pixels(reader, size, PixelCache(cache, reader, size) if cache else None)
@@ -25,7 +25,7 @@ def pixels_of(folder: Path, scale: int, size: int, cache: Path | None = None, ro
 
 
 def fill_together(folder: Path, cache: Path, seed: int, begin: Barrier) -> None:
-    """Ends with an error unless every pixel is right."""
+    """Fill the cache in random order; fails unless every pixel is right."""
     expected = pixels_of(folder, 64, 48)
     begin.wait()
     for part in np.array_split(np.random.default_rng(seed).permutation(len(expected)), 10):
@@ -33,7 +33,7 @@ def fill_together(folder: Path, cache: Path, seed: int, begin: Barrier) -> None:
 
 
 def killed_while_filling(folder: Path, cache: Path, row: int, written: float) -> None:
-    """Fill in order, and die by SIGKILL when that share of the pixels of `row` has been written."""
+    """Fill in order, and die by SIGKILL when that fraction of the pixels of `row` is written."""
     write = os.pwrite
 
     def last_write(file: int, data: memoryview, offset: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from cxrfast.bench import harness
-from cxrfast.bench.training import ladder
+from cxrfast.bench.harness import Budget
 from cxrfast.bench.training.ladder import bench
 from cxrfast.bench.training.ladder_measure import RUNGS, kind, largest, make_step, pick_rungs, rates, rungs_of
 from cxrfast.bench.training.ladder_result import LadderLine, bound
@@ -17,7 +17,8 @@ from cxrfast.errors import RunError
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_every_rung_is_measured_and_set_against_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["channels-last", "recompute"]  # each takes a process
     result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True, only=only)
     assert [line.rung for line in result.lines] == ["torchvision", *only]
@@ -71,12 +72,13 @@ def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
     assert [rung.name for rung in pick_rungs(["tf32", "autotune"], GPU)] == ["tf32", "autotune"]
 
 
-def test_no_rung_is_begun_when_the_time_is_over_but_the_first() -> None:
-    found = rates(32, 2, "cpu", ["torchvision", "autocast"], 0.01, end=0.0)
+def test_after_the_time_is_over_only_the_first_rung_starts() -> None:
+    found = rates(32, 2, "cpu", ["torchvision", "autocast"], 0.01, Budget(0.0))
     assert len(found["torchvision"]["rounds"]) == 1
-    assert found["autocast"] == {"failed": "no time left: give more --minutes, or ask for less"}
+    assert found["autocast"] == {"failed": "no time left: give more --minutes, or measure less"}
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is over after one round at the first scale."""
     monkeypatch.setattr(harness, "GRACE", 600.0)
@@ -89,9 +91,9 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.
     assert "Left out: memory at 32 px (torchvision: " in text
 
 
-def jobs(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict], dict]) -> None:
-    """Have `run` answer in the place of processes."""
-    monkeypatch.setattr(ladder, "in_own_process", lambda module, options, budget, advance=None: run(options))
+def elsewhere(monkeypatch: pytest.MonkeyPatch, run: Callable[[str, dict], dict]) -> None:
+    """Have `run` answer in place of the processes."""
+    monkeypatch.setattr(harness, "in_own_process", lambda work, options, **more: run(work.__name__, options))
 
 
 def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
@@ -99,14 +101,14 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
 ) -> None:
     second = "autocast"
 
-    def run(options: dict) -> dict:
-        if options["what"] == "alone":
+    def run(what: str, options: dict) -> dict:
+        if what == "alone":
             return {"peak_bytes": 1, "saved_bytes": 1, "kinds": None, "largest": 8}
         if second in options["rungs"]:
             raise RunError("exit code -11")
         return {rung: {"rounds": [2.0] if rung == RUNGS[0].name else [6.0]} for rung in options["rungs"]}
 
-    jobs(monkeypatch, run)
+    elsewhere(monkeypatch, run)
     lines = bench([64], tmp_path, device="cpu").lines
     assert [line.failed for line in lines] == [None, "exit code -11", None, None, None]
     assert [line.ratio for line in lines] == [1, None, 3, 3, 3]
@@ -114,7 +116,10 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
 
 
 def test_nothing_measured_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs(monkeypatch, lambda options: (_ for _ in ()).throw(MemoryError("out of memory")))
+    def run(what: str, options: dict) -> dict:
+        raise MemoryError("out of memory")
+
+    elsewhere(monkeypatch, run)
     with pytest.raises(RunError, match="no rung could be measured; first: out of memory"):
         bench([64], tmp_path, device="cpu")
 

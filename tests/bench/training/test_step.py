@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cxrfast.bench import harness
+from cxrfast.bench.training import step
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
 from cxrfast.cli.main import cli
@@ -18,6 +20,7 @@ from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import HostEngine
 
 
+@pytest.mark.slow
 def test_every_scale_is_measured_with_its_real_loop(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,12 +30,12 @@ def test_every_scale_is_measured_with_its_real_loop(
     for line in result.lines:
         assert min(line.load, line.train, line.cached, line.validate) > 0
         assert 2**20 < line.saved_bytes_per_image < 2**26
-        assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 holds a good part of a GiB"
+        assert 2**28 < line.process_bytes < 2**34, "a process that trains densenet121 takes a good part of a GiB"
         assert line.torch_peak_bytes is None
         assert line.micro_batch == 8
         assert {len(rounds) for rounds in line.rounds.values()} == {5}
     assert json.loads((tmp_path / "bench.json").read_text())["provenance"]["torch"]
-    assert "\n| px | micro-batch |" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "bench.md").read_text().startswith("## Memory and images/s by resolution")
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().err
     assert said.startswith("bench step: load, train, cached, bare, validate of densenet121 (cpu)\n  scales: 32, 64 px,")
@@ -45,6 +48,7 @@ def test_an_absent_scale_is_refused_before_anything_is_measured(tiny_set: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_set: Path, tmp_path: Path) -> None:
     broken = tmp_path / "set"
     shutil.copytree(tiny_set, broken)
@@ -64,20 +68,21 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
     batches = HostEngine.batches
     monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu", engine="host")
-    trainer = make_trainer(runtime, 32, "resnet18", 200, World(torch.device("cpu")))
-    assert max(len(trainer.order.rows), len(trainer.val_rows)) < 200, "each batch is more than all rows"
-    each = measurements(trainer, 200)
+    trainer = make_trainer(runtime, 32, "shufflenet_v2_x0_5", 120, World(torch.device("cpu")))
+    assert max(len(trainer.order.rows), len(trainer.val_rows)) < 120, "each batch is more than all rows"
+    each = measurements(trainer, 120)
     assert len(starts) == 1, "of the batch that is kept"
     consumed = trainer.counters.consumed
     for name, expected in zip(FIGURES, (1, 1, 0, 0, 1), strict=True):
         starts.clear()
         assert each[name](0.01) > 0
         assert len(starts) == expected, name
-    assert trainer.counters.consumed == consumed + 2 * 2 * 200, (
+    assert trainer.counters.consumed == consumed + 2 * 2 * 120, (
         "a step to warm up and one that counts, of `train` and `cached`"
     )
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is over after a burn-in and one round at the first scale."""
     monkeypatch.setattr(harness, "GRACE", 600.0)
@@ -89,21 +94,33 @@ def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monk
     assert "Left out: 64 px (" in (tmp_path / "bench.md").read_text()
 
 
-def test_without_a_command_it_says_at_once_what_it_does_and_names_what_it_leaves_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cxrfast.cli.bench.BENCH_MINUTES", 0.001)  # not even the phantoms are made in that time
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, ["bench"])
+def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set: Path, tmp_path: Path) -> None:
+    options = ["--shards", str(tiny_set), "--minutes", "1e-6", "--device", "cpu", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli, ["bench", "step", *options])
     assert done.exit_code == 2
-    assert done.stderr.splitlines()[0].startswith(
-        "cxrfast bench: memory and images/s of training by resolution, about 0.001"
-    )
     assert "no scale could be measured" in done.stderr
-    assert next(iter(json.loads(Path("bench-results/bench.json").read_text())["left_out"])) in ("64 px", "256 px")
-    assert "Left out: " in done.stdout
+    assert list(json.loads((tmp_path / "bench.json").read_text())["left_out"]) == ["32 px", "64 px"]
+    assert "Left out: 32 px (no time left" in done.stdout
 
 
 def test_full_belongs_to_no_command() -> None:
     done = CliRunner().invoke(cli, ["bench", "--full", "step"])
     assert (done.exit_code, "leave out --minutes" in done.stderr) == (2, True)
+
+
+def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def stand_in(*arguments: Any, **options: Any) -> None:  # the real one takes minutes with its defaults
+        given.append((arguments, options))
+        raise LoadError("seen")
+
+    monkeypatch.setattr(step, "bench", stand_in)
+    said = [CliRunner().invoke(cli, words).stderr for words in (["bench"], ["bench", "--full"], ["bench", "step"])]
+    assert said[0].startswith(
+        "cxrfast bench: memory and images/s of training by resolution, about 2 minutes (all of it: "
+    )
+    alone, full, steps = given
+    assert full == steps
+    assert alone == (steps[0], steps[1] | {"minutes": 2.0})
+    assert alone[0] == (None, [], Path("bench-results"))

@@ -13,18 +13,17 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from cxrfast.bench.loading import peers as load_peers
 from cxrfast.bench.loading.job import Job, Peer, Shuffled, files, pixels
-from cxrfast.bench.loading.peers import LIBRARIES, OURS, peer_versions, peers
+from cxrfast.bench.loading.ways import OURS, PEERS, missing, peer_versions, pick_ways, typed
 from cxrfast.bench.trees import SOURCE, crowd
 from cxrfast.cli.main import cli
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.images.decode import encode
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what others' code warns of is not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries may warn
 
-NAMES = [*OURS, *chain.from_iterable(LIBRARIES.values())]
+QUICK = ("DataLoader, our kernels", "memmap")
 
 
 def make_job(shards: Path, folder: Path, **changes: Any) -> Job:
@@ -34,21 +33,16 @@ def make_job(shards: Path, folder: Path, **changes: Any) -> Job:
     return replace(job, **changes)
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Peer]:
-    return peers()[0]
-
-
-@pytest.fixture(params=NAMES)
-def peer(request: pytest.FixtureRequest, found: dict[str, Peer]) -> Peer:
-    if request.param not in found:
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PEERS])
+def peer(request: pytest.FixtureRequest) -> Peer:
+    if missing([request.param]):
         pytest.skip(f"{request.param} is not installed")
-    return found[request.param]
+    return PEERS[request.param]
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of 20 images of 64 px, all alike: the left half of grey level 200, the right one of 100."""
+    """A set of 20 equal images of 64 px: grey level 200 on the left half, 100 on the right."""
     folder = tmp_path_factory.mktemp("halves")
     image = np.full((64, 64), 200, np.uint8)
     image[:, 32:] = 100
@@ -62,7 +56,7 @@ def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_runn
 ) -> None:
     job = make_job(tiny_set, tmp_path, rows=np.arange(20, 60))
     wanted = np.stack(list(pixels(job))).astype(np.int16)
-    tolerance = 16 if peer is load_peers.FFCV else 0  # it asks its decoder to be fast
+    tolerance = 16 if peer is PEERS["FFCV"] else 0  # it asks its decoder to be fast
     peer.prepare(job)
     threads, seen = set(threading.enumerate()), set[int]()
     for _ in range(2):  # it can be opened again
@@ -82,7 +76,7 @@ def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_runn
 
 
 def ended(is_so: Callable[[], bool]) -> bool:
-    """Does it come true within 20 seconds? Queues of torch's DataLoader end their threads when they get to it."""
+    """Whether it comes true within 20 seconds: queues of torch's DataLoader take a while to end their threads."""
     deadline = time.monotonic() + 20
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -116,7 +110,7 @@ def test_every_loader_that_turns_images_flips_half_of_them_and_rotates_by_up_to_
     assert (corners[abs(angles) > 4] == 0).all()
 
 
-def test_fewer_images_than_a_batch_are_no_obstacle(peer: Peer, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_set_smaller_than_a_batch_is_loaded(peer: Peer, tiny_set: Path, tmp_path: Path) -> None:
     job = make_job(tiny_set, tmp_path, rows=np.arange(5))
     peer.prepare(job)
     with peer.batches(job) as supply:
@@ -133,37 +127,48 @@ def test_batches_are_drawn_from_ever_new_permutations() -> None:
 
 
 def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in LIBRARIES:
-        monkeypatch.setitem(sys.modules, module, None)
-    found, left_out = peers()
-    assert list(found) == list(OURS)
-    assert list(left_out) == NAMES[len(OURS) :]
+    for peer in PEERS.values():
+        if peer.needs:
+            monkeypatch.setitem(sys.modules, peer.needs, None)
+    left_out = missing(PEERS)
+    assert list(left_out) == [name for name, peer in PEERS.items() if peer.needs]
     assert "pip install 'cxrfast[bench]'" in left_out["LitData"]
     assert "libturbojpeg0-dev" in left_out["FFCV, raw"]
 
 
+def test_ways_are_chosen_by_names_that_can_be_typed_and_those_that_ratios_need_stay() -> None:
+    raw = ["host", "host, cache", "host, raw"]
+    assert pick_ways(["limit", "host-raw"], True, 2) == ([*raw, "limit"], {})
+    assert pick_ways(["memmap"], False, 2)[0] == ["host", "host, cache", "memmap"]
+    assert pick_ways(["host-1-thread"], True, 1)[0] == ["host"], "which has one thread, too"
+    ways, left_out = pick_ways([], False, 2)
+    assert sorted([*ways, *left_out]) == sorted(OURS)
+    assert typed("DALI's tar reader") == "dalis-tar-reader"
+
+
+@pytest.mark.slow
 def test_the_report_compares_with_those_that_are_there_and_names_the_others(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_peers, "LIBRARIES", {"webdataset": LIBRARIES["webdataset"], "ffcv": LIBRARIES["ffcv"]})
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    options = "--scale 32 --seconds 0.02 --rounds 1 --workers 2 --device cpu"
-    done = CliRunner().invoke(
-        cli, ["bench", "load", "--shards", str(tiny_set), "--out", str(tmp_path), *options.split()]
+    options = (
+        "--scale 32 --seconds 0.02 --rounds 1 --workers 2 --device cpu --only webdataset --only ffcv --only memmap"
     )
+    out = str(tmp_path)
+    done = CliRunner().invoke(cli, ["bench", "load", "--shards", str(tiny_set), "--out", out, *options.split()])
     assert done.exit_code == 0, (done.output, done.exception)
     result, text = json.loads((tmp_path / "load.json").read_text()), (tmp_path / "load.md").read_text()
     for task in "AB":
         rates = {line["way"]: line["rate"] for line in result["lines"] if line["task"] == task}
-        assert rates.keys() >= {"host", "webdataset", "limit", *OURS}
+        assert rates.keys() == {"host", "host, cache", "webdataset", "memmap"}
         assert min(rates.values()) > 0
-    assert {line["way"] for line in result["lines"] if line["pixels"]} == {"host, cache", "host, raw", "memmap"}
-    assert result["left_out"].keys() == {"FFCV", "FFCV, raw"}
+    assert {line["way"] for line in result["lines"] if line["pixels"]} == {"host, cache", "memmap"}
+    assert result["left_out"].keys() == {"FFCV"}
     assert "Left out: FFCV (" in text
-    assert f"| webdataset | {LIBRARIES['webdataset']['webdataset'].what} |" in text
+    assert f"| webdataset | {PEERS['webdataset'].what} |" in text
 
 
-def test_versions_of_all_are_told() -> None:
+def test_all_versions_are_reported() -> None:
     assert {"webdataset", "litdata", "ffcv", "pillow"} < peer_versions().keys()
     assert peer_versions()["pillow"]
 

@@ -1,0 +1,77 @@
+"""Tables and plots, drawn again from the results that are committed under bench/results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cxrfast.bench.loading.large import Large
+from cxrfast.bench.loading.result import Cold, LoadingLine, LoadingResult
+from cxrfast.bench.report import Column, Result, table, write_results
+from cxrfast.bench.sharding.measure import Memory
+from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult
+from cxrfast.bench.training.curriculum import CurriculumResult, Way
+from cxrfast.bench.training.ladder_result import LadderLine, LadderResult
+from cxrfast.bench.training.step import StepResult
+from cxrfast.bench.training.step_measure import StepLine
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def stored(path: Path) -> Result:
+    values: dict[str, Any] = json.loads(path.read_bytes())
+    if path.stem == "bench":
+        return StepResult(**values | {"lines": [StepLine(**line) for line in values["lines"]]})
+    if path.stem == "curriculum":
+        return CurriculumResult(**values | {"ways": [Way(**way) for way in values["ways"]]})
+    if path.stem == "shard":
+        kinds = {"builds": Builds, "computed": Computed, "memory": Memory}
+        return ShardingResult(**values | {name: [kind(**v) for v in values[name]] for name, kind in kinds.items()})
+    assert values["engines"] == []
+    more = {
+        "lines": [LoadingLine(**line) for line in values["lines"]],
+        "cold": [Cold(**line) for line in values["cold"]],
+        "large": Large(**values["large"]) if values["large"] else None,
+        "images": {int(scale): n for scale, n in values["images"].items()},
+        "batch": {int(scale): n for scale, n in values["batch"].items()},
+    }
+    return LoadingResult(**values | more)
+
+
+@pytest.mark.parametrize(
+    "name", ["step/bench", "shard/shard", "load-large/load", "load-256/load", "curriculum-64/curriculum"]
+)
+def test_a_committed_result_still_gives_its_tables_and_its_json(name: str, tmp_path: Path) -> None:
+    path = RESULTS / f"cpu-2-cores-{name}.json"
+    write_results(tmp_path, path.stem, stored(path))
+    before, after = path.with_suffix(".md").read_text(), (tmp_path / f"{path.stem}.md").read_text()
+    rows = [line for line in before.splitlines() if line.startswith("|") and any(c.isdigit() for c in line)]
+    assert len(rows) >= 3
+    assert [row for row in rows if row not in after] == []
+    assert after.endswith(before[before.index("- command: ") :]), "where it ran"
+    assert json.loads(path.read_bytes()).items() <= json.loads((tmp_path / path.name).read_bytes()).items()
+    assert (tmp_path / f"{path.stem}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_ladder_names_what_failed_and_what_was_left_out(tmp_path: Path) -> None:
+    lines = [
+        LadderLine(scale=64, rung="torchvision", micro_batch=8, rounds=[2.0, 4.0, 3.0], ratio=1.0, peak_bytes=2**30),
+        LadderLine(scale=64, rung="ours", micro_batch=8, failed="exit code -11"),
+    ]
+    origin = {"gpu": None, "processor": "abacus", "cores": 2}
+    result = LadderResult(lines, origin, {"torchvision": "theirs", "ours": "ours"}, {"128 px": "no time left"})
+    write_results(tmp_path, "ladder", result)
+    text = (tmp_path / "ladder.md").read_text()
+    assert text.startswith("## Ladder of training densenet121 (abacus, 2 cores)")
+    assert "| rung | px | micro-batch | images/s | × first | peak GiB |\n" in text, "no column of a GPU"
+    assert "| torchvision | 64 | 8 | 3.0 | 1.00 | 1.00 |" in text
+    assert "| ours | 64 | 8 | - | - | - |" in text
+    assert "ours, 64 px: exit code -11\n\nLeft out: 128 px (no time left)." in text
+    assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_column_without_a_figure_is_left_out_with_its_note() -> None:
+    columns = {"real": Column("real", ".1f", 10, "a tenth"), "imag": Column("none", note="never")}
+    found = table("Numbers", columns, [type("N", (), {"real": 25, "none": None})()], "All of them.")
+    assert (found.head, found.rows, found.note) == (["real"], [("2.5",)], "real: a tenth.\nAll of them.")
