@@ -13,8 +13,6 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import msgspec
-
 from cxrfast.errors import RunError
 from cxrfast.labels import POLICIES
 from cxrfast.splits import FOLDS
@@ -204,6 +202,8 @@ class TrainConfig:
     @classmethod
     def from_json(cls, value: Any) -> "TrainConfig":
         """The configuration that `asdict` gave as `value`. Raises RunError naming the field that is wrong or unknown."""
+        import msgspec  # here, since the command line loads this module
+
         try:
             msgspec.convert(value, cls)  # a check only: it makes floats of ints, which changes the hash
             return cls(**{name: _frozen(given) for name, given in value.items()})
