@@ -1,8 +1,7 @@
-"""Build a shard set: a source tree becomes tars at every asked scale, each image read and decoded once.
+"""Build a shard set: write the images of a source tree into tars at every requested scale, decoding each image once.
 
-A task is one shard at all scales that lack it. Its files appear whole or not at all, the manifest last, so a build
-killed at any instant is finished by the same call: no row lost, none doubled, the same bytes. Nothing is written into
-the source.
+A task is one shard at all scales that lack it. Its files appear whole or not at all, the manifest last, so the same call
+finishes a build that was killed at any instant, with the same bytes. Nothing is written into the source.
 """
 
 import shutil
@@ -27,27 +26,27 @@ from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
-from cxrfast.shards.format.checksums import mark_unfinished, write_sums
-from cxrfast.shards.format.info import SetInfo, read_set, versions
+from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
+from cxrfast.shards.format.info import SetInfo, is_laid_out, read_set, versions, write_set_json
 from cxrfast.shards.format.lock import Lock, Part, locked
 from cxrfast.shards.format.manifest import quarantine_bytes
-from cxrfast.shards.format.names import WORKSHOP, check_labels_settled, is_foreign, is_temporary, shard_files
+from cxrfast.shards.format.names import WORKSHOP, is_foreign, is_temporary, shard_files
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.format.rows import read_info, read_rows, write_rows
+from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.sources.read import read_source, with_defaults
 from cxrfast.shards.storage import Tree
 
 MISSING_ALLOWED = 0.001
-"""Fraction of the images that may be missing; above it the tree is half a download."""
+"""Fraction of the images that may be missing; with more, the download is taken to be incomplete."""
 
 SAMPLE = 12
-"""Images that the estimate looks at."""
+"""Images that the estimate decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """The arguments of `build`, with its defaults filled in."""
+    """The arguments of `build`, defaults filled in."""
 
     scales: list[int]
     tree: Tree
@@ -63,7 +62,7 @@ class _Request:
     retry_quarantined: bool
 
     def shards(self, info: SetInfo) -> range:
-        """Numbers of the shards that are asked for."""
+        """Numbers of the requested shards."""
         last = info.shards if self.limit is None else min(info.shards, -(-max(self.limit, 1) // info.rows_per_shard))
         return range(last)[self.part[0] - 1 :: self.part[1]] if self.part else range(last)
 
@@ -84,12 +83,11 @@ def build(
     retry_quarantined: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Cut the images of the tree `data` into the shard set `out` at `scales` (px).
+    """Write the images of the tree `data` into the shard set `out` at `scales` (px).
 
-    An existing set is continued: scales and shards that it lacks are added, the others keep their bytes. `part` (i, n)
-    builds every n-th shard; `dask` is a scheduler's address whose workers build instead of `workers` processes here;
-    `limit` builds the shards that hold the first `limit` rows; `dry_run` estimates and writes nothing. Raises
-    ShardError, with finished shards kept.
+    Adds what an existing set lacks and leaves the rest alone. `part` (i, n) builds every n-th shard; `dask` is the address
+    of a scheduler whose workers build instead of `workers` processes here; `limit` builds the shards that hold the first
+    `limit` rows; `dry_run` estimates and writes nothing. Raises ShardError; finished shards are kept.
     """
     start = time.monotonic()
     request = _Request(
@@ -115,7 +113,7 @@ def build(
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
         blueprint, todo, report = _survey(request, pool)
-        if not retry_quarantined:  # which replaces what is there
+        if not retry_quarantined:  # a retry replaces files
             check_room(report.estimate, request.out)
         _prepare(request, blueprint, todo)
         _run(request, blueprint, todo, lock, pool)
@@ -125,7 +123,7 @@ def build(
 
 
 def _source_tree(data: Tree | Path | str, dask: str | None) -> Tree:
-    """The source tree, with an absolute path if dask's workers read it."""
+    """The source tree, by absolute path if dask workers read it."""
     tree = data if isinstance(data, Tree) else Tree(data)
     if dask and tree.is_local and "://" not in tree.location:
         return Tree(Path(tree.location).absolute())
@@ -133,20 +131,20 @@ def _source_tree(data: Tree | Path | str, dask: str | None) -> Tree:
 
 
 def _check_folder(tree: Tree, out: Path) -> None:
-    """Raises ShardError if there is something else than a set, or if set and source lie in one another."""
-    if out.is_dir() and not (out / "set.json").exists() and any(is_foreign(path) for path in out.iterdir()):
+    """Raises ShardError if `out` holds anything but a set, or if one of set and source contains the other."""
+    if out.is_dir() and not is_laid_out(out) and any(is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
     ours = f"{out.resolve()}/"
     for root in tree.roots if tree.is_local else ():
         if ours.startswith(root) or root.startswith(ours):
-            raise ShardError(f"{out} and the source {tree} lie in one another: choose another --out")
+            raise ShardError(f"{out} and the source {tree} contain one another: choose another --out")
 
 
-# What there is to do
+# Planning
 
 
 def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
-    """Lay the set out, and estimate what is left to build; nothing is written."""
+    """Lay the set out and estimate the work left; write nothing."""
     blueprint, counts = _lay_out(request)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
     needed = _estimate(blueprint, todo, request.workers, pool)
@@ -154,14 +152,14 @@ def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, li
 
 
 def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
-    """The set's description and rows, new or those in `out`, and what the source counted."""
+    """The set's description and rows, new or read from `out`, and the counts of the source."""
     tree, out, recipe = request.tree, request.out, request.recipe
     listed = read_source(request.source, tree, request.source_options)
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
     identity = set_id(rows, recipe)
-    if (out / "set.json").exists():
+    if is_laid_out(out):
         info = _read_same_set(request, identity)
-        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet")), listed.counts
+        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed.counts
     rows["bytes"] = tree.sizes(rows["path"].tolist())
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
@@ -180,20 +178,19 @@ def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
 
 
 def _read_same_set(request: _Request, identity: str) -> SetInfo:
-    """set.json in `out`. Raises ShardError if that set has other images, labels or another recipe than are asked for."""
+    """The description in `out`. Raises ShardError if that set has other images or labels, or another recipe."""
     out = request.out
     info = read_set(out)
     if info.id != identity:
         differing = [
-            f"{name} {there} there, {asked} asked for"
+            f"{name} {there} there, {asked} requested"
             for name, asked in asdict(request.recipe).items()
             if (there := getattr(info, name)) != asked and None not in (there, asked)  # None: raw has no quality
         ]
         raise ShardError(
-            f"{out} was planned from other input ({'; '.join(differing) or 'its images differ'}): "
+            f"{out} was built from other input ({'; '.join(differing) or 'its images differ'}): "
             "choose another --out, or give the same --data and options"
         )
-    check_labels_settled(out)
     there, asked = (with_defaults(s.source, s.source_options) for s in (info, request))
     for name in ("label", "labels"):
         if there.get(name) != asked.get(name):
@@ -201,13 +198,11 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
                 f"{out} was planned with --{name} {there.get(name)}, not {asked.get(name)}: "
                 "give the same again, and replace labels with `cxrfast relabel`"
             )
-    if read_info(out / "rows.parquet") != info:
-        raise ShardError(f"set.json and rows.parquet in {out} disagree: `cxrfast verify --repair {out}` mends them")
     return info
 
 
 def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
-    """Raises ShardError where so many images are missing that the tree must be half a download."""
+    """Raises ShardError if too many images are missing."""
     missing = int(rows["bytes"].lt(0).sum())
     if missing == len(rows):
         raise ShardError(
@@ -224,7 +219,7 @@ def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
 
 
 def _estimate(blueprint: Blueprint, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:
-    """Estimate from images spread over what is left to build."""
+    """Estimate the work left from a sample of its images."""
     by_shard = {item.shard: item for item in todo}
     rows = np.concatenate([np.arange(item.rows.start, item.rows.stop) for item in todo] or [np.arange(0)])
     rows = rows[blueprint.rows["bytes"].to_numpy()[rows] > 0]
@@ -243,7 +238,7 @@ def _estimate(blueprint: Blueprint, todo: list[Todo], workers: int, pool: Proces
 
 @contextmanager
 def _writing_to(out: Path, part: Part | None) -> Iterator[Lock]:
-    """The folder of the set, locked, and cleared before and after of what dead builds and workers left."""
+    """Lock the folder of the set; before and after, remove what dead builds and workers left."""
     with locked(out, part) as lock:
         _clear_stale(out, lock)
         try:
@@ -253,7 +248,7 @@ def _writing_to(out: Path, part: Part | None) -> Iterator[Lock]:
 
 
 def _clear_stale(out: Path, lock: Lock) -> None:
-    """Remove what is half-written: of all shards, or those of this part alone while another part is at work."""
+    """Remove temporary files: all, or only those of this part's shards while another part is running."""
     alone = lock.alone()
     if alone:
         shutil.rmtree(out / WORKSHOP, ignore_errors=True)
@@ -264,11 +259,12 @@ def _clear_stale(out: Path, lock: Lock) -> None:
 
 
 def _prepare(request: _Request, blueprint: Blueprint, todo: list[Todo]) -> None:
-    """Write set.json and the rows if they are new; without SHA256SUMS a set is known to be unfinished."""
+    """Write the rows if they are new, and set.json; mark the set as unfinished."""
     out, retry = blueprint.out, request.retry_quarantined
-    if not (out / "set.json").exists():
+    check_undamaged(out)
+    if not is_laid_out(out):
         write_rows(out / "rows.parquet", blueprint.rows, blueprint.info)
-        blueprint.info.write(out)  # after the rows: set.json says that they are there
+    write_set_json(out)
     if todo:
         found = _look_again(blueprint, request.tree, todo) if retry else None
         mark_unfinished(out, [name for t in todo for scale in t.scales for name in shard_files(scale, t.shard)])
@@ -280,7 +276,7 @@ def _prepare(request: _Request, blueprint: Blueprint, todo: list[Todo]) -> None:
 
 
 def _look_again(blueprint: Blueprint, tree: Tree, todo: list[Todo]) -> pd.Series:
-    """Sizes of the source files of rows that were left out, by row. Raises ShardError if one of those held has changed."""
+    """Sizes of the source files of quarantined rows, by row. Raises ShardError if a file of another row has changed."""
     again = [item for item in todo if item.held is not None and not item.quarantined]
     rows = blueprint.rows.iloc[[row for item in again for row in item.rows]]
     held = rows["row"].isin({row for item in again for row in item.held or ()})
@@ -288,14 +284,14 @@ def _look_again(blueprint: Blueprint, tree: Tree, todo: list[Todo]) -> pd.Series
     changed = rows[held & (rows["bytes"] != found)]
     if len(changed):
         raise ShardError(
-            f"{len(changed):,} images of the shards to build again are not what they were (first: "
-            f"{changed['path'].iloc[0]}): give --data the tree that the set was made of; nothing was changed"
+            f"{len(changed):,} images of the shards to rebuild have changed (first: "
+            f"{changed['path'].iloc[0]}): give --data the tree that the set was built from; nothing was changed"
         )
     return found[~held]
 
 
 def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, pool: ProcessPoolExecutor) -> None:
-    """Build all that is left; a shard that fails is named at the end, and the others are still built."""
+    """Build the shards left to do. One that fails does not stop the others; its error is raised at the end."""
     if not todo:
         return
     failed: list[str] = []
@@ -313,7 +309,7 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
                 elif isinstance(error, OSError):
                     what = f"no space or quota left in {blueprint.out}" if is_disk_full(error) else str(error)
                     raise ShardError(
-                        f"{what}: finished shards are kept; mend it and run the same command again"
+                        f"{what}: finished shards are kept; fix it and run the same command again"
                     ) from error
                 elif error:
                     raise error
@@ -323,19 +319,16 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
         raise ShardError(
             f"{len(failed)} shards could not be built, all others are kept:\n  "
             + "\n  ".join(failed[:10])
-            + "\nmend the source and run the same command again"
+            + "\nfix the source and run the same command again"
         )
 
 
 def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
-    """Write quarantine.csv and SHA256SUMS from the manifests, and complete the report.
-
-    Of several parts, the last one to finish writes them (`whole` is False for a part).
-    """
+    """Complete the report, and write quarantine.csv and SHA256SUMS; of several parts (`whole` False) the last one does."""
     out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []
     for m in built.manifests():
-        manifests.append(replace(m, rows=[], crc32=[], sizes=[]))  # of large sets they would take a gigabyte
+        manifests.append(replace(m, rows=[], crc32=[], sizes=[]))  # a gigabyte in large sets
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})

@@ -1,23 +1,25 @@
-"""A shard set on the disk: what it holds and where. All code that reads a set asks it; it writes nothing."""
+"""A shard set on disk: its contents and paths. All other code reads sets through it; it writes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
+from cxrfast.errors import ShardError
+from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, read_manifests, scales_in
+from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
 
 
 class ShardSet:
-    """A set that `build` wrote or is writing; `info` is what its set.json says.
+    """A set that `build` wrote or is writing; `info` describes it, as its set.json does.
 
         shards = ShardSet("data/shards")
         shards.info.labels, shards.scales, shards.rows()
 
-    Raises ShardError if `folder` is no shard set, or one of another schema version.
+    Raises ShardError if `folder` is not a shard set, or one of another schema version.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -26,30 +28,38 @@ class ShardSet:
 
     @property
     def scales(self) -> list[int]:
-        """Sides in px of which the set holds at least one shard, ascending."""
+        """Scales (px) with at least one shard, ascending."""
         return scales_in(self.folder)
 
     @property
     def is_whole(self) -> bool:
-        """Was the set finished, with every shard at each of its scales?"""
-        complete = all(len(self.shards(scale)) == self.info.shards for scale in self.scales)
-        return complete and (self.folder / "SHA256SUMS").is_file()
+        """Is the set finished, with every shard at each of its scales?"""
+        if not all(len(self.shards(scale)) == self.info.shards for scale in self.scales):
+            return False
+        try:
+            return bool(read_sums(self.folder))
+        except ShardError:
+            return False
 
     def rows(self) -> pd.DataFrame:
-        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged."""
-        return read_rows(self.folder / "rows.parquet")
+        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged, or if its
+        labels were replaced since the set was opened."""
+        return read_rows(self.folder / "rows.parquet", self.info)
 
     def shards(self, scale: int) -> list[int]:
         """Numbers of the shards that are built at this scale, ascending."""
         return built(self.folder, scale)
 
     def manifest(self, scale: int, shard: int) -> ShardManifest | None:
-        """None if the shard is not built. Raises ShardError if the manifest is damaged."""
-        return read_manifest(self.folder, scale, shard)
+        """A shard's manifest, None if the shard is not built. Raises ShardError if it is damaged."""
+        return read_manifest(self.folder, scale, shard, self.info.rows_of(shard))
 
     def manifests(self) -> Iterator[ShardManifest]:
-        """Manifests of all shards that are built, by scale and number. Raises ShardError for a damaged one."""
-        return read_manifests(self.folder)
+        """Manifests of all built shards, by scale and number. Raises ShardError for a damaged one."""
+        for scale in self.scales:
+            for shard in self.shards(scale):
+                if m := self.manifest(scale, shard):
+                    yield m
 
     def path(self, scale: int, shard: int, suffix: str = "tar") -> Path:
         """Path of a shard's tar, index (`idx`) or manifest (`json`)."""

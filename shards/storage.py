@@ -1,7 +1,6 @@
 """Files in a local folder or behind any fsspec URL (s3://, gs://, sftp://, zip://…): names, sizes and bytes.
 
-`Tree` holds source images: it never writes, and no path leads out of it. `SetStorage` holds a shard set that is copied
-from there or to there.
+`Tree` holds source images: it never writes, and no path leads out of it. `SetStorage` holds a shard set to copy from or to.
 """
 
 import errno
@@ -25,13 +24,13 @@ from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.names import NAMES
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-"""How a location begins that is not a path of this machine: `s3://bucket`, `zip://folder::archive.zip`."""
+"""Start of a location that is not a path on this machine: `s3://bucket`, `zip://folder::archive.zip`."""
 
 STATS = 256
-"""Files that a thread asks for in one go."""
+"""Files that a thread looks up in one call."""
 
 FEW = 16
-"""Most remote folders that are listed one by one; of more, everything below what they share is listed at once."""
+"""Remote folders listed one by one, at most; for more, everything below their common parent is listed at once."""
 
 
 CHUNK = 8 * 2**20
@@ -39,18 +38,18 @@ CHUNK = 8 * 2**20
 
 
 def relative(path: str) -> str:
-    """`path` below a tree, tidied: `./a//b` → `a/b`, the tree itself → "". Raises ShardError for one that leads out."""
+    """`path` below a tree, normalised: `./a//b` → `a/b`, the tree itself → "". Raises ShardError if it leads out."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or URL.match(path) or "\0" in path:
-        raise ShardError(f"{path!r} is no path below the source tree: give paths relative to it, without ..")
+        raise ShardError(f"{path!r} is not a path below the source tree: give paths relative to it, without ..")
     return "" if str(parts) == "." else str(parts)
 
 
 class Tree:
-    """A folder of source files, on this machine or behind a URL; pickled, it is its location.
+    """A folder of source files, on this machine or behind a URL. Its pickle is its location.
 
-    `location`: as given; `name`: its last part; `is_local`: may its files be opened by path? All other paths are
-    relative POSIX paths below it; those of the tree itself are "". Raises ShardError where the tree cannot be reached.
+    `location`: as given; `name`: its last part; `is_local`: whether its files can be opened by path. All other paths are
+    POSIX paths relative to it; "" is the tree itself. Raises ShardError if the tree cannot be reached.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -74,13 +73,13 @@ class Tree:
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
-        """What absolute paths of the tree's files begin with, each with a slash at its end."""
+        """Prefixes of absolute paths of the tree's files, each with a slash at its end."""
         if self.is_local:
             return tuple({f"{f(self._root).rstrip('/')}/": None for f in (os.path.abspath, os.path.realpath)})
         return (f"{self.location.rstrip('/')}/",)
 
     def read(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError, or another OSError whatever the file system raised."""
+        """The whole file. Raises FileNotFoundError or another OSError, whatever the file system raised."""
         with as_oserror(path):
             if self.is_local:
                 return Path(self._at(path)).read_bytes()
@@ -98,15 +97,15 @@ class Tree:
         if self.is_local:
             return os.path.isdir(self._at(path))
         info = self._info(path)
-        # a page of links is a file to HTTP, and a folder all the same
+        # over HTTP a page of links counts as a file; here it is a folder
         return info is not None and (info["type"] == "directory" or any(self._list(path)))
 
     def files(self, path: str) -> list[str]:
-        """Names of the files directly in the folder `path`, sorted; none where there is no such folder."""
+        """Names of the files directly in the folder `path`, sorted; empty if there is no such folder."""
         return self._list(path)[0]
 
     def folders(self, path: str) -> list[str]:
-        """Names of the folders directly in the folder `path`, sorted; none where there is no such folder."""
+        """Names of the folders directly in the folder `path`, sorted; empty if there is no such folder."""
         return self._list(path)[1]
 
     def glob(self, pattern: str) -> list[str]:
@@ -123,10 +122,10 @@ class Tree:
         return sorted(found)
 
     def sizes(self, paths: Iterable[str]) -> np.ndarray:
-        """Bytes of every file, int64; -1 where there is none.
+        """Bytes of every file, int64; -1 for a missing one.
 
-        On this machine threads ask for each file, since a network file system answers slowly; elsewhere folders are
-        listed, since a request a file would take hours.
+        Local files are looked up in threads, since network file systems answer slowly; remote folders are listed, since
+        one request per file would take hours.
         """
         paths = [relative(path) for path in paths]
         with progress("looking for images", len(paths)) as advance:
@@ -156,12 +155,12 @@ class Tree:
         sizes = [found.get(path, -1) for path in paths]
         if None in sizes:
             raise ShardError(
-                f"{self} does not tell the size of {paths[sizes.index(None)]}: copy it to a local disk first"
+                f"{self} does not report the size of {paths[sizes.index(None)]}: copy it to a local disk first"
             )
         return np.array(sizes, np.int64)
 
     def _sizes_in(self, folder: str, deep: bool) -> dict[str, int | None]:
-        """Sizes of the files in a folder, and if `deep` in all folders below it, by path."""
+        """Sizes of the files in a folder, by path; with `deep` also of those in all folders below it."""
         infos: dict[str, Any] = {}
         with self._reaching(folder), suppress(FileNotFoundError, NotADirectoryError):
             if deep:
@@ -171,7 +170,7 @@ class Tree:
         return {name.removeprefix(self._root).lstrip("/"): info["size"] for name, info in infos.items()}
 
     def _list(self, path: str) -> tuple[list[str], list[str]]:
-        """Names of the files and of the folders in a folder, each sorted; a link counts as what it leads to."""
+        """Names of the files and of the folders in a folder, each sorted; a link counts as its target."""
         files: list[str] = []
         folders: list[str] = []
         here = self._at(path)
@@ -201,7 +200,7 @@ class Tree:
 
     @contextmanager
     def _reaching(self, path: str) -> Iterator[None]:
-        """Any failure inside becomes a ShardError: fsspec's file systems raise whatever their drivers do."""
+        """Turn any failure into a ShardError: fsspec's file systems raise whatever their drivers raise."""
         try:
             yield
         except ShardError:
@@ -219,7 +218,7 @@ def _leads_to_folder(entry: os.DirEntry) -> bool:
 
 
 def _listings(folders: set[str]) -> list[tuple[str, bool]]:
-    """Folders to list so that the files in all `folders` are seen, and whether with all that is below them."""
+    """Folders to list so that every file in `folders` is seen, and whether to list everything below each."""
     if len(folders) <= FEW:
         return [(folder, False) for folder in sorted(folders)]
     groups: dict[str, list[str]] = {}
@@ -231,11 +230,11 @@ def _listings(folders: set[str]) -> list[tuple[str, bool]]:
 
 
 class SetStorage:
-    """Where a shard set is or will be; all names are relative to it, with slashes.
+    """The place of a shard set, existing or not; all names are relative to it, with slashes.
 
-    A file appears only when it is whole, except on file systems that show what is being written (sftp, smb); whoever
-    reads there compares sizes and hashes. Methods raise ShardError where the storage cannot be reached; `open` and the
-    files themselves raise OSError: those failures are worth another try.
+    A file appears only when it is whole, except on file systems that show partial files (sftp, smb); readers compare sizes
+    and hashes there. Methods raise ShardError if the storage cannot be reached; `open` and the files raise OSError, which
+    is worth another try.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -243,7 +242,7 @@ class SetStorage:
         self._fs, root = _connect(self.location)
         self.is_local = self._fs is None
         self.root = os.path.abspath(root) if self.is_local else root.rstrip("/")
-        """As its file system names it: an absolute path, or bucket and prefix, or nothing in an archive."""
+        """Its path on its file system: absolute, or bucket and prefix, or empty in an archive."""
         if self.is_local and os.path.exists(self.root) and not os.path.isdir(self.root):
             raise ShardError(f"{self.location} is a file: give the folder of a shard set")
 
@@ -251,14 +250,14 @@ class SetStorage:
         return self.location
 
     def overlaps(self, other: "SetStorage") -> bool:
-        """Is one of the two the other, or inside it?"""
+        """Is one the same place as the other, or inside it?"""
         if self._fs != other._fs:
             return False
         a, b = (os.path.realpath(p.root) if p.is_local else p.root for p in (self, other))
         return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
 
     def names(self) -> list[str]:
-        """Names of files and folders directly in it, sorted; none if there is nothing yet."""
+        """Names of files and folders directly in it, sorted; empty if it does not exist yet."""
         found: list[str] = []
         with self._reached(), suppress(FileNotFoundError):
             if self.is_local:
@@ -268,7 +267,7 @@ class SetStorage:
         return sorted({name for path in found if (name := path.removeprefix(self.root).strip("/"))})
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file of the set that is there, SHA256SUMS included."""
+        """Bytes of every file of the set that exists, SHA256SUMS included."""
         found: dict[str, int] = {}
         with self._reached():
             if self.is_local:
@@ -281,7 +280,7 @@ class SetStorage:
                 found = {path.removeprefix(self.root).lstrip("/"): info["size"] for path, info in listed.items()}
         found = {name: size for name, size in found.items() if NAMES.fullmatch(name) or name == "SHA256SUMS"}
         if None in found.values():
-            raise ShardError(f"{self} does not tell the sizes of its files: download the set by other means")
+            raise ShardError(f"{self} does not report the sizes of its files: download the set by other means")
         return found
 
     def read(self, name: str) -> bytes:
@@ -297,13 +296,13 @@ class SetStorage:
         return digest.hexdigest()
 
     def open(self, name: str) -> IO[bytes]:
-        """A file, open for reading a chunk at a time: nothing is read ahead."""
+        """A file, open for reading chunk by chunk, without read-ahead."""
         with as_oserror(at := self._at(name)):
             return open(at, "rb") if self.is_local else self._fs.open(at, "rb", block_size=CHUNK, cache_type="none")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A new file, which is there when the block ends; if it raises, there is neither the file nor half an upload."""
+        """A new file, which appears when the block ends; if it raises, neither file nor upload remains."""
         at = self._at(name)
         if self.is_local:
             with replacing(Path(at)) as file:
@@ -324,7 +323,7 @@ class SetStorage:
 
         with suppress(Exception):  # the original error is more informative
             if isinstance(file, AbstractBufferedFile):
-                file.closed = True  # else whoever collects the garbage closes it, and closing uploads
+                file.closed = True  # else garbage collection closes it, which uploads
                 file.discard()
             else:
                 file.close()
@@ -335,7 +334,7 @@ class SetStorage:
             (os.unlink if self.is_local else self._fs.rm_file)(self._at(name))
 
     def make_folders(self, names: list[str]) -> None:
-        """Make the storage itself and folders in it, where the file system has such things."""
+        """Make the storage and folders in it, where the file system has folders."""
         for path in (self.root, *map(self._at, names)):
             if self.is_local:
                 with self._reached():
@@ -349,7 +348,7 @@ class SetStorage:
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
-        """Any failure inside becomes a ShardError that names the storage."""
+        """Turn any failure into a ShardError that names the storage."""
         try:
             with as_oserror(self.root):
                 yield
@@ -359,12 +358,12 @@ class SetStorage:
                 raise ShardError(f"{error.filename or self}: {what}") from error
             raise ShardError(
                 f"{self} cannot be reached ({what}): check the address, the credentials and the network; "
-                "AWS_ENDPOINT_URL says where an S3 server is that is not Amazon's"
+                "AWS_ENDPOINT_URL is the address of an S3 server other than Amazon's"
             ) from error
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    """The file system behind a URL and the URL's path there; None and the path where it is this machine's own."""
+    """A URL's file system and path there; None and the path if it is on this machine."""
     if not URL.match(url):
         return None, url
     import fsspec.core
@@ -372,7 +371,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
     try:
         fs, root = fsspec.core.url_to_fs(url)
-        fs.invalidate_cache()  # instances are shared, and what was listed minutes ago may be history
+        fs.invalidate_cache()  # instances are shared, and their listings may be stale
     except ImportError as error:
         hint = " (pip install 'cxrfast[remote]')" if url.startswith("s3://") else ""
         raise ShardError(f"{url} needs a driver that is not installed: {error}{hint}") from error

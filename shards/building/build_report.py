@@ -1,4 +1,4 @@
-"""What a build did, or what a dry run found that there is to do."""
+"""What a build did, or what a dry run found to do."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ from cxrfast.units import duration, size
 
 @dataclass(kw_only=True)
 class Report:
-    """What a build did."""
+    """Result of a build or dry run."""
 
     info: SetInfo
     scales: list[int]
     source_counts: dict[str, int]
     estimate: Estimate
     rows: dict[int, int] = field(default_factory=dict)
-    """Rows held at each scale, shards of earlier builds included."""
+    """Rows at each scale, including shards of earlier builds."""
     bytes: dict[int, int] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
-    """Rows that are left out, and why."""
+    """Rows left out, and why."""
     seconds: float = 0.0
     is_done: bool = False
     """False after a dry run."""
     missing_shards: int = 0
-    """Shards that `limit` or other parts left for later, over the asked scales."""
+    """Shards at the requested scales that `limit` or other parts left for later."""
 
     @property
     def complete(self) -> bool:
         return self.is_done and not self.missing_shards
 
     def lines(self, out: Path) -> list[str]:
-        """The report for people; `out` is the folder of the set."""
+        """The report as text; `out` is the folder of the set."""
         info = self.info
         lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
         lines += [f"{what}: {n:,}" for what, n in self.source_counts.items() if n]

@@ -1,4 +1,4 @@
-"""Carry out the tasks of a build on the workers of a dask cluster."""
+"""Run the tasks of a build on the workers of a dask cluster."""
 
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -11,13 +11,13 @@ from cxrfast.shards.building.workers import Outcome, as_exception
 from cxrfast.shards.format.info import versions
 
 TIMEOUT = 20.0
-"""Seconds until a dask scheduler counts as absent."""
+"""Seconds to wait for a dask scheduler."""
 
 
 def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
     """Build on the workers of the dask scheduler at `address`, which must have this cxrfast and see the same folders.
 
-    dask gives a lost worker's open shards to others. Raises ShardError where there is no dask, scheduler or worker.
+    dask gives a lost worker's open shards to others. Raises ShardError if dask, the scheduler or workers are missing.
     """
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -47,12 +47,14 @@ def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
             future = next(completed)
             task, failure = waiting.pop(future), future.exception()
             if isinstance(failure, KilledWorker):
-                failure = ShardError(f"shard {task.shard}: {failure.allowed_failures + 1} dask workers died of it")
+                failure = ShardError(
+                    f"shard {task.shard}: {failure.allowed_failures + 1} dask workers died building it"
+                )
             yield task, as_exception(failure)
 
 
 def _build_there(task: Task, expected: dict[str, str]) -> None:
-    """On a dask worker, whose libraries must be the client's, or the bytes might differ."""
+    """Build on a dask worker. Its libraries must be the client's, or the bytes might differ."""
     if versions() != expected:
         raise ShardError(f"shard {task.shard}: the dask worker has {versions()}, the set is built with {expected}")
     cv2.setNumThreads(1)

@@ -1,4 +1,4 @@
-"""What a build will take, from a sample of its images: bytes, files, time; and whether there is room for it."""
+"""Estimate the bytes, files and time of a build from a sample of its images, and check that there is room."""
 
 import os
 import time
@@ -17,26 +17,26 @@ from cxrfast.shards.images.resize import at_scales
 from cxrfast.units import size
 
 OVERHEAD = 2048
-"""Bytes a sample takes in a tar in addition to image and meta data: two headers, padding."""
+"""Bytes per sample in a tar in addition to image and metadata: two headers, padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """For shards that are not there yet."""
+    """What building the missing shards takes."""
 
     images: dict[int, int]
-    """By scale, as are bytes and files."""
+    """By scale, like bytes and files."""
     bytes: dict[int, int]
     files: dict[int, int]
     seconds: float
     free: int
-    """Bytes free where the set goes."""
+    """Bytes free on the set's file system."""
     free_files: int
-    """Files that may still be made there."""
+    """Files that can still be created there."""
 
 
 def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
-    """Bytes at each scale and seconds of each image of a task: decoded, resized and encoded in memory."""
+    """Bytes at each scale and seconds per image of a task: decoded, resized and encoded in memory."""
     sizes: dict[int, list[int]] = {scale: [] for scale in task.scales}
     seconds = []
     for image in task.images:
@@ -60,9 +60,9 @@ def estimate(
     workers: int,
     pool: ProcessPoolExecutor,
 ) -> Estimate:
-    """Measure the images of `sample` in `pool`, where one that crashes the decoder does no harm, and multiply.
+    """Measure the images of `sample` in `pool`, where a decoder may crash, and extrapolate.
 
-    `remaining`: scale → (shards, images) still to build. Raises ShardError where the recipe does not fit the images.
+    `remaining`: scale → (shards, images) left to build. Raises ShardError if the recipe does not fit the images.
     """
     sizes: dict[int, list[int]] = {scale: [] for scale in remaining}
     seconds: list[float] = []
@@ -72,7 +72,7 @@ def estimate(
             for scale, values in by_scale.items():
                 sizes[scale] += values
     except BrokenProcessPool:
-        pass  # the build finds out at which image
+        pass  # the build finds the image
     most = max((images for _, images in remaining.values()), default=0)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     disk = os.statvfs(folder)
@@ -87,7 +87,7 @@ def estimate(
 
 
 def check_room(needed: Estimate, out: Path) -> None:
-    """Raises ShardError if what is to be built does not fit."""
+    """Raises ShardError if there is not enough room."""
     total, files = sum(needed.bytes.values()), sum(needed.files.values())
     if total > needed.free:
         raise ShardError(

@@ -1,4 +1,4 @@
-"""Which image gets which row, and which rows share a shard. Pure: tables in, tables out, no files."""
+"""Assign images to rows and rows to shards. Pure: tables in, tables out."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
 
 SMALLEST, LARGEST = 8, 4096
-"""Scales that are accepted, px."""
+"""Range of scales, px."""
 
 
 def check_scales(scales: list[int]) -> list[int]:
-    """The scales, sorted, each once. Raises ShardError for one that is no sensible size."""
+    """The scales, sorted and unique. Raises ShardError for one out of range."""
     for scale in scales:
         if not SMALLEST <= scale <= LARGEST:
             raise ShardError(
@@ -30,11 +30,11 @@ def check_scales(scales: list[int]) -> list[int]:
 
 
 ROW_ORDER = 2**63
-"""Second part of the key of the set's own permutation, so that no epoch's is like it."""
+"""Second part of the key of the set's own permutation, which no epoch uses."""
 
 
 def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
-    """A source's images → the rows table without `bytes` known (0): permuted once, patients dealt to folds and blocks.
+    """A source's images → the rows table, `bytes` still 0: permuted once, patients dealt to folds and blocks.
 
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """
@@ -49,7 +49,7 @@ def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.
 
 
 def rows_per_shard(n: int) -> int:
-    """1,024 in large sets; fewer in small ones, so that all cores have shards to build and a kill costs little."""
+    """1,024 in large sets; fewer in small ones, so that every core has shards to build and a kill costs little."""
     return min(1024, max(64, -(-n // 64)))
 
 
@@ -62,6 +62,6 @@ def set_id(rows: pd.DataFrame, recipe: ImageRecipe) -> str:
 
 
 def missing_by_folder(rows: pd.DataFrame) -> pd.DataFrame:
-    """Images listed and missing (`bytes` -1), a line for each of the two top folders of the paths."""
+    """Images listed and missing (`bytes` -1), one line per pair of top folders of the paths."""
     folder = rows["path"].str.split("/").str[:2].str.join("/")
     return pd.DataFrame({"listed": 1, "missing": rows["bytes"].lt(0)}).groupby(folder).sum()

@@ -1,6 +1,6 @@
-"""What is left to build of a set: tasks, each one shard at every scale that lacks it. Each image is decoded once.
+"""Tasks of a build: one shard at every scale that lacks it, each image decoded once.
 
-`find_todo` reads manifests and writes nothing; `build_shard` runs in a worker process and writes the shard.
+`find_todo` reads manifests; `build_shard` runs in a worker process and writes the shard.
 """
 
 import json
@@ -28,12 +28,12 @@ from cxrfast.shards.storage import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """What the tasks of a build have in common: the rows of the set, where images are and where shards go."""
+    """What all tasks of a build share: the rows, the source and the destination."""
 
     tree: Tree | None
-    """Source of the images; None where nothing is to be read."""
+    """Source of the images; None if none are read."""
     out: Path
-    """Folder of the set, or the one where some of its shards are built first."""
+    """Folder of the set, or a folder where shards are rebuilt first."""
     info: SetInfo
     rows: pd.DataFrame
     """The table that `layout.assign_rows` makes, `bytes` included."""
@@ -41,20 +41,20 @@ class Blueprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """One shard at every asked scale that lacks it."""
+    """One shard at every requested scale that lacks it."""
 
     shard: int
     scales: list[int]
     rows: range
     quarantined: dict[str, str]
-    """Rows that an earlier scale had to leave out."""
+    """Rows left out at an earlier scale."""
     held: frozenset[int] | None
-    """Rows that an earlier scale holds; None if there is no earlier scale."""
+    """Rows held at an earlier scale; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """What a worker needs to know of one row."""
+    """One row, as a worker needs it."""
 
     row: int
     path: str
@@ -64,24 +64,20 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A `Todo` with all that a worker needs to build it."""
+class Task(Todo):
+    """A `Todo` with everything a worker needs to build it."""
 
     tree: Tree
     out: Path
     info: SetInfo
-    shard: int
-    scales: list[int]
     images: list[Image]
-    quarantined: dict[str, str]
-    held: frozenset[int] | None
 
 
 def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
-    """What is left to build of these shards. An earlier scale of the same shard says which rows to leave out.
+    """What is left to build of these shards. An earlier scale of a shard determines which rows to leave out.
 
-    With `retry`, shards with rows that were left out are to be built again at every scale that they have.
-    Raises ShardError for a shard of another set.
+    With `retry`, shards with quarantined rows are rebuilt at every scale they have. Raises ShardError for a shard of another
+    set.
     """
     present = manifest.scales_in(blueprint.out) if blueprint.out.is_dir() else []
     todo = []
@@ -104,7 +100,7 @@ def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: boo
 
 
 def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest | None:
-    """The manifest of a shard whose three files are there. Raises ShardError if it is not this set's."""
+    """The manifest of a shard whose three files exist. Raises ShardError if it belongs to another set."""
     m = read_manifest(blueprint.out, scale, shard)
     if m and (m.set, m.scale, m.shard) != (blueprint.info.id, scale, shard):
         raise ShardError(
@@ -116,18 +112,10 @@ def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest 
 
 
 def make_task(blueprint: Blueprint, todo: Todo, rows: list[int] | range | None = None) -> Task:
-    """What a worker needs for a shard, or for some `rows` of it."""
+    """The task for a shard, or for some `rows` of it."""
     assert blueprint.tree is not None
-    return Task(
-        tree=blueprint.tree,
-        out=blueprint.out,
-        info=blueprint.info,
-        shard=todo.shard,
-        scales=todo.scales,
-        images=_images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)]),
-        quarantined=todo.quarantined,
-        held=todo.held,
-    )
+    images = _images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)])
+    return Task(**vars(todo), tree=blueprint.tree, out=blueprint.out, info=blueprint.info, images=images)
 
 
 def _images(rows: pd.DataFrame) -> list[Image]:
@@ -150,7 +138,7 @@ def _images(rows: pd.DataFrame) -> list[Image]:
 
 
 def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> None:
-    """Write one shard at its scales; `began` hears of each row before its image is touched.
+    """Write one shard at its scales; `began` is called with each row before its image is read.
 
     Raises ShardError if a row that was fine when the set was laid out, or at another scale, is not fine now.
     """
@@ -182,7 +170,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             for scale, picture in at_scales(source, task.scales, info.resize).items():
                 grids[scale].append(grid(picture))
                 writers[scale].add(image.row, encode_member(picture, info.codec, info.quality), meta)
-        for scale in task.scales:  # one that is replaced is not whole for a while, at any scale
+        for scale in task.scales:  # a replaced shard is not whole until its new manifest is written
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}
         for scale, (digest, length) in closed.items():
@@ -204,7 +192,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
 
 
 def _read(task: Task, image: Image) -> bytes:
-    """The file. Raises BadImage if it was missing when the set was laid out, ShardError if it has changed since."""
+    """Read the file. Raises BadImage if it was missing when the set was laid out, ShardError if it has changed since."""
     if image.bytes < 0:
         raise BadImage(Reason.MISSING)
     try:
@@ -221,7 +209,7 @@ def _read(task: Task, image: Image) -> bytes:
 
 
 def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
-    """uint8 (H, W). Raises BadImage, or ShardError naming the image where the recipe or a missing codec is at fault."""
+    """Decode to uint8 (H, W). Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault."""
     try:
         return decode(data, task.info.grey)
     except BadImage:

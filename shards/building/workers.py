@@ -1,7 +1,7 @@
-"""Carry out the tasks of a build in processes of this machine.
+"""Run the tasks of a build in processes on this machine.
 
-Tasks go in, (task, error or None) come out in the order in which they end. A worker that dies costs its open shards,
-which are built again; an image that crashes the decoder even alone is quarantined.
+Tasks go in; (task, error or None) come out as they end. When a worker dies, its open shards are rebuilt; an image that
+crashes the decoder on its own is quarantined.
 """
 
 import multiprocessing
@@ -28,12 +28,12 @@ Outcome = tuple[Task, Exception | None]
 SPAWN = multiprocessing.get_context("spawn")
 
 CRASHES = {int(s) for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)}
-"""How a process ends that a decoder led astray; whatever else ends one came from outside."""
+"""Signals of a crashed decoder; anything else that ends a process comes from outside."""
 
 
 @contextmanager
 def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for `run_here`, each started when there is something to do; ended at once if the block raises."""
+    """Processes for `run_here`, started on demand; terminated at once if the block raises."""
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=start_worker)
     try:
@@ -43,7 +43,7 @@ def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             if process not in before:
-                process.terminate()  # what it was writing is cleared away
+                process.terminate()  # its temporary files are removed later
                 process.join()
         raise
 
@@ -51,13 +51,13 @@ def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def run_here(
     tasks: Iterable[Task], workers: int, note: Callable[[str], None], pool: ProcessPoolExecutor
 ) -> Generator[Outcome]:
-    """Build in `pool`, of `workers` processes. When one dies, the open shards are built again, and a new pool takes over."""
+    """Build in `pool`, of `workers` processes. When one dies, its open shards are rebuilt and a new pool takes over."""
     queue = iter(tasks)
     lost: list[Task] = []
     yield from _in_pool(queue, workers, lost, pool)
     while lost:
         note(f"a worker process died: {len(lost)} open shards are built again, each in a process of its own")
-        with ThreadPoolExecutor(max(1, workers // 2)) as threads:  # fewer, should it have been for lack of memory
+        with ThreadPoolExecutor(max(1, workers // 2)) as threads:  # fewer, in case memory ran out
             yield from threads.map(_alone, lost)
         lost.clear()
         with start_pool(workers) as fresh:
@@ -65,7 +65,7 @@ def run_here(
 
 
 def _in_pool(queue: Iterator[Task], workers: int, lost: list[Task], pool: ProcessPoolExecutor) -> Generator[Outcome]:
-    """Run tasks, a few more submitted than run, until there are none or a worker dies; then open ones go to `lost`."""
+    """Run tasks, submitting a few ahead, until none are left or a worker dies; then open ones go to `lost`."""
     waiting: dict[Future[None], Task] = {}
     while not lost:
         while len(waiting) < 2 * workers and (task := next(queue, None)):
@@ -97,7 +97,7 @@ def as_exception(error: BaseException | None) -> Exception | None:
 
 
 def _alone(task: Task) -> Outcome:
-    """Build a shard in a process of its own; the image at which that one crashes is left out."""
+    """Build a shard in its own process, leaving out images that crash it."""
     while True:
         ours, theirs = SPAWN.Pipe(duplex=False)
         process = SPAWN.Process(target=_build_and_tell, args=(task, theirs), daemon=True)
@@ -122,7 +122,7 @@ def _alone(task: Task) -> Outcome:
 
 
 def _build_and_tell(task: Task, pipe: Connection) -> None:
-    """In the child: the row at hand before each image, the error at the end."""
+    """In the child: send each row before its image, and the error at the end."""
     start_worker()
     try:
         build_shard(task, pipe.send)
@@ -144,7 +144,7 @@ def _listen(pipe: Connection) -> tuple[int | None, Exception | None]:
 
 
 def start_worker() -> None:
-    """What a worker process does first."""
+    """Set up a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
@@ -153,6 +153,6 @@ def start_worker() -> None:
 
 
 def _exit_with(sentinel: int) -> None:
-    """End this worker when its parent dies, or it would go on writing alongside the build that takes over."""
+    """Exit when the parent dies, so as not to write alongside the build that takes over."""
     wait_for_exit([sentinel])
     os._exit(1)

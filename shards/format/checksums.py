@@ -1,5 +1,6 @@
-"""SHA256SUMS: what a finished set signs, and what is kept of it while a build goes on."""
+"""SHA256SUMS: hashes of all other files of a set. While a build goes on, only of the shards that it found."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,23 +8,27 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
 from cxrfast.shards.format.manifest import ShardManifest
-from cxrfast.shards.format.names import NAMES, SET_FILES, UNFINISHED, check_labels_settled, shard_files, shard_name
+from cxrfast.shards.format.names import NAMES, SET_FILES, shard_files, shard_name
+from cxrfast.shards.format.rows import is_relabelled
+
+MARKERS = ("SHA256SUMS.relabelling", "SHA256SUMS.unfinished")
+"""What earlier versions called SHA256SUMS while they relabelled or built."""
 
 
 def sums_bytes(sums: dict[str, str]) -> bytes:
-    """The content of SHA256SUMS, as `sha256sum -c` reads it, from {relative path: sha256}."""
+    """Contents of SHA256SUMS, as `sha256sum -c` reads it, from {relative path: sha256}."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
 
 
 def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
-    """SHA256SUMS of the set's own files and of the shards of these manifests.
+    """Write SHA256SUMS of the set's own files and of the shards of these manifests.
 
-    A tar was hashed when it was written, and what was signed before this build keeps its hash: damage stays visible.
+    Tars were hashed when they were written, and files of shards that are listed already keep their hash, so damage stays
+    visible.
     Raises ShardError if a tar or index is missing.
     """
     known = {shard_name(m.scale, m.shard, "tar"): m.sha256 for m in manifests}
-    if (folder / UNFINISHED).exists():
-        known |= parse_sums((folder / UNFINISHED).read_bytes())[0]
+    known |= {name: digest for name, digest in listed_sums(folder).items() if name not in SET_FILES}
     names = [name for m in manifests for name in shard_files(m.scale, m.shard)]
     for name in names:
         if not (folder / name).is_file():
@@ -32,57 +37,73 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
             )
     sums = {name: known.get(name) or sha256(folder / name) for name in (*names, *SET_FILES)}
     write_bytes(folder / "SHA256SUMS", sums_bytes(sums))
-    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
-    """Mark a finished set as unfinished; the hashes of its shards are kept, but for those of the files `rebuilt`.
+    """Remove the set's own files and the files `rebuilt` from SHA256SUMS, until `write_sums`."""
+    sums = listed_sums(folder)
+    kept = {name: digest for name, digest in sums.items() if name not in {*SET_FILES, *rebuilt}}
+    if not kept:
+        (folder / "SHA256SUMS").unlink(missing_ok=True)
+    elif kept != sums:
+        write_bytes(folder / "SHA256SUMS", sums_bytes(kept))
 
-    Raises ShardError if set.json or rows.parquet is not what was signed.
-    """
-    for earlier in (folder / UNFINISHED, folder / "SHA256SUMS"):
-        if earlier.exists():
-            break
-    else:
-        return
+
+def check_undamaged(folder: Path) -> None:
+    """Raises ShardError if SHA256SUMS or rows.parquet is damaged, so that no command signs the damage."""
+    adopt_earlier(folder)
+    path, sums = folder / "rows.parquet", listed_sums(folder)
+    if path.name in sums and path.is_file() and sha256(path) != sums[path.name] and not is_relabelled(folder):
+        raise ShardError(f"{path} is damaged: repair it first, with `cxrfast verify --repair {folder}`")
+
+
+def adopt_earlier(folder: Path) -> None:
+    """Rename SHA256SUMS back if an earlier version was killed while it had another name."""
+    for marker in (folder / name for name in MARKERS):
+        if marker.exists():
+            if (folder / "SHA256SUMS").exists() or not marker.stat().st_size:
+                marker.unlink()
+            else:
+                os.replace(marker, folder / "SHA256SUMS")
+
+
+def listed_sums(folder: Path) -> dict[str, str]:
+    """{relative path: sha256}, of a set that is finished or not. Raises ShardError if SHA256SUMS is damaged."""
+    path = folder / "SHA256SUMS"
     try:
-        sums, wrong = parse_sums(earlier.read_bytes())
+        sums, wrong = parse_sums(path.read_bytes())
     except FileNotFoundError:
-        return  # another part of the build was quicker
-    damaged = [name for name in sums if name in ("set.json", "rows.parquet") and sha256(folder / name) != sums[name]]
-    if wrong and earlier.name == "SHA256SUMS":
-        damaged.append(earlier.name)
-    if damaged:
-        raise ShardError(f"{folder / damaged[0]} is damaged: mend it first, with `cxrfast verify --repair {folder}`")
-    leave = {*SET_FILES, *rebuilt}
-    kept = {name: digest for name, digest in sums.items() if name not in leave}
-    write_bytes(folder / UNFINISHED, sums_bytes(kept))
-    (folder / "SHA256SUMS").unlink(missing_ok=True)
-
-
-def read_sums(folder: Path, name: str = "SHA256SUMS") -> dict[str, str]:
-    """{relative path: sha256}. Raises ShardError if the set was never finished."""
-    path = folder / name
-    if not path.is_file():
-        check_labels_settled(folder)
-        raise ShardError(
-            f"{folder} is not finished (no SHA256SUMS): run the same `cxrfast shard` or `cxrfast stage` command again"
-        )
-    sums, wrong = parse_sums(path.read_bytes())
+        return {}
     if wrong:
-        raise ShardError(f"{path} is damaged ({wrong[0]}): `cxrfast verify --repair {folder}` writes it anew")
+        raise ShardError(f"{path} is damaged ({wrong[0]}): `cxrfast verify --repair {folder}` writes it again")
     return sums
 
 
+def read_sums(folder: Path) -> dict[str, str]:
+    """{relative path: sha256}. Raises ShardError if the set was never finished."""
+    sums = listed_sums(folder)
+    check_finished(sums, folder)
+    return sums
+
+
+def check_finished(sums: dict[str, str], where: object) -> None:
+    """Raises ShardError if `sums` are those of a set that is not finished."""
+    if not sums.keys() & set(SET_FILES):
+        what = "SHA256SUMS lists only some of its shards" if sums else "no SHA256SUMS"
+        raise ShardError(
+            f"{where} is not finished ({what}): run the same `cxrfast shard` or `cxrfast stage` command again"
+        )
+
+
 def parse_sums(data: bytes) -> tuple[dict[str, str], list[str]]:
-    """{relative path: sha256} of the lines that can be read, and what is wrong with the others."""
+    """{relative path: sha256} of the valid lines, and what is wrong with the others."""
     sums: dict[str, str] = {}
     wrong = []
     *lines, end = data.decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         digest, name = line[:64], line[66:]
         if line[64:66] != "  " or not re.fullmatch("[0-9a-f]{64}", digest) or not NAMES.fullmatch(name) or name in sums:
-            wrong.append(f"line {number} is no hash and name of a file")
+            wrong.append(f"line {number} is not a hash and the name of a file")
         else:
             sums[name] = digest
     if list(sums) != sorted(sums):

@@ -1,7 +1,7 @@
-"""The images of a set: uint8 grey pixels ↔ the bytes of a member of its tars, as the recipe's codec says. No files.
+"""Encode and decode images of a set: uint8 grey pixels ↔ bytes in a tar.
 
-`jpeg` is a baseline grey JPEG. `raw` is a binary PGM (Netpbm's P5): a header in ASCII, then the rows of pixels. All raw
-images of a scale are of one size and have the same header, so that pixels can be read straight to where they belong.
+`jpeg` is a baseline grey JPEG. `raw` is a binary PGM (Netpbm's P5): an ASCII header, then the rows of pixels. All raw images
+of a scale have the same size and header, so pixels can be read straight into a batch.
 """
 
 import re
@@ -13,27 +13,27 @@ from cxrfast.shards.images.decode import encode
 from cxrfast.shards.images.jpeg import decode_grey
 
 SUFFIX = {"jpeg": "jpg", "raw": "pgm"}
-"""By codec: what the names of its images end in."""
+"""File suffix of images, by codec."""
 
 PGM = re.compile(rb"P5\n([1-9][0-9]{0,4}) ([1-9][0-9]{0,4})\n255\n")
 """Width and height, px; 255 is white."""
 
 
 def encode_member(image: np.ndarray, codec: str, quality: int | None) -> bytes:
-    """uint8 (H, W) → the bytes of an image in a tar; `quality` is that of JPEG."""
+    """uint8 (H, W) → the bytes of an image in a tar; `quality` is JPEG's."""
     if codec == "raw":
         return pgm_header(*image.shape) + image.tobytes()
-    assert quality is not None  # the recipe sees to it
+    assert quality is not None  # ImageRecipe guarantees it
     return encode(image, quality)
 
 
 def decode_member(data: bytes, codec: str) -> np.ndarray:
-    """The bytes of an image in a tar → uint8 (H, W), read-only where it is raw. Raises BadImage."""
+    """The bytes of an image in a tar → uint8 (H, W), read-only if raw. Raises BadImage."""
     return _decode_pgm(data) if codec == "raw" else decode_grey(data)
 
 
 def pgm_header(height: int, width: int) -> bytes:
-    """What precedes the height · width bytes of pixels of a raw image."""
+    """The bytes before the height · width pixels of a raw image."""
     return b"P5\n%d %d\n255\n" % (width, height)
 
 

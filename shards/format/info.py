@@ -1,9 +1,14 @@
-"""set.json: who the set is, what it was made from and how."""
+"""Description of a shard set: who it is, what it was made from and how. It is in rows.parquet, with a copy in set.json."""
 
-import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Meta
 
 from cxrfast import __version__
 from cxrfast.errors import ShardError
@@ -13,25 +18,33 @@ from cxrfast.shards.format.recipe import ImageRecipe
 
 SCHEMA = 2
 
+COPY = b"set.json"
+"""Key of the copy of set.json in the metadata of rows.parquet."""
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
-    """set.json. Written when the set is laid out; only `relabel` changes it, and only its labels."""
+    """Description of a set. Written when the set is laid out; only `relabel` changes it, and only its labels."""
 
     schema: int = SCHEMA
-    id: str
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
     """Hash of rows, images, patients and recipe; see `building.layout.set_id`."""
     source: str
     source_options: dict[str, Any]
-    """What the source was told in addition to the tree, as JSON values."""
+    """Options of the source in addition to the tree, as JSON values."""
     labels: list[str]
     labels_from: str = ""
     """The table that `relabel` took them from, `name sha256:…` of its bytes; "": the source's own."""
     seed: int
-    images: int
-    studies: int
-    patients: int
-    rows_per_shard: int
+    images: Positive
+    studies: Count
+    patients: Count
+    rows_per_shard: Positive
     codec: str
     quality: int | None
     """Quality of the JPEGs; None (JSON: null) where the codec is raw."""
@@ -55,42 +68,97 @@ class SetInfo:
         return ImageRecipe(seed=self.seed, codec=self.codec, quality=self.quality, resize=self.resize, grey=self.grey)
 
     def to_bytes(self) -> bytes:
-        """The content of set.json."""
+        """Contents of set.json."""
         return json_bytes(asdict(self))
 
     def write(self, folder: Path) -> None:
         write_bytes(folder / "set.json", self.to_bytes())
 
 
+def is_laid_out(folder: Path) -> bool:
+    """Has a set been laid out in this folder?"""
+    return (folder / "rows.parquet").exists() or (folder / "set.json").exists()
+
+
 def read_set(folder: Path) -> SetInfo:
-    """set.json of a set. Raises ShardError if there is none or if another schema version wrote it."""
+    """The description of a set. Raises ShardError if there is none or if another schema version wrote it.
+
+    It is read from rows.parquet, so that labels and description change together, or from set.json if that fails.
+    """
+    with suppress(ShardError):
+        return read_info(Path(folder) / "rows.parquet")
+    return read_set_json(folder)
+
+
+def read_set_json(folder: Path) -> SetInfo:
+    """The description in set.json. Raises ShardError like `read_set`."""
     path = Path(folder) / "set.json"
     if not path.is_file():
         raise ShardError(f"{folder} is not a shard set (no set.json): give the folder that `cxrfast shard --out` wrote")
     return parse_set(path.read_bytes(), path)
 
 
+def read_info(path: Path) -> SetInfo:
+    """The description in a rows table. Raises ShardError if it is missing or damaged."""
+    return parse_set(_description(path), f"the copy of set.json in {path}")
+
+
+def write_set_json(folder: Path) -> None:
+    """Write the description in rows.parquet to set.json, unless it is there already."""
+    path, data = folder / "set.json", _description(folder / "rows.parquet")
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
+def _description(path: Path) -> bytes:
+    try:
+        return pq.read_schema(path).metadata[COPY]
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
+
+
 def parse_set(data: bytes, path: object) -> SetInfo:
-    """What the bytes of a set.json say; `path` names them in errors, which are those of `read_set`."""
+    """Read the bytes of a set.json. Raises ShardError like `read_set`, naming `path`."""
     try:
-        value = json.loads(data)
-        schema = value["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged: restore it from a copy, or shard again into a new folder") from error
-    if schema != SCHEMA:
-        raise ShardError(
-            f"{path} has schema version {schema}, this cxrfast reads {SCHEMA}: "
-            "use the cxrfast that built it, or shard again into a new folder"
-        )
-    try:
-        info = SetInfo(**value)
-        if not (info.images > 0 and info.rows_per_shard > 0):
-            raise TypeError("no images, or no rows a shard")
-        return info
-    except TypeError as error:
+        value = parse_json(data)
+        schema = value.get("schema")
+        if not isinstance(schema, int) or schema == SCHEMA:
+            return _checked(value)
+    except (ValueError, ShardError) as error:
         raise ShardError(
             f"{path} is damaged ({error}): restore it from a copy, or shard again into a new folder"
         ) from error
+    raise ShardError(
+        f"{path} has schema version {schema}, this cxrfast reads {SCHEMA}: "
+        "use the cxrfast that built it, or shard again into a new folder"
+    )
+
+
+def _checked(value: dict[str, Any]) -> SetInfo:
+    """A description from its fields. Raises ValueError or ShardError if they are wrong."""
+    info = typed(value, SetInfo)
+    if "schema" not in value:
+        raise ValueError("it has no schema version")
+    if len(set(info.labels)) < len(info.labels):
+        raise ValueError("a label is listed twice")
+    if info.recipe.quality != info.quality:
+        raise ValueError("its JPEGs have no quality")
+    return info
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError if `data` is anything else."""
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def typed(value: dict[str, Any], kind: type[T]) -> T:
+    """A dataclass from its fields. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
+    if unknown := value.keys() - {field.name for field in fields(kind)}:  # type: ignore[arg-type]
+        raise ValueError(f"unknown field {min(unknown)!r}")
+    return msgspec.convert(value, kind)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A shard's manifest, NNNNNN.json: which rows it holds, and what proves that they are whole; quarantine.csv sums them up."""
+"""A shard's manifest, NNNNNN.json: which rows it holds, and their checksums; quarantine.csv sums them up."""
 
 import csv
 import io
@@ -6,40 +6,45 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
+from cxrfast.shards.format.info import Count, Positive, parse_json, typed
 from cxrfast.shards.format.names import SCALE, SHARD_FILE, shard_path
 from cxrfast.shards.images.cell_means import unpack
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardManifest:
-    """NNNNNN.json: written after the tar and its index, so its presence means that the shard is whole."""
+    """Contents of NNNNNN.json: written after the tar and its index, so its presence means that the shard is whole."""
 
     set: str
-    scale: int
-    shard: int
-    sha256: str
-    bytes: int
-    rows: list[int]
+    scale: Positive
+    shard: Count
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    bytes: Count
+    rows: list[Count]
     """Rows held, ascending, in the order of the tar."""
-    crc32: list[int]
+    crc32: list[Annotated[int, Meta(ge=0, lt=2**32)]]
     """Checksum of each row's image bytes."""
-    sizes: list[list[int]]
+    sizes: list[Annotated[list[Positive], Meta(min_length=2, max_length=2)]]
     """[height, width] of each row's source image as it was decoded, px."""
-    quarantined: dict[str, str]
-    """Rows that are left out (JSON keys are text) and why."""
+    quarantined: dict[Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")], str]
+    """Rows left out (JSON keys are text) and why."""
     grids: str = ""
-    """`cell_means.pack` of the grids of the rows held; "" where cxrfast built the shard before it took any."""
+    """`cell_means.pack` of the grids of the rows held; "" in shards of versions before grids."""
 
     @property
     def lacks_grids(self) -> bool:
         return bool(self.rows) and not self.grids
 
     def to_json(self) -> str:
-        """The content of the file. Without grids it is what earlier versions wrote, byte for byte."""
+        """Contents of the file. Without grids, the bytes that earlier versions wrote."""
         fields = asdict(self)
         if not self.grids:
             del fields["grids"]
@@ -49,37 +54,45 @@ class ShardManifest:
         write_bytes(shard_path(folder, self.scale, self.shard, "json"), self.to_json().encode())
 
 
-def read_manifest(folder: Path, scale: int, shard: int) -> ShardManifest | None:
-    """The manifest of a shard, None if it was not built yet. Raises ShardError if it is damaged."""
+def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = None) -> ShardManifest | None:
+    """The manifest of a shard, None if it is not built. Raises ShardError if it is damaged or names rows outside `rows`."""
     path = shard_path(folder, scale, shard, "json")
     try:
-        m = ShardManifest(**json.loads(path.read_bytes()))
-        if not len(m.rows) == len(m.crc32) == len(m.sizes):
-            raise ValueError("lists of different lengths")
-        if not isinstance(m.grids, str):
-            raise ValueError("grids that are no text")
-        if m.grids:
-            unpack(m.grids, len(m.rows))
-        if not all(isinstance(row, int) for row in (*m.rows, *map(int, m.quarantined))):
-            raise ValueError("rows that are no numbers")
+        m = typed(parse_json(path.read_bytes()), ShardManifest)
+        _check(m, rows)
         return m
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ShardError(
-            f"{path} is damaged: `cxrfast verify --repair {folder}` makes it again from its tar, or delete it and run "
-            "`cxrfast shard` again to rebuild this shard"
+            f"{path} is damaged ({error}): `cxrfast verify --repair {folder}` makes it again from its tar, or delete it "
+            "and run `cxrfast shard` again to rebuild this shard"
         ) from error
 
 
+def _check(m: ShardManifest, rows: range | None) -> None:
+    """Raises ValueError if the fields contradict each other."""
+    if not len(m.rows) == len(m.crc32) == len(m.sizes):
+        raise ValueError("lists of different lengths")
+    if any(a >= b for a, b in pairwise(m.rows)):
+        raise ValueError("rows that do not ascend")
+    named = [*m.rows, *map(int, m.quarantined)]
+    if len(set(named)) < len(named):
+        raise ValueError("rows both held and quarantined")
+    if rows is not None and not set(named) <= set(rows):
+        raise ValueError(f"rows outside {rows.start} to {rows.stop - 1}")
+    if m.grids:
+        unpack(m.grids, len(m.rows))
+
+
 def scales_in(folder: Path) -> list[int]:
-    """The scales of which the set holds at least one shard. Raises OSError for a folder that cannot be read."""
+    """Scales with at least one shard, ascending. Raises OSError for a folder that cannot be read."""
     scales = (name for name in os.listdir(folder) if SCALE.fullmatch(name))
     return sorted(int(name) for name in scales if built(Path(folder), int(name)))
 
 
 def built(folder: Path, scale: int) -> list[int]:
-    """The shards of a scale that have their manifest. Raises OSError for a folder that cannot be read."""
+    """Shards of a scale that have a manifest, ascending. Raises OSError for a folder that cannot be read."""
     try:
         names = os.listdir(folder / str(scale))
     except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +101,7 @@ def built(folder: Path, scale: int) -> list[int]:
 
 
 def read_manifests(folder: Path) -> Iterator[ShardManifest]:
-    """Manifests of all shards that have one, by scale and number."""
+    """All manifests, by scale and number."""
     for scale in scales_in(folder):
         for shard in built(folder, scale):
             if m := read_manifest(folder, scale, shard):
@@ -96,8 +109,10 @@ def read_manifests(folder: Path) -> Iterator[ShardManifest]:
 
 
 def quarantine_bytes(paths: dict[int, str], manifests: Iterable[ShardManifest]) -> bytes:
-    """The content of quarantine.csv: row, path, reason."""
+    """Contents of quarantine.csv: row, path, reason. Raises ShardError for a row without a path."""
     reasons = {int(row): reason for m in manifests for row, reason in m.quarantined.items()}
+    if unknown := reasons.keys() - paths.keys():
+        raise ShardError(f"a manifest names row {min(unknown)}, which rows.parquet does not have")
     text = io.StringIO()
     lines = ((row, paths[row], reason) for row, reason in sorted(reasons.items()))
     csv.writer(text, lineterminator="\n").writerows([("row", "path", "reason"), *lines])

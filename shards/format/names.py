@@ -1,10 +1,8 @@
-"""Names of the files in the folder of a shard set, and which of them are there for a while only."""
+"""Names of the files of a shard set, permanent and temporary."""
 
 import os
 import re
 from pathlib import Path
-
-from cxrfast.errors import ShardError
 
 SCALE = re.compile(r"[1-9][0-9]*")
 SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
@@ -18,10 +16,7 @@ def shard_name(scale: int, shard: int, suffix: str) -> str:
 
 
 def shard_files(scale: int, shard: int) -> list[str]:
-    """A shard's tar, index and manifest, relative to the set, in the order in which they are written.
-
-    The manifest comes last: its presence means that the shard is whole.
-    """
+    """A shard's tar, index and manifest, relative to the set, in the order they are written: a manifest means a whole shard."""
     return [shard_name(scale, shard, suffix) for suffix in ("tar", "idx", "json")]
 
 
@@ -30,57 +25,41 @@ def shard_path(folder: Path, scale: int, shard: int, suffix: str) -> Path:
 
 
 SET_FILES = ("rows.parquet", "quarantine.csv", "set.json")
-"""Files that describe the whole set, in the order in which they are copied: set.json says that the others are there."""
+"""Files of the set itself, in the order they are copied: set.json means that the others are there."""
 
 
-LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.json")
-"""There only while somebody writes into the set; see `lock`."""
+LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.(json|lock(\.(break|restore)\..*)?)")
+"""There only while a process writes into the set; see `lock`. Earlier versions wrote JSON."""
 
 
 WORKSHOP = "repair.tmp"
-"""Folder in the set where a repair builds broken shards again."""
+"""Folder in the set where a repair rebuilds broken shards."""
 
 
 TEMPORARIES = re.compile(
-    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.json|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
+    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.(json|lock)|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )
 
 
-UNFINISHED = "SHA256SUMS.unfinished"
-"""What SHA256SUMS said of the shards that were there before a build that is under way, so that it signs no damage."""
-
-RELABELLING = "SHA256SUMS.relabelling"
-"""Takes the place of SHA256SUMS while labels are replaced; see `relabel.write_labels`."""
-
-
-def check_labels_settled(folder: Path) -> None:
-    """Raises ShardError while the labels of a set are replaced: table and set.json may not agree."""
-    if (folder / RELABELLING).exists():
-        raise ShardError(
-            f"the labels of {folder} are being replaced, or that was interrupted: "
-            "run the same `cxrfast relabel` command again"
-        )
-
-
 def is_temporary(path: Path) -> bool:
-    """Is this a file of a set while it is written?"""
+    """Is this a file of a set that is being written?"""
     return TEMPORARIES.fullmatch(path.name) is not None
 
 
 def is_foreign(path: Path) -> bool:
-    """Is this something that no build could have left in the folder of its set before it wrote set.json?"""
+    """Is this something that no build leaves before it has laid out its set?"""
     ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name) or path.name == "rows.parquet"
     return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
 
 def files_in(folder: Path) -> list[str]:
-    """Whatever is in the folder of a set and in the folders there, except sums and locks; sorted, relative to it.
+    """Files in a set's folder and its subfolders, except SHA256SUMS and locks; relative, sorted. Empty folders end with "/".
 
-    An empty folder ends with a slash. Raises OSError for a folder that cannot be read.
+    Raises OSError for a folder that cannot be read.
     """
     names: list[str] = []
     for name in os.listdir(folder):
-        if name in ("SHA256SUMS", RELABELLING, UNFINISHED) or LOCK_FILE.fullmatch(name):
+        if name == "SHA256SUMS" or LOCK_FILE.fullmatch(name):
             continue
         if (folder / name).is_dir():
             names += [f"{name}/{inner}" for inner in os.listdir(folder / name)] or [f"{name}/"]

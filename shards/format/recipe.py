@@ -1,4 +1,4 @@
-"""The recipe of a set's images: codec, size, grey."""
+"""How the images of a set are made: codec, size, grey."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ QUALITY = 95
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe:
-    """All that the pixels of a set depend on except the images themselves."""
+    """Everything that the pixels of a set depend on, except the source images."""
 
     seed: int = 0
     """Seed of the permutation of rows and of the splits."""
     codec: str = "jpeg"
-    """How pixels lie in the tars: `jpeg`, or `raw`, uncompressed; see `format.codec`."""
+    """`jpeg`, or `raw` for uncompressed pixels; see `format.codec`."""
     quality: int | None = None
-    """Quality of the JPEGs, 1 to 100; None becomes 95. Raw pixels have none: there it stays None, so that no two raw sets differ by it."""
+    """JPEG quality, 1 to 100; None becomes 95. Always None for raw pixels."""
     resize: str = "squash"
-    """`squash`: both sides become the scale, whatever the aspect (the study); `pad`: centred on a black square."""
+    """`squash`: both sides become the scale, ignoring the aspect (the study); `pad`: centred on a black square."""
     grey: str = "none"
-    """How images deeper than 8 bit become grey: `none` (full range), `mimic` or `window`; see `images.decode`."""
+    """Conversion of images deeper than 8 bit: `none` (full range), `mimic` or `window`; see `images.decode`."""
 
     def __post_init__(self) -> None:
         for name, known in (("codec", CODECS), ("resize", RESIZES), ("grey", GREYS)):
@@ -33,7 +33,7 @@ class ImageRecipe:
             object.__setattr__(self, "quality", QUALITY)
         if self.codec != "jpeg" and self.quality is not None:
             raise ShardError(
-                f"--quality {self.quality} is of JPEG, and --codec {self.codec} stores every pixel as it is: "
+                f"--quality {self.quality} is for JPEG, and --codec {self.codec} stores pixels uncompressed: "
                 "leave one of them out"
             )
         if self.quality is not None and not 1 <= self.quality <= 100:

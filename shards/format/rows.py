@@ -1,4 +1,4 @@
-"""The rows table: one line per image, `row` = 0…N-1 its number at every scale for ever. Parquet in, pandas out."""
+"""Read and write the rows table, rows.parquet: one line per image; `row` = 0…N-1 is its permanent number at every scale."""
 
 import io
 from pathlib import Path
@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError
 from cxrfast.files import replacing
-from cxrfast.shards.format.info import SetInfo, parse_set
-from cxrfast.shards.format.names import check_labels_settled
+from cxrfast.shards.format.info import COPY, SetInfo, parse_set, read_info, read_set_json
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
@@ -30,10 +29,7 @@ COLUMNS: dict[str, pa.DataType] = {
 """The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
 
 REFERENCE = "radiologist/"
-"""How columns begin that hold a reference standard: raw labels too, carried alongside the labels and never trained on."""
-
-COPY = b"set.json"
-"""Key of the copy of set.json in the file's metadata."""
+"""Prefix of columns that hold a reference standard: raw labels that are carried along and never trained on."""
 
 
 def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -41,15 +37,12 @@ def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def reference_names(rows: pd.DataFrame) -> tuple[str, ...]:
-    """The columns of the reference standard, `radiologist/<label>`; none in most sets."""
+    """Columns of the reference standard, `radiologist/<label>`; most sets have none."""
     return tuple(c for c in rows.columns if c.startswith(REFERENCE))
 
 
 def write_rows(path: Path, rows: pd.DataFrame, info: SetInfo | None = None) -> None:
-    """Write the table, with a copy of set.json (`info`) inside, from which a damaged one is restored.
-
-    The same rows and the same pyarrow give the same bytes.
-    """
+    """Write the table with the description of its set (`info`) inside. The same rows and pyarrow give the same bytes."""
     with replacing(path) as file:
         _write(file, rows, info.to_bytes() if info else None)
 
@@ -62,16 +55,8 @@ def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
-def read_info(path: Path) -> SetInfo:
-    """The copy of set.json inside a rows table. Raises ShardError if there is none."""
-    try:
-        return parse_set(pq.read_schema(path).metadata[COPY], f"the copy of set.json in {path}")
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
-
-
 def is_as_written(path: Path) -> bool:
-    """Are these the bytes that `write_rows` wrote? Needs no hash: page checksums hold, and writing it again changes nothing."""
+    """Are these the bytes that `write_rows` wrote? Without a hash: page checksums hold, and rewriting it changes nothing."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         again = io.BytesIO()
@@ -81,20 +66,30 @@ def is_as_written(path: Path) -> bool:
         return False
 
 
-def read_rows(path: Path, relabelling: bool = False) -> pd.DataFrame:
-    """The table as a data frame, in the order of the rows. Raises ShardError if it is missing, damaged or lacks a column,
-    and while its labels are replaced unless `relabelling` is what the caller does."""
-    if not relabelling:
-        check_labels_settled(path.parent)
+def is_relabelled(folder: Path) -> bool:
+    """Is the rows table undamaged, and of the set that set.json describes? If its hash differs from SHA256SUMS, it was written
+    by a `relabel` that was killed before it wrote the rest."""
+    path = folder / "rows.parquet"
     try:
-        rows = pq.read_table(path, page_checksum_verification=True).to_pandas()
+        return is_as_written(path) and read_info(path).id == read_set_json(folder).id
+    except ShardError:
+        return False
+
+
+def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
+    """The table in the order of its rows. Raises ShardError if it is missing or damaged or lacks a column, or if the
+    description inside is not `info`: its labels were replaced since."""
+    try:
+        with pa.OSFile(str(path)) as file:  # opened once: it may be replaced at any time
+            table = pq.read_table(file, page_checksum_verification=True)
+        rows = table.to_pandas()
     except FileNotFoundError:
-        raise ShardError(
-            f"{path} is missing: {path.parent} is not a finished plan; run `cxrfast shard` again"
-        ) from None
+        raise ShardError(f"{path} is missing: run `cxrfast shard` again") from None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
-    absent = [c for c in COLUMNS if c not in rows.columns]
-    if absent:
+    if absent := [c for c in COLUMNS if c not in table.column_names]:
         raise ShardError(f"{path} lacks the columns {', '.join(absent)}: it is not a cxrfast rows table")
+    inside = (table.schema.metadata or {}).get(COPY)
+    if info and inside and parse_set(inside, path) != info:
+        raise ShardError(f"the labels in {path} were replaced since the set was opened: run this command again")
     return rows

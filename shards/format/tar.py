@@ -1,4 +1,4 @@
-"""A shard's tar and its DALI index (v1.2): how they are written, and where each row lies in them."""
+"""Write and read a shard's tar and its DALI index (v1.2)."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from cxrfast.shards.format.codec import SUFFIX
 from cxrfast.shards.format.names import shard_path
 
 AHEAD = 16 * 2**20
-"""Bytes after which the system is asked to begin writing them to the disk, so that `close` waits for few."""
+"""Bytes after which writing to disk is started, so that `close` waits for little."""
 
 LINE = re.compile(rf"({'|'.join(SUFFIX.values())}) ([0-9]+) ([0-9]+) ([0-9]+)\.\1 json [0-9]+ [0-9]+ \4\.json")
 """Line of an index: suffix, offset, bytes and name of a row's image, then of its JSON."""
 
 
 class TarWriter:
-    """A tar and its DALI index, hashed while they are written; they take their names in `close`."""
+    """Writes a tar and its DALI index, hashing the tar; both get their names in `close`."""
 
     def __init__(self, folder: Path, scale: int, shard: int, codec: str) -> None:
         self.suffix = SUFFIX[codec]
@@ -43,7 +43,7 @@ class TarWriter:
             self.begun = self.size
 
     def _member(self, name: str, data: bytes) -> str:
-        header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes whoever builds, whenever
+        header = tarfile.TarInfo(name)  # mtime 0 and owner 0: the same bytes from any user at any time
         header.size = len(data)
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
         offset = self.size
@@ -68,23 +68,23 @@ class TarWriter:
         return self.digest.hexdigest(), self.size
 
     def discard(self) -> None:
-        """Leave nothing behind; harmless after `close`."""
+        """Remove unfinished files; harmless after `close`."""
         try:
             self.file.close()
         except OSError:
-            pass  # a full disk refuses the last bytes once more
+            pass  # a full disk refuses the buffered bytes again
         finally:
             self.temporary.unlink(missing_ok=True)
 
 
 def index_bytes(lines: list[str]) -> bytes:
-    """A DALI index (v1.2) of samples whose lines are given."""
+    """A DALI index (v1.2) with these lines."""
     return "".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a tar itself tells of its samples."""
+    """Samples of a tar, read from the tar alone."""
 
     index: bytes
     """Content of its .idx file."""
@@ -97,7 +97,7 @@ class Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Everything about a sound tar that its index and manifest repeat."""
+    """Everything in an undamaged tar that its index and manifest repeat."""
     lines: list[str] = []
     rows: list[int] = []
     places: list[tuple[int, int, int]] = []
@@ -121,7 +121,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int]]:
-    """(row, offset, bytes) of every image in a tar, from its DALI index. Raises ShardError if it is no such index."""
+    """(row, offset, bytes) of every image in a tar, from its DALI index. Raises ShardError if it is damaged."""
     path = shard_path(folder, scale, shard, "idx")
     try:
         version, *lines = path.read_text().splitlines()
@@ -129,7 +129,7 @@ def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int
             raise ValueError(f"first line {version!r}")
         samples = [LINE.fullmatch(line) for line in lines]
         if None in samples:
-            raise ValueError(f"line {samples.index(None) + 2} is no image and its JSON")
+            raise ValueError(f"line {samples.index(None) + 2} is not an image and its JSON")
         return [(int(s[4]), int(s[2]), int(s[3])) for s in samples if s]
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: run the same `cxrfast shard` command again") from None

@@ -18,11 +18,11 @@ from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.building.tasks import Blueprint
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import parse_sums, sums_bytes
-from cxrfast.shards.format.info import SetInfo, read_set
+from cxrfast.shards.format.info import SetInfo, read_info, read_set, read_set_json
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import SET_FILES, WORKSHOP, is_temporary, shard_files, shard_name
-from cxrfast.shards.format.rows import is_as_written, read_info, read_rows, write_rows
+from cxrfast.shards.format.rows import is_relabelled, read_rows, write_rows
 from cxrfast.shards.repair.cell_means import add_grids
 from cxrfast.shards.repair.from_source import Shard, build_again
 from cxrfast.shards.repair.from_tar import Derived, derive
@@ -101,22 +101,21 @@ def _clear(state: RepairState) -> None:
 def _restore_blueprint(state: RepairState) -> Blueprint | None:
     """Repair set.json and rows.parquet; None where that cannot be done."""
     path = state.folder / "rows.parquet"
-    if state.is_good(path.name):
+    is_good = state.is_good(path.name)
+    if is_good or is_relabelled(state.folder):
         info = read_info(path)
-        state.put("set.json", info.to_bytes(), "restored from its copy in rows.parquet")
+        state.put("set.json", info.to_bytes(), "restored from its copy in rows.parquet", is_new=not is_good)
         return Blueprint(tree=state.tree, out=state.folder, info=info, rows=read_rows(path))
     try:
         if not state.may_be_good("set.json"):
             raise ShardError("set.json and rows.parquet are both damaged")
-        info = read_set(state.folder)
+        info = read_set_json(state.folder)
     except ShardError as error:
         state.failed.update({name: str(error) for name in ("set.json", path.name)})
         return None
-    if not (is_as_written(path) and read_info(path) == info):  # else it is its line that is wrong
-        why = _rebuild_rows(state, info)
-        if why:
-            state.failed[path.name] = why
-            return None
+    if why := _rebuild_rows(state, info):
+        state.failed[path.name] = why
+        return None
     return Blueprint(tree=state.tree, out=state.folder, info=read_set(state.folder), rows=read_rows(path))
 
 

@@ -1,7 +1,7 @@
-"""Ids of a table of labels, as text, and those of a set go in; the table's come out as the set writes them.
+"""Match the ids of a table of labels, as text, with those of a set.
 
-Images and studies are matched as text, files by the end of their paths. Nothing is guessed: leading zeros count, and what
-is ambiguous stays unmatched or is refused.
+Image and study ids are matched as text, files by the end of their paths. Nothing is guessed: leading zeros count, and
+ambiguous ids stay unmatched or are refused.
 """
 
 import pandas as pd
@@ -9,11 +9,11 @@ import pandas as pd
 from cxrfast.errors import ShardError
 
 ID_COLUMNS = ("image_id", "study_id", "path")
-"""Columns of the set by which a table may be matched."""
+"""Columns of the set that a table can be matched with."""
 
 
 def best_column(ids: pd.Series, rows: pd.DataFrame, what: str) -> str:
-    """The one of `ID_COLUMNS` that holds most of the table's `ids`; `what` names the table in messages."""
+    """The column of `ID_COLUMNS` with most of the table's `ids`; `what` names the table in messages."""
 
     def found(column: str) -> int:
         known = rows[column]
@@ -23,10 +23,10 @@ def best_column(ids: pd.Series, rows: pd.DataFrame, what: str) -> str:
 
 
 def match_ids(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
-    """The table's `ids` as the column `known` of the set writes them; those that it does not have stay as they are.
+    """The table's `ids` as the column `known` of the set writes them; unknown ids stay as they are.
 
-    `tail`: from `shared_tail`; `what`: names table and column in messages. Raises ShardError for ids that are listed
-    twice or lack their zeros.
+    `tail`: from `shared_tail`; `what`: names table and column in messages. Raises ShardError for ids that are listed twice
+    or have lost their leading zeros.
     """
     ids = as_in_set(ids, known, tail, what)
     if repeated := ids[ids.duplicated()].drop_duplicates().tolist():
@@ -38,19 +38,19 @@ def match_ids(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Seri
 
 
 def _check_zeros(in_table: pd.Series, in_set: pd.Series, what: str) -> None:
-    """Raises ShardError if ids of the table alone and of the set alone differ in nothing but leading zeros."""
+    """Raises ShardError if unmatched ids of table and set differ only in leading zeros."""
     bare = in_set.str.lstrip("0")
     apart = in_table[in_table.str.lstrip("0").isin(bare)]
     if len(apart):
         whole = in_set[bare == apart.iloc[0].lstrip("0")].iloc[0]
         raise ShardError(
-            f"{len(apart):,} ids of {what} differ from the set's in leading zeros alone ({apart.iloc[0]} is {whole} "
+            f"{len(apart):,} ids of {what} differ from the set's only in leading zeros ({apart.iloc[0]} is {whole} "
             "there): write them as text, with their zeros"
         )
 
 
 def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
-    """As the set may write them: 50000014.0 is study 50000014 and 0001.png image 0001, unless it says so itself."""
+    """The ids as the set may write them: 50000014.0 as study 50000014 and 0001.png as image 0001, unless it has these ids."""
     if known.name == "path":
         whole = dict(zip(tails(known, tail), known, strict=True)) if tail else {}
         return pd.Series([whole.get(t, i) for t, i in zip(tails(ids, tail), ids, strict=True)], ids.index, dtype=object)
@@ -69,15 +69,15 @@ def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Seri
 
 
 def tails(paths: pd.Series, parts: int) -> list[str]:
-    """The last `parts` parts of every path; all of one that has fewer."""
+    """The last `parts` parts of every path, or all if it has fewer."""
     return ["/".join([p for p in path.strip().split("/") if p not in ("", ".")][-parts:]) for path in paths]
 
 
 def shared_tail(ids: pd.Series, known: pd.Series) -> int:
-    """Number of parts at their ends by which to match paths of table and set; 0 if they share none, or are no paths.
+    """Number of trailing parts by which to match paths of table and set; 0 if they share none or are not paths.
 
-    Where both lie in folders of their own, these are left out, one after the other, as long as the rest still tells all
-    paths of either side apart. Of what is left the longest is taken that matches most images.
+    Leading folders are dropped one by one while the rest still distinguishes all paths of either side. Of these lengths,
+    returns the longest one that matches the most images.
     """
     if known.name != "path":
         return 0

@@ -1,7 +1,7 @@
-"""Other labels for the images of a shard set, from a table keyed by image, study or path.
+"""Replace the labels of a shard set by those of a table keyed by image, study or path.
 
-In: a set's rows.parquet and set.json, and a CSV, TSV or Parquet table. Out: the same two files and SHA256SUMS with the
-table's labels in place of all former ones. Never touched: tars, manifests, folds, reference columns and the set id.
+Rewrites rows.parquet, set.json and their lines in SHA256SUMS. Never touches tars, manifests, folds, reference columns or the
+set id.
 """
 
 import os
@@ -11,46 +11,46 @@ from pathlib import Path
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sha256, sync_folder, write_bytes
+from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
-from cxrfast.shards.format.checksums import read_sums, sums_bytes
-from cxrfast.shards.format.info import SetInfo, read_set
+from cxrfast.shards.format.checksums import check_undamaged, listed_sums, sums_bytes
+from cxrfast.shards.format.info import SetInfo, read_set, write_set_json
 from cxrfast.shards.format.lock import Lock
-from cxrfast.shards.format.names import RELABELLING, is_temporary
+from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.label_table import LabelTable, read_label_table
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
 
 SHOWN = 20
-"""Ids of one side alone that a summary lists."""
+"""Unmatched ids that a summary lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relabelled:
-    """What became of the labels of a set."""
+    """Result of a relabelling."""
 
     info: SetInfo
-    """As it is now."""
+    """Description with the new labels."""
     before: tuple[str, ...]
-    """The labels it had."""
+    """The former labels."""
     table: str
     key: str
-    """The table's column by which lines and images were matched."""
+    """Column of the table that was matched with images."""
     by: str
     """What it holds: image_id, study_id or path."""
     tail: int
-    """If it holds paths: how many parts at their ends were compared."""
+    """For paths: number of trailing parts that were compared."""
     matched: int
-    """Images with a line in the table; the others are blank now."""
+    """Images found in the table; the others are blank now."""
     labelled: int
-    """Images with at least one label that is not blank."""
+    """Images with at least one label."""
     unmatched: pd.DataFrame
-    """One line per id that only one side knows, sorted: what `by` says, only_in (set or table), images of the set."""
+    """One line per id of only one side, sorted: the column `by`, only_in (set or table), images of the set."""
     left: list[str]
-    """Columns of the table that may be labels, too, and were not taken."""
+    """Columns of the table that might be labels and were not taken."""
 
     def summary(self, folder: Path) -> str:
-        """What a person wants to know after a relabelling."""
+        """The result as text."""
         info = self.info
         how = f"{self.key} (by the last {self.tail} parts of each path)" if self.by == "path" else self.key
         gone = [name for name in self.before if name not in info.labels]
@@ -72,7 +72,7 @@ class Relabelled:
         return "\n".join(lines)
 
     def _ids_alone(self, side: str, where: str) -> list[str]:
-        """A line that lists the first ids that only `side` knows; none where there are none."""
+        """A line that lists the first ids found only in `side`; no line if there are none."""
         ids = self.unmatched.loc[self.unmatched["only_in"] == side, self.by].tolist()
         if not ids:
             return []
@@ -89,13 +89,12 @@ def relabel(
     key: str | None = None,
     unmatched: Path | None = None,
 ) -> Relabelled:
-    """Replace all labels of the set by those of `table`: a local path or an fsspec URL of a .csv, .tsv (.gz) or .parquet.
+    """Replace all labels of the set by those of `table`, a local path or fsspec URL of a .csv, .tsv (.gz) or .parquet.
 
-    `labels`: columns to take; default: those of the set's labels and of MIMIC's fourteen, or if there are none all but
-    those of ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a
-    CSV file for the ids that only one side knows. Images that the table does not list become blank. Raises ShardError,
-    with nothing written, for a table that is not of this set or holds other values than 1, 0, -1 and blank. A run killed
-    at any instant is finished by the same call.
+    `labels`: columns to take; default: the set's labels and MIMIC's fourteen, or without any of these all columns except
+    ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a CSV file
+    for ids of only one side. Images not in the table become blank. Raises ShardError, with nothing written, for a table of
+    other images or with values other than 1, 0, -1 and blank. The same call finishes a run that was killed.
     """
     folder = Path(folder)
     info = read_set(folder)
@@ -110,18 +109,19 @@ def relabel(
 
 
 def _check_target(unmatched: Path, folder: Path) -> None:
-    """Raises ShardError for a file that must not or cannot be written."""
+    """Raises ShardError if the file cannot or must not be written."""
     if unmatched.resolve().is_relative_to(folder.resolve()):
         raise ShardError(f"--unmatched {unmatched} lies in the set {folder}: choose a file outside of it")
     if unmatched.is_dir():
         raise ShardError(f"--unmatched {unmatched} is a folder: name a file")
     if not os.access(unmatched.parent, os.W_OK | os.X_OK):
-        raise ShardError(f"--unmatched {unmatched}: there is no folder {unmatched.parent} that can be written into")
+        raise ShardError(f"--unmatched {unmatched}: there is no writable folder {unmatched.parent}")
 
 
 def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> Relabelled:
-    _check_undamaged(folder)
-    info, rows = read_set(folder), read_rows(folder / "rows.parquet", relabelling=True)
+    check_undamaged(folder)  # else damage would be signed
+    info = read_set(folder)
+    rows = read_rows(folder / "rows.parquet", info)
     rows = rows.astype(dict.fromkeys(ID_COLUMNS, object))  # pandas looks Arrow's text up ten times more slowly
     by = table.by or best_column(table.ids, rows, table.location)
     known = rows[by]
@@ -153,7 +153,7 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> 
 
 
 def _ids_of_one_side(ids: pd.Series, known: pd.Series) -> pd.DataFrame:
-    """Ids that only table or set knows; `images` says how many images of the set go without labels for it."""
+    """Ids only in the table or only in the set; `images`: images of the set that are left without labels."""
     in_set = known[~known.isin(ids)].value_counts().sort_index()
     in_table = sorted(ids[~ids.isin(known)])
     return pd.DataFrame(
@@ -165,41 +165,18 @@ def _ids_of_one_side(ids: pd.Series, known: pd.Series) -> pd.DataFrame:
     )
 
 
-# Writing
-
-
-def _check_undamaged(folder: Path) -> None:
-    """Raises ShardError if the files to be replaced are not those that were signed: damage would be signed."""
-    if (folder / "SHA256SUMS").exists():
-        sums = read_sums(folder)
-        for name in ("rows.parquet", "set.json"):
-            if name in sums and (folder / name).is_file() and sha256(folder / name) != sums[name]:
-                raise ShardError(f"{folder / name} is not as it was written: `cxrfast verify` lists what is damaged")
-
-
 def write_labels(folder: Path, info: SetInfo, rows: pd.DataFrame) -> None:
-    """Write rows.parquet and set.json, and their hashes into SHA256SUMS, so that no reader takes one for the other's.
+    """Write rows.parquet, then set.json, and their hashes into SHA256SUMS.
 
-    SHA256SUMS is renamed to `RELABELLING` first and back last. While a file of that name is there `read_rows` and
-    `verify` refuse the set, whatever else is written; only a relabelling reads on, and one that was killed is finished by
-    the same call. The other files' hashes are kept, not taken again: damage stays visible. A set that no build has
-    finished has no SHA256SUMS before or after.
+    One rename replaces labels and description together. If it is killed after that, `verify` finds the old hash and the
+    same call writes the rest. Hashes of other files are kept, so damage stays visible. SHA256SUMS of an unfinished set
+    stays as it is.
     """
-    sums, underway = folder / "SHA256SUMS", folder / RELABELLING
     for stale in filter(is_temporary, list(folder.iterdir())):  # of a killed relabelling
         stale.unlink(missing_ok=True)
-    if sums.exists():
-        os.replace(sums, underway)
-    elif not underway.exists():
-        write_bytes(underway, b"")
-    sync_folder(folder)
     write_rows(folder / "rows.parquet", rows, info)
-    info.write(folder)
-    if underway.stat().st_size:
-        known = read_sums(folder, RELABELLING)
-        known |= {name: sha256(folder / name) for name in ("rows.parquet", "set.json")}
-        write_bytes(underway, sums_bytes(known))
-        os.replace(underway, sums)
-    else:
-        underway.unlink()
-    sync_folder(folder)
+    write_set_json(folder)
+    sums = listed_sums(folder)
+    if sums.keys() & set(SET_FILES):
+        new = {name: sha256(folder / name) for name in ("rows.parquet", "set.json")}
+        write_bytes(folder / "SHA256SUMS", sums_bytes({**sums, **new}))

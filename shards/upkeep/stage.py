@@ -1,7 +1,7 @@
 """Copy a shard set, or some of its scales, between local folders and object stores.
 
-In: a finished set and where its copy shall be. Out: the same bytes there, hashed on their way, and a SHA256SUMS of
-what is there, written last. A copy that was killed is finished by the same call. Never written to: the source.
+Files are hashed while they are copied, and SHA256SUMS of the destination is written last. The same call finishes a copy
+that was killed. Nothing is written into the source.
 """
 
 import json
@@ -16,48 +16,41 @@ from pathlib import Path, PurePosixPath
 from cxrfast.errors import ShardError
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
-from cxrfast.shards.format.checksums import parse_sums, read_sums, sums_bytes
+from cxrfast.shards.format.checksums import adopt_earlier, check_finished, parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import locked
-from cxrfast.shards.format.names import (
-    LOCK_FILE,
-    SET_FILES,
-    check_labels_settled,
-    is_temporary,
-    shard_files,
-    shard_name,
-)
+from cxrfast.shards.format.names import LOCK_FILE, SET_FILES, is_temporary, shard_files, shard_name
 from cxrfast.shards.storage import SetStorage
 from cxrfast.shards.upkeep.transfer import Transfer
 from cxrfast.units import size
 
 CONNECTIONS = 8
-"""Files under way at once, at least, where one of the two ends is remote: most of that time is waiting."""
+"""Minimum number of files copied at once if one end is remote: most of the time is waiting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """What a call of `stage` did."""
+    """Result of `stage`."""
 
     scales: list[int]
     files: int
     """Copied."""
     bytes: int
     kept: int
-    """Files that were there already."""
+    """Files already there."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cargo:
-    """What shall be at the destination, as the source's SHA256SUMS tells it."""
+    """What the destination will hold, from the source's SHA256SUMS."""
 
     info: SetInfo
     scales: list[int]
     shards: list[list[str]]
-    """Files of each shard in the order in which they are written: tar, index, manifest."""
+    """Files of each shard in the order they are written: tar, index, manifest."""
     digests: dict[str, str]
-    """sha256 of all files of the source, other scales included."""
+    """sha256 of all files of the source, including other scales."""
     sizes: dict[str, int]
 
     @property
@@ -72,11 +65,11 @@ def stage(
     *,
     workers: int | None = None,
 ) -> Staged:
-    """Bring `to` to hold the same bytes as the set `source` at `scales` (px; None: all it has).
+    """Copy the set `source` at `scales` (px; None: all it has) to `to`.
 
-    What is there already is kept: on this machine if its hash is right; elsewhere tables and manifests if theirs is,
-    tars and indexes if their size is and they have their manifest, which is written after them. Scales that came
-    earlier stay. `workers` files are copied at once. Raises ShardError, with whole files kept.
+    Keeps files that are there already: local ones with the right hash; remote tables and manifests with the right hash,
+    and remote tars and indexes of the right size whose manifest, written after them, is right. Scales staged earlier stay.
+    `workers` files are copied at once. Raises ShardError; whole files are kept.
     """
     start = time.monotonic()
     origin, target = SetStorage(source), SetStorage(to)
@@ -111,11 +104,11 @@ def stage(
     )
 
 
-# What shall be copied
+# The source
 
 
 def read_cargo(origin: SetStorage, scales: list[int] | None) -> Cargo:
-    """The files of a finished set at `scales`. Raises ShardError if there is none, or not these scales, or files lack."""
+    """The files of a finished set at `scales`. Raises ShardError if set, scales or files are missing."""
     sizes = origin.sizes()
     if "set.json" not in sizes:
         raise ShardError(f"{origin} is not a shard set (no set.json): give the folder that `cxrfast shard --out` wrote")
@@ -136,19 +129,18 @@ def read_cargo(origin: SetStorage, scales: list[int] | None) -> Cargo:
 
 
 def _sums(origin: SetStorage, sizes: dict[str, int]) -> dict[str, str]:
-    """SHA256SUMS of the source. Raises ShardError if there is none, or a damaged one."""
-    if origin.is_local:
-        return read_sums(Path(origin.root))
-    if "SHA256SUMS" not in sizes:
-        raise ShardError(f"{origin} is not finished (no SHA256SUMS): run the same `cxrfast stage` command again")
-    sums, wrong = parse_sums(origin.read("SHA256SUMS"))
+    """SHA256SUMS of the source. Raises ShardError if it is missing or damaged."""
+    sums, wrong = parse_sums(origin.read("SHA256SUMS")) if "SHA256SUMS" in sizes else ({}, [])
     if wrong:
-        raise ShardError(f"{origin}/SHA256SUMS is damaged ({wrong[0]}): stage the set there again")
+        raise ShardError(
+            f"{origin}/SHA256SUMS is damaged ({wrong[0]}): run `cxrfast verify --repair` on the set, or stage it there again"
+        )
+    check_finished(sums, origin)
     return sums
 
 
 def _shards(names: Iterable[str]) -> list[tuple[int, int]]:
-    """Scale and number of the shards that have their manifest."""
+    """Scale and number of shards that have a manifest."""
     manifests = (PurePosixPath(name) for name in names if "/" in name and name.endswith(".json"))
     return [(int(path.parent.name), int(path.stem)) for path in manifests]
 
@@ -161,14 +153,12 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-# What is there already
+# The destination
 
 
 def _check_target(target: SetStorage, info: SetInfo) -> None:
-    """Raises ShardError, with nothing touched, if there is anything but the same set, parts of it or nothing."""
+    """Raises ShardError if the destination holds anything but this set or parts of it."""
     names = target.names()
-    if target.is_local:
-        check_labels_settled(Path(target.root))
     if "set.json" in names:
         held = parse_set(target.read("set.json"), f"{target}/set.json")
         if held.id != info.id:
@@ -181,13 +171,14 @@ def _check_target(target: SetStorage, info: SetInfo) -> None:
 
 @contextmanager
 def _held(target: SetStorage) -> Iterator[None]:
-    """The destination, if it is a local folder, made if need be and free of others that write into it and of what
-    killed ones left; gone again if nothing came of it. Two that write to the same URL write the same bytes."""
+    """Make and lock the destination if it is a local folder, and remove what killed copies left. Remote ones are not locked:
+    two copies of one set write the same bytes."""
     if not target.is_local:
         yield
         return
     folder = Path(target.root)
     with locked(folder):
+        adopt_earlier(folder)
         for path in (*folder.glob("*"), *folder.glob("[0-9]*/*")):
             if is_temporary(path):
                 path.unlink(missing_ok=True)
@@ -195,7 +186,7 @@ def _held(target: SetStorage) -> Iterator[None]:
 
 
 def _earlier_sums(target: SetStorage, there: dict[str, int]) -> dict[str, str]:
-    """What SHA256SUMS at the destination says; nothing if it cannot be relied on."""
+    """SHA256SUMS of the destination; empty if it is missing or damaged."""
     if "SHA256SUMS" not in there:
         return {}
     sums, wrong = parse_sums(target.read("SHA256SUMS"))
@@ -203,7 +194,7 @@ def _earlier_sums(target: SetStorage, there: dict[str, int]) -> dict[str, str]:
 
 
 def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]) -> None:
-    """Raises ShardError if scales that were not asked for are at the destination in an earlier state of the set."""
+    """Raises ShardError if the destination holds other scales in an earlier state of the set."""
     asked = set(cargo.names)
     others = [
         name
@@ -223,10 +214,10 @@ def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there:
 def _find_lacking(
     pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]
 ) -> tuple[list[str], list[list[str]]]:
-    """The files to copy: those of the set itself, then those of each shard, which end with its manifest.
+    """The files to copy: those of the set itself, then those of each shard, its manifest last.
 
-    Hashes are compared where that takes no download of tars: of all files in a local folder, elsewhere of tables and
-    manifests. There the right size is enough for a tar and an index whose manifest is right: it was written after them.
+    Hashes are compared if that does not download tars: for all local files, and for remote tables and manifests. A remote
+    tar or index of the right size is kept if its manifest is right, since that was written after them.
     """
     same_size = {name for name in cargo.names if there.get(name) == cargo.sizes[name]}
     hashed = [name for name in same_size if target.is_local or not name.endswith((".tar", ".idx"))]
@@ -260,7 +251,7 @@ def _check_room(target: SetStorage, needed: int) -> None:
         )
 
 
-# The end
+# Finishing
 
 
 def _refuse_damaged(origin: SetStorage, names: list[str]) -> None:
@@ -272,7 +263,7 @@ def _refuse_damaged(origin: SetStorage, names: list[str]) -> None:
 
 
 def _write_sums(pool: Executor, target: SetStorage, cargo: Cargo, known: dict[str, str]) -> None:
-    """SHA256SUMS of what is there now: what was staged, and whole shards that came earlier."""
+    """Write SHA256SUMS of what was staged now and of whole shards staged earlier."""
     there = target.sizes()
     whole = (name for scale, shard in _shards(there) for name in shard_files(scale, shard) if name in there)
     names = list({*cargo.names, *whole})

@@ -1,4 +1,4 @@
-"""Copy the files of a shard set from one storage to another, hashed on their way; a file that fails is tried again."""
+"""Copy the files of a shard set between storages, hashing them on the way and retrying those that fail."""
 
 import hashlib
 import threading
@@ -13,7 +13,7 @@ WAITS = (0.5, 2.0)
 
 
 class _Damaged(ShardError):
-    """A file of the source is not what its SHA256SUMS says."""
+    """A file of the source differs from its SHA256SUMS."""
 
 
 class _Stopped(ShardError):
@@ -21,7 +21,7 @@ class _Stopped(ShardError):
 
 
 class Transfer:
-    """Copies files from `origin` to `target`; `digests`: sha256 by name; `count` hears of the bytes."""
+    """Copies files from `origin` to `target`; `digests`: sha256 by name; `count` is called with the bytes copied."""
 
     def __init__(
         self, origin: SetStorage, target: SetStorage, digests: dict[str, str], count: Callable[[int], None]
@@ -32,7 +32,7 @@ class Transfer:
     def copy(self, pool: Executor, set_files: list[str], shards: list[list[str]], there: dict[str, int]) -> list[str]:
         """Copy the set's own files, then the shards in any order; `there`: what the target holds already.
 
-        Returns the names of damaged files: where one is met, the rest of its shard is not copied. Raises ShardError.
+        Returns the names of damaged files; the rest of their shards is not copied. Raises ShardError.
         """
         if damaged := self._copy(set_files):
             return damaged
@@ -47,11 +47,11 @@ class Transfer:
 
     def _copy_shard(self, names: list[str], there: dict[str, int]) -> list[str]:
         if names[-1] in there:
-            self.target.remove(names[-1])  # a manifest means that its shard is whole, which it is not for a while
+            self.target.remove(names[-1])  # a manifest means a whole shard
         return self._copy(names)
 
     def _copy(self, names: list[str]) -> list[str]:
-        """Copy files in this order, up to a damaged one, whose name is returned."""
+        """Copy files in order; stop at a damaged one and return its name."""
         for name in names:
             try:
                 self._copy_file(name)
@@ -60,7 +60,7 @@ class Transfer:
         return []
 
     def _copy_file(self, name: str) -> None:
-        """Copy one file, in three tries if need be. Raises _Damaged if its bytes are not those of its digest."""
+        """Copy one file, in up to three tries. Raises _Damaged if it differs from its digest."""
         for wait in (*WAITS, None):
             try:
                 with as_oserror(name):
@@ -74,7 +74,7 @@ class Transfer:
                 if wait is None or isinstance(error, PermissionError):
                     raise ShardError(
                         f"{name} could not be copied from {self.origin} to {self.target} ({error.strerror or error}): "
-                        "what was copied is kept; mend it and run the same command again"
+                        "what was copied is kept; fix it and run the same command again"
                     ) from error
             self.stop.wait(wait)
 
@@ -90,7 +90,7 @@ class Transfer:
                     done += len(chunk)
                     self.count(len(chunk))
                 if hashed.hexdigest() != self.digests[name]:
-                    raise _Damaged(name)  # inside: so that the copy is given up
+                    raise _Damaged(name)  # inside, so that the copy is discarded
         except BaseException:
             self.count(-done)
             raise

@@ -14,12 +14,12 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.format import manifest
-from cxrfast.shards.format.checksums import parse_sums, read_sums
+from cxrfast.shards.format.checksums import check_finished, parse_sums
 from cxrfast.shards.format.codec import decode_member
-from cxrfast.shards.format.info import SetInfo, read_set
+from cxrfast.shards.format.info import SetInfo, read_set, read_set_json
 from cxrfast.shards.format.manifest import ShardManifest, quarantine_bytes, read_manifest, read_manifests
 from cxrfast.shards.format.names import files_in, shard_name, shard_path
-from cxrfast.shards.format.rows import label_names, read_info, read_rows
+from cxrfast.shards.format.rows import label_names, read_rows
 from cxrfast.shards.format.tar import read_contents, read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
@@ -98,10 +98,11 @@ def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
     try:
         sums, wrong = parse_sums((folder / "SHA256SUMS").read_bytes())
     except FileNotFoundError:
-        read_set(folder)
-        return read_sums(folder), []  # raises: never finished
+        sums, wrong = {}, []
     if not sums:
         read_set(folder)
+    if not wrong:
+        check_finished(sums, folder)
     problems = [Problem("SHA256SUMS", what) for what in wrong]
     if "set.json" not in sums:
         problems.append(Problem("SHA256SUMS", "does not list set.json"))
@@ -181,7 +182,7 @@ def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
         yield Problem("rows.parquet", "does not match the set id in set.json")
     elif (rows["fold"] != fold).any() or (rows["block"] != block).any():
         yield Problem("rows.parquet", "deals patients to other folds than the seed in set.json does")
-    elif read_info(folder / "rows.parquet") != info or list(label_names(rows)) != info.labels:
+    elif read_set_json(folder) != info or list(label_names(rows)) != info.labels:
         yield Problem("set.json", "differs from its copy in rows.parquet, or from the labels there")
     elif quarantine_bytes(paths, read_manifests(folder)) != (folder / "quarantine.csv").read_bytes():
         yield Problem("quarantine.csv", "lists other rows than the manifests")

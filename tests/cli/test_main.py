@@ -50,7 +50,7 @@ def tree(phantoms: Path, tmp_path: Path) -> Path:
             (f"shard --data TREE --out set --scale {scale}", [f"--scale {scale} is not between"])
             for scale in (0, 100000)
         ),
-        ("shard --data TREE --out set --scale 32 --codec raw --quality 90", ["--quality 90 is of JPEG"]),
+        ("shard --data TREE --out set --scale 32 --codec raw --quality 90", ["--quality 90 is for JPEG"]),
         ("train --shards SET --scale 48 --weights none --device cpu", ["no shards at 48 px (scales there: 32, 64)"]),
         ("verify none", ["is not a shard set (no set.json)"]),
         ("train --shards none --scale 32", ["is not a shard set (no set.json)"]),

@@ -223,12 +223,19 @@ def test_shards_of_another_set_are_not_taken_for_its_own(phantoms, folder, tmp_p
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "set.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", [lambda path: flip_bit(path, 300), Path.unlink])
+def test_set_json_is_written_again_by_a_build(phantoms, folder, tiny_set, damage):
+    damage(folder / "set.json")
+    assert build(phantoms, folder, [32]).complete
+    assert contents(folder) == contents(tiny_set)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "SHA256SUMS"])
 def test_a_damaged_file_of_the_set_itself_stops_a_build_instead_of_being_signed(phantoms, folder, name):
     mask = 0x80 if name == "SHA256SUMS" else 1  # not one hash into another, which is for `verify` to find
     flip_bit(folder / name, (folder / name).stat().st_size // 2, mask)
     before = contents(folder)
-    with pytest.raises(ShardError, match=r"damaged|disagree|cannot be read"):
+    with pytest.raises(ShardError, match=r"damaged|cannot be read"):
         build(phantoms, folder, [16])
     assert contents(folder) == before
 
@@ -273,7 +280,7 @@ def test_other_labels_than_the_set_was_laid_out_with_are_refused(real_tree, tmp_
 @pytest.mark.parametrize("where", ["inside", "around", "same"])
 def test_set_and_source_never_lie_in_one_another(tree, where):
     out = {"inside": tree / "shards", "around": tree.parent, "same": tree}[where]
-    with pytest.raises(ShardError, match=r"lie in one another|not empty"):
+    with pytest.raises(ShardError, match=r"contain one another|not empty"):
         build(tree, out, [16])
     assert not (tree / "shards").exists()
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from damage import contents
+from damage import contents, copy_set
 from sets import build
 
 from cxrfast.errors import ShardError
@@ -29,34 +29,29 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("step", ["write_rows", "find_todo", "_run", "_finish"])
-def test_a_retry_that_was_killed_is_finished_by_the_same_command(tmp_path, step):
-    for name, corrupt in (("corrupt", 6), ("sound", 0)):
-        synth(tmp_path / name, images=70, size=64, corrupt=corrupt, workers=1)
-    out = tmp_path / "set"
-    build(tmp_path / "corrupt", out, [32])
+@pytest.mark.parametrize(
+    "step", ["write_rows", *(pytest.param(s, marks=pytest.mark.slow) for s in ("find_todo", "_run", "_finish"))]
+)
+def test_a_retry_that_was_killed_is_finished_by_the_same_command(corrupt_set, sound, sound_set, tmp_path, step):
+    out = copy_set(corrupt_set[0], tmp_path / "set")
     (tmp_path / "script.py").write_text(RETRY)
     done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", step, tmp_path / "sound", out],
+        [sys.executable, tmp_path / "script.py", step, sound, out],
         check=False,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert done.returncode == -9
-    build(tmp_path / "sound", out, [32], retry_quarantined=True)
-    build(tmp_path / "sound", tmp_path / "undisturbed", [32])
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    build(sound, out, [32], retry_quarantined=True)
+    assert contents(out) == contents(sound_set)
 
 
-def test_retrying_with_another_tree_changes_nothing(tmp_path):
-    tree, out = tmp_path / "mimic", tmp_path / "set"
-    synth(tree, images=70, size=64, corrupt=2, workers=1)
-    build(tree, out, [32])
-    before = contents(out)
-    shutil.copytree(tree, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
+def test_retrying_with_another_tree_changes_nothing(corrupt, corrupt_set, tmp_path):
+    out = copy_set(corrupt_set[0], tmp_path / "set")
+    shutil.copytree(corrupt, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
     (tmp_path / "empty" / "files").mkdir(exist_ok=True)
-    with pytest.raises(ShardError, match="give --data the tree that the set was made of"):
+    with pytest.raises(ShardError, match="give --data the tree that the set was built from"):
         build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
-    assert contents(out) == before
+    assert contents(out) == contents(corrupt_set[0])
 
 
 @pytest.fixture

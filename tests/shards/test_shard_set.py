@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,7 @@ from cxrfast import ShardSet
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import read_manifest
-from cxrfast.shards.format.names import RELABELLING
-from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.format.rows import read_rows, write_rows
 
 
 @pytest.fixture
@@ -41,12 +41,23 @@ def test_a_set_that_lacks_a_shard_or_its_checksums_is_not_whole(copy: Path) -> N
     assert (shards.shards(32), shards.is_whole) == ([0, 1], False)
 
 
-def test_rows_are_not_read_while_their_labels_are_replaced(copy: Path) -> None:
-    (copy / "SHA256SUMS").rename(copy / RELABELLING)
-    shards = ShardSet(copy)
-    assert not shards.is_whole
-    with pytest.raises(ShardError, match="are being replaced"):
-        shards.rows()
+def test_labels_replaced_after_a_set_was_opened_are_never_taken_for_its_own(copy: Path) -> None:
+    opened, info = ShardSet(copy), read_set(copy)
+    new = replace(info, labels_from="another table")
+    write_rows(copy / "rows.parquet", opened.rows(), new)
+    with pytest.raises(ShardError, match="were replaced since the set was opened: run this command again"):
+        opened.rows()
+    assert ShardSet(copy).info == new, "set.json is older"
+    assert len(ShardSet(copy).rows()) == info.images
+
+
+def test_a_set_is_described_by_set_json_where_its_table_does_not(copy: Path) -> None:
+    info, rows = read_set(copy), read_rows(copy / "rows.parquet")
+    write_rows(copy / "rows.parquet", rows)
+    assert ShardSet(copy).info == info
+    assert ShardSet(copy).rows().equals(rows)
+    (copy / "rows.parquet").write_bytes(b"PAR1")
+    assert ShardSet(copy).info == info
 
 
 def test_a_folder_that_is_no_set_is_refused(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def sign(folder: Path) -> None:
     manifests = [
         m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
     ]
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
     write_sums(folder, manifests)
 
 

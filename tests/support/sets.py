@@ -67,7 +67,7 @@ def chexpert(tree: Path) -> pd.DataFrame:
 
 
 def is_as_planned(folder: Path, tiny_set: Path, table: str | Path) -> bool:
-    """Is the set what it was before it was relabelled with its own labels, but for where they are from?"""
+    """Is the set unchanged after relabelling with its own labels, except for `labels_from`?"""
     name = str(table).partition("::")[0].rpartition("/")[2]
     info = read_set(folder)
     file, _, digest = info.labels_from.partition(" sha256:")

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import pytest
 
 from cxrfast.shards.upkeep.stage import Staged
 from cxrfast.shards.upkeep.stage import stage as stage_set
@@ -18,11 +20,37 @@ from cxrfast.shards.upkeep.stage import stage as stage_set
 SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=True)
 server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)
-sys.stdin.read()  # ends with whoever started it
+sys.stdin.read()  # ends with its parent
 """
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """An S3 server of this machine as fsspec sees it, and in the environment all that other clients need; `log`: its requests."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    with (
+        open(log, "wb") as errors,
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SERVER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as child,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", next(line for line in child.stdout if line.startswith("http")).strip())
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        child.stdin.close()
 
 
 def stage(source: Path | str, to: Path | str, scales: list[int] | None = None, **options) -> Staged:
@@ -30,24 +58,26 @@ def stage(source: Path | str, to: Path | str, scales: list[int] | None = None, *
 
 
 class Bucket:
-    """A bucket of an S3 server on this machine."""
+    """A bucket of an S3 server on this machine, or a folder of fsspec's memory."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
-        self.fs = fs
+        self.fs, self.name = fs, name
+        self.is_s3 = "s3" in fs.protocol
+        self.root = f"{'s3' if self.is_s3 else 'memory'}://{name}"
+        self.url = f"{self.root}/some/set"
         fs.mkdir(name)
-        self.name, self.url = name, f"s3://{name}/some/set"
 
     def contents(self) -> dict[str, bytes]:
         """Every object of the set, by its relative name."""
-        root = f"{self.name}/some/set"
+        root = self.at("").rstrip("/")
         return {path.removeprefix(f"{root}/"): self.fs.cat_file(path) for path in self.fs.find(root)}
 
     def at(self, name: str) -> str:
-        return f"{self.name}/some/set/{name}"
+        return f"{'' if self.is_s3 else '/'}{self.name}/some/set/{name}"
 
     def uploads(self) -> list[dict]:
-        """Multipart uploads that were neither finished nor given up: they cost money, and nobody sees them."""
-        return self.fs.list_multipart_uploads(self.name)
+        """Multipart uploads neither finished nor aborted: invisible, and they cost money."""
+        return self.fs.list_multipart_uploads(self.name) if self.is_s3 else []
 
 
 def change(path: Path, **fields) -> None:

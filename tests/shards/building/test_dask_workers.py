@@ -54,6 +54,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
             yield address, [first, second]
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_builds_the_same_bytes_and_a_killed_worker_costs_its_open_shard(
     noisy, noisy_set, tmp_path, cluster
 ):

@@ -27,7 +27,8 @@ build = partial(build_set, workers=2)
 # Workers that die
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_costs_its_open_shards_only(noisy, noisy_set, tmp_path, how):
     out, hit = tmp_path / "set", []
 
@@ -100,6 +101,7 @@ def test_images_that_crash_the_decoder_are_left_out_and_no_others(astray, tmp_pa
     assert all(line.endswith(",crashes the decoder") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_again_and_again_fails_its_shard_and_costs_no_row(astray, tmp_path):
     tree, _ = astray
     done = crash(tree, tmp_path / "set", tmp_path / "script.py", "import os; os.kill(os.getpid(), 9)")
@@ -109,6 +111,7 @@ def test_a_worker_that_is_killed_again_and_again_fails_its_shard_and_costs_no_ro
     assert build(tree, tmp_path / "set", [32]).rows == {32: 150}
 
 
+@pytest.mark.slow
 def test_a_crash_at_an_image_that_was_fine_at_another_scale_fails_its_shard(astray, tmp_path):
     tree, _ = astray
     build(tree, tmp_path / "set", [8])
@@ -127,6 +130,7 @@ def test_parts_build_the_same_set_in_any_order(phantoms, either_set, tmp_path):
     assert contents(out) == contents(either_set)
 
 
+@pytest.mark.slow
 def test_parts_at_the_same_time_build_the_same_set(noisy, noisy_set, tmp_path):
     out = tmp_path / "set"
     command = [

@@ -99,6 +99,7 @@ def test_a_raw_set_holds_the_pixels_that_the_jpegs_were_made_of(raw_set, tiny_se
     assert read_set(raw_set).id != read_set(tiny_set).id
 
 
+@pytest.mark.slow
 def test_real_radiographs_are_held_to_the_pixel(real_tree, real_set, tmp_path):
     build(real_tree, tmp_path / "set", [64, 256], recipe=ImageRecipe(codec="raw"))
     verdict = verify(tmp_path / "set", deep=True)

@@ -47,7 +47,7 @@ def by_tarfile(folder: Path, scale: int) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("scale", [32, 64])
-def test_tarfile_finds_every_row_in_order_with_its_ids_and_labels_beside_it(either_set, scale):
+def test_tarfile_finds_every_row_in_order_with_its_ids_and_labels_next_to_it(either_set, scale):
     members = by_tarfile(either_set, scale)
     rows, kinds = read_rows(either_set / "rows.parquet"), (suffix(either_set), "json")
     assert [name for name, _ in members] == [f"{row:09d}.{kind}" for row in rows["row"] for kind in kinds]

@@ -188,7 +188,7 @@ def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_mended(rea
 
 
 def test_the_copy_of_set_json_inside_rows_parquet_is_the_same(tiny_set):
-    from cxrfast.shards.format.rows import read_info
+    from cxrfast.shards.format.info import read_info
 
     assert read_info(tiny_set / "rows.parquet").to_bytes() == (tiny_set / "set.json").read_bytes()
     assert json.loads((tiny_set / "set.json").read_bytes())["images"] == 150

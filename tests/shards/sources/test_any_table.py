@@ -103,7 +103,7 @@ def test_a_table_may_lie_elsewhere(tree, tmp_path, monkeypatch):
     ]:
         with pytest.raises(ShardError, match=message):
             listed(tree, table=table)
-    with pytest.raises(ShardError, match=r"'\.\./labels.csv' is no path below the source tree"):
+    with pytest.raises(ShardError, match=r"'\.\./labels.csv' is not a path below the source tree"):
         listed(tree, table="../labels.csv")
 
 

@@ -1,47 +1,38 @@
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 from damage import copy_set, sign
-from staging import SERVER, Bucket, change
+from staging import Bucket, change, s3_server
 
 from cxrfast.files import sha256
 from cxrfast.shards.storage import CHUNK
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[fsspec.AbstractFileSystem]:
-    """An S3 server of this machine as fsspec sees it, and in the environment all that other clients need."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as child,
-    ):
-        patch.setenv("AWS_ENDPOINT_URL", child.stdout.readline().strip())
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        child.stdin.close()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fsspec.AbstractFileSystem]:
+    pytest.importorskip("moto")
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as fs:
+        yield fs
+
+
+def _bucket(fs: fsspec.AbstractFileSystem, request: pytest.FixtureRequest) -> Bucket:
+    return Bucket(fs, f"bucket-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}")
 
 
 @pytest.fixture
-def bucket(server: fsspec.AbstractFileSystem, request: pytest.FixtureRequest) -> Bucket:
-    return Bucket(server, f"bucket-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}")
+def s3_bucket(server: fsspec.AbstractFileSystem, request: pytest.FixtureRequest) -> Bucket:
+    return _bucket(server, request)
+
+
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """An object store: fsspec's memory, and an S3 server where the slow tests run."""
+    fs = fsspec.filesystem("memory") if request.param == "memory" else request.getfixturevalue("server")
+    return _bucket(fs, request)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from cxrfast.shards.upkeep.verify import verify
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "from")
 
 
@@ -40,34 +40,35 @@ def test_a_set_comes_back_from_an_object_store_with_the_same_bytes(either_set, b
 def test_a_second_time_everything_is_kept_and_nothing_written(tiny_set, bucket, tmp_path):
     for to in (bucket.url, tmp_path / "to"):
         stage(tiny_set, to)
-    objects = {path: info["LastModified"] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()}
+    when = "LastModified" if bucket.is_s3 else "created"
+    objects = {path: info[when] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*.*")}
     for to in (bucket.url, tmp_path / "to"):
         done = stage(tiny_set, to)
         assert (done.files, done.bytes, done.kept) == (0, 0, 21)
-    assert {path: info["LastModified"] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()} == objects
+    assert {path: info[when] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()} == objects
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 def test_between_two_places_of_an_object_store_and_two_folders_alike(large_set, bucket, tmp_path):
     stage(large_set, bucket.url)
-    stage(bucket.url, f"s3://{bucket.name}/other/", workers=3)
+    stage(bucket.url, f"{bucket.root}/other/", workers=3)
     stage(large_set, tmp_path / "a" / "b" / "set", workers=3)
-    stage(f"s3://{bucket.name}/other", tmp_path / "back")
+    stage(f"{bucket.root}/other", tmp_path / "back")
     assert contents(tmp_path / "a" / "b" / "set") == contents(tmp_path / "back") == contents(large_set)
     assert bucket.uploads() == []
 
 
-def test_the_command_says_what_it_did(tiny_set, bucket):
-    with start(tiny_set, bucket.url) as child:
+def test_the_command_says_what_it_did(tiny_set, tmp_path):
+    with start(tiny_set, tmp_path / "to") as child:
         out, _ = child.communicate()
     assert child.returncode == 0
-    assert out.startswith(f"to {bucket.url}: 2 scales, 21 files, ")
+    assert out.startswith(f"to {tmp_path / 'to'}: 2 scales, 21 files, ")
     assert " copied, 0 kept, " in out
 
 
 def test_only_what_the_sums_list_travels(folder, tiny_set, bucket, tmp_path):
-    for name in ("lease.json", "notes.txt", "32/000000.tar.host-1.tmp", "64/000009.tar"):
+    for name in ("lease.lock", "notes.txt", "32/000000.tar.host-1.tmp", "64/000009.tar"):
         (folder / name).write_text("no part of the set")
     for to in (bucket.url, tmp_path / "to"):
         stage(folder, to)
@@ -130,7 +131,7 @@ def test_shards_built_again_are_not_mixed_with_other_scales_of_before(folder, bu
     stage(folder, to)
     before = bucket.contents() if remote else contents(to)
     for scale in (32, 64):
-        change(folder / f"{scale}/000001.json", quarantined={"70": "truncated"})
+        change(folder / f"{scale}/000001.json", grids="")
     sign(folder)
     with pytest.raises(ShardError, match=r"holds 32 px as it was before .* stage it too \(--scale 32\)"):
         stage(folder, to, [64])
@@ -149,7 +150,7 @@ def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path
     with Lock(to):
         with pytest.raises(ShardError, match=f"to is being built by process {os.getpid()} on "):
             stage(tiny_set, to)
-        assert {name: data for name, data in contents(to).items() if name != "lease.json"} == before
+        assert {name: data for name, data in contents(to).items() if name != "lease.lock"} == before
     stage(tiny_set, to)
     assert contents(to) == contents(tiny_set)
 
@@ -160,7 +161,7 @@ def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path
 DAMAGE = ("missing", "flipped", "truncated", "empty", "longer")
 
 
-def spoil(path: Path, how: str) -> None:
+def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -173,15 +174,15 @@ def spoil(path: Path, how: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_whatever_became_of_a_local_copy_only_what_differs_is_copied_again(tiny_set, tmp_path_factory, data):
-    to = copy_set(tiny_set, tmp_path_factory.mktemp("spoilt") / "to")
+    to = copy_set(tiny_set, tmp_path_factory.mktemp("damaged") / "to")
     names = sorted(contents(tiny_set).keys() - {"set.json"})
-    spoilt = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(DAMAGE), max_size=6))
-    for name, how in spoilt.items():
-        spoil(to / name, how)
+    damaged = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(DAMAGE), max_size=6))
+    for name, how in damaged.items():
+        damage(to / name, how)
     done = stage(tiny_set, to)
     assert contents(to) == contents(tiny_set)
-    again = {name.rsplit(".", 1)[0] + ".json" for name in spoilt if "/" in name}  # a manifest follows its tar
-    assert done.files == len((spoilt.keys() | again) - {"SHA256SUMS"})
+    again = {name.rsplit(".", 1)[0] + ".json" for name in damaged if "/" in name}  # a manifest follows its tar
+    assert done.files == len((damaged.keys() | again) - {"SHA256SUMS"})
     shutil.rmtree(to.parent)
 
 
@@ -257,7 +258,7 @@ def test_another_set_and_anything_that_is_no_set_are_refused_and_nothing_is_touc
     for place, message in ((other, "holds another set"), (notes, "is not empty and not a shard set")):
         to, before = place, contents(place)
         if remote:
-            to = f"s3://{bucket.name}/{place.name}"
+            to = f"{bucket.root}/{place.name}"
             bucket.fs.put(f"{place}/", to, recursive=True)
         with pytest.raises(ShardError, match=message):
             stage(folder, to)
@@ -287,15 +288,16 @@ def test_what_is_no_set_a_file_or_the_same_place_is_refused(tiny_set, bucket, tm
     (tmp_path / "link").symlink_to(tiny_set)
     for source, to in (
         (tiny_set, tmp_path / "link" / "32"),
-        (bucket.url, f"s3://{bucket.name}/some"),
+        (bucket.url, f"{bucket.root}/some"),
         (bucket.url, bucket.url + "/"),
     ):
         with pytest.raises(ShardError, match="are the same place, or one is inside the other"):
             stage(source, to)
     with pytest.raises(ShardError, match="s4://bucket/set cannot be opened"):
         stage(tiny_set, "s4://bucket/set")
-    with pytest.raises(ShardError, match=r"s3:// cannot be reached|s3:// is not empty"):
-        stage(tiny_set, "s3://")
+    if bucket.is_s3:
+        with pytest.raises(ShardError, match=r"s3:// cannot be reached|s3:// is not empty"):
+            stage(tiny_set, "s3://")
 
 
 def test_a_set_in_an_archive_is_unpacked(tiny_set, tmp_path):

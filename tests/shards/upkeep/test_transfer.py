@@ -20,55 +20,61 @@ from cxrfast.shards.upkeep.verify import verify
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "from")
 
 
 # Killed
 
 
-def test_an_upload_killed_half_way_is_finished_by_the_same_command_and_repeats_no_whole_shard(large_set, bucket):
+@pytest.mark.slow
+def test_an_upload_killed_half_way_is_finished_by_the_same_command_and_repeats_no_whole_shard(large_set, s3_bucket):
     def shards() -> list[str]:
-        return [name for name in bucket.fs.find(bucket.at("")) if name.endswith(".json") and "/set.json" not in name]
+        return [
+            name for name in s3_bucket.fs.find(s3_bucket.at("")) if name.endswith(".json") and "/set.json" not in name
+        ]
 
-    assert signal_when(large_set, bucket.url, lambda: len(shards()) > 0, signal.SIGKILL) == -signal.SIGKILL
-    assert "SHA256SUMS" not in bucket.contents()
+    assert signal_when(large_set, s3_bucket.url, lambda: len(shards()) > 0, signal.SIGKILL) == -signal.SIGKILL
+    assert "SHA256SUMS" not in s3_bucket.contents()
     whole = len(shards())
-    assert stage(large_set, bucket.url).kept == 3 + 3 * whole
-    assert bucket.contents() == contents(large_set)
+    assert stage(large_set, s3_bucket.url).kept == 3 + 3 * whole
+    assert s3_bucket.contents() == contents(large_set)
 
 
-def test_a_download_killed_half_way_is_finished_by_the_same_command(large_set, bucket, tmp_path):
-    stage(large_set, bucket.url)
+@pytest.mark.slow
+def test_a_download_killed_half_way_is_finished_by_the_same_command(large_set, s3_bucket, tmp_path):
+    stage(large_set, s3_bucket.url)
     to = tmp_path / "to"
     for whole in (1, 3):
 
         def ready(whole: int = whole) -> bool:
             return len(list(to.glob("*/*.tar"))) >= whole and any(to.glob(f"*/*.tar.*{TEMPORARY}"))
 
-        assert signal_when(bucket.url, to, ready, signal.SIGKILL) == -signal.SIGKILL
+        assert signal_when(s3_bucket.url, to, ready, signal.SIGKILL) == -signal.SIGKILL
         with pytest.raises(ShardError, match=r"is not finished .*`cxrfast stage` command again"):
             verify(to)
     whole = len(list(to.glob("*/*.tar")))
     assert whole >= 3
-    assert stage(bucket.url, to).kept >= whole
+    assert stage(s3_bucket.url, to).kept >= whole
     assert contents(to) == contents(large_set)
     assert verify(to).problems == []
 
 
-def test_an_interrupted_upload_leaves_nothing_half_behind(large_set, bucket):
-    signal_when(large_set, bucket.url, lambda: len(bucket.uploads()) > 0, signal.SIGINT)
-    assert bucket.uploads() == []
-    assert "SHA256SUMS" not in bucket.contents()
-    stage(large_set, bucket.url)
-    assert bucket.contents() == contents(large_set)
+@pytest.mark.slow
+def test_an_interrupted_upload_leaves_nothing_half_behind(large_set, s3_bucket):
+    signal_when(large_set, s3_bucket.url, lambda: len(s3_bucket.uploads()) > 0, signal.SIGINT)
+    assert s3_bucket.uploads() == []
+    assert "SHA256SUMS" not in s3_bucket.contents()
+    stage(large_set, s3_bucket.url)
+    assert s3_bucket.contents() == contents(large_set)
 
 
-def test_two_uploads_at_once_end_with_the_same_bytes(large_set, bucket):
-    with start(large_set, bucket.url) as one, start(large_set, bucket.url) as two:
+@pytest.mark.slow
+def test_two_uploads_at_once_end_with_the_same_bytes(large_set, s3_bucket):
+    with start(large_set, s3_bucket.url) as one, start(large_set, s3_bucket.url) as two:
         errors = [child.communicate()[1] for child in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), errors
-    assert bucket.contents() == contents(large_set)
+    assert s3_bucket.contents() == contents(large_set)
 
 
 # Damaged
@@ -109,7 +115,10 @@ def test_a_copy_that_stopped_half_way_is_known_to_be_unfinished_and_has_no_manif
         stage(folder, to)
     there = bucket.contents() if remote else contents(to)
     assert there["64/000001.tar"] == (folder / "64/000001.tar").read_bytes()
-    assert contents(folder).keys() - there.keys() == {"64/000001.json", "SHA256SUMS"}
+    missing = {"64/000001.json", "SHA256SUMS"}
+    if remote and not bucket.is_s3:
+        missing.add("64/000001.idx")  # memory, as sftp, has no uploads that appear when they are whole
+    assert contents(folder).keys() - there.keys() == missing
     with pytest.raises(ShardError, match="is not finished"):
         stage(to, tmp_path / "further")
     flip_bit(folder / "64/000001.idx", 0)
@@ -205,6 +214,7 @@ def test_a_file_that_keeps_failing_is_one_error_and_leaves_nothing_half(tiny_set
     assert contents(tmp_path / "to") == contents(tiny_set)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_does_not_exist_is_told(tiny_set, server, tmp_path):
     for places in ([tiny_set, "s3://absent-bucket/set"], ["s3://absent-bucket/set", tmp_path / "to"]):
         with pytest.raises(
@@ -213,7 +223,8 @@ def test_a_bucket_that_does_not_exist_is_told(tiny_set, server, tmp_path):
             stage(*places)
 
 
-def test_missing_credentials_and_a_wrong_endpoint_are_one_message_each(tiny_set, bucket, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_missing_credentials_and_a_wrong_endpoint_are_one_message_each(tiny_set, s3_bucket, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
@@ -221,13 +232,13 @@ def test_missing_credentials_and_a_wrong_endpoint_are_one_message_each(tiny_set,
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ShardError, match=r"Unable to locate credentials\): check the address, the credentials"):
-        stage(tiny_set, bucket.url)
+        stage(tiny_set, s3_bucket.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     for address in ("http://127.0.0.1:9", "nonsense"):
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        with pytest.raises(ShardError, match=rf"cannot be reached \(.*{address}.*AWS_ENDPOINT_URL says where"):
-            stage(tiny_set, bucket.url)
+        with pytest.raises(ShardError, match=rf"cannot be reached \(.*{address}.*AWS_ENDPOINT_URL is the address"):
+            stage(tiny_set, s3_bucket.url)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 

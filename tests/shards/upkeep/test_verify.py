@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,7 @@ def test_a_set_that_was_never_finished_is_refused(folder):
 
 def test_a_set_of_another_schema_version_is_refused(folder):
     change(folder / "set.json", schema=99)
+    write_rows(folder / "rows.parquet", read_rows(folder / "rows.parquet"), replace(read_set(folder), schema=99))
     sign(folder)
     with pytest.raises(ShardError, match="schema version 99"):
         check(folder)

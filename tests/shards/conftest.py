@@ -1,0 +1,40 @@
+"""Trees with damaged images, and their sets."""
+
+from pathlib import Path
+
+import pytest
+from sets import build
+
+from cxrfast.phantoms.dataset import synth
+from cxrfast.shards.building.build_report import Report
+
+
+@pytest.fixture(scope="session")
+def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 phantoms, six of them damaged: two truncated, two empty, two no images. Not to be written to."""
+    out = tmp_path_factory.mktemp("corrupt") / "mimic"
+    synth(out, images=70, size=64, corrupt=6, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 70 phantoms, none damaged."""
+    out = tmp_path_factory.mktemp("sound") / "mimic"
+    synth(out, images=70, size=64, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set of the sound tree, at 32 px."""
+    out = tmp_path_factory.mktemp("sound-set") / "set"
+    build(sound, out, [32])
+    return out
+
+
+@pytest.fixture(scope="session")
+def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """The set of the damaged tree, at 32 px."""
+    out = tmp_path_factory.mktemp("corrupt-set") / "set"
+    return out, build(corrupt, out, [32])
