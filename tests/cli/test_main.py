@@ -71,13 +71,15 @@ def test_what_is_not_there(
 
 def test_a_missing_table_and_an_absent_column(tree: Path, tmp_path: Path) -> None:
     arguments = ("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 64)
-    path = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"Pneumothorax", b"pneumo", 1)))
-    assert "lacks the columns Pneumothorax" in refused(*arguments)
-    (tree / "mimic-cxr-2.0.0-metadata.csv.gz").rename(tree / "metadata.csv.gz")
+    metadata = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
+    renamed = metadata.rename(tree / "metadata.csv.gz")
     message = refused(*arguments)
     assert "no mimic-cxr-2.0.0-metadata.csv or .csv.gz" in message
     assert "metadata.csv.gz" in message
+    renamed.rename(metadata)
+    labels = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes()).replace(b"Pneumothorax", b"pneumo", 1)))
+    assert "lacks the columns Pneumothorax" in refused(*arguments)
     assert not (tmp_path / "set").exists()
 
 
