@@ -1,7 +1,6 @@
 """Train chest X-ray classifiers at full resolution without waiting for I/O.
 
-The names in `__all__` are what other programs build on. Each is imported when it is first asked for, so that `import cxrfast`
-loads nothing else.
+The names in `__all__` are the public API. Each is imported on first use, so that `import cxrfast` loads nothing else.
 """
 
 from importlib import import_module

@@ -28,6 +28,9 @@ SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
 ENGINES = ("auto", "dali", "host")
 
+AUTO = -1
+"""Micro-batch that `train` replaces by the largest that fits, before the run starts."""
+
 VALIDATION_COST = 1 / 3
 """Cost of a validation image in training images: a forward pass without the backward pass."""
 
@@ -149,7 +152,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
         for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
-            if not 0 < getattr(self, name) < math.inf:
+            if (name, getattr(self, name)) != ("micro_batch", AUTO) and not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"{name.replace('_', ' ')} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.flip <= 1:
             raise RunError(f"flip must be between 0 and 1, not {self.flip}")

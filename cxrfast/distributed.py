@@ -1,4 +1,4 @@
-"""Ranks and devices: which GPU this process may use, and how the processes of one training talk."""
+"""Ranks and devices: which GPU this process may use, and how the processes of one training communicate."""
 
 import gc
 import os
@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cxrfast.errors import DeviceError
-from cxrfast.machine import usable_cores
+from cxrfast.machine import usable_cores, user_sets_threads
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started; the only one where it did not."""
+    """This process among those that torchrun started; without torchrun the only one."""
 
     device: torch.device
     rank: int = 0
@@ -56,10 +56,14 @@ class World:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """`action()` on rank 0; its value, or the end, on every rank, so that none waits for one that gave up.
+    def least(self, value: int) -> int:
+        """Smallest `value` of all ranks, on every rank."""
+        return self.broadcast(min(self.gather(value) or [value]))
 
-        Raises what `action` raised on rank 0, and SystemExit(2), without words, on the others.
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and return its value on every rank.
+
+        If `action` raises, rank 0 raises the same error and the others SystemExit(2), so that no rank waits forever.
         """
         value, error = None, None
         if self.is_first:
@@ -83,17 +87,17 @@ class World:
 
 @contextmanager
 def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[World]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on the CPU), and leave them in good order.
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on the CPU); leave the group at the end.
 
-    `timeout`: how long a process waits for the others; None is torch's default.
-    Raises DeviceError where the device cannot be used.
+    `timeout`: how long a process waits for the others; None: torch's default.
+    Raises DeviceError if the device cannot be used.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
+    elif not user_sets_threads():
         torch.set_num_threads(max(1, usable_cores() // local_size))
     if size > 1:
         dist.init_process_group(
@@ -119,8 +123,8 @@ SYNC_BUFFERS = (
 
 
 def parallel(model: nn.Module) -> DistributedDataParallel:
-    """`model` with gradients that are averaged over the ranks; their buffers are left apart, see `World.broadcast_buffers`."""
-    # 1×1 convolutions in channels last have gradients of other strides than torch expects, which is harmless (pytorch#157862)
+    """`model` with gradients averaged over the ranks. Buffers are not synchronised, see `World.broadcast_buffers`."""
+    # gradients of 1×1 convolutions in channels last have unexpected strides, which is harmless (pytorch#157862)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     apart = {SYNC_BUFFERS: False}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **apart)  # type: ignore[arg-type]
@@ -129,7 +133,7 @@ def parallel(model: nn.Module) -> DistributedDataParallel:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` → the device of this process.
 
-    `auto` takes the CPU only where there is no NVIDIA device: one that torch cannot use raises DeviceError.
+    `auto` is the CPU only if there is no NVIDIA device. Raises DeviceError for one that torch cannot use.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -142,14 +146,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         index = int(number)
         if index >= torch.cuda.device_count():
             raise DeviceError(
-                f"GPU {index} was asked for and {torch.cuda.device_count()} are there: start fewer processes "
+                f"GPU {index} was requested, but there are only {torch.cuda.device_count()}: start fewer processes "
                 "(--nproc_per_node), or set CUDA_VISIBLE_DEVICES"
             )
         return torch.device("cuda", index)
     if driver := nvidia_driver():
         raise DeviceError(
-            f"the NVIDIA driver {driver} is there but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot "
-            f"use it (DALI: {dali_build()}): update the driver, install a torch for its CUDA version, "
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the NVIDIA driver {driver} of this machine "
+            f"(DALI: {dali_build()}): update the driver, install a torch for its CUDA version, "
             "or use --device cpu"
         )
     if name == "auto":
@@ -158,7 +162,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def nvidia_driver() -> str | None:
-    """The kernel driver's version; None where there is no NVIDIA device, or where CUDA_VISIBLE_DEVICES hides all."""
+    """Version of the kernel driver; None without NVIDIA devices, or if CUDA_VISIBLE_DEVICES hides them all."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not Path("/dev/nvidiactl").exists():
         return None
     try:
@@ -173,16 +177,16 @@ class Dali:
 
     version: str
     cuda: str
-    """Version of the CUDA runtime it brings: `12.9`, or only `12` where it is known from the package's name."""
+    """Version of its CUDA runtime: `12.9`, or only `12` if it is known from the package's name."""
 
     def __str__(self) -> str:
         return f"{self.version} (CUDA {self.cuda})"
 
 
 def find_dali(load: bool = False) -> Dali | None:
-    """What DALI is installed, None if none is. `load`: import it, which proves that it loads and takes a second.
+    """The installed DALI, or None. `load`: import it to prove that it loads, which takes a second.
 
-    It is also imported where its package left no metadata. Raises DeviceError if the import fails.
+    It is also imported if its package has no metadata. Raises DeviceError if the import fails.
     """
     if not load:
         for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
@@ -194,8 +198,8 @@ def find_dali(load: bool = False) -> Dali | None:
         return None
     try:
         from nvidia import dali
-    except Exception as error:  # whatever a library raises that does not load
-        raise DeviceError(f"DALI is installed and does not load ({error}): install it again") from error
+    except Exception as error:  # a broken library may raise anything
+        raise DeviceError(f"DALI is installed but does not load ({error}): reinstall it") from error
     digits = str(dali.__cuda_version__)  # CUDA 12.9.86 is 12986
     return Dali(dali.__version__, f"{digits[:2]}.{digits[2]}")
 

@@ -1,6 +1,6 @@
-"""One exception class a layer. A message says what was found, where, and what to do about it.
+"""One exception class per layer. A message says what was found, where, and what to do about it.
 
-The command line turns each of them into one line and exit code 2; nothing else may reach the user as such a line.
+The command line turns each of them into one line and exit code 2.
 """
 
 import errno
@@ -23,7 +23,7 @@ class RunError(CxrfastError):
 
 
 class DeviceError(CxrfastError):
-    """A GPU, a driver or a library that was asked for cannot be used here."""
+    """A requested GPU, driver or library cannot be used here."""
 
 
 MEMORY_WORDS = (
@@ -31,14 +31,15 @@ MEMORY_WORDS = (
     *("bad_alloc", "alloc_failed", "allocation failed", "allocation_failed"),
     *("can't allocate", "cannot allocate", "failed to allocate", "unable to allocate"),
     *("could not create a", "could not execute a"),
+    "unable to find an engine",
 )
-"""In the messages of torch, CUDA's libraries, NumPy, DALI and oneDNN (the last line) when memory runs out."""
+"""Found in messages of torch, NumPy, DALI, CUDA's libraries, oneDNN and cuDNN (the last two lines) when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did memory run out, of the machine or of a GPU? torch, CUDA's libraries and DALI say so in RuntimeErrors of all kinds.
+    """Whether the machine or a GPU ran out of memory. Libraries report that in all kinds of RuntimeErrors.
 
-    Also true for what another error became of it, as where torch cannot write to a buffer that cannot grow.
+    Also true for an error caused by such an error, for example when torch writes to a buffer that cannot grow.
     """
     if isinstance(error, CxrfastError):
         return False
@@ -50,5 +51,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """True if no space or no quota is left; network file systems say so at write, fsync or close."""
+    """Whether no space or quota is left; network file systems report it at write, fsync or close."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

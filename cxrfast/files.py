@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPORARY = ".tmp"
-"""Suffix of files being written; what a killed process leaves under it is overwritten or removed by the next one."""
+"""Suffix of files being written. Leftovers of a killed process are overwritten or removed by the next one."""
 
 
 def temporary_name(path: Path) -> Path:
-    """Where to write what becomes `path`: another name each time, so that two writers never share one."""
+    """Name under which to write `path`: different each time, so that two writers never share one."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that takes `path`'s place when the block ends, and vanishes if the block raises."""
+    """Open a binary file that replaces `path` when the block ends, and is removed if the block raises."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:  # open(), unlike mkstemp, honours umask and setgid
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` survive a power cut, where the file system can."""
+    """Make renames in `folder` survive a power cut, if the file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

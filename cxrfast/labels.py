@@ -25,7 +25,7 @@ MIMIC = (
 """The fourteen columns of mimic-cxr-2.0.0-chexpert.csv, in their order there."""
 
 EARLIER = {"Airspace Opacity": "Lung Opacity"}
-"""What tables from before it was renamed, and the radiologist's of MIMIC-CXR-JPG 2.1.0, call one of `MIMIC`."""
+"""Earlier names of findings in `MIMIC`; the radiologist's table of MIMIC-CXR-JPG 2.1.0 uses them, too."""
 
 POLICIES = ("u_zeros", "u_ones", "u_ignore")
 
@@ -35,7 +35,7 @@ def targets(raw: np.ndarray, policy: str | Sequence[str] = "u_zeros") -> tuple[n
 
     Blank means the report does not mention the finding: negative (CheXpert, Irvin et al. 2019, section 3). Uncertain
     becomes 0 (`u_zeros`, the study's choice), 1 (`u_ones`) or does not count (`u_ignore`). A row that is blank in every
-    column was never labelled: none of it counts. `policy`: one for all columns, or one for each.
+    column was never labelled and does not count. `policy`: one for all columns, or one per column.
 
     Raises RunError for an unknown policy or for values other than 1, 0, -1 and NaN.
     """
@@ -57,6 +57,6 @@ def targets(raw: np.ndarray, policy: str | Sequence[str] = "u_zeros") -> tuple[n
 
 
 def positive_weights(target: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Negatives over positives of each column, float32 (L,), of `target` and `mask` (N, L); 1 where one of them is absent."""
+    """Negatives / positives of each column of `target` and `mask` (N, L), float32 (L,); 1 where either is absent."""
     positives, negatives = (target * mask).sum(axis=0), ((1 - target) * mask).sum(axis=0)
     return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1).astype(np.float32)

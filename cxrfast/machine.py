@@ -1,4 +1,4 @@
-"""What this machine lends the process: cores and memory, as the scheduler and the container grant them."""
+"""Cores and memory that this process may use, as granted by scheduler and container."""
 
 import math
 import os
@@ -28,6 +28,26 @@ def slurm_job() -> str | None:
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
 
 
+def let_threads_sleep() -> None:
+    """Have OpenMP's waiting threads sleep instead of spin, unless the environment says otherwise.
+
+    Spinning threads make CPU training several times slower where other processes use the cores. OpenMP reads the
+    environment once: call this before torch is imported. Child processes inherit the setting.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def user_sets_threads() -> bool:
+    """Whether the user has set OMP_NUM_THREADS. torchrun, too, sets it for several workers: to 1."""
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()  # as torchrun was started
+    except psutil.Error:
+        return True
+
+
 def memory_bytes() -> int:
     """Main memory, bytes, limited by the cgroup."""
     total = psutil.virtual_memory().total
@@ -38,7 +58,7 @@ def memory_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and its children now."""
+    """Current resident memory of this process and its children."""
     process = psutil.Process()
     total = 0
     for p in (process, *process.children(recursive=True)):
@@ -50,7 +70,7 @@ def resident_bytes() -> int:
 
 
 def installed(package: str, module: str) -> str | None:
-    """Version of a package, as pip knows it, or else as its module says (another package's, or copied here); None: absent."""
+    """Version of a package as pip reports it, else as its module does (copied, or part of another package); None if absent."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -61,7 +81,7 @@ def installed(package: str, module: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """Name of the processor as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -23,7 +23,7 @@ def log_sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def counts(targets: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Positives and negatives among the unmasked entries of each finding, int64 (L,) each.
+    """Number of positives and of negatives among the unmasked entries of each finding, int64 (L,) each.
 
     targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None counts all.
     """
@@ -61,20 +61,19 @@ def bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None)
     """Binary cross-entropy in nats, mean over the unmasked entries of all findings; NaN if there are none.
 
     logits: (N, L). targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None counts all.
-    Each entry costs log(1 + exp(∓l)), so that no probability is rounded to 0 or 1 on the way.
+    Each entry costs log(1 + exp(∓l)), so that no probability is rounded to 0 or 1.
     """
     logits = np.asarray(logits, np.float64)
     against = np.where(np.asarray(targets) > 0.5, -logits, logits)
     against = against.ravel() if mask is None else against[mask]  # first, so that a masked NaN stays unread
-    with np.errstate(invalid="ignore"):  # an unmasked one gives NaN, which says enough
+    with np.errstate(invalid="ignore"):  # an unmasked one gives NaN, as it should
         return float(np.logaddexp(0.0, against).mean()) if against.size else float("nan")
 
 
 def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sample standard deviation (n - 1 in the denominator) over K folds, float64 (L,) each.
 
-    values: (K, L); NaN entries do not count. The mean is NaN where none is left, the deviation where fewer
-    than two are.
+    values: (K, L); NaN entries do not count. The mean is NaN without any entry, the deviation with fewer than two.
     """
     values = np.asarray(values, np.float64)
     known = ~np.isnan(values)

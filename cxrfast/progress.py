@@ -20,7 +20,7 @@ class Advance(Protocol):
 
 
 def megabytes(advance: Advance) -> Callable[[int], None]:
-    """Bytes go in, from any thread; whole megabytes reach the progress bar."""
+    """Takes bytes from any thread and advances the progress bar by whole megabytes."""
     lock = threading.Lock()
     done = shown = 0
 
@@ -37,7 +37,7 @@ def megabytes(advance: Advance) -> Callable[[int], None]:
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "images", every: float = 10.0) -> Iterator[Advance]:
-    """Show `label` moving from 0 to `total` on stderr, where `log.is_shown`; nothing where there is nothing to do.
+    """Show progress from 0 to `total` on stderr, if `log.is_shown` and `total` is not 0.
 
     `every`: seconds between plain lines where stderr is not a terminal; a shorter step prints one line at its end.
     """

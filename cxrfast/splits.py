@@ -1,4 +1,4 @@
-"""Who trains, who validates, who tests. Patients, not images, are dealt; pure numpy."""
+"""Training, validation and test parts. Patients, not images, are dealt; pure numpy."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ PARTS = ("train", "val", "test")
 def deal(patients: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Fold (0–4) and block (0–9) of every entry of `patients`, int8 each: equal patients, equal parts.
 
-    Up to 5,000 patients are dealt in the order of their hashes: folds differ by one patient at most, and so do the
-    blocks within a fold.
+    Up to 5,000 patients are dealt in the order of their hashes: folds, and blocks within a fold, differ by at most one
+    patient.
     """
     unique, inverse = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     digests = [hashlib.blake2b(f"{seed}/{p}".encode(), digest_size=8).digest() for p in unique.tolist()]
@@ -31,7 +31,7 @@ def deal(patients: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
         fold[np.argsort(hashes, kind="stable")] = np.arange(len(unique)) % FOLDS
         by_fold = np.lexsort((hashes, fold))
         block = np.empty(len(unique), np.int64)
-        # Started at 2, ten patients already give every fold a validation block that other folds hold.
+        # starting at 2, ten patients are enough for every fold to have a validation block in other folds
         block[by_fold] = (np.arange(len(unique)) + 2) % BLOCKS
     return fold.astype(np.int8)[inverse], block.astype(np.int8)[inverse]
 

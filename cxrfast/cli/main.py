@@ -14,6 +14,7 @@ from cxrfast.cli import analysis, bench, shards, study, training
 from cxrfast.cli.options import FOLDER
 from cxrfast.cli.terminal import fail, show
 from cxrfast.errors import CxrfastError, is_disk_full, is_out_of_memory
+from cxrfast.machine import let_threads_sleep
 
 
 class Cli(click.Group):
@@ -24,6 +25,7 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         log.show()
+        let_threads_sleep()
         try:
             return super().invoke(ctx)
         except CxrfastError as error:

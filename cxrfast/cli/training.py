@@ -29,12 +29,13 @@ from cxrfast.cli.terminal import show
 @configuration_options(config.Runtime)
 def train(shards: Path, scale: int, fold: int, runs: Path, **options: Any) -> None:
     """Train one scale and fold, or resume it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
-    from cxrfast.training.setup import configure
+    from cxrfast.training.setup import make_config
     from cxrfast.training.train import train as run_training
 
     training, where = configured(options)
     runtime = config.Runtime(shards=shards, runs=runs, **where)
-    run = run_training(configure(runtime, scale, fold, training), runtime)
+    chosen = make_config(shards, scale, device=runtime.device, subset=runtime.subset, fold=fold, **training)
+    run = run_training(chosen, runtime)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
 

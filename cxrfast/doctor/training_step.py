@@ -1,7 +1,6 @@
 """Checks of a training step: it never makes the host wait for the GPU, and it fits the memory.
 
 A reader and a device come in; each check returns what it measured, in words, or raises RunError saying what is wrong.
-What fills the memory runs in a process of its own.
 """
 
 import tempfile
@@ -16,13 +15,13 @@ from cxrfast.config import Runtime, TrainConfig, preset
 from cxrfast.distributed import World
 from cxrfast.doctor.gradients import ARCH
 from cxrfast.errors import RunError
-from cxrfast.machine import memory_bytes, usable_cores
+from cxrfast.machine import memory_bytes, resident_bytes
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import resolve_precision, without_tf32
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.training.micro_batch import CPU_MEMORY, Step, try_in_own_process
+from cxrfast.training.micro_batch import cpu_room, cpu_step_bytes, gib, gpu_step_memory
 from cxrfast.training.trainer import Trainer
 
 WARM_UP = 2
@@ -70,6 +69,20 @@ def waiting_in(step: Callable[[], None], steps: int) -> list[str]:
     return [message for message in messages if "synchronizing" in message]
 
 
+def new_config(reader: Reader, device: torch.device, size: int) -> TrainConfig:
+    """Configuration of a training with two micro-batches of `size` images a step."""
+    return TrainConfig(
+        set_id=reader.info.id,
+        scale=reader.scale,
+        labels=tuple(reader.info.labels),
+        weights="none",
+        global_batch=2 * size,
+        micro_batch=size,
+        learning_rate=1e-4,
+        precision=resolve_precision("auto", device),
+    )
+
+
 @contextmanager
 def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
     """A training on some rows of the set, two micro-batches a step, its run in a temporary folder.
@@ -82,16 +95,7 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
     if not size:
         raise RunError(f"{len(table)} images are too few for {WARM_UP + STEPS} steps: give a larger set with --shards")
     table["part"] = ["val"] + ["train"] * (len(table) - 1)
-    config = TrainConfig(
-        set_id=reader.info.id,
-        scale=reader.scale,
-        labels=tuple(reader.info.labels),
-        weights="none",
-        global_batch=2 * size,
-        micro_batch=size,
-        learning_rate=1e-4,
-        precision=resolve_precision("auto", device),
-    )
+    config = new_config(reader, device, size)
     benchmark = torch.backends.cudnn.benchmark
     try:
         with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:
@@ -107,33 +111,18 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
 
 
 def memory(reader: Reader, device: torch.device) -> str:
-    """One micro-batch of the scale's preset fits the memory, with a reserve for the loader; in a process of its own."""
+    """One micro-batch of the scale's preset fits the memory, with a reserve for the loader."""
     gpu = device.type == "cuda"
     Classifier(ARCH, 1).check_size(reader.scale)  # says what is wrong with images that are too small
     size = preset(reader.scale).micro_batch
-    precision = resolve_precision("auto", device)
-    if gpu:
-        torch.cuda.empty_cache()
+    config, runtime = new_config(reader, device, size), Runtime(shards=reader.folder, runs=Path())
     there = torch.cuda.get_device_properties(device).total_memory if gpu else memory_bytes()
-    step = Step(
-        arch=ARCH,
-        scale=reader.scale,
-        outputs=len(reader.info.labels),
-        precision=precision,
-        recompute=False,
-        compile=None,
-        device=str(device),
-        memory=there if gpu else int(CPU_MEMORY * there),
-        threads=usable_cores(),
-    )
-    trial = try_in_own_process(step, size)
-    what = f"{ARCH}, {size} × {reader.scale} px, {precision}"
-    if not trial.has_room:
-        raise RunError(f"{what} does not fit {_gib(there)}: train with a smaller --micro-batch, or with --recompute")
-    if gpu:
-        return f"{what}: torch's peak {_gib(trial.own)}, whole GPU {_gib(trial.whole)} of {_gib(there)}"
-    return f"{what}: {_gib(trial.own)} more at the peak, {_gib(trial.peak)} resident of {_gib(there)}"
-
-
-def _gib(n: int) -> str:
-    return f"{n / 2**30:.1f} GiB"
+    with without_tf32():
+        trial = gpu_step_memory(config, runtime, device, size) if gpu else None
+        needed = 0 if gpu else cpu_step_bytes(config, runtime)(size)
+    what = f"{ARCH}, {size} × {reader.scale} px, {config.precision}"
+    if trial is None if gpu else needed > cpu_room(1):
+        raise RunError(f"{what} does not fit {gib(there)}: train with a smaller --micro-batch, or with --recompute")
+    if trial:
+        return f"{what}: torch's peak {gib(trial.own)}, whole GPU {gib(trial.whole)} of {gib(there)}"
+    return f"{what}: about {gib(needed)} more at the peak, {gib(needed + resident_bytes())} resident of {gib(there)}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cxrfast.config import AUTO
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
@@ -135,11 +136,12 @@ def forecast_table(result: Forecast, walltime: int | None = None) -> Table:
 
 def _cells(o: Outlook, ranks: int, walltime: int | None) -> list[str]:
     config, hours = o.config, None if o.seconds is None else o.seconds / 3600
+    micro_batch = "auto" if config and config.micro_batch == AUTO else config and config.micro_batch
     cells = [
         o.name,
         o.what,
         "\n".join(f"{n:,}" for n in o.rows.values()),
-        f"{config.global_batch}\n{config.micro_batch}\n{config.learning_rate:g}" if config else "",
+        f"{config.global_batch}\n{micro_batch}\n{config.learning_rate:g}" if config else "",
         o.weights,
         f"{o.images:,}\n{f'{o.images_per_s:.3g}' if o.images_per_s else '?'}" if o.images else "",
         "?" if hours is None else f"{hours:,.1f}\n{hours * ranks:,.1f}",

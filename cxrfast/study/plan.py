@@ -1,6 +1,6 @@
 """A plan of a study: the scales and folds to train, how and where, and the commands that train them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from cxrfast.errors import RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
-from cxrfast.training.setup import configure
+from cxrfast.training.setup import make_config
 
 DEFAULTS = {"precision": "auto", "micro_batch": None}
 
@@ -33,9 +33,10 @@ class Plan:
     def ranks(self) -> int:
         return self.nproc * self.nodes
 
-    def config(self, scale: int, fold: int, device: str, measure: bool = False) -> TrainConfig:
-        """Configuration of one run. Raises RunError or DeviceError for impossible options. `measure`: see `setup.configure`."""
-        return configure(replace(self.runtime, device=device), scale, fold, self.options, measure)
+    def config(self, scale: int, fold: int, device: str) -> TrainConfig:
+        """Configuration of one run. Raises RunError or DeviceError for impossible options."""
+        where = self.runtime
+        return make_config(where.shards, scale, device=device, subset=where.subset, fold=fold, **self.options)
 
     def run_name(self, scale: int, fold: int) -> str:
         """`densenet121-2048/fold-0`, even if the options are impossible."""

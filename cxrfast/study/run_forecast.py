@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cxrfast.config import TrainConfig
+from cxrfast.config import AUTO, TrainConfig
 from cxrfast.distributed import World
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.models.classifier import Classifier
@@ -165,6 +165,8 @@ def _selected_rows(plan: Plan, data: ScaleData, config: TrainConfig) -> pd.DataF
 
 def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd.DataFrame) -> int:
     """Raises LoadError if the rows do not fill a global batch, or if the ranks cannot share one."""
+    if config.micro_batch == AUTO:
+        config = replace(config, micro_batch=1)  # any other possible size takes as many images
     order = train_order(config, rows, World(torch.device("cpu"), 0, plan.ranks), data.rows_per_shard)
     return order.steps * order.global_batch
 

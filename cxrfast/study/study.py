@@ -118,7 +118,7 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
 
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
     try:
-        train(plan.config(outlook.scale, outlook.fold, plan.runtime.device, measure=True), plan.runtime)
+        train(plan.config(outlook.scale, outlook.fold, plan.runtime.device), plan.runtime)
     except CxrfastError as error:
         raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
 

@@ -1,8 +1,7 @@
-"""Checkpoints of a training, last.pt in the run's folder: all that the rest of the run depends on, saved and taken up again.
+"""Checkpoints of a training: everything the rest of the run depends on, saved to last.pt and restored.
 
-What changes from step to step is in Counters and in the stateful (model, optimiser, scaler, schedule); each rank adds its share
-of the epoch's loss and the state of its random generators. `Run.write_checkpoint` adds the
-hash of the configuration, by which another run is refused.
+That is Counters, whatever has a state_dict (model, optimiser, scaler, schedule), and each rank's share of the epoch's loss and
+random generators. `Run.write_checkpoint` adds the configuration's hash, by which a checkpoint of another run is refused.
 """
 
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from cxrfast.runs.run import Run
 
 @dataclass
 class Counters:
-    """How far a training is and how well it went."""
+    """Progress and best results of a training."""
 
     epoch: int = 0
     """Finished epochs."""
     consumed: int = 0
-    """Images of the epoch under way that were trained on."""
+    """Images of the current epoch that were trained on."""
     stale: int = 0
     """Epochs since the one with the lowest validation loss."""
     best: float = float("inf")
@@ -48,7 +47,7 @@ def save(
 ) -> None:
     """Write the run's checkpoint; all ranks call it.
 
-    `stateful`: by name, whatever has a state_dict. `loss`: this rank's share of the epoch's loss. `spent`: seconds in the epoch.
+    `stateful`: objects with a state_dict, by name. `loss`: this rank's share of the epoch's loss. `spent`: seconds in the epoch.
     """
     losses, rng = ranks.gather(loss.item()), ranks.gather(generator_states(ranks.device))
 
@@ -64,7 +63,7 @@ def restore(
 ) -> float | None:
     """Fill `counters`, `stateful` and `loss` from the run's checkpoint. Returns the seconds already spent in the epoch.
 
-    None, with nothing changed, if there is no checkpoint. Raises RunError if it is damaged or another configuration's.
+    Returns None and changes nothing without a checkpoint. Raises RunError if it is damaged or of another configuration.
     """
     checkpoint = run.read_checkpoint()
     if checkpoint is None:
@@ -76,7 +75,7 @@ def restore(
     losses, states = checkpoint["losses"], checkpoint["rng"]
     if len(losses) == ranks.size:
         loss.fill_(losses[ranks.rank])
-    else:  # as many ranks as saved it go on bitwise; for others only the sum counts
+    else:  # resuming is bitwise with the same number of ranks; with another one only the sum counts
         loss.fill_(sum(losses) if ranks.is_first else 0.0)
     set_generator_states(ranks.device, states[ranks.rank % len(states)])
     return checkpoint["spent"]

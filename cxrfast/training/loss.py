@@ -1,4 +1,4 @@
-"""The loss of a training: binary cross-entropy against labels that are looked up by row, those that are masked left out."""
+"""The training loss: binary cross-entropy against labels that are looked up by row; masked ones do not count."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ EXPLODED = 100.0
 """Mean BCE of a step above which training ends; chance is 0.69."""
 
 NEVER = 2**62
-"""Number of a step that never comes."""
+"""Stands for no step."""
 
 
 class Targets:
-    """Targets and mask by row, (images, L): on the device for the loss, on the host for counts and scores."""
+    """Targets and masks by row, (images, L): on the device for the loss, on the host for counts and scores."""
 
     def __init__(self, rows: pd.DataFrame, config: TrainConfig, images: int, device: torch.device) -> None:
-        """`rows`: a run's table; `images`: rows of the whole set."""
+        """`rows`: the run's table; `images`: number of rows in the whole set."""
         self.labels = config.labels
         target, mask = targets(rows[list(config.labels)].to_numpy(), config.policies)
         self.host_target = np.zeros((images, target.shape[1]), np.float32)
@@ -36,15 +36,15 @@ class Targets:
             self.positive_weights = torch.from_numpy(positive_weights(target[is_train], mask[is_train])).to(device)
 
     def entries(self, rows: np.ndarray) -> int:
-        """Number of labels of these rows that count, at least 1."""
+        """Number of unmasked labels in these rows, at least 1."""
         return max(1, int(self.host_mask[rows].sum()))
 
     def loss_sum(self, logits: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Loss of logits float32 (N, L) of the images `row` (N,), summed over the labels that count."""
+        """Loss of logits float32 (N, L) for the images `row` (N,), summed over unmasked labels."""
         return masked_bce_sum(logits, self.target[row], self.mask[row], self.positive_weights)
 
     def validate(self, logits: np.ndarray, row: np.ndarray) -> dict[str, Any]:
-        """Loss, mean AUROC and AUROC by label of logits float32 (n, L); None where an AUROC is undefined."""
+        """Loss, mean AUROC and AUROC by label for logits float32 (n, L); None where an AUROC is undefined."""
         target, mask = self.host_target[row], self.host_mask[row]
         per_label = auroc(logits, target, mask)
         defined = per_label[~np.isnan(per_label)]
@@ -59,16 +59,16 @@ class Targets:
 
 
 class EpochLoss:
-    """Loss of an epoch's steps on this rank, and the first of them that was bad; both stay on the device."""
+    """Sum of an epoch's losses on this rank, and the first bad step; both stay on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         """Sum of this rank's share of the steps' losses."""
         self.bad_step = torch.full((), NEVER, device=device)
-        """Number of the first step whose loss was not finite, or above EXPLODED; NEVER if there is none."""
+        """The first step whose loss was not finite or above EXPLODED; NEVER if there is none."""
 
     def add(self, loss: torch.Tensor, step: int, world_size: int) -> None:
-        """`loss`: of step number `step` on this rank, one of `world_size`, whose losses are averaged."""
+        """Add this rank's loss in a step; the losses of `world_size` ranks are averaged."""
         self.total += loss / world_size
         is_bad = ~(loss < EXPLODED)  # also NaN
         self.bad_step = torch.where(is_bad & (self.bad_step == NEVER), step, self.bad_step)
@@ -77,6 +77,6 @@ class EpochLoss:
 def masked_bce_sum(
     logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, positive_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Binary cross-entropy with logits, (N, L) each, summed over the entries that count; `positive_weights`: (L,)."""
+    """Binary cross-entropy with logits, (N, L) each, summed over unmasked entries; `positive_weights`: (L,)."""
     losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=positive_weights)
     return (losses * mask).sum()

@@ -1,38 +1,30 @@
-"""`--micro-batch auto`: the largest micro-batch whose training step fits the memory of the device.
+"""`--micro-batch auto`: the largest micro-batch whose training step fits the memory of every rank.
 
-In: what decides that memory (architecture, scale, precision, …) and the batch sizes that the ranks can share. Out: one
-of these sizes, measured with real steps, each in a process of its own, so that running out of memory costs that process
-alone and leaves nothing behind on the device. The answer is remembered. No process group may be needed or made here.
+On a GPU, steps of a throw-away model are tried, and running out of memory only means that a smaller size is tried next. On a
+CPU it could end the process: there the memory of two small steps is measured and extrapolated.
 """
 
-import fcntl
+import gc
 import json
 import logging
 import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from cxrfast import __version__
-from cxrfast.config import TrainConfig
-from cxrfast.distributed import World, pick_device
-from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
-from cxrfast.files import write_json
-from cxrfast.machine import memory_bytes, processor, usable_cores
-from cxrfast.models import densenet
-from cxrfast.models.classifier import Classifier, check_arch
-from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32
+from cxrfast.config import Runtime, TrainConfig
+from cxrfast.distributed import World
+from cxrfast.errors import RunError, is_out_of_memory
+from cxrfast.machine import memory_bytes, resident_bytes
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.densenet import ARCHITECTURES
+from cxrfast.models.precision import autocast, compiled, use_tf32
 
 log = logging.getLogger(__name__)
 
@@ -43,104 +35,69 @@ CPU_MEMORY = 0.85
 """Fraction of the main memory that the local ranks may use between them."""
 
 CPU_LARGEST = 64
-"""Largest micro-batch tried on a CPU: more images gain nothing there."""
+"""Largest micro-batch on a CPU: more images gain nothing there."""
 
-KILLED = {-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
-"""How a trial ends that the memory killer took, or whose libraries do not expect a failed allocation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """A training step whose largest micro-batch is searched for."""
-
-    arch: str
-    scale: int
-    """Side of the images, px; the largest one where it changes."""
-    outputs: int
-    precision: str
-    recompute: bool
-    """Recompute activations in the backward pass."""
-    compile: str | None
-    """torch.compile's mode."""
-    device: str
-    memory: int
-    """Bytes that the process may use, the reserve not yet taken off; on a GPU, at most what it has."""
-    threads: int
+CPU_SIDE = 64
+"""Largest side of the images that are measured on a CPU, px."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Result of trying training steps on a number of images."""
+class GpuMemory(NamedTuple):
+    """Bytes in use at the peak of a training step."""
 
-    has_room: bool
-    """Whether the memory was enough."""
-    peak: int = 0
-    """Bytes: of the GPU, other processes and the context included; on a CPU, resident."""
-    shared: bool = False
-    """Another process held a good part of the GPU meanwhile."""
-    own: int = 0
-    """Bytes of the steps alone: on a GPU, torch's peak; on a CPU, by how much resident memory grew."""
-    whole: int = 0
-    """Bytes in use on the whole GPU after the steps, by all processes; 0 on a CPU."""
+    own: int
+    """Allocated by torch in this process."""
+    whole: int
+    """In use on the whole GPU after the step, other processes included."""
 
 
-def largest_micro_batch(
-    *,
-    arch: str,
-    scale: int,
-    outputs: int,
-    global_batch: int,
-    precision: str = "auto",
-    recompute: bool = False,
-    compile: str | None = None,
-    device: str = "auto",
-    world: int | None = None,
-    local_ranks: int | None = None,
-    memory: int | None = None,
-) -> int:
-    """The largest divisor of `global_batch` images that fits the device and gives all ranks equally many micro-batches.
+def largest_micro_batch(config: TrainConfig, runtime: Runtime, ranks: World, most: int | None = None) -> int:
+    """Images of the largest micro-batch, `most` at most, whose training step fits every rank; all ranks call it.
 
-    Call it before the process group is made, on every rank: the first of a machine measures, the others wait for its
-    answer. Ranks of different machines may get different ones: take the smallest. SyncBatchNorm needs no other memory.
-
-    `world`, `local_ranks`: processes of the training and of this machine; default: as torchrun says. `memory`: bytes a
-    process may use; default: all of the GPU, or this process's part of the main memory. Raises RunError if not one
-    image fits, or if the ranks cannot share the global batch.
+    It divides the global batch of `config`, whose own micro-batch is ignored, into equally many for each rank.
+    Raises RunError if the ranks cannot share the global batch, or if not even one image fits.
     """
-    check_arch(arch)
-    world = world or int(os.environ.get("WORLD_SIZE", 1))
-    local_ranks = local_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    is_gpu = chosen.type == "cuda"
-    sizes = shareable(global_batch, world, global_batch if is_gpu else CPU_LARGEST)
-    properties = torch.cuda.get_device_properties(chosen) if is_gpu else None
-    step = Step(
-        arch=arch,
-        scale=scale,
-        outputs=outputs,
-        precision=resolve_precision(precision, chosen),
-        recompute=recompute,
-        compile=compile,
-        device=str(chosen),
-        memory=memory or (properties.total_memory if properties else int(CPU_MEMORY * memory_bytes() / local_ranks)),
-        threads=max(1, usable_cores() // local_ranks),
-    )
-    known = asdict(step) | {
-        "device": properties.name if properties else processor(),
-        "global_batch": global_batch,
-        "world": world,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cxrfast": __version__,
-    }
-    known["checkpoint"] = known.pop("recompute")  # its name in files that were written before
-    return _remembered(json.dumps(known, sort_keys=True), lambda: _search(step, sizes))
+    device, is_gpu = ranks.device, ranks.device.type == "cuda"
+    sizes = shareable(config.global_batch, ranks.size, most or (config.global_batch if is_gpu else CPU_LARGEST))
+    needed = None if is_gpu else cpu_step_bytes(config, runtime)
+    room = torch.cuda.get_device_properties(device).total_memory if is_gpu else cpu_room(ranks.local_size)
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        if needed is None:
+            found = gpu_step_memory(config, runtime, device, size)
+            is_enough, peak = found is not None, f", peak {gib(found.own)}" if found else ""
+        else:
+            is_enough, peak = needed(size) <= room, f", peak about {gib(needed(size))}"
+        fit = bool(ranks.least(int(is_enough)))
+        tried.append(size)
+        log.info(
+            f"--micro-batch auto: {size} × {largest_side(config)} px {'fits' if fit else 'does not fit'} into {gib(room)}{peak}"
+        )
+        return fit
+
+    if fits(sizes[-1]):
+        return sizes[-1]
+    low, high = -1, len(sizes) - 1  # sizes[low] fits, sizes[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+
+    def chosen() -> int:
+        if low >= 0:
+            return sizes[low]
+        helps = "use a smaller scale" if runtime.recompute else "give --recompute, or use a smaller scale"
+        raise RunError(
+            f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {largest_side(config)} px on {device}, "
+            f"none fits into {gib(room)}: {helps}"
+        )
+
+    return ranks.on_first(chosen)
 
 
 def shareable(global_batch: int, world: int, most: int) -> list[int]:
     """Ascending: the divisors of `global_batch`, up to `most`, whose quotient `world` ranks can share.
 
-    Raises RunError if there is none.
+    Raises RunError if there are none.
     """
     if global_batch % world:
         raise RunError(
@@ -151,98 +108,89 @@ def shareable(global_batch: int, world: int, most: int) -> list[int]:
     return [size for size in range(1, min(share, most) + 1) if share % size == 0]
 
 
+def largest_side(config: TrainConfig) -> int:
+    """Side of the largest training images, px."""
+    return max([config.scale, *(side for side, _ in config.sizes)])
+
+
 # Measuring
 
 
-def _search(step: Step, sizes: list[int]) -> tuple[int, bool]:
-    """The largest of `sizes` that fits, and whether that is worth remembering. The largest is tried first, then halves."""
-    tried: dict[int, Trial] = {}
-
-    def has_room(size: int) -> bool:
-        trial = tried[size] = try_in_own_process(step, size)
-        peak = f"fits, peak {trial.peak / 2**30:.1f} GiB" if trial.has_room else "does not fit"
-        log.info(f"--micro-batch auto: {size} × {step.scale} px {peak} ({step.memory / 2**30:.1f} GiB there)")
-        return trial.has_room
-
-    if has_room(sizes[-1]):
-        return sizes[-1], not tried[sizes[-1]].shared
-    low, high = -1, len(sizes) - 1  # sizes[low] has room, sizes[high] has not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if has_room(sizes[middle]) else (low, middle)
-    if low < 0:
-        raise RunError(
-            f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {step.scale} px on {step.device}, none fits "
-            f"into {step.memory / 2**30:.1f} GiB less {RESERVE:.0%}: "
-            + ("use a smaller scale" if step.recompute else "give --recompute, or use a smaller scale")
-        )
-    return sizes[low], not any(trial.shared for trial in tried.values())
-
-
-def try_in_own_process(step: Step, size: int) -> Trial:
-    """Try `size` images in a new process. Raises RunError if it fails for another reason than memory."""
-    argument = json.dumps({"step": asdict(step), "size": size, "parent": os.getpid()})
-    done = subprocess.run(
-        [sys.executable, "-m", "cxrfast.training.micro_batch", argument], capture_output=True, text=True
-    )
-    if done.returncode == 0:
-        return Trial(**json.loads(done.stdout.splitlines()[-1]))
-    tail = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    if done.returncode in KILLED or is_out_of_memory(RuntimeError(tail)):
-        return Trial(has_room=False)
-    raise RunError(f"--micro-batch auto: the trial of {size} images failed, give a number instead: {tail}")
+def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device, images: int) -> GpuMemory | None:
+    """Memory of a training step over `images` on a GPU; None if it does not fit, less `RESERVE`. Leaves nothing behind."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room = free + torch.cuda.memory_reserved(device) - RESERVE * total
+    torch.cuda.set_per_process_memory_fraction(max(0.0, room) / total, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _train(config, runtime, device, images, largest_side(config))
+        torch.cuda.synchronize(device)
+        return GpuMemory(torch.cuda.max_memory_allocated(device), total - torch.cuda.mem_get_info(device)[0])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        if runtime.compile:
+            torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def try_step(step: Step, size: int) -> Trial:
-    """Take training steps over `size` images in this process, which may use 90 % of the memory and must not be reused afterwards.
+def cpu_step_bytes(config: TrainConfig, runtime: Runtime) -> Callable[[int], int]:
+    """Bytes that torch allocates for a training step on a CPU, as a function of its number of images.
 
-    Raises RuntimeError or MemoryError where the memory does not suffice.
+    Linear in images and in their area, from steps over 2 and 4 images of at most `CPU_SIDE`.
     """
-    device = torch.device(step.device)
-    room, shared = int((1 - RESERVE) * step.memory), False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free  # and the context of this process
-        shared = others > RESERVE * total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, room - others) / total), device)
-    else:
-        torch.set_num_threads(step.threads)
-        resource.setrlimit(resource.RLIMIT_DATA, (room, room))
-    before = _peak_resident()
-    _train(step, size, device)
-    if device.type == "cuda":
-        free, own = torch.cuda.mem_get_info(device)[0], torch.cuda.max_memory_allocated(device)
-        return Trial(True, others + own, shared, own, total - free)
-    peak = _peak_resident()
-    return Trial(True, peak, own=peak - before)
+    scale = largest_side(config)
+    side = min(scale, CPU_SIDE)
+    two, four = (_allocated(config, runtime, images, side) for images in (2, 4))
+    return lambda images: int(two + (images * (scale / side) ** 2 - 2) * (four - two) / 2)
 
 
-def _peak_resident() -> int:
-    """Bytes: the most that this process has been resident with."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def cpu_room(local_ranks: int) -> int:
+    """Bytes that a training step of one of the ranks on this machine may allocate."""
+    return int((1 - RESERVE) * CPU_MEMORY * memory_bytes() / local_ranks) - resident_bytes()
 
 
-def _train(step: Step, size: int, device: torch.device) -> None:
-    """Two micro-batches and a step after the first: the second finds gradients and Adam's moments in memory."""
-    more: dict[str, Any] = {"recompute": True} if step.recompute else {}
-    use_tf32(step.precision)
-    torch.backends.cudnn.benchmark = True  # as in training: its workspaces count
-    model = Classifier(step.arch, step.outputs, **more).to(device).train()
-    forward = compiled(model, step.compile) if step.compile else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=step.precision == "fp16")
-    image = torch.zeros((size, 1, step.scale, step.scale), dtype=torch.uint8, device=device)
-    target = torch.zeros((size, step.outputs), device=device)
+def _allocated(config: TrainConfig, runtime: Runtime, images: int, side: int) -> int:
+    """Bytes that torch has allocated at the peak of a training step on the CPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train(config, runtime, torch.device("cpu"), images, side)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+
+
+def _train(config: TrainConfig, runtime: Runtime, device: torch.device, images: int, side: int) -> None:
+    """Two steps of a throw-away model: the second finds gradients and Adam's moments in memory."""
+    outputs = len(config.labels)
+    use_tf32(config.precision)
+    torch.backends.cudnn.benchmark = not runtime.deterministic  # as in training: its workspaces count
+    model = Classifier(config.arch, outputs, recompute=runtime.recompute).to(device).train()
+    forward = compiled(model, runtime.compile) if runtime.compile else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    image = torch.zeros((images, 1, side, side), dtype=torch.uint8, device=device)
+    target = torch.zeros((images, outputs), device=device)
     for _ in range(2):
-        with autocast(device, step.precision):
+        with autocast(device, config.precision):
             logits = forward(image)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").sum()
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.1f} GiB"
 
 
 # Running out of it
@@ -259,92 +207,14 @@ def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
         if ranks.device.type == "cuda":
             total = torch.cuda.get_device_properties(ranks.device).total_memory
             peak = torch.cuda.max_memory_allocated(ranks.device)
-            room = f"the GPU has {total / 2**30:.1f} GiB, training took {peak / 2**30:.1f} of them"
+            room = f"the GPU has {gib(total)}, training took {peak / 2**30:.1f} of them"
         else:
-            room = f"the machine has {memory_bytes() / 2**30:.1f} GiB, {ranks.local_size} processes share it"
+            room = f"the machine has {gib(memory_bytes())}, {ranks.local_size} processes share it"
         smaller = [n for n in shareable(config.global_batch, ranks.size, config.micro_batch) if n < config.micro_batch]
         helps = [f"--micro-batch {smaller[-1]}", "--micro-batch auto"] if smaller else ["a smaller --scale"]
-        if config.arch in densenet.ARCHITECTURES:
+        if config.arch in ARCHITECTURES:
             helps.append("--recompute")
         raise RunError(
             f"memory ran out with micro-batches of {config.micro_batch} images of {config.scale} px in "
             f"{config.precision} ({room}): use {' or '.join(helps)}"
         ) from error
-
-
-# Remembering
-
-
-def cache_file() -> Path:
-    """Where answers are kept: a JSON object, from what was asked to images."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "cxrfast" / "micro-batch.json"
-
-
-def _remembered(key: str, search: Callable[[], tuple[int, bool]]) -> int:
-    """The answer known under `key`, else that of `search`, by one process at a time. A useless cache is only warned of."""
-    path = cache_file()
-    with _lock(path.with_suffix(".lock")) or nullcontext() as lock:  # the kernel releases it if this process dies
-        answers = _read(path) if lock else {}
-        if key in answers:
-            return answers[key]
-        size, lasting = search()
-        if lock and lasting:
-            try:
-                write_json(path, answers | {key: size})
-                log.info(f"--micro-batch auto: {size}, remembered in {path}")
-            except OSError as error:
-                _warn(path, error)
-        return size
-
-
-def _lock(path: Path) -> IO[bytes] | None:
-    """Wait for the lock on this file; it is held until the file is closed. None where that cannot be."""
-    file = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if file:
-            file.close()
-        _warn(path, error)
-        return None
-    return file
-
-
-def _read(path: Path) -> dict[str, int]:
-    try:
-        answers = json.loads(path.read_bytes())
-        if not isinstance(answers, dict) or not all(type(size) is int and size > 0 for size in answers.values()):
-            raise ValueError("not a table of sizes")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.info(f"--micro-batch auto: {path} is damaged ({error}), it is made anew")
-        return {}
-    return answers
-
-
-def _warn(path: Path, error: Exception) -> None:
-    log.info(f"--micro-batch auto: {path} cannot be used ({error}), nothing is remembered")
-
-
-# The process of a trial
-
-
-def _end_with(parent: int) -> None:
-    """Leave when the process that asked is gone, so that no trial holds a device for nobody."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    threading.Thread(target=_end_with, args=(given["parent"],), daemon=True).start()
-    try:
-        print(json.dumps(asdict(try_step(Step(**given["step"]), given["size"]))))
-    except (CxrfastError, RuntimeError, MemoryError) as error:
-        lines = str(error).strip().splitlines()
-        sys.exit(f"{type(error).__name__}: {lines[0] if lines else 'out of memory'}")

@@ -1,6 +1,6 @@
-"""What happens between the steps of an epoch: whether to go on, save or stop; early stopping; heartbeats; waiting; a profile.
+"""Decisions between training steps (continue, save or stop), early stopping, heartbeats, time spent waiting, profiles.
 
-Numbers come in, decisions and numbers go out, a heartbeat into the run: nothing here knows the trainer.
+Numbers come in, decisions and numbers go out, a heartbeat goes into the run; nothing here knows the trainer.
 """
 
 import socket
@@ -25,33 +25,33 @@ from cxrfast.training.signals import Votes
 CPU = torch.device("cpu")
 
 LOOK_SECONDS = 5.0
-"""Between two looks at the losses on the device, each of which waits for it."""
+"""Seconds between two reads of the losses on the device, each of which waits for the device."""
 
 BEAT_SECONDS = 30.0
-"""Between two heartbeats in a run's state."""
+"""Seconds between two heartbeats in a run's state."""
 
 RATE_STEPS = (10, 50)
-"""Steps of a training after which its rate is measured from, and told."""
+"""A training's rate is measured from the first of these steps to the second, and reported once."""
 
 PROFILE_STEPS = (10, 5)
-"""Steps left out before a profile, and steps in it."""
+"""Steps before a profile, and steps in it."""
 
 
 class Action(Enum):
-    """What a training does after a step."""
+    """What a training does next."""
 
     CONTINUE = auto()
     SAVE = auto()
     STOP = auto()
-    """Save and stop, for the signal in `Monitor.signal`."""
+    """Save and stop because of the signal in `Monitor.signal`."""
     CHECK = auto()
-    """Find the bad loss or image that a rank has seen, and end with an error."""
+    """End with an error that names the bad loss or image seen by a rank."""
 
 
 class Monitor:
-    """Clock, votes and counts of a training: what to do after each step, the same on all ranks at the same step.
+    """Decides after each step what to do next, the same on all ranks at the same step.
 
-    `checkpoint_minutes`, `checkpoint_steps`: between two checkpoints, at most; no limit in steps if that is None.
+    `checkpoint_minutes`, `checkpoint_steps` (None: no limit): largest distance between two checkpoints.
     """
 
     def __init__(self, ranks: World, checkpoint_minutes: float, checkpoint_steps: int | None) -> None:
@@ -59,44 +59,48 @@ class Monitor:
         self.checkpoint_seconds, self.checkpoint_steps = 60 * checkpoint_minutes, checkpoint_steps
         self.votes = Votes(ranks, questions=3)
         self.signal = 0
-        """Number of the signal that the ranks agreed to stop for; 0 for none."""
-        self.is_rate_told = False
+        """Number of the signal for which the ranks agreed to stop; 0 for none."""
+        self.is_rate_reported = False
         self.start_epoch(0, 0)
 
     def start_epoch(self, steps: int, images: int) -> None:
-        """`steps`: those left in this epoch; `images`: those already taken."""
+        """`steps`: left in this epoch; `images`: already used in it."""
         self.steps = steps
         self.begun = self.saved = self.looked = time.monotonic()
         self.first_images = images
         self.warm_since, self.warm_images = self.begun, images
-        """When the first steps, which warm everything up, were over, and the images until then."""
+        """End of the warm-up steps, and images used until then."""
 
     def rate(self, images: int) -> float:
-        """Images/s since the epoch was started here; `images`: taken in it so far."""
+        """Images/s since `start_epoch`; `images`: used in the epoch so far."""
         return (images - self.first_images) / (time.monotonic() - self.begun)
 
     def waiting_share(self, waited: float) -> float:
-        """Fraction of the time since the epoch was started here that `waited` seconds are."""
+        """`waited` seconds as a fraction of the time since `start_epoch`."""
         return waited / (time.monotonic() - self.begun)
 
     def is_look_due(self) -> bool:
-        """Is it time to look at the losses on the device, which waits for it?"""
-        return time.monotonic() - self.looked >= LOOK_SECONDS
-
-    def note_look(self) -> None:
-        self.looked = time.monotonic()
+        """Whether to read the losses on the device now; if so, not again for LOOK_SECONDS."""
+        now = time.monotonic()
+        is_due = now - self.looked >= LOOK_SECONDS
+        if is_due:
+            self.looked = now
+        return is_due
 
     def steady_rate(self, done: int, images: int) -> float | None:
-        """Images/s once the first steps are over, told once: at step number RATE_STEPS[1]; None at all others."""
+        """Images/s after the warm-up, reported once, at step RATE_STEPS[1]; None at all other steps."""
         if done == RATE_STEPS[0]:
             self.warm_since, self.warm_images = time.monotonic(), images
-        if done != RATE_STEPS[1] or self.is_rate_told:
+        if done != RATE_STEPS[1] or self.is_rate_reported:
             return None
-        self.is_rate_told = True
+        self.is_rate_reported = True
         return (images - self.warm_images) / (time.monotonic() - self.warm_since)
 
     def after_step(self, done: int, signal: int, is_bad: bool) -> Action:
-        """What to do after step number `done` of this epoch; `signal`: that this rank got, or 0; `is_bad`: as it last looked."""
+        """What to do after step number `done` of this epoch.
+
+        `signal`: received by this rank, or 0. `is_bad`: whether this rank has seen a bad loss or image.
+        """
         is_late = self.is_first and time.monotonic() - self.saved > self.checkpoint_seconds  # rank 0's clock decides
         self.signal, late, bad = self.votes.cast(signal, int(is_late), int(is_bad))
         if bad:
@@ -108,14 +112,12 @@ class Monitor:
             self.votes.close()
             return Action.CONTINUE
         if late or (self.checkpoint_steps and done % self.checkpoint_steps == 0):
+            self.saved = time.monotonic()
             return Action.SAVE
         return Action.CONTINUE
 
-    def note_save(self) -> None:
-        self.saved = time.monotonic()
-
     def after_validation_batch(self, signal: int) -> Action:
-        """STOP or CONTINUE, after a batch that every rank has; close the votes after the last."""
+        """STOP or CONTINUE after a batch that every rank has; the caller closes the votes after the last one."""
         self.signal, *_ = self.votes.cast(signal, 0, 0)
         if not self.signal:
             return Action.CONTINUE
@@ -124,17 +126,14 @@ class Monitor:
 
 
 def is_over(config: TrainConfig, counters: Counters) -> bool:
-    """Whether a training is over: all epochs are done, or early stopping ends it.
-
-    Early stopping: the last `stop_after` epochs had no lower validation loss than the best one before them.
-    """
+    """Whether all epochs are done, or the validation loss has not fallen for `stop_after` epochs (early stopping)."""
     return counters.epoch >= config.epochs or counters.stale >= config.stop_after
 
 
 class Heartbeat:
-    """Writes into a run's state how it is, how far, how fast, and how long it will take. One rank calls it.
+    """Writes a run's state, progress, rate and time left into its state.json. One rank calls it.
 
-    `images`, `validated`: number of images that an epoch trains on and validates on.
+    `images`, `validated`: images in an epoch's training and in its validation.
     """
 
     def __init__(self, run: Run, counters: Counters, images: int, validated: int) -> None:
@@ -147,7 +146,7 @@ class Heartbeat:
     def beat(self, images_per_s: float, area: float | None = None) -> float:
         """Write that the run is alive. Returns the seconds left, at most.
 
-        `area`: of the images that the rate is of, see `TrainConfig.area_at`; default: those of this epoch.
+        `area`: of the images whose rate this is, see `TrainConfig.area_at`; default: this epoch's.
         """
         rate = images_per_s * (area or self.run.config.area_at(self.counters.epoch))
         seconds = self.seconds_left(rate)
@@ -155,7 +154,7 @@ class Heartbeat:
         return seconds
 
     def seconds_left(self, rate: float) -> float:
-        """Seconds until the last epoch is done, at most; `rate`: images of the run's scale per second."""
+        """Seconds until the last epoch is done, at most; `rate`: images/s at the run's scale."""
         config, epoch = self.run.config, self.counters.epoch
         work = config.work(epoch, self.images, self.validated) - self.counters.consumed * config.area_at(epoch)
         return work / rate
@@ -192,18 +191,18 @@ def profiled(path: Path, is_wanted: bool) -> Iterator[Callable[[], None]]:
 
 
 class Timed(Iterator[Batch]):
-    """Batches, and the seconds that whoever computes on them had nothing to do but wait for one.
+    """Iterates batches and sums the seconds during which training had to wait for one.
 
-    On a GPU that is the time between the last kernel that was queued before a batch was asked for and the batch's arrival:
-    a host that runs ahead of the GPU may wait in `next` all the time and cost nothing. What an engine itself has the GPU do
-    for the batch on its consumer's stream, a copy and the proof of pixels, counts as waiting.
+    On a GPU a wait lasts from the end of the last kernel queued before the batch was requested to the batch's arrival: a
+    host that runs ahead of the GPU may always wait in `next` at no cost. Work that an engine queues for the batch on its
+    consumer's stream (a copy, the proof of pixels) counts as waiting.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device = CPU) -> None:
         self.batches, self.device = batches, device
         self._waited = 0.0
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        """Begin and end of each wait that the GPU may not have reached yet."""
+        """Start and end of each wait that the GPU may not have reached yet."""
 
     def __next__(self) -> Batch:
         start, asked = time.monotonic(), self._now()
@@ -217,7 +216,7 @@ class Timed(Iterator[Batch]):
                 self._waits.append((asked, arrived))
 
     def _now(self) -> torch.cuda.Event | None:
-        """A mark in the GPU's queue; None on a CPU."""
+        """An event in the GPU's queue; None on a CPU."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
@@ -226,14 +225,14 @@ class Timed(Iterator[Batch]):
 
     @property
     def waited(self) -> float:
-        """Seconds, of the batches that the GPU has come to."""
+        """Seconds, for the batches that the GPU has reached."""
         while self._waits and self._waits[0][1].query():
             asked, arrived = self._waits.popleft()
             self._waited += asked.elapsed_time(arrived) / 1000
         return self._waited
 
     def close(self) -> None:
-        """Close a generator, and wait until the GPU has come to the last batch."""
+        """Close a generator, and wait until the GPU has reached the last batch."""
         if isinstance(self.batches, Generator):
             self.batches.close()
         if self._waits:

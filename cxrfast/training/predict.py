@@ -26,7 +26,7 @@ def predict(
 ) -> None:
     """Score the run's validation and test rows with its best weights.
 
-    `shards`: where the set lies now, if not where it lay in training. Raises RunError if it is another set.
+    `shards`: current location of the set; default: where it was in training. Raises RunError if it is another set.
     """
     reader = run.reader(shards)
     model = run.load(world.device)
@@ -49,7 +49,7 @@ def predict(
 
 
 def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:
-    """Every row of the loader's order and its logits float32 (n, L), gathered to rank 0; None on the others.
+    """Logits float32 (n, L) of every row in the loader's order, gathered to rank 0; None on the other ranks.
 
     Puts the model into eval mode, with rank 0's BatchNorm statistics on every rank.
     """
@@ -73,10 +73,10 @@ def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, 
 
 
 def complete(scores: Predictions, rows: np.ndarray, name: str) -> Predictions:
-    """`scores`, once it is sure that they are of exactly `rows`. Raises RunError if not."""
+    """Return `scores` if they cover exactly `rows`. Raises RunError if not."""
     if not np.array_equal(scores.row, np.sort(rows)):
         raise RunError(
-            f"{name}: {len(scores.row):,} rows were scored, {len(rows):,} were asked for; this is a bug, "
+            f"{name}: {len(scores.row):,} rows were scored instead of {len(rows):,}; this is a bug, "
             "no predictions are written"
         )
     return scores

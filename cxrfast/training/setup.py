@@ -1,13 +1,14 @@
-"""What a training starts from: its configuration, the rows of its parts, the copy of its shards, its first weights, its ranks.
+"""What a training starts from: configuration, rows of its parts, staged shards, first weights, distributed model.
 
-Options come in; the configuration and what belongs to it go out, or an error that names the option that is wrong.
+Options come in; the configuration and the objects it describes go out, or an error that names the wrong option.
 """
 
 import fcntl
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,82 +29,54 @@ from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
 from cxrfast.splits import check_parts, official_masks, part_masks
-from cxrfast.training.micro_batch import largest_micro_batch
-
-
-def configure(runtime: Runtime, scale: int, fold: int, given: dict[str, Any], measure: bool = True) -> TrainConfig:
-    """The configuration of a run, as `make_config` makes it for what `runtime` says.
-
-    A micro-batch of `auto` is that of the run, if it is there already; else the largest that fits the device, which is
-    tried out, or, unless `measure`, the preset's.
-    """
-    if given.get("micro_batch") == "auto":
-        folder = RunFolder.of(runtime.runs, given.get("arch") or TrainConfig.arch, scale, fold, runtime.name)
-        if folder.is_started:
-            given = {**given, "micro_batch": Run.open(folder.folder).config.micro_batch}
-        elif not measure:
-            given = {**given, "micro_batch": None}
-    return make_config(
-        runtime.shards,
-        scale,
-        device=runtime.device,
-        subset=runtime.subset,
-        recompute=runtime.recompute,
-        compile=runtime.compile,
-        fold=fold,
-        **given,
-    )
 
 
 def make_config(
-    shards: Path,
-    scale: int,
-    *,
-    device: str = "auto",
-    subset: Path | None = None,
-    recompute: bool = False,
-    compile: str | None = None,
-    **given: Any,
+    shards: Path, scale: int, *, device: str = "auto", subset: Path | None = None, **given: Any
 ) -> TrainConfig:
-    """The configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
+    """Configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: a file of row numbers, one per line, that the parts are cut down to. `recompute` and `compile` decide, as the
-    device does, what a micro-batch of `auto` is; see `micro_batch`.
+    `subset`: file of row numbers, one per line, to which the parts are restricted.
     """
     info = ShardSet(shards).info
     preset = presets.preset(scale)
     given = {name: value for name, value in given.items() if value is not None}
     global_batch = given.pop("global_batch", preset.global_batch)
     given.setdefault("micro_batch", min(preset.micro_batch, global_batch))
+    if given["micro_batch"] == "auto":
+        given["micro_batch"] = presets.AUTO
     given.setdefault("learning_rate", presets.learning_rate(global_batch))
     if subset is not None:
         given["subset"] = subset_hash(read_subset(subset))
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
-    if given["micro_batch"] == "auto":
-        given["micro_batch"] = largest_micro_batch(
-            arch=given.get("arch", TrainConfig.arch),
-            scale=max([scale, *(side for side, _ in given.get("sizes", ()))]),
-            outputs=len(info.labels),
-            global_batch=global_batch,
-            precision=given["precision"],
-            recompute=recompute,
-            compile=compile,
-            device=device,
-        )
     return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+
+
+def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
+    """Micro-batch of the run in a folder, and the smallest of its other folds with this configuration; None where unknown."""
+    own, others = None, []
+    for path in folder.folder.parent.glob("fold-*"):
+        with suppress(RunError):  # a damaged run is reported when it is opened to be trained
+            run = Run.open(path)
+            if run.has_nothing_to_lose:  # its size may be what failed
+                continue
+            if path == folder.folder:
+                own = run.config.micro_batch
+            elif replace(run.config, fold=config.fold, micro_batch=config.micro_batch) == config:
+                others.append(run.config.micro_batch)
+    return own, min(others, default=None)
 
 
 def select_rows(
     table: pd.DataFrame, config: TrainConfig, held: np.ndarray, subset: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """The rows a run uses: row, image_id, patient_id, part, raw labels; sorted by row.
+    """Rows used by a run: row, image_id, patient_id, part, raw labels; sorted by row.
 
-    Left out: rows that the set does not hold (`held`, int64, lists those it does), those outside `subset`, rows without
-    any label, other views.
-    Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
+    Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label, and other
+    views. Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
     """
     if absent := [name for name in config.labels if name not in table]:
-        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start the training again")
+        raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start a new training")
     parts = (
         official_masks(table["split"].to_numpy())
         if config.split == "official"
@@ -113,7 +86,7 @@ def select_rows(
     if subset is not None:
         if unknown := np.setdiff1d(subset, table["row"]).tolist():
             raise RunError(
-                f"the set has no row {unknown[0]} that --rows names: its rows are 0 to {table['row'].max():,}"
+                f"--rows names row {unknown[0]}, which the set does not have: its rows are 0 to {table['row'].max():,}"
             )
         usable &= table["row"].isin(subset).to_numpy()
     if config.views:
@@ -128,13 +101,13 @@ def select_rows(
 
 
 def read_subset(path: Path) -> np.ndarray:
-    """int64, ascending: the row numbers in a file, one per line. Raises RunError if it holds anything else, or nothing."""
+    """Row numbers from a file with one per line, int64, ascending. Raises RunError if it holds anything else, or nothing."""
     try:
         rows = np.unique([int(line) for line in path.read_text().split()])
     except (OSError, ValueError) as error:
-        raise RunError(f"--rows {path}: give a text file with a row number a line ({error})") from error
+        raise RunError(f"--rows {path}: give a text file with one row number per line ({error})") from error
     if not len(rows):
-        raise RunError(f"--rows {path} is empty: give a text file with a row number a line")
+        raise RunError(f"--rows {path} is empty: give a text file with one row number per line")
     return rows
 
 
@@ -143,17 +116,17 @@ def subset_hash(rows: np.ndarray) -> str:
 
 
 def staged(shards: Path, folder: Path, scale: int) -> Path:
-    """A copy of one scale of the set in `folder`, on a disk of this machine; made once for all its ranks and jobs.
+    """Copy one scale of the set into `folder` on a local disk, once for all ranks and jobs of this machine. Returns the copy.
 
-    Raises ShardError where it cannot be made.
+    Raises ShardError if that fails.
     """
     copy = folder / ShardSet(shards).info.id
     folder.mkdir(parents=True, exist_ok=True)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
     with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes later waits
+        fcntl.flock(lock, fcntl.LOCK_EX)  # later ranks wait
         lock.seek(0)
-        if launch.startswith("none") or lock.read() != launch:  # else another rank of this launch has checked it
+        if launch.startswith("none") or lock.read() != launch:  # otherwise another rank of this launch has checked it
             stage(shards, copy, [scale])
             lock.truncate(0)
             lock.write(launch)
@@ -161,7 +134,7 @@ def staged(shards: Path, folder: Path, scale: int) -> Path:
 
 
 def weights_file(config: TrainConfig) -> Path | None:
-    """File of the first weights, ImageNet's downloaded unless kept; None for `--weights none`. Raises RunError without one."""
+    """File of the first weights (ImageNet's are downloaded once); None for `--weights none`. Raises RunError if absent."""
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
@@ -176,7 +149,7 @@ def weights_file(config: TrainConfig) -> Path | None:
 
 
 def refuse_other_fold(config: TrainConfig) -> None:
-    """Raises RunError if the run that gives the first weights has seen rows that this one validates or tests on."""
+    """Raises RunError if the run with the first weights may have trained on validation or test patients of this one."""
     if not RunFolder(Path(config.weights)).is_started:
         return
     parent = Run.open(Path(config.weights)).config
@@ -184,7 +157,7 @@ def refuse_other_fold(config: TrainConfig) -> None:
         raise RunError(
             f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
             f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
-            f"path of its {WEIGHTS} if you know that its patients are others"
+            f"path of its {WEIGHTS} if you know that its patients are different"
         )
     if (parent.fold, parent.split) != (config.fold, config.split):
         raise RunError(
@@ -194,7 +167,7 @@ def refuse_other_fold(config: TrainConfig) -> None:
 
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:
-    """The order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
+    """Order in which this rank sees the training rows. Raises LoadError for batch sizes or ranks that do not fit."""
     return TrainOrder(
         rows=part_rows(rows, "train"),
         global_batch=config.global_batch,
@@ -209,9 +182,9 @@ def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_row
 def distribute(
     model: Classifier, config: TrainConfig, runtime: Runtime, ranks: World
 ) -> tuple[torch.nn.Module, Callable[[], AbstractContextManager[None]]]:
-    """`model`, on its device, as the ranks train it; and a context in which its gradients are not averaged yet."""
+    """`model` as the ranks train it, and a context in which its gradients are not averaged."""
     if config.sync_bn and ranks.device.type != "cuda":
-        raise RunError("--sync-bn works on GPUs only: leave it out, or use --device cuda")
+        raise RunError("--sync-bn works only on GPUs: leave it out, or use --device cuda")
     forward: torch.nn.Module = model
     unsynced: Callable[[], AbstractContextManager[None]] = nullcontext
     if ranks.size > 1:

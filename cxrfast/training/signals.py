@@ -1,15 +1,14 @@
-"""Signals that ask a training to stop: noted, agreed on by all of its ranks, passed on to the process that trains.
+"""Signals that ask a training to stop: recorded, agreed on by all ranks, forwarded to the process that trains.
 
-A scheduler sends SIGTERM when it takes a machine away and SIGUSR1 or SIGUSR2 ahead of the walltime, as told; torchrun
-passes them on where `--signals-to-handle` names them. Ranks hear of a signal at different times, hence the votes.
-`Monitor.after_step` then answers STOP, and the trainer saves and raises `Stopped`.
+A scheduler sends SIGTERM when it takes a machine away and SIGUSR1 or SIGUSR2, if configured, before the walltime ends.
+torchrun forwards the signals that `--signals-to-handle` names. Ranks receive them at different times, so they vote.
+`Monitor.after_step` then returns STOP, and the trainer saves and raises `Stopped`.
 """
 
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -22,20 +21,19 @@ from cxrfast.distributed import World
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""What torchrun is told to pass on: its own four, and two which would kill it and orphan its workers."""
-
+"""Signals that torchrun is to forward: its own four, and two that would kill it and orphan its workers."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a process passes on to the training that it started."""
+"""Signals that a process forwards to the training it started."""
 
 LOST_RANK = (
-    "another rank ended, its message stands elsewhere in this log (none: it was killed, perhaps for want of "
-    "memory); the same command goes on from the last checkpoint"
+    "another rank ended; see its message elsewhere in this log (if there is none, it was killed, perhaps because memory "
+    "ran out); the same command resumes from the last checkpoint"
 )
 
 
 class Stopped(SystemExit):
-    """A signal stopped a training: not an error, the same command goes on. Exit code 128 + signal, as a shell's."""
+    """A signal stopped a training. This is no error: the same command resumes it. Exit code 128 + signal, as in a shell."""
 
     def __init__(self, name: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)
@@ -44,18 +42,18 @@ class Stopped(SystemExit):
         self.signal = signal.Signals(number).name
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal} in {self.name}; the same command goes on from there"
+        return f"stopped by {self.signal} in {self.name}; the same command resumes it"
 
 
 class StopRequest:
-    """While entered, the first of `SIGNALS` is noted instead of ending the process; a second SIGINT interrupts at once.
+    """While entered, the first of `SIGNALS` is recorded instead of ending the process; a second SIGINT interrupts at once.
 
-    Elsewhere than in the main thread, where Python lets nobody handle signals, nothing is noted.
+    Does nothing outside the main thread, where Python cannot handle signals.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Number of the signal that came; 0 before."""
+        """Number of the signal received; 0 for none."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -74,7 +72,7 @@ class StopRequest:
 
 
 class Votes:
-    """What any rank asks for, all ranks learn at the same step: one step later, so that none waits for an answer."""
+    """Share what any rank asks for with all ranks at the same step: one step later, so that no rank waits for an answer."""
 
     def __init__(self, ranks: World, questions: int) -> None:
         self.ranks, self.questions = ranks, questions
@@ -83,9 +81,9 @@ class Votes:
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def cast(self, *asked: int) -> list[int]:
-        """Largest number that any rank asked in its last call, one a question; in its own call where it is the only rank.
+        """For each question, the largest number of any rank in the previous call; in this call if there is only one rank.
 
-        Every rank has to call it as often as the others.
+        All ranks must call it equally often.
         """
         if self._group is None:
             return list(asked)
@@ -95,7 +93,7 @@ class Votes:
         return before
 
     def close(self) -> None:
-        """Wait for what is under way; its answer is lost."""
+        """Wait for the pending vote and drop its result."""
         self._take()
 
     def _take(self) -> list[int]:
@@ -108,7 +106,7 @@ class Votes:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Is this what a rank gets to see when another one has ended?"""
+    """Whether a rank gets this error when another one has ended."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
@@ -120,9 +118,9 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 def call(command: Sequence[str]) -> tuple[int, int | None]:
-    """Run a command to its end. Its exit code, and the number of the last signal that was passed on to it, if any.
+    """Run a command to its end. Returns its exit code and the number of the last signal forwarded to it, if any.
 
-    It runs in a process group of its own: a terminal's Ctrl-C reaches it once, by way of this process.
+    It runs in its own process group, so that a terminal's Ctrl-C reaches it once, through this process.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -132,19 +130,13 @@ def call(command: Sequence[str]) -> tuple[int, int | None]:
         if process is not None:
             process.send_signal(number)
 
-    with _handling(forward):
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
         process = subprocess.Popen(command, process_group=0)
-        if received:  # while it was started
+        if received:  # while it was being started
             process.send_signal(received[-1])
         code = process.wait()
-    return code, received[-1] if received else None
-
-
-@contextmanager
-def _handling(handler: "signal._HANDLER") -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in FORWARDED}
-    try:
-        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+    return code, received[-1] if received else None

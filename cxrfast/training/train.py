@@ -1,7 +1,7 @@
 """Train one classifier at one scale on one fold: `torchrun --nproc_per_node=6 -m cxrfast.train`, or `cxrfast train`.
 
 A shard set and a configuration come in; a run folder with checkpoints, metrics and the best weights goes out. Started
-again, it goes on where the last checkpoint left off, with the same rows in the same order.
+again, it resumes from the last checkpoint, with the same rows in the same order.
 """
 
 import logging
@@ -11,24 +11,32 @@ from datetime import timedelta
 
 import torch
 
-from cxrfast.config import Runtime, TrainConfig
+from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import world
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.training.micro_batch import memory_explained
-from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, staged, train_order, weights_file
+from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
+from cxrfast.training.setup import (
+    earlier_micro_batch,
+    read_subset,
+    refuse_other_fold,
+    select_rows,
+    staged,
+    train_order,
+    weights_file,
+)
 from cxrfast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, runtime: Runtime) -> Run:
-    """Train, or go on with, the run of this configuration. Returns it when it is done.
+    """Train the run of this configuration, or resume it. Returns it when it is done.
 
-    Raises Stopped (a SystemExit), with everything saved, when a signal asks for an end.
+    Raises Stopped (a SystemExit), with everything saved, after a signal.
     """
     if runtime.stage:
         runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale))
@@ -36,22 +44,23 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks:
+        folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
+        if config.micro_batch == AUTO:
+            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
+            chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
+            config = replace(config, micro_batch=chosen)
         torch.manual_seed(config.seed)
-        # where each machine measured its own `auto`
-        smallest = min(ranks.gather(config.micro_batch) or [config.micro_batch])
-        config = replace(config, micro_batch=ranks.broadcast(smallest))
         model = Classifier(config.arch, len(config.labels), recompute=runtime.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
         reader = Reader(runtime.shards, config.scale)
         subset = None if runtime.subset is None else read_subset(runtime.subset)
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
-        # refuses sizes that do not fit before anything is written
+        # refuse sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
-        folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
 
         def start() -> Run:
-            if not folder.has_checkpoint:  # else the checkpoint brings its own weights
+            if not folder.has_checkpoint:  # a checkpoint has its own weights
                 refuse_other_fold(config)
                 if file := weights_file(config):
                     load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel

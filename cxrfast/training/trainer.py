@@ -1,7 +1,7 @@
-"""One run in memory: its model, optimiser, schedule, counters and position, and the loop that moves them.
+"""The training loop of one run, with its model, optimiser, schedule and counters.
 
-A run and a shard set's reader come in; checkpoints, metrics and the best weights go into the run's folder. Labels, losses
-and what is counted stay on the device; the host looks at them every few seconds and before it saves.
+A run and a shard set's reader come in; checkpoints, metrics and the best weights go into the run's folder. Labels and losses
+stay on the device; the host reads the losses every few seconds and before it saves.
 """
 
 import logging
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a run from wherever its last checkpoint is to its end, or to a signal."""
+    """Trains a run from its last checkpoint to its end, or until a signal."""
 
     def __init__(self, run: Run, ranks: World, model: Classifier, reader: Reader, runtime: Runtime) -> None:
         config = run.config
@@ -64,7 +64,7 @@ class Trainer:
         self.val_loader = Loader(reader, val_order, **loading)
         self.model = model.to(ranks.device)
         self.forward, self.unsynced = distribute(self.model, config, runtime, ranks)
-        # two moments of every weight in one kernel, on GPUs and CPUs
+        # fused: one kernel for all weights, on GPUs and CPUs
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -72,13 +72,13 @@ class Trainer:
         )
         self.counters = Counters()
         self.begun, self.spent = time.monotonic(), 0.0
-        """When this epoch was begun here, and the seconds spent on it before."""
+        """When this process began the epoch, and seconds spent on it by earlier ones."""
         self.loss = EpochLoss(ranks.device)
         self.board: Board | None = None
         self.stop = StopRequest()
         self.monitor = Monitor(ranks, runtime.checkpoint_minutes, runtime.checkpoint_steps)
         self.is_bad = False
-        """Whether this rank has seen a bad loss or image when it last looked."""
+        """Whether this rank has seen a bad loss or image."""
         self.heartbeat = Heartbeat(run, self.counters, self.order.steps * config.global_batch, len(self.val_rows))
 
     # The loop
@@ -86,17 +86,17 @@ class Trainer:
     def fit(self) -> None:
         """Train until all epochs are done, or early stopping ends the run.
 
-        Raises Stopped, with everything saved, when a signal asked for an end; RunError for a loss that is not finite
-        and for another rank that ended. The run's state says which it was.
+        Raises Stopped, with everything saved, after a signal; RunError for a loss that is not finite; SystemExit(2) if
+        another rank has ended. The run's state records which it was.
         """
         self.restore()
         if self.ranks.is_first:
             self.heartbeat.write("running")
-        self._tell_engine()
+        self._log_engine()
         if self.runtime.tensorboard and self.ranks.is_first:
             self.board = Board(self.run.tensorboard_path, self.counters.epoch)
         try:
-            with self.stop:  # until the final status is written: torchrun sends SIGTERM when another rank has ended
+            with self.stop:  # until the final state is written: torchrun sends SIGTERM when another rank has ended
                 try:
                     with memory_explained(self.config, self.ranks):
                         while not is_over(self.config, self.counters):
@@ -115,7 +115,7 @@ class Trainer:
             self.heartbeat.write("done")
 
     def train_epoch(self) -> tuple[int, float]:
-        """Take the optimiser steps left in this epoch. Returns their number and the seconds spent waiting for data."""
+        """Take the remaining optimiser steps of this epoch. Returns their number and the seconds spent waiting for data."""
         self.begun = time.monotonic()
         self.model.train()
         self.forward.train()
@@ -139,9 +139,9 @@ class Trainer:
         return len(steps), batches.waited
 
     def step(self, rows: np.ndarray, batches: Iterator[Batch]) -> None:
-        """One optimiser step over the global batch `rows`, of which this rank sees its micro-batches."""
+        """One optimiser step over the global batch `rows`, of which this rank takes its own micro-batches."""
         mine = self.order.accumulation // self.ranks.size
-        # BCE summed over unmasked entries, over their number in the global batch; DDP averages over ranks, hence the size.
+        # BCE summed over unmasked entries / their number in the global batch; DDP averages over ranks, hence the size
         weight = self.ranks.size / self.targets.entries(rows)
         total = torch.zeros_like(self.loss.total)
         for i in range(mine):
@@ -161,22 +161,21 @@ class Trainer:
         return autocast(self.ranks.device, self.config.precision)
 
     def look(self, batches: Timed) -> str:
-        """Loss, waiting and memory for the progress bar, every few seconds, else ""; it waits for the device."""
+        """Every few seconds, wait for the device and return loss, waiting and memory for the progress bar; else ""."""
         if not self.monitor.is_look_due():
             return ""
         self.is_bad = int(self.loss.bad_step) != NEVER or self._wrong_pixels() is not None
         images = self.counters.consumed
         memory = (self.gpu_peak() or resident_bytes()) / 2**30
-        # rank 0's share, of all steps since the epoch began
+        # rank 0's share of all steps since the epoch began
         loss = float(self.loss.total) * self.ranks.size * self.config.global_batch / images
         if self.ranks.is_first and self.heartbeat.is_due():
             self.heartbeat.beat(self.monitor.rate(images))
         waiting = self.monitor.waiting_share(batches.waited)
-        self.monitor.note_look()
         return f"loss {loss:.4f}, waiting {waiting:.0%}, {memory:.1f} GiB"
 
     def after_step(self, done: int) -> None:
-        """Save, stop or go on after step number `done` of this call. Raises Stopped, or RunError for a bad loss."""
+        """Save, stop or continue after step `done` of this epoch. Raises Stopped, or RunError for a bad loss."""
         rate = self.monitor.steady_rate(done, self.counters.consumed)
         if rate and self.ranks.is_first:
             left = self.heartbeat.beat(rate)
@@ -191,12 +190,11 @@ class Trainer:
                 self._save_and_stop()
             case Action.SAVE:
                 self.save()
-                self.monitor.note_save()
 
     def end_epoch(self, steps: int, waited: float) -> None:
-        """Validate, move the schedule, write metrics, best weights and the checkpoint of the next epoch's start.
+        """Validate, update the schedule, write metrics, best weights and a checkpoint at the start of the next epoch.
 
-        `steps`, `waited`: what `train_epoch` returned.
+        `steps`, `waited`: as returned by `train_epoch`.
         """
         losses = self.ranks.gather(float(self.loss.total))
         self.refuse_bad()
@@ -224,7 +222,7 @@ class Trainer:
             self.heartbeat.beat(rate, area)
 
     def _validate(self, losses: list[float] | None) -> dict[str, Any]:
-        """Losses and AUROC on the validation rows, on every rank. Raises Stopped, with all saved, if a signal comes."""
+        """Losses and AUROC on the validation rows, on every rank. Raises Stopped, with everything saved, after a signal."""
         micro_batches = -(-len(self.val_rows) // self.config.micro_batch)
         votes = iter(range(micro_batches // self.ranks.size))  # as many as every rank has
 
@@ -247,7 +245,7 @@ class Trainer:
         return result
 
     def _write_epoch(self, line: dict[str, Any], is_best: bool) -> None:
-        """Metrics, events and, if the epoch was the best, weights into the run; a line to stderr."""
+        """Write metrics, events and, if the epoch was the best, weights into the run; log one line."""
         epoch = self.counters.epoch
         line = {"epoch": epoch, "size": self.config.size_at(epoch), **line}
         self.run.add_metrics(line)
@@ -262,7 +260,7 @@ class Trainer:
         )
 
     def _seconds(self) -> float:
-        """Spent on this epoch so far, before a stop, too."""
+        """Seconds spent on this epoch so far, including before a stop."""
         return self.spent + time.monotonic() - self.begun
 
     def gpu_peak(self) -> int | None:
@@ -276,13 +274,13 @@ class Trainer:
         return {name: getattr(self, name) for name in names}
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks call it. Raises RunError, and writes nothing, for a bad loss or bad weights."""
+        """Write a checkpoint; all ranks call it. For a bad loss or bad weights, raises RunError and writes nothing."""
         self.refuse_bad()
         self.ranks.on_first(self._refuse_bad_weights)
         checkpoint.save(self.run, self.ranks, self.counters, self._stateful, self.loss.total, self._seconds())
 
     def restore(self) -> None:
-        """Take up the last checkpoint, if there is one."""
+        """Resume from the last checkpoint, if there is one."""
         spent = checkpoint.restore(self.run, self.ranks, self.counters, self._stateful, self.loss.total)
         if spent is None:
             return
@@ -290,7 +288,7 @@ class Trainer:
         if self.ranks.is_first:
             self.run.cut_metrics(self.counters.epoch)
         log.info(
-            f"{self.run.name}: going on in epoch {self.counters.epoch + 1}, after {self.counters.consumed:,} images"
+            f"{self.run.name}: resuming in epoch {self.counters.epoch + 1} after {self.counters.consumed:,} images"
         )
 
     # Ends
@@ -299,14 +297,16 @@ class Trainer:
         return self.train_loader.problem() or self.val_loader.problem()
 
     def refuse_bad(self) -> None:
-        """To be called by all ranks. Raises on rank 0, and ends the others: RunError where a step's loss was not finite,
-        LoadError where an image was decoded wrong."""
+        """Raise RunError if a step's loss was not finite, LoadError if an image was decoded wrongly; all ranks call it.
+
+        Rank 0 raises, the other ranks exit.
+        """
         found = self.ranks.gather((int(self.loss.bad_step), self._wrong_pixels()))
 
         def check() -> None:
             steps, problems = zip(*found or [(NEVER, None)], strict=True)
             if wrong := next((problem for problem in problems if problem), None):
-                raise LoadError(f"{self.run.name}: {wrong}; {self._held}, the same command goes on from there")
+                raise LoadError(f"{self.run.name}: {wrong}; {self._held}, the same command resumes from there")
             if (step := min(steps)) != NEVER:
                 epoch = self.counters.epoch
                 rows = self.order.global_batches(epoch)[step]
@@ -335,14 +335,14 @@ class Trainer:
         return f"{self._held}: lower --learning-rate or use --precision fp32, under another --name"
 
     def _save_and_stop(self) -> None:
-        """Save and raise Stopped for the signal that the ranks agreed on; all of them call it at the same step."""
+        """Save, then raise Stopped for the signal that the ranks agreed on; all ranks call it at the same step."""
         self.save()
         end = Stopped(self.run.name, self.monitor.signal)
-        log.info(f"{self.run.name}: {end.signal}; saved, the same command goes on")
+        log.info(f"{self.run.name}: {end.signal}; saved, the same command resumes")
         raise end
 
     def _failed(self, error: BaseException) -> None:
-        """Write down how the run ended. Raises SystemExit(2), after a message, if it was for another rank."""
+        """Record how the run ended. If another rank was the cause, log that and raise SystemExit(2)."""
         if isinstance(error, SystemExit):  # rank 0 has said why
             return
         if self.ranks.size == 1 or not is_lost_rank(error):
@@ -356,13 +356,13 @@ class Trainer:
 
     # Messages
 
-    def _tell_engine(self) -> None:
-        """Say who decodes where nobody asked for an engine, and what of it cannot be proven."""
+    def _log_engine(self) -> None:
+        """Log which engine `auto` chose, and how many rows lack the means that prove its pixels."""
         loader = self.train_loader
         if self.runtime.engine == "auto":
             log.info(f"{self.run.name}: engine {loader.engine}: {loader.why}")
         if loader.proof and (unknown := loader.proof.unknown):
             log.info(
-                f"{self.run.name}: the set holds no means of {unknown:,} rows, so that 1 in {EVERY} of them is decoded by the "
-                f"CPU, too, and compared: `cxrfast verify --repair {loader.reader.folder}` adds them"
+                f"{self.run.name}: the set holds no means of {unknown:,} rows, so 1 in {EVERY} of them is also decoded by "
+                f"the CPU and compared: `cxrfast verify --repair {loader.reader.folder}` adds the means"
             )

@@ -1,4 +1,4 @@
-"""Ranks as processes: they score alike and do not warn."""
+"""Ranks and devices: what a process gets, and how ranks agree."""
 
 import os
 import subprocess
@@ -6,28 +6,55 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from trainings import run_ranks
+
+from cxrfast.distributed import pick_device, world
+from cxrfast.errors import DeviceError
+
+
+def test_a_number_of_threads_that_the_user_set_stays(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        monkeypatch.setattr("cxrfast.distributed.usable_cores", lambda: 2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        with world("cpu"):
+            assert torch.get_num_threads() == 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        with world("cpu"):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_process_is_a_world_of_one_rank() -> None:
+    with world("cpu") as ranks:
+        assert (ranks.rank, ranks.size, ranks.is_first, ranks.device.type) == (0, 1, True, "cpu")
+        assert (ranks.gather("x"), ranks.broadcast("x"), ranks.least(3), ranks.on_first(lambda: 5)) == (
+            ["x"],
+            "x",
+            3,
+            5,
+        )
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match=f"--device {name} is unknown"):
+        pick_device(name)
+
 
 RANKS = """
 import sys
 from pathlib import Path
 import torch
 from cxrfast.distributed import world
-from cxrfast.models.classifier import Classifier
-from cxrfast.pipelines.reader import Reader
-from cxrfast.runs.run import Run
-from cxrfast.shards.format.rows import read_rows
-from cxrfast.config import Runtime
-from cxrfast.training.setup import make_config, select_rows
-from cxrfast.training.trainer import Trainer
+from trainings import make_trainer
 
 shards, folder = map(Path, sys.argv[1:])
 with world("cpu") as ranks:
-    torch.manual_seed(0)
-    config = make_config(shards, 32, device="cpu", weights="none", global_batch=8, micro_batch=4, precision="fp32")
-    reader = Reader(shards, 32)
-    rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
-    run = Run.start(folder / str(ranks.rank), config, shards, rows)
-    trainer = Trainer(run, ranks, Classifier("densenet121", 14), reader, Runtime(shards=shards, runs=folder))
+    trainer = make_trainer(shards, folder / str(ranks.rank), ranks=ranks)
     trainer.train_epoch()
     images = torch.stack([b.image[0] for b, _ in zip(trainer.val_loader.epoch(), range(1))]).expand(4, -1, -1, -1)
     images = ranks.broadcast(images)
@@ -40,35 +67,18 @@ with world("cpu") as ranks:
     before = ranks.gather(scores())
     ranks.broadcast_buffers(trainer.model)
     after = ranks.gather(scores())
+    assert ranks.least(7 - ranks.rank) == 6
     if ranks.is_first:
-        print("before", float((before[0] - before[1]).abs().max()), "after", float((after[0] - after[1]).abs().max()))
+        print(float((before[0] - before[1]).abs().max()), float((after[0] - after[1]).abs().max()))
     del trainer
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            script,
-            tiny_set,
-            tmp_path / "runs",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
-    _, before, _, after = done.stdout.split()
-    assert float(before) > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
-    assert float(after) == 0.0
+    before, after = map(float, run_ranks(RANKS, 2, tiny_set, tmp_path).split())
+    assert before > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
+    assert after == 0.0
 
 
 STRIDES = """
@@ -108,6 +118,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("whose", "warnings"), [("ours", 0), ("torch's", 1)])
 def test_ranks_do_not_warn_of_the_strides_of_gradients_which_torch_alone_does(whose: str, warnings: int) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -23,6 +23,7 @@ def test_what_another_error_made_of_running_out_of_memory_is_that_too() -> None:
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation after trying 3 plans."), True),
         (RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x1024 and 14x1024)"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),

@@ -12,6 +12,7 @@ from cxrfast.doctor.training_step import STEPS, WARM_UP, memory, new_trainer, wa
 from cxrfast.errors import RunError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
+from cxrfast.training import micro_batch
 
 
 def test_the_steps_whose_synchronisations_are_counted_are_those_of_a_training(reader) -> None:
@@ -49,7 +50,8 @@ def test_the_presets_micro_batch_fits_and_its_memory_is_told(reader) -> None:
 
 
 def test_a_micro_batch_that_does_not_fit_names_what_helps(reader, monkeypatch) -> None:
-    monkeypatch.setattr(training_step, "memory_bytes", lambda: 600 * 2**20)
+    for module in (training_step, micro_batch):
+        monkeypatch.setattr(module, "memory_bytes", lambda: 600 * 2**20)
     with pytest.raises(RunError, match=r"does not fit 0.6 GiB: .*--micro-batch.*--recompute"):
         memory(reader, CPU)
 

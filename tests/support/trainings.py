@@ -1,4 +1,4 @@
-"""Trainings as processes of their own, and what is looked at of them."""
+"""Trainings in processes of their own or in this one, and how to inspect them."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ from cxrfast.training.setup import make_config, select_rows
 from cxrfast.training.trainer import Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-CUDA = torch.device("cuda", 0)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
+SHORT = {**OPTIONS, "epochs": 1, "limit": 16}
+"""One epoch of two steps."""
+
 TIMING = {"seconds", "images_per_s", "waiting_share", "resident_bytes", "gpu_peak_bytes"}
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[str]:
-    """At 32 px, a checkpoint every second step. `options`: of `cxrfast train`."""
+    """Train at 32 px with a checkpoint every second step. `options`: of `cxrfast train`."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
     start = [*torchrun, f"--signals-to-handle={SIGNALS}"] if nproc > 1 else []
     places = {"shards": shards, "runs": runs, "scale": 32, "checkpoint_steps": 2, "device": "cpu"}
@@ -40,15 +43,39 @@ def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[st
 
 
 def run_to_the_end(arguments: list[str]) -> str:
-    """What it wrote to stderr."""
+    """Run a command that must succeed. Returns its stderr."""
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
+def run_ranks(code: str, nproc: int, *arguments: Path) -> str:
+    """Run Python code, which may import from tests/support, in `nproc` processes. Returns its stdout."""
+    support = Path(__file__).parent
+    script = arguments[-1] / "ranks.py"
+    script.write_text(code)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
+    environment = {**os.environ, "PYTHONPATH": f"{support}:{support.parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, script, *arguments], capture_output=True, text=True, timeout=150, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
     with open(log, "wb") as file:
         return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process in a session of its own, none of which is left afterwards."""
+    process = start(arguments, log)
+    try:
+        yield process
+    finally:
+        kill_group(process)
 
 
 def is_in_second_epoch(run: Path) -> bool:
@@ -62,7 +89,7 @@ def is_in_second_epoch(run: Path) -> bool:
 def wait_for(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert process.poll() is None, "the training ended before"
+        assert process.poll() is None, "the training ended early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -78,7 +105,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(a: Path, b: Path) -> None:
-    """Two run folders hold bitwise the same last weights, and the same metrics but for time and memory."""
+    """Two run folders hold bitwise the same last weights, and the same metrics except for time and memory."""
     one, other = last_weights(a), last_weights(b)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -90,13 +117,18 @@ def metrics_without_timing(run: Run) -> list[dict[str, object]]:
 
 
 def make_trainer(
-    shards: Path, runs: Path, scale: int = 32, runtime: dict[str, Any] | None = None, **options: Any
+    shards: Path,
+    runs: Path,
+    scale: int = 32,
+    runtime: dict[str, Any] | None = None,
+    ranks: World | None = None,
+    **options: Any,
 ) -> Trainer:
-    """One rank in this process, on the CPU."""
+    """A trainer of `runs`/run/fold-0 in this process, on the CPU; default: of one rank."""
     config = make_config(shards, scale, device="cpu", **{**OPTIONS, **options})
     torch.manual_seed(0)
     reader = Reader(shards, scale)
     rows = select_rows(read_rows(shards / "rows.parquet"), config, reader.rows)
     run = Run.start(runs / "run" / "fold-0", config, shards, rows)
     where = Runtime(shards=shards, runs=runs, **(runtime or {}))
-    return Trainer(run, World(torch.device("cpu")), Classifier(config.arch, len(config.labels)), reader, where)
+    return Trainer(run, ranks or World(CPU), Classifier(config.arch, len(config.labels)), reader, where)

@@ -1,6 +1,7 @@
-"""Checkpoints: bitwise what was saved, or refused."""
+"""Checkpoints: restored bitwise, or refused."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,61 +9,59 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from trainings import (
-    OPTIONS,
+    SHORT,
     assert_same,
     command,
     is_in_second_epoch,
-    kill_group,
     run_to_the_end,
-    start,
+    started,
     wait_for,
 )
 
 from cxrfast.config import Runtime
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
+from cxrfast.runs.run import Run
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", None])
-def test_a_damaged_checkpoint_is_refused(tiny_set: Path, tmp_path: Path, damage: bytes | None) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    run = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
-    last = run.folder / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000] if damage is None else damage)
-    (run.folder / "state.json").unlink()
-    with pytest.raises(RunError, match=r"last\.pt is damaged"):
-        train(run.config, runtime)
+def test_a_damaged_checkpoint_is_refused(trained: Run, tiny_set: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "densenet121-32" / "fold-0"
+    shutil.copytree(trained.folder, folder)
+    (folder / "state.json").unlink()
+    whole = (folder / "last.pt").read_bytes()
+    for damaged in (b"", b"junk", whole[:1000]):
+        (folder / "last.pt").write_bytes(damaged)
+        with pytest.raises(RunError, match=r"last\.pt is damaged"):
+            train(trained.config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
-def test_a_training_that_goes_on_needs_its_first_weights_no_more(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set: Path, tmp_path: Path) -> None:
     weights = tmp_path / "first.safetensors"
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
-    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16, "weights": str(weights)})
+    config = make_config(tiny_set, 32, device="cpu", **{**SHORT, "weights": str(weights)})
     run = train(config, runtime)
     weights.unlink()
     (run.folder / "state.json").unlink()
     assert train(config, runtime).is_done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_network_with_dropout_that_was_killed_ends_as_if_nothing_had_been(
+def test_a_network_with_dropout_that_was_stopped_ends_as_if_nothing_had_happened(
     tiny_set: Path, tmp_path: Path, nproc: int
 ) -> None:
     """The generators of all ranks are part of the checkpoint, and ranks draw different numbers."""
     options = {"arch": "mobilenet_v3_small"}
-    whole, run = (tmp_path / name / "mobilenet_v3_small-32" / "fold-0" for name in ("whole", "killed"))
+    whole, run = (tmp_path / name / "mobilenet_v3_small-32" / "fold-0" for name in ("whole", "stopped"))
     run_to_the_end(command(tiny_set, tmp_path / "whole", nproc, **options))
-    arguments = command(tiny_set, tmp_path / "killed", nproc, **options)
-    process = start(arguments, tmp_path / "log")
-    try:
+    arguments = command(tiny_set, tmp_path / "stopped", nproc, **options)
+    with started(arguments, tmp_path / "log") as process:
         wait_for(lambda: is_in_second_epoch(run), process)
         os.kill(process.pid, signal.SIGTERM)
         process.wait(timeout=40)
-    finally:
-        kill_group(process)
     states = [state["cpu"] for state in torch.load(run / "last.pt", weights_only=True)["rng"]]
     assert len(states) == nproc
     assert nproc == 1 or not torch.equal(states[0], states[1])

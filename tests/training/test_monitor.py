@@ -1,4 +1,4 @@
-"""What is decided between steps, the rate that is told, and the time spent waiting."""
+"""Decisions between steps, the reported rate, and the time spent waiting."""
 
 import signal
 import time
@@ -13,11 +13,13 @@ from trainings import (
     needs_gpu,
 )
 
+from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.pipelines.reader import Reader
-from cxrfast.training.monitor import Action, Monitor, Timed
+from cxrfast.training.checkpoint import Counters
+from cxrfast.training.monitor import Action, Monitor, Timed, is_over
 
 
 def slow(batches, seconds: float):
@@ -57,13 +59,14 @@ def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set: P
     assert (batches.waited - first < 0.05) if busy else (batches.waited - first > 0.09)
 
 
-def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_after_some_steps_a_run_reports_its_rate_and_what_is_left(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
-    trainer = make_trainer(tiny_set, tmp_path, epochs=3)
+    trainer = make_trainer(tiny_set, tmp_path, epochs=3, limit=48)
     trainer.train_epoch()
-    assert capsys.readouterr().err.count("3 epochs are left, ") == 1
+    assert caplog.text.count("3 epochs are left, ") == 1
     state = trainer.run.state()
     images, steps = trainer.order.steps * 8, 5
     left = 3 * (images + len(trainer.val_rows) / 3) - steps * 8
@@ -71,11 +74,11 @@ def test_after_some_steps_a_run_tells_its_rate_and_what_is_left(
     assert state["consumed"] == steps * 8
     trainer.counters.epoch, trainer.counters.consumed = 1, 0
     trainer.train_epoch()
-    assert "are left" not in capsys.readouterr().err, "told once"
+    assert caplog.text.count("are left") == 1
 
 
 def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3)
+    trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3, limit=16)
     images, validated = trainer.order.steps * 8, len(trainer.val_rows)
     assert trainer.heartbeat.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), (
         "400 small images cost as 100"
@@ -117,9 +120,19 @@ def test_a_checkpoint_is_due_when_the_last_one_is_old(monkeypatch: pytest.Monkey
     for done in range(1, 6):
         now += 25.0
         decisions.append(one.after_step(done, 0, False))
-        if decisions[-1] is Action.SAVE:
-            one.note_save()
     assert [done for done, decision in enumerate(decisions, 1) if decision is Action.SAVE] == [3]
+
+
+def test_early_stopping_counts_epochs_without_a_lower_loss() -> None:
+    config = TrainConfig(
+        set_id="", scale=32, labels=("a",), global_batch=1, micro_batch=1, learning_rate=1, epochs=9, stop_after=2
+    )
+    counters = Counters()
+    for loss, is_last in ((0.9, False), (0.7, False), (0.8, False), (0.6, False), (0.6, False), (0.7, True)):
+        counters.add_validation(loss, None)
+        counters.next_epoch()
+        assert is_over(config, counters) is is_last
+    assert is_over(config, Counters(epoch=9))
 
 
 def test_a_signal_stops_and_a_bad_loss_comes_before_it() -> None:

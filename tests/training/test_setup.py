@@ -6,7 +6,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 from click.testing import CliRunner
-from trainings import OPTIONS, command, run_to_the_end
+from trainings import OPTIONS, SHORT, command, run_to_the_end
 
 import cxrfast.training.train
 from cxrfast.cli.main import cli
@@ -16,7 +16,7 @@ from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
-from cxrfast.training.setup import configure, make_config, select_rows, weights_file
+from cxrfast.training.setup import make_config, refuse_other_fold, select_rows, staged, weights_file
 from cxrfast.training.train import train
 
 
@@ -55,16 +55,17 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
         select_rows(table, make_config(tiny_set, 32, device="cpu", views=("NONE",)), held)
 
 
-def test_weights_of_another_fold_are_refused_since_they_have_seen_the_test_patients(
-    tiny_set: Path, tmp_path: Path
+def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the_test_patients(
+    trained: Run, tiny_set: Path, tmp_path: Path
 ) -> None:
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    parent = train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}), runtime)
-    options = {**OPTIONS, "epochs": 1, "limit": 16, "weights": str(parent.folder)}
+    options = {**SHORT, "weights": str(trained.folder)}
     with pytest.raises(RunError, match="start from a run of the same fold"):
         train(make_config(tiny_set, 64, device="cpu", fold=1, **options), runtime)
-    child = train(make_config(tiny_set, 64, device="cpu", **options), runtime)
-    assert child.is_done
+    assert train(make_config(tiny_set, 64, device="cpu", **options), runtime).is_done
+    other = replace(trained.config, set_id="0" * 32)
+    with pytest.raises(RunError, match="start from a run on the same set"):
+        refuse_other_fold(replace(other, weights=str(trained.folder)))
 
 
 def test_a_path_of_weights_that_does_not_exist_is_refused(tiny_set: Path) -> None:
@@ -80,43 +81,41 @@ def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
 
 def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set: Path, tmp_path: Path) -> None:
     table, listed = read_rows(tiny_set / "rows.parquet"), tmp_path / "rows.txt"
-    wanted = table["row"].to_numpy()[::2]
+    wanted, options = table["row"].to_numpy()[::2], {**SHORT, "limit": 20}
     listed.write_text("\n".join(map(str, wanted)))
-    config = make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS)
+    config = make_config(tiny_set, 32, device="cpu", subset=listed, **options)
     rows = select_rows(table, config, table["row"].to_numpy(), wanted)
-    assert 50 < len(rows) <= 75
+    assert 20 < len(rows) <= 75
     assert set(rows["row"]) <= set(wanted)
     runtime = Runtime(shards=tiny_set, runs=tmp_path, subset=listed, device="cpu")
-    run = train(replace(config, epochs=1), runtime)
+    run = train(config, runtime)
     assert set(run.rows()["row"]) == set(rows["row"])
     listed.write_text("\n".join(map(str, wanted[:-4])))
     with pytest.raises(RunError, match="subset: "):
-        train(replace(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), epochs=1), runtime)
-    for text, message in (("", "is empty"), ("1\ntwo", "row number a line"), ("1 150", "the set has no row 150")):
+        train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
+    for text, message in (
+        ("", "is empty"),
+        ("1\ntwo", "one row number per line"),
+        ("1 150", "names row 150, which the set does not have"),
+    ):
         listed.write_text(text)
         with pytest.raises(RunError, match=message):
-            train(make_config(tiny_set, 32, device="cpu", subset=listed, **OPTIONS), runtime)
+            train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
 
 
-def test_a_run_of_another_set_is_no_start(tiny_set: Path, raw_set: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "epochs": 1, "limit": 16}
-    parent = train(
-        make_config(raw_set, 32, device="cpu", **options),
-        Runtime(shards=raw_set, runs=tmp_path / "raw", device="cpu"),
-    )
-    child = make_config(tiny_set, 32, device="cpu", **{**options, "weights": str(parent.folder)})
-    with pytest.raises(RunError, match="start from a run on the same set"):
-        train(child, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
-
-
-def test_ranks_and_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
-    err = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
-    assert err.count("staging: ") == 1
-    (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
+def test_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+    copy = staged(tiny_set, tmp_path, 32)
     assert verify(copy).problems == []
     assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
-    err = run_to_the_end(command(tiny_set, tmp_path, 1, epochs=1, limit=16, name="next", stage=tmp_path / "local"))
-    assert "staging: 0/0" in err or "staging" not in err
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.tar")}
+    assert staged(tiny_set, tmp_path, 32) == copy
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.tar")} == before
+
+
+@pytest.mark.slow
+def test_ranks_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+    err = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
+    assert err.count("staging: ") == 1
 
 
 def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
@@ -165,21 +164,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     assert changed >= {*options, "subset", "fold"} - {"precision"}
 
 
-def test_a_micro_batch_of_auto_fits_is_written_down_and_stays_the_run_s(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given = {**OPTIONS, "epochs": 1, "limit": 16, "micro_batch": "auto"}
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    config = configure(runtime, 32, 0, given)
-    assert config.micro_batch == 8, "all of the global batch fits"
-    train(config, runtime)
-    (tmp_path / "cache" / "cxrfast" / "micro-batch.json").unlink()
-    assert configure(runtime, 32, 0, given) == config
-    assert not (tmp_path / "cache" / "cxrfast" / "micro-batch.json").exists(), "it was not measured again"
-
-
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 16}, sync_bn=True)
-    with pytest.raises(RunError, match="--sync-bn works on GPUs only"):
+    config = make_config(tiny_set, 32, device="cpu", **SHORT, sync_bn=True)
+    with pytest.raises(RunError, match="--sync-bn works only on GPUs"):
         train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))

@@ -1,3 +1,5 @@
+"""Whole trainings: what they leave behind, when they end, what they refuse."""
+
 import json
 import subprocess
 from itertools import groupby, pairwise
@@ -18,6 +20,7 @@ from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for name, more in (("plain", []), ("cached", [f"--cache={cache}"])):
@@ -29,7 +32,7 @@ def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set
 
 
 def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "precision": "auto"})
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "precision": "auto", "limit": 40})
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert sorted(p.name for p in run.folder.iterdir()) == [
         "best.safetensors",
@@ -53,35 +56,17 @@ def test_a_training_leaves_what_the_next_steps_need(tiny_set: Path, tmp_path: Pa
     assert again.metrics() == lines, "a run that is done is not trained again"
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(
-        tiny_set,
-        32,
-        device="cpu",
-        weights="none",
-        epochs=30,
-        global_batch=8,
-        learning_rate=0.05,
-        stop_after=2,
-        patience=1,
-        limit=40,
-        precision="fp32",
-    )
+    options = {**OPTIONS, "epochs": 30, "learning_rate": 0.05, "stop_after": 2, "patience": 1, "limit": 40}
+    config = make_config(tiny_set, 32, device="cpu", **options)
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     losses = [line["val_loss"] for line in run.metrics()]
     best = int(np.argmin(losses))
-    assert len(losses) == best + 3 or len(losses) == 30
-    assert len(losses) < 30
+    assert len(losses) == best + 3 < 30
     rates = [line["learning_rate"] for line in run.metrics()]
     assert rates[0] == 0.05
     assert all(b in (a, a / 2) for a, b in pairwise(rates))
-
-
-def test_a_run_of_another_configuration_is_refused_and_its_differences_named(tiny_set: Path, tmp_path: Path) -> None:
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1}), runtime)
-    with pytest.raises(RunError, match=r"global_batch: 16, not 8"):
-        train(make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 16}), runtime)
 
 
 def test_images_that_are_too_small_for_the_network_are_refused(tiny_set: Path, tmp_path: Path) -> None:
@@ -90,6 +75,7 @@ def test_images_that_are_too_small_for_the_network_are_refused(tiny_set: Path, t
         train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command(tiny_set, tmp_path, 2, weights="/nowhere.pth"), capture_output=True, text=True, timeout=150
@@ -120,7 +106,7 @@ def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Pa
 
 
 def test_a_profile_is_a_trace_of_steps(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "global_batch": 4})
+    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "epochs": 1, "limit": 60, "global_batch": 4})
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", profile=True))
     names = {event.get("name") for event in json.loads((run.folder / "profile.json").read_text())["traceEvents"]}
     assert any("convolution" in str(name) for name in names)

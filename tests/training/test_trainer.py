@@ -1,4 +1,4 @@
-"""What a trainer looks after beside the loss: precision, memory, random numbers, decoded pixels, waiting, warnings."""
+"""What a trainer handles besides the loss: memory, random numbers, decoded pixels."""
 
 import os
 import subprocess
@@ -11,6 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from trainings import (
+    CPU,
+    OPTIONS,
+    SHORT,
     assert_same,
     command,
     make_trainer,
@@ -21,6 +24,7 @@ from trainings import (
 import cxrfast.training.train
 from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
+from cxrfast.distributed import World
 from cxrfast.errors import LoadError, RunError
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.loader import Loader
@@ -28,6 +32,7 @@ from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.proof import Proof
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
+from cxrfast.training.micro_batch import memory_explained
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
@@ -48,6 +53,7 @@ cli(["train", *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_path: Path) -> None:
     given = [f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", "--scale=64", "--weights=none"]
     more = ["--global-batch=80", "--precision=fp32", "--threads=1", "--epochs=1"]
@@ -68,6 +74,20 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
     done = CliRunner().invoke(cli, ["train", *given, *more, "--micro-batch=40", "--limit=80"])
     assert done.exit_code == 0, done.output
     assert Run.open(run.folder).config.micro_batch == 40
+
+
+def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set: Path) -> None:
+    config, one = (
+        make_config(tiny_set, 64, device="cpu", **{**OPTIONS, "global_batch": 80, "micro_batch": 80}),
+        World(CPU),
+    )
+    with (
+        pytest.raises(RunError, match=r"80 images of 64 px in fp32 .*: use --micro-batch 40 or .* auto or --recompute"),
+        memory_explained(config, one),
+    ):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="shapes"), memory_explained(config, one):
+        raise RuntimeError("shapes differ")
 
 
 def test_a_run_that_has_something_to_lose_keeps_its_configuration(tiny_set: Path, tmp_path: Path) -> None:
@@ -163,9 +183,10 @@ def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
     assert not (trainer.run.folder / "last.pt").exists()
 
 
-def test_the_engine_that_decodes_is_said_once_with_the_reason(tiny_set: Path, tmp_path: Path) -> None:
-    said = run_to_the_end(command(tiny_set, tmp_path, 2, epochs=2, limit=16))
-    assert said.count("engine host: on a CPU its threads are several times as fast as DALI's") == 1
+def test_the_chosen_engine_is_logged_with_the_reason(tiny_set: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    make_trainer(tiny_set, tmp_path, **SHORT).fit()
+    assert caplog.text.count("engine host: on a CPU its threads are several times as fast as DALI's") == 1
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
