@@ -75,6 +75,7 @@ def study(
                 raise
             failures.append(str(error))
             log.warning(f"{error}; continuing with the other runs")
+            continue
         left = [o for o in expected.outlooks[number:] if not o.is_done]
         if left and not outlook.is_done:
             log.info(projection(plan, left))
