@@ -74,7 +74,7 @@ class Table:
         return heading + "".join(map(line, (self.head, rule, *rows))) + notes
 
     def html(self) -> str:
-        """A `table` element and paragraphs; the classes are `number` and the cells' styles."""
+        """A `table` element and paragraphs. Classes: `number`, the cells' styles, and `total` of a last row that sums up."""
 
         def line(tag: str, cells: Sequence[Cell]) -> str:
             found = []
@@ -85,10 +85,12 @@ class Table:
             return f"<tr>{''.join(found)}</tr>\n"
 
         caption = f"<caption>{html.escape(self.title)}</caption>\n" if self.title else ""
+        rows = [line("td", row) for row in self._cells()]
+        if self.total and rows:
+            rows[-1] = rows[-1].replace("<tr>", '<tr class="total">', 1)
         head = f"<thead>{line('th', [Cell(name) for name in self.head])}</thead>\n"
-        body = f"<tbody>{''.join(line('td', row) for row in self._cells())}</tbody>\n"
         notes = "".join(f'<p class="note">{html.escape(note)}</p>\n' for note in self.note.splitlines())
-        return f"<table>\n{caption}{head}{body}</table>\n{notes}"
+        return f"<table>\n{caption}{head}<tbody>{''.join(rows)}</tbody>\n</table>\n{notes}"
 
     def latex(self) -> str:
         """A `table` environment for the package booktabs."""

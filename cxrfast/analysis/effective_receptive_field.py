@@ -18,9 +18,9 @@ THRESHOLD = 1 - 0.9545
 
 
 def draw_shifts(seed: int, rows: np.ndarray, side: int) -> np.ndarray:
-    """int64 (N, 2): px downwards and to the right, uniform in ±side / 2, drawn from (seed, row) alone.
+    """Shifts of rows, px down and right: int64 (N, 2), uniform in ±side / 2, a function of (seed, row) alone.
 
-    A row is moved by the same fraction of the side at every scale.
+    A row moves by the same fraction of the side at every scale.
     """
     words = [np.random.Philox(key=np.array([seed, row], np.uint64)).random_raw(2) for row in rows.tolist()]
     unit = np.array(words, np.float64).reshape(-1, 2) / 2**64
@@ -28,7 +28,7 @@ def draw_shifts(seed: int, rows: np.ndarray, side: int) -> np.ndarray:
 
 
 def shifted(images: torch.Tensor, shifts: np.ndarray) -> torch.Tensor:
-    """Images (N, C, H, W), each moved by its own (down, right) px, at most a side; black is moved in."""
+    """Images (N, C, H, W), each moved by its own (down, right) px, at most one side; black fills the gap."""
     out = torch.zeros_like(images)
     height, width = images.shape[-2:]
     for source, target, (down, right) in zip(images, out, shifts.tolist(), strict=True):
@@ -41,8 +41,8 @@ def shifted(images: torch.Tensor, shifts: np.ndarray) -> torch.Tensor:
 def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     """float64 (N, H, W): squared gradients of the last feature map's centre with respect to the input pixels.
 
-    `images`: uint8 (N, 1, H, W). The centre is position (h // 2, w // 2), summed over its channels: with an
-    even number of positions up to half a stride below and right of the image's. The gradient is taken at the
+    `images`: uint8 (N, 1, H, W). The centre is position (h // 2, w // 2), summed over its channels; if the number of
+    positions is even, it lies up to half a stride below and right of the image's centre. The gradient is taken at the
     output of `normalise`, since integers have none, and summed over its three channels before it is squared,
     because they are copies of one grey level and move together. That sum is our reading of the study.
     """
@@ -50,7 +50,7 @@ def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
         pixels = model.normalise(images).detach().requires_grad_()
         features = model.feature_layers(pixels)
         centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
-        # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
+        # In evaluation mode images are independent: the gradient of the sum holds the gradient of each.
         (gradient,) = torch.autograd.grad(centre.sum(), pixels)
     return gradient.sum(1).double().square()
 
@@ -75,11 +75,11 @@ def effective_receptive_field(model: Classifier, batches: Iterable[torch.Tensor]
 
 
 def erf_size(erf_map: np.ndarray) -> float:
-    """Side, px, of the square of as many pixels as lie above 1 - 0.9545 of the map's maximum; 0 for zeros.
+    """Side, px, of a square with as many pixels as exceed 1 - 0.9545 of the map's maximum; 0 for zeros.
 
-    Luo et al. count like this in a map of gradients. Ours holds their squares, as the study's, and falls off
-    faster. Single pixels stand out where few images are averaged, and the size comes out smaller: compare sizes
-    of equally many images, or `energy_radius`.
+    Luo et al. count pixels of a map of gradients; ours holds squares, as the study's does, and falls off faster.
+    Single pixels stand out where few images are averaged, which makes the size smaller: compare sizes over the same
+    number of images, or compare `energy_radius`.
     """
     return float(np.sqrt((erf_map > THRESHOLD * erf_map.max()).sum()))
 
@@ -92,7 +92,7 @@ def energy_centre(erf_map: np.ndarray) -> tuple[float, float]:
 
 
 def energy_radius(erf_map: np.ndarray, share: float) -> float:
-    """Radius, px, of the circle about the centre of mass that holds `share` of the map's sum; 0 for zeros."""
+    """Radius, px, of the circle around the centre of mass that holds `share` of the map's sum; 0 for zeros."""
     if not erf_map.any():
         return 0.0
     (cy, cx), (y, x) = energy_centre(erf_map), np.indices(erf_map.shape)

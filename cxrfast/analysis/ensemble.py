@@ -31,7 +31,7 @@ from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 
@@ -70,8 +70,8 @@ class EnsembleResult:
 
     @property
     def origins(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_origin`."""
-        return {n: shared_origin(self.weights.loc[self.weights["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from."""
+        return group_origins(zip(self.weights["name"], self.weights["start"], strict=True))
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
@@ -83,10 +83,10 @@ class EnsembleResult:
         best = [self.names.index(name) if name in self.names else 0 for name in self.best_single()]
         return self.matrix(method) - single[best, :, range(len(best))].T
 
-    def mean_weights(self, column: str = "weight") -> np.ndarray:
+    def mean_weights(self) -> np.ndarray:
         """Mean over the folds that were fitted, float64 (L, S), NaN where none was."""
         lines = [self.weights[self.weights["name"] == name] for name in self.names]
-        return np.stack([metrics.mean_sd(by_fold(one, self.labels, column))[0] for one in lines], axis=1)
+        return np.stack([metrics.mean_sd(by_fold(one, self.labels, "weight"))[0] for one in lines], axis=1)
 
     def best_single(self) -> list[str]:
         """By finding: the name with the highest mean test AUROC, or "undefined"."""
@@ -192,6 +192,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
     top = sum(result.names[weights[j].argmax()] == best[j] for j in both)
     gap, voting = fitted["stacked"] - fitted["optimum"], fitted["voting"] - fitted["optimum"]
     unfitted = result.bce[result.bce["stacked"].isna()].groupby("fold")["label"].agg(", ".join)
+    folds_without = {missing: unfitted.index[unfitted == missing].tolist() for missing in unfitted.unique()}
     held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
     return [
         caution,
@@ -205,9 +206,9 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         else "",
         origin_footnote(result.origins),
         *(
-            f"Fold {fold}: validation rows lack positives or negatives of {missing}; no weights can be fitted, so stacked "
-            "is voting there."
-            for fold, missing in unfitted.items()
+            f"Validation rows of {folds_text(folds)} lack positives or negatives of {missing}: no weights can be fitted, so "
+            "stacked is voting there."
+            for missing, folds in folds_without.items()
         ),
         f"Left out, since not every scale has them: {held}." if held else "",
     ]

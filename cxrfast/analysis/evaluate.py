@@ -18,7 +18,7 @@ from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, 
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.splits import PARTS
 from cxrfast.tables import Table
 
@@ -27,14 +27,14 @@ FOLDER = "evaluation"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The tables of `evaluate`. A name is that of the folder around a scale's folds: densenet121-256."""
+    """The tables of `evaluate`. Groups of runs are named by the folder around their folds: densenet121-256."""
 
     part: str
     """train, val or test."""
     names: tuple[str, ...]
     """Groups of runs, by architecture and scale."""
     labels: tuple[str, ...]
-    """Findings, in the order of the logits."""
+    """In the order of the logits."""
     table: pd.DataFrame
     """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives."""
     positives: dict[str, int]
@@ -48,8 +48,8 @@ class Evaluation:
 
     @property
     def origins(self) -> dict[str, str]:
-        """By name: where the first weights came from, see `lineage.shared_origin`."""
-        return {n: shared_origin(self.table.loc[self.table["name"] == n, "start"]) for n in self.names}
+        """By name: where the first weights came from."""
+        return group_origins(zip(self.table["name"], self.table["start"], strict=True))
 
     def folds(self, name: str) -> list[int]:
         return sorted(int(fold) for fold in self.table.loc[self.table["name"] == name, "fold"].unique())
@@ -149,7 +149,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
         + mean_note(labels, columns),
         undefined_note(labels, columns, evaluation.part),
         origin_footnote(evaluation.origins),
-        f"Without predictions, left out: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
+        f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
     )
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(

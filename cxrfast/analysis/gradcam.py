@@ -1,7 +1,7 @@
 """Grad-CAM (Selvaraju et al. 2017, section 3): where in a radiograph a finding's logit comes from.
 
-In: a trained run and a finding. Out: one map an image, for a few positives, in the run's maps.zarr, and a
-figure that names images by their id alone. Nothing here changes a weight.
+In: a trained run and a finding. Out: one map per image, for a few positives, in the run's maps.zarr, and a figure
+that names images by their id alone. Nothing here changes a weight.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,13 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.maps import frozen, small_batches, stored
+from cxrfast.analysis.maps import batches, frozen, stored
 from cxrfast.errors import RunError
 from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import without_tf32
-from cxrfast.pipelines.loader import Loader
-from cxrfast.progress import progress
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run
 
@@ -34,12 +32,12 @@ def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.T
 
     `image`: uint8 (N, 1, H, W). The gradient of the logit with respect to the last feature map, averaged over
     positions, weighs the map's channels (equation 1); the positive part of their sum (equation 2) is enlarged
-    bilinearly and divided by its maximum. A map is zero where no position speaks for the finding. Evaluation
-    mode, no autocast.
+    bilinearly and divided by its maximum. A map is zero if no position supports the finding. Evaluation mode, no
+    autocast.
     """
     with torch.enable_grad(), without_tf32():
         features, logits = _features_and_logits(model, image)
-        # In evaluation mode images do not touch each other: the gradient of the sum is each image's own.
+        # In evaluation mode images are independent: the gradient of the sum holds the gradient of each.
         (gradient,) = torch.autograd.grad(logits[:, label].sum(), features)
     weights = gradient.mean((2, 3), keepdim=True)
     positive = functional.relu((weights * features.detach()).sum(1, keepdim=True))
@@ -94,33 +92,27 @@ def gradcam_run(
 ) -> Maps:
     """Maps of the `images` positives of `part` with the highest logits, stored in the run's maps.zarr.
 
-    The first positives where nothing has been predicted yet. Raises RunError for an unknown finding, without
-    positives, for a run without weights and for another shard set.
+    Without predictions, the first positives. Raises RunError for an unknown finding, without positives, for a run
+    without weights and for another shard set.
     """
     index = _index(run, label)
     if images < 1:
-        raise RunError(f"Grad-CAM needs at least one image, {images} were asked for")
+        raise RunError(f"Grad-CAM needs at least one image, not {images}")
     rows = positives(run, label, part)[:images]
     model = run.load(device)
-    maps: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
-    with run.reader(shards) as reader, progress(f"gradcam {run.name} {label}", len(rows)) as advance:
-        for batch in Loader(reader, small_batches(rows, run.config.scale), device=device):
-            batch_maps, batch_logits = gradcam(model, batch.image, index)
-            maps.append(batch_maps.cpu().numpy())
-            logits.append(batch_logits.float().cpu().numpy())
-            advance(len(batch.row))
-    result = Maps(rows, np.concatenate(maps), np.concatenate(logits), part)
+    loaded = batches(run, rows, shards, device, f"gradcam {run.name} {label}")
+    found = [[tensor.float().cpu() for tensor in gradcam(model, batch.image, index)] for batch in loaded]
+    maps, logits = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    result = Maps(rows, maps, logits, part)
     arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
-    known = {"part": part, "config_hash": run.config.hash}
-    run.add_maps(arrays, {_group(label): known})
+    run.add_maps(arrays, {_group(label): {"part": part, "config_hash": run.config.hash}})
     return result
 
 
 def positives(run: Run, label: str, part: str) -> np.ndarray:
     """int64: the rows of `part` with the finding, under the run's label policy. Raises RunError without any.
 
-    Highest logit first where the run has predictions, else as they come.
+    Highest logit first if the run has predictions, else in the order of the table.
     """
     index = _index(run, label)
     frame = run.rows()
@@ -133,12 +125,12 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
         order = np.argsort(-predicted.logits[:, index], kind="stable")
         rows = predicted.row[order][np.isin(predicted.row[order], rows)]
     if not len(rows):
-        raise RunError(f"{run.name}: none of the {len(frame):,} images of its {part} part has {label}")
+        raise RunError(f"{run.name}: none of the {len(frame):,} images in its {part} part has {label}")
     return rows
 
 
 def read_gradcam(run: Run, label: str) -> Maps:
-    """Raises RunError if there are no maps of this finding, or another configuration's."""
+    """Raises RunError if there are no maps of this finding, or only another configuration's."""
     _index(run, label)
     name, command = _group(label), f"cxrfast gradcam {run.folder} --label '{label}'"
     group, known = stored(run, name, f"Grad-CAM of {label}", command)
@@ -147,12 +139,12 @@ def read_gradcam(run: Run, label: str) -> Maps:
 
 def _index(run: Run, label: str) -> int:
     if label not in run.config.labels:
-        raise RunError(f"{run.name} knows no finding {label!r}: it knows {', '.join(run.config.labels)}")
+        raise RunError(f"{run.name} has no finding {label!r}: use one of {', '.join(run.config.labels)}")
     return run.config.labels.index(label)
 
 
 def _group(label: str) -> str:
-    """Where a finding's maps lie in maps.zarr; a slash in its name must not open another level."""
+    """Group of a finding's maps in maps.zarr; a slash in its name must not open another level."""
     return f"gradcam/{quote(label, safe=' ')}"
 
 
@@ -160,12 +152,12 @@ def _group(label: str) -> str:
 
 
 def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
-    """Each image alone and, next to it, under its map; titled with the start of its id and its probability.
+    """Each image next to the same image under its map; titled with the start of its id and its probability.
 
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """
     found = read_gradcam(run, label)
-    images = _read_images(run, found.rows, shards)
+    images = np.concatenate([batch.image[:, 0].numpy() for batch in batches(run, found.rows, shards)])
     ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
     probabilities = sigmoid(found.logits)
     result, pairs = _pairs(len(ids))
@@ -200,10 +192,3 @@ def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
     places = [(i // columns, 3 * (i % columns)) for i in range(n)]
     return result, [(result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])) for y, x in places]
-
-
-def _read_images(run: Run, rows: np.ndarray, shards: Path | None) -> np.ndarray:
-    """uint8 (n, H, W)"""
-    with run.reader(shards) as reader:
-        loader = Loader(reader, small_batches(rows, run.config.scale))
-        return np.concatenate([batch.image[:, 0].numpy() for batch in loader])

@@ -1,4 +1,4 @@
-"""What the runs of a study answered, joined with their labels by row, once it is sure that they belong together.
+"""Logits of a study's runs, joined with their labels by row, after checks that the runs belong together.
 
 In: run folders with predictions; no shard set, no GPU. Runs that did not answer the same questions are never joined.
 """
@@ -6,7 +6,7 @@ In: run folders with predictions; no shard set, no GPU. Runs that did not answer
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Answers:
 
 
 def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
-    """The runs that have predictions, and the names of those that have none. Raises RunError if none has."""
+    """The runs that have predictions, and the names of the others. Raises RunError if no run has any."""
     found = Run.find(runs)
     predicted = [run for run in found if run.has_predictions]
     if not predicted:
@@ -46,7 +46,7 @@ def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
 def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
     """Runs by the name of their group, then by fold, in the order given.
 
-    Raises RunError if a group holds two scales, two architectures or a fold twice: its mean means nothing.
+    Raises RunError if a group holds two scales, two architectures or a fold twice: its mean would mean nothing.
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -55,11 +55,10 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
-            own_fold: dict[str, Any] = {"fold": run.config.fold}
             mine, theirs = (shared_origin([origin_of(r.config)]) for r in (run, other))
-            if mine == theirs and mine.startswith(FROM_RUN):  # each from its own fold of one group
-                own_fold["weights"] = run.config.weights
-            if differences := run.config.differences(replace(other.config, **own_fold)):
+            same_start = mine == theirs and mine.startswith(FROM_RUN)  # each from its own fold of one group
+            weights = run.config.weights if same_start else other.config.weights
+            if differences := run.config.differences(replace(other.config, fold=run.config.fold, weights=weights)):
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
         group[run.config.fold] = run
     return groups
@@ -71,7 +70,7 @@ def check_same_study(runs: Sequence[Run]) -> None:
         _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "label policy": "policy"})
     by_fold: dict[int, Run] = {}
     for run in runs:
-        by_fold.setdefault(run.config.fold, run)  # one of each: the runs of a fold are compared by `check_same_rows`
+        by_fold.setdefault(run.config.fold, run)  # one per fold: `check_same_rows` compares the runs of a fold
     first, *others = by_fold.values()
     labels = list(first.config.labels)
     mine = first.rows().set_index("row")[labels]
@@ -92,7 +91,7 @@ def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
 def _refuse(first: Run, second: Run, why: str) -> NoReturn:
     raise RunError(
         f"{first.name} and {second.name} cannot be joined: {why}; "
-        "move one of them to another --runs folder, or train it again like the other"
+        "move one of them to another --runs folder, or retrain it like the other"
     )
 
 
@@ -101,7 +100,7 @@ def read_answers(run: Run, part: str) -> Answers:
 
     Raises RunError if the rows predicted are not exactly the part's, or if a logit is not finite.
     """
-    again = f"predict again with `cxrfast predict {run.folder}`"
+    again = f"run `cxrfast predict {run.folder}` again"
     labels, predictions = list(run.config.labels), run.read_predictions(part)
     rows = run.rows()
     rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
@@ -116,7 +115,7 @@ def read_answers(run: Run, part: str) -> Answers:
     if predictions.logits.shape != shape:
         raise RunError(f"{run.name}: logits of {part} are {predictions.logits.shape}, not {shape}: {again}")
     if not np.isfinite(predictions.logits).all():
-        raise RunError(f"{run.name}: some {part} logits are not finite, its weights diverged: train it again")
+        raise RunError(f"{run.name}: some {part} logits are not finite, its weights diverged: retrain it")
     return Answers(run, part, row, rows[labels].to_numpy(np.float32), predictions.logits)
 
 
@@ -125,7 +124,7 @@ def check_same_rows(first: Answers, second: Answers) -> None:
     apart = np.setxor1d(first.row, second.row)
     if len(apart):
         _refuse(
-            first.run, second.run, f"{len(apart):,} {first.part} rows are in one of them only, such as row {apart[0]}"
+            first.run, second.run, f"{len(apart):,} {first.part} rows are in only one of them, such as row {apart[0]}"
         )
     _check_same_labels(first.run, second.run, first.row, first.raw, second.raw, first.part)
 
@@ -145,7 +144,7 @@ def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int
     known = {run.folder.parent.name: run.config for run in predicted}
     have = ", ".join(names or known)
     if unknown := sorted(set(names or ()) - set(known)):
-        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}: only those of {', '.join(known)}")
+        raise RunError(f"no predictions of {', '.join(unknown)} in {runs}, which has {', '.join(known)}")
     if names is None:
         scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
         several = [arch for arch, those in scales.items() if len(those) > 1]
@@ -158,8 +157,8 @@ def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
         raise RunError(
-            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} "
-            f"has only those of {have}{waiting}: train and predict another scale"
+            f"an ensemble needs predictions of one architecture at two scales or more, and {runs} has them only for "
+            f"{have}{waiting}: train and predict another scale"
         )
     return by_name(run for run in predicted if run.folder.parent.name in names)
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cxrfast.errors import RunError
+from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.order import EvalOrder
+from cxrfast.progress import progress
 from cxrfast.runs.run import Run
 
 BATCH_PIXELS = 2**18
@@ -30,9 +34,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(grad)
 
 
-def small_batches(rows: np.ndarray, scale: int) -> EvalOrder:
-    """`rows` in their order, in batches that a backward pass can afford."""
-    return EvalOrder(rows=rows, micro_batch=max(1, BATCH_PIXELS // scale**2))
+def batches(
+    run: Run, rows: np.ndarray, shards: Path | None, device: torch.device | str = "cpu", title: str = ""
+) -> Iterator[Batch]:
+    """`rows` of the run's shard set in their order, in batches that a backward pass can afford; progress under `title`."""
+    size = max(1, BATCH_PIXELS // run.config.scale**2)
+    with run.reader(shards) as reader, progress(title, len(rows) if title else 0) as advance:
+        for batch in Loader(reader, EvalOrder(rows=rows, micro_batch=size), device=device):
+            yield batch
+            advance(len(batch.row))
 
 
 def stored(run: Run, name: str, what: str, command: str) -> tuple[Any, dict[str, Any]]:

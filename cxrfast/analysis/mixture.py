@@ -18,7 +18,7 @@ GAP, STEPS = 1e-6, 5000
 def combine(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Probabilities p_f = Σ_s w_fs σ(l_fs), float64 (N, L) in [0, 1].
 
-    logits: (S, N, L), one slice a scale. weights: (L, S), rows summing to one.
+    logits: (S, N, L), one slice per scale. weights: (L, S), rows summing to one.
     """
     return np.clip(np.einsum("snl,ls->nl", metrics.sigmoid(logits), weights), 0.0, 1.0)
 
@@ -45,7 +45,7 @@ def fit_weights(
 
     w = softmax(v) over the scales of each finding; v starts at 0, which is voting, and minimises the binary
     cross-entropy of Σ_s w_fs σ(l_fs). Published: learning rate 0.1 with exponential decay, 100 epochs. Our
-    reading: Adam, full batch, rate × 0.96 an epoch. Findings do not influence each other.
+    reading: Adam, full batch, rate × 0.96 per epoch. Findings do not influence each other.
 
     logits: (S, N, L), finite. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None:
     all do. A finding without positives or without negatives keeps equal weights.

@@ -1,10 +1,10 @@
 """Effective receptive fields of runs: how much of a radiograph one unit of the last feature map uses.
 
-In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's
-maps.zarr, the numbers that sum it up, and a figure with one panel per scale. Nothing here changes a weight.
+In: a trained run and a few of its validation images. Out: a map of squared input gradients in the run's maps.zarr,
+numbers that summarise it, and a figure with one panel per scale. Nothing here changes a weight.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from cxrfast.analysis.effective_receptive_field import (
     erf_size,
     shifted,
 )
-from cxrfast.analysis.maps import small_batches, stored
+from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
-from cxrfast.pipelines.loader import Loader
-from cxrfast.progress import progress
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
 
@@ -42,7 +40,7 @@ class Erf:
     map: np.ndarray
     """float32 (H, W), maximum 1."""
     images: int
-    """Averaged over this many validation images."""
+    """Number of validation images averaged over."""
     seed: int
     """Seed of the translations."""
     size: float
@@ -74,7 +72,7 @@ def erf(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Erf:
-    """Measure the field on the run's first `images` validation images, in fp32, and keep it in maps.zarr.
+    """Measure the field on the run's first `images` validation images, in fp32, and store it in maps.zarr.
 
     Raises RunError for a run without weights or validation rows, and for another shard set.
     """
@@ -82,18 +80,15 @@ def erf(
     rows = part_rows(frame, "val")[: max(images, 0)]
     if not len(rows):
         raise RunError(
-            f"{run.name}: a receptive field needs at least one validation image; {images} of its "
-            f"{(frame['part'] == 'val').sum():,} were asked for"
+            f"{run.name}: a receptive field needs at least one validation image, not {images} of "
+            f"{(frame['part'] == 'val').sum():,}"
         )
     model, scale = run.load(device), run.config.scale
-    with run.reader(shards) as reader, progress(f"erf {run.name}", len(rows)) as advance:
-
-        def batches() -> Iterator[torch.Tensor]:
-            for batch in Loader(reader, small_batches(rows, scale), device=device):
-                yield shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
-                advance(len(batch.row))
-
-        found = effective_receptive_field(model, batches()).astype(np.float32)
+    moved = (
+        shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
+        for batch in batches(run, rows, shards, device, f"erf {run.name}")
+    )
+    found = effective_receptive_field(model, moved).astype(np.float32)
     size = erf_size(found)
     result = Erf(
         run=run.name,
@@ -120,14 +115,14 @@ def _theoretical_or_none(arch: str) -> int | None:
 
 
 def read_erf(run: Run) -> Erf:
-    """Raises RunError if it has not been measured, or for another configuration."""
+    """Raises RunError if it has not been measured, or only for another configuration."""
     command = f"cxrfast erf {run.folder}"
     group, numbers = stored(run, "erf", "effective receptive field", command)
     return Erf(run=run.name, map=read_array(group, "erf", f"`{command}`"), **numbers)
 
 
 def has_erf(run: Run) -> bool:
-    """True if the field of this very configuration is stored."""
+    """True if the field of this configuration is stored."""
     group = run.open_maps()
     return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.config.hash
 
@@ -137,7 +132,7 @@ FLOOR = 1e-4
 
 
 def erf_figure(runs: Sequence[Run]) -> Figure:
-    """A panel for each scale, and each name that runs were given; the folds' maps are averaged.
+    """One panel per scale and group of runs; the folds' maps are averaged.
 
     Colours are logarithmic; the square has the area of the effective receptive field. Raises RunError as
     `read_erf` does.
@@ -146,7 +141,7 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
     for run in sorted(runs, key=lambda run: (run.config.arch, run.config.scale)):
         groups.setdefault((run.config.scale, run.folder.parent.name), []).append(read_erf(run))
     if not groups:
-        raise RunError("there are no runs to draw receptive fields of")
+        raise RunError("no runs to draw receptive fields of")
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     result = Figure(figsize=(3.0 * columns + 1.2, 3.2 * lines + 0.4), layout="constrained")

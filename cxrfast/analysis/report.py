@@ -4,6 +4,7 @@ Images are named by their id alone.
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from matplotlib.ticker import ScalarFormatter
 
 from cxrfast import __version__
 from cxrfast.analysis import ensemble, evaluate
-from cxrfast.analysis.evaluate import Evaluation
 from cxrfast.analysis.receptive_field import erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.metrics import mean_sd
-from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared_origin
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 
@@ -56,21 +56,23 @@ def report(runs: Path) -> Path:
     return runs / "report.html"
 
 
-def _png(figure: Figure, path: Path) -> str:
+def _saved(figure: Figure, runs: Path, name: str) -> str:
     """Save the figure, for slides and papers, and return it as a data URL."""
-    path.parent.mkdir(exist_ok=True)
-    write_figure(path, figure, dpi=110)
-    return _data_url(path)
+    (runs / FIGURES).mkdir(exist_ok=True)
+    write_figure(runs / FIGURES / name, figure, dpi=110)
+    return _data_url(runs / FIGURES / name)
 
 
 def _data_url(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
+def _table(records: list[dict[str, str]], note: str = "", text: Sequence[str] = ()) -> Table:
+    return Table("", list(records[0]), [list(record.values()) for record in records], note.strip(), text)
+
+
 def _origins(runs: list[Run]) -> dict[str, str]:
-    """By name of a group of runs: where the first weights came from."""
-    names = dict.fromkeys(run.folder.parent.name for run in runs)
-    return {n: shared_origin(origin_of(r.config) for r in runs if r.folder.parent.name == n) for n in names}
+    return group_origins((run.folder.parent.name, origin_of(run.config)) for run in runs)
 
 
 def _footnote(runs: list[Run]) -> str:
@@ -81,24 +83,24 @@ def _footnote(runs: list[Run]) -> str:
 
 
 def _summary(runs: list[Run]) -> Chapter:
-    lines = []
+    records = []
     for run in runs:
-        parts = run.rows()["part"].value_counts()
-        epochs = run.metrics()
-        best = min(epochs, key=lambda m: m["val_loss"], default=None)
-        lines.append(
-            [
-                marked_name(run.name, origin_of(run.config)),
-                run.state().get("state", "not started"),
-                *(f"{parts.get(p, 0):,}" for p in ("train", "val", "test")),
-                str(len(epochs)),
-                f"{best['epoch'] + 1}" if best else "-",
-                f"{best['val_auroc']:.4f}" if best and best["val_auroc"] is not None else "undefined",
-            ]
+        parts, epochs = run.rows()["part"].value_counts(), run.metrics()
+        best: dict[str, Any] = min(epochs, key=lambda m: m["val_loss"], default={"val_auroc": None})
+        records.append(
+            {
+                "Run": marked_name(run.name, origin_of(run.config)),
+                "State": run.state().get("state", "not started"),
+                "Train": f"{parts.get('train', 0):,}",
+                "Validation": f"{parts.get('val', 0):,}",
+                "Test": f"{parts.get('test', 0):,}",
+                "Epochs": str(len(epochs)),
+                "Best epoch": f"{best['epoch'] + 1}" if epochs else "-",
+                "Validation AUROC": "undefined" if best["val_auroc"] is None else f"{best['val_auroc']:.4f}",
+            }
         )
-    head = ["Run", "State", "Train", "Validation", "Test", "Epochs", "Best epoch", "Validation AUROC"]
     note = "Rows by part. The best epoch has the lowest validation loss; its weights are used."
-    return Chapter("Runs", tables=[Table("", head, lines, f"{note} {_footnote(runs)}", text=["State"])])
+    return Chapter("Runs", tables=[_table(records, f"{note} {_footnote(runs)}", ["State"])])
 
 
 def _auroc(runs: Path) -> Chapter:
@@ -106,21 +108,18 @@ def _auroc(runs: Path) -> Chapter:
     chapter = Chapter("AUROC on the test rows", tables=[evaluate.auroc_table(evaluation)])
     if len(evaluation.names) > 1:
         caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
-        chapter.figures.append((caption, _png(auroc_figure(evaluation), runs / FIGURES / "auroc.png")))
+        chapter.figures.append((caption, _saved(auroc_figure(evaluation), runs, "auroc.png")))
     return chapter
 
 
-def auroc_figure(evaluation: Evaluation) -> Figure:
+def auroc_figure(evaluation: evaluate.Evaluation) -> Figure:
     """AUROC against the side of the images, one line per finding; findings that are undefined everywhere are left out."""
     scales = evaluation.table.groupby("name")["scale"].first()
     names = sorted(evaluation.names, key=lambda name: (int(scales[name]), name))
-    statistics = [mean_sd(evaluation.matrix(name)) for name in names]
-    mean, sd = (np.array([s[i] for s in statistics]) for i in (0, 1))
-    shown = [j for j in range(len(evaluation.labels)) if not np.isnan(mean[:, j]).all()]
-    shown.sort(key=lambda j: -mean[-1, j])
+    mean, sd = np.array([mean_sd(evaluation.matrix(name)) for name in names]).swapaxes(0, 1)  # (names, L) each
+    shown = sorted(np.flatnonzero(~np.isnan(mean).all(axis=0)), key=lambda j: -mean[-1, j])
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["tab20"]
     x = np.arange(len(names))
     for i, j in enumerate(shown):
         offset = (i - (len(shown) - 1) / 2) * 0.012 * len(names)  # error bars next to, not upon, each other
@@ -132,41 +131,39 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
             marker="o",
             capsize=2,
             linewidth=1.5,
-            color=colours((2 * i) % 20 + (2 * i) // 20),
+            color=colormaps["tab20"]((2 * i) % 20 + (2 * i) // 20),
             label=evaluation.labels[j],
         )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
     axes.set_xticks(x, [marked_name(tick, evaluation.origins[name]) for tick, name in zip(ticks, names, strict=True)])
     axes.set_ylabel("AUROC")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
 
 
 def _ensemble(runs: Path, found: list[Run]) -> Chapter:
+    title = "Ensemble of scales"
     if len({run.config.scale for run in found if run.has_predictions}) < 2:
-        return Chapter("Ensemble of scales", "Needs predictions at two scales or more.")
+        return Chapter(title, "Needs predictions at two scales or more.")
     try:
         result = ensemble.ensemble(runs)
     except RunError as error:
-        return Chapter("Ensemble of scales", str(error))
-    picture = _png(ensemble.weights_figure(result), runs / FIGURES / "weights.png")
-    return Chapter(
-        "Ensemble of scales",
-        tables=[ensemble.ensemble_table(result, brief=False), ensemble.weights_table(result)],
-        figures=[("Weights of the scales, mean over folds", picture)],
-    )
+        return Chapter(title, str(error))
+    tables = [ensemble.ensemble_table(result, brief=False), ensemble.weights_table(result)]
+    figure = _saved(ensemble.weights_figure(result), runs, "weights.png")
+    return Chapter(title, tables=tables, figures=[("Weights of the scales, mean over folds", figure)])
 
 
-def _learning(folder: Path, runs: list[Run]) -> Chapter:
-    trained = [run for run in runs if run.metrics()]
-    if not trained:
+def _learning(folder: Path, found: list[Run]) -> Chapter:
+    runs = [run for run in found if run.metrics()]
+    if not runs:
         return Chapter("Learning curves", "No epoch has ended yet.")
-    caption = f"One line per fold, one colour per scale; a tick marks a drop of the learning rate. {_footnote(trained)}"
-    return Chapter(
-        "Learning curves",
-        figures=[(caption.strip(), _png(learning_figure(trained), folder / FIGURES / "learning.png"))],
+    caption = (
+        f"One line per fold, one colour per scale; a tick marks a drop of the learning rate. {_footnote(runs)}".strip()
     )
+    return Chapter("Learning curves", figures=[(caption, _saved(learning_figure(runs), folder, "learning.png"))])
 
 
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
@@ -177,11 +174,10 @@ def learning_figure(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharey="col")
     origins = _origins(runs)
-    shades = np.linspace(0, 0.9, len(origins))
-    colours = {name: colormaps["viridis"](shade) for name, shade in zip(origins, shades, strict=True)}
-    unit, seconds = (
-        ("hours", 3600) if max(sum(m["seconds"] for m in r.metrics()) for r in runs) > 3600 else ("minutes", 60)
-    )
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(origins)))
+    colours = dict(zip(origins, map(tuple, shades), strict=True))
+    longest = max(sum(m["seconds"] for m in run.metrics()) for run in runs)
+    unit, seconds = ("hours", 3600) if longest > 3600 else ("minutes", 60)
     for run in runs:
         metrics, colour = run.metrics(), colours[run.folder.parent.name]
         rates = np.array([m["learning_rate"] for m in metrics])
@@ -189,48 +185,50 @@ def learning_figure(runs: list[Run]) -> Figure:
         epochs = np.array([m["epoch"] + 1 for m in metrics])
         for line, x in zip(panels, (epochs, np.cumsum([m["seconds"] for m in metrics]) / seconds), strict=True):
             for axes, key in zip(line, CURVES, strict=True):
-                values = np.array([np.nan if m[key] is None else m[key] for m in metrics])
+                values = np.array([m[key] for m in metrics], np.float64)  # None is NaN
                 axes.plot(x, values, ".-", markersize=3, linewidth=0.9, color=colour)
                 axes.plot(x[drops], values[drops], "|", markersize=10, markeredgewidth=1.2, color=colour)
-    for axes, title in zip(panels[0], CURVES.values(), strict=True):
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    for (above, below), title in zip(panels.T, CURVES.values(), strict=True):
+        above.set_title(title, fontsize="medium")
+        above.set_xlabel("epoch")
+        above.xaxis.get_major_locator().set_params(integer=True)
+        below.set_xlabel(unit)
+        below.set_xlim(left=0)
         if "loss" in title:
-            axes.set_yscale("log")  # an early validation loss may be ten times the later ones
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(ScalarFormatter())
-    for axes in panels[1]:
-        axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
+            above.set_yscale("log")  # an early validation loss may be ten times the later ones
+            above.yaxis.set_major_formatter(ScalarFormatter())
+            above.yaxis.set_minor_formatter(ScalarFormatter())
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
     handles = [Line2D([], [], color=colours[name], label=marked_name(name, start)) for name, start in origins.items()]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize="small"
-    )
+    columns = min(4, len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     return figure
 
 
 def _erf(folder: Path, runs: list[Run]) -> Chapter:
+    title = "Effective receptive fields"
     measured = [run for run in runs if has_erf(run)]
     if not measured:
-        return Chapter("Effective receptive fields", "Not measured yet:", f"cxrfast erf {runs[0].folder}")
-    head = ["Run", "ERF, px", "% of the side", "Theoretical, px", "50 % within, px", "95 % within, px", "Images"]
-    rows = [
-        [
-            e.run,
-            f"{e.size:.0f}",
-            f"{100 * e.fraction:.0f}",
-            str(e.theoretical or "unknown"),
-            f"{e.radius_50:.0f}",
-            f"{e.radius_95:.0f}",
-            str(e.images),
-        ]
+        return Chapter(title, "Not measured yet:", f"cxrfast erf {runs[0].folder}")
+    records = [
+        {
+            "Run": e.run,
+            "ERF, px": f"{e.size:.0f}",
+            "% of the side": f"{100 * e.fraction:.0f}",
+            "Theoretical, px": str(e.theoretical or "unknown"),
+            "50 % within, px": f"{e.radius_50:.0f}",
+            "95 % within, px": f"{e.radius_95:.0f}",
+            "Images": str(e.images),
+        }
         for e in map(read_erf, measured)
     ]
-    note = "ERF: side of the square with the field's area. Within: radius around the centre that holds half, or 95 %, of the energy."
+    note = (
+        "ERF: side of the square with the field's area. Within: radius around the centre of that share of the energy."
+    )
     caption = "Squared gradient of the centre of the last feature map; the square has the field's area"
-    figure = _png(erf_figure(measured), folder / FIGURES / "erf.png")
-    return Chapter("Effective receptive fields", tables=[Table("", head, rows, note)], figures=[(caption, figure)])
+    figures = [(caption, _saved(erf_figure(measured), folder, "erf.png"))]
+    return Chapter(title, tables=[_table(records, note)], figures=figures)
 
 
 def _gradcam(runs: list[Run]) -> Chapter:
@@ -242,52 +240,42 @@ def _gradcam(runs: list[Run]) -> Chapter:
 
 
 def _resources(runs: list[Run]) -> Chapter:
-    lines = []
-    for run in runs:
-        metrics = run.metrics()
-        if metrics:
+    def median(metrics: list[dict[str, Any]], key: str) -> float:
+        return float(np.median([m[key] for m in metrics if m[key] is not None] or [np.nan]))  # None: no step was timed
 
-            def median(key: str, metrics: list[dict[str, Any]] = metrics) -> float:  # None: a stop left no step to time
-                return float(np.median([m[key] for m in metrics if m[key] is not None] or [np.nan]))
-
-            gpu = metrics[-1]["gpu_peak_bytes"]
-            lines.append(
-                [
-                    marked_name(run.name, origin_of(run.config)),
-                    str(run.config.global_batch),
-                    str(run.config.micro_batch),
-                    run.config.precision,
-                    f"{median('images_per_s'):,.1f}",
-                    f"{100 * median('waiting_share'):.1f} %",
-                    f"{median('seconds'):,.1f}",
-                    f"{metrics[-1]['resident_bytes'] / 2**30:.1f}",
-                    "-" if gpu is None else f"{gpu / 2**30:.1f}",
-                ]
-            )
-    head = [
-        "Run",
-        "Global batch",
-        "Micro-batch",
-        "Precision",
-        "Training images/s",
-        "Waiting for data",
-        "Seconds an epoch",
-        "Process GiB",
-        "torch peak GiB",
-    ]
+    records = []
+    for run in filter(Run.metrics, runs):
+        metrics, config = run.metrics(), run.config
+        gpu = metrics[-1]["gpu_peak_bytes"]
+        records.append(
+            {
+                "Run": marked_name(run.name, origin_of(config)),
+                "Global batch": str(config.global_batch),
+                "Micro-batch": str(config.micro_batch),
+                "Precision": config.precision,
+                "Training images/s": f"{median(metrics, 'images_per_s'):,.1f}",
+                "Waiting for data": f"{100 * median(metrics, 'waiting_share'):.1f} %",
+                "Seconds per epoch": f"{median(metrics, 'seconds'):,.1f}",
+                "Process GiB": f"{metrics[-1]['resident_bytes'] / 2**30:.1f}",
+                "torch peak GiB": "-" if gpu is None else f"{gpu / 2**30:.1f}",
+            }
+        )
     note = f"Medians over epochs. {_footnote(runs)}"
-    return Chapter("Time and memory", tables=[Table("", head, lines, note, text=["Precision"])])
+    return Chapter("Time and memory", tables=[_table(records, note, ["Precision"])] if records else [])
 
 
 def _configuration(runs: list[Run]) -> Chapter:
-    """What all runs share, then what tells them apart."""
-    configs = [asdict(run.config) for run in runs]
-    shared = [[name, str(value)] for name, value in configs[0].items() if all(c[name] == value for c in configs)]
-    differing = [name for name in configs[0] if name not in dict(shared)]
-    tables = [Table("", ["Shared by all runs", "value"], shared, text=["value"])]
+    """What all runs share, then where they differ."""
+    configs = [{name: _words(value) for name, value in asdict(run.config).items()} for run in runs]
+    first = configs[0]
+    differing = [name for name in first if any(config[name] != first[name] for config in configs)]
+    shared = [{"Shared by all runs": name, "Value": first[name]} for name in first if name not in differing]
+    tables = [_table(shared, text=["Value"])]
     if differing:
-        rows = [
-            [run.name, *(str(config[name]) for name in differing)] for run, config in zip(runs, configs, strict=True)
-        ]
-        tables.append(Table("", ["Run", *differing], rows, text=differing))
+        own = [{"Run": r.name, **{name: c[name] for name in differing}} for r, c in zip(runs, configs, strict=True)]
+        tables.append(_table(own, text=differing))
     return Chapter("Configuration", tables=tables)
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

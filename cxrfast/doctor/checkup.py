@@ -99,7 +99,7 @@ def carry_out(check: Check) -> Outcome:
     begun = time.monotonic()
     try:
         state, measured = (LEFT_OUT, check.left_out) if check.left_out else (OK, check.make())
-    except Exception as error:  # whatever is wrong with one, the others are made
+    except Exception as error:  # a failed check must not stop the others
         first = (str(error).strip().splitlines() or [""])[0]
         state, measured = FAILED, first if isinstance(error, CxrfastError) else f"{type(error).__name__}: {first}"
     print(f"{state:<9}{time.monotonic() - begun:5.1f} s  {measured}", flush=True)

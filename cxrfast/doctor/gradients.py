@@ -1,7 +1,7 @@
-"""Checks of gradients: on the device, and when compiled, loss and gradient are what float32 gives on the CPU, or eager.
+"""Checks of gradients: loss and gradient on the device match float32 on the CPU, and compiled ones match eager ones.
 
 A device, and a reader where images are needed, come in; each check returns what it measured, in words, or raises
-RunError saying what is wrong.
+RunError.
 """
 
 import copy
@@ -30,27 +30,27 @@ from cxrfast.training.loss import masked_bce_sum
 ARCH = "densenet121"
 
 LIMITS = {"fp32": (1e-4, 1e-3), "tf32": (2e-3, 0.1), "bf16": (1e-2, 0.5), "fp16": (1e-2, 0.5)}
-"""Relative error of the loss, and of the smooth network's gradient, that each precision may have.
+"""By precision: tolerated relative errors of the loss and of the smooth network's gradient.
 
-On a CPU they are 1e-6 and 1e-5 in fp32, 2e-3 and 0.2 in bf16; 2e-4 and 0.04 where operands are rounded as TF32 does.
+Measured on a CPU: 1e-6 and 1e-5 in fp32, 2e-3 and 0.2 in bf16; 2e-4 and 0.04 with operands rounded as in TF32.
 """
 
 IMAGES = 8
-"""Images whose gradients are compared; copies of fewer would leave BatchNorm nothing to normalise."""
+"""Number of images whose gradients are compared; copies of fewer would leave BatchNorm nothing to normalise."""
 
 SCALING = 1024
-"""A loss is multiplied by it for the backward pass, so that small gradients are not zero in fp16."""
+"""Factor of the loss in the backward pass, so that small gradients are not zero in fp16."""
 
 SAME = 1e-3
-"""Relative difference of gradients that are computed in two ways in float32."""
+"""Tolerated relative difference of gradients computed in two ways in float32."""
 
 
 def gradients(reader: Reader, device: torch.device) -> str:
     """Losses and gradients of 8 images on the device agree with float32 on the CPU; see LIMITS.
 
-    Gradients are those of a network whose ReLUs are smooth: where rounding moves an input of a ReLU across zero, its
-    gradient jumps, so that float32 gradients of DenseNet121 are 1 to 4 % off float64 ones. On a CPU, activations are
-    recomputed, and fp32 runs on one thread, so that it is not compared with itself.
+    Gradients are those of a network with smooth ReLUs: where rounding moves an input of a ReLU across zero, its gradient
+    jumps, which puts float32 gradients of DenseNet121 1 to 4 % off float64 ones. On a CPU, activations are recomputed,
+    and fp32 runs on one thread, so that it is not compared with itself.
     """
     gpu = device.type == "cuda"
     image = _eight(reader, 256 if gpu else 64)
@@ -63,26 +63,30 @@ def gradients(reader: Reader, device: torch.device) -> str:
         for precision in precisions:
             with _threads(1) if precision == "fp32" and not gpu else nullcontext():
                 found = _loss_and_gradient(image, device, precision, recompute=not gpu)
-            errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
-            words = f"{precision}: loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
-            measured.append(words)
+            errors, words = _errors(found, expected)
+            measured.append(f"{precision}: {words}")
             if not all(error <= limit for error, limit in zip(errors, LIMITS[precision], strict=True)):
-                loss, gradient = LIMITS[precision]
-                wrong.append(f"{words} (at most {loss:g} and {gradient:g})")
+                wrong.append("{}: {} (at most {:g} and {:g})".format(precision, words, *LIMITS[precision]))
     if wrong:
         raise RunError(
-            "; ".join(wrong) + f" of float32 on the CPU: torch or a library under it computes wrongly on {device}"
+            f"{'; '.join(wrong)} of float32 on the CPU: torch or a library under it computes wrongly on {device}"
         )
     return "; ".join(measured)
 
 
+def _errors(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> tuple[tuple[float, float], str]:
+    """Relative errors of loss and gradient, and the same in words."""
+    errors = abs(found[0] / expected[0] - 1), relative_error(found[1], expected[1])
+    return errors, f"loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what was expected; NaN where either is not finite."""
+    """Norm of the difference over the norm of `expected`; NaN if either is not finite."""
     return ((found - expected).norm() / expected.norm()).item()
 
 
 def _eight(reader: Reader, side: int) -> torch.Tensor:
-    """uint8 (8, 1, side, side) on the CPU: of 32 px, BatchNorm would see too few pixels for bf16 to be near float32."""
+    """uint8 (8, 1, side, side) on the CPU; at 32 px BatchNorm sees too few pixels for bf16 to be near float32."""
     order = EvalOrder(rows=reader.rows[:IMAGES], micro_batch=IMAGES)
     with closing(Loader(reader, order, scale=side, engine="host")) as loader:
         return next(iter(loader)).image
@@ -108,12 +112,16 @@ def _loss_and_gradient(
         loss = loss_of(copy.deepcopy(model)).item()
     smooth = smoothed(model)
     (SCALING * loss_of(smooth)).backward()
-    parts = [p.grad.flatten().cpu().double() / SCALING for p in smooth.parameters() if p.grad is not None]
-    return loss, torch.cat(parts)
+    return loss, _gradient(smooth) / SCALING
+
+
+def _gradient(model: nn.Module) -> torch.Tensor:
+    """float64 (parameters,) on the CPU."""
+    return torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
 
 
 def smoothed(model: nn.Module) -> nn.Module:
-    """`model` itself, each of its ReLU modules replaced by SiLU, which is near it and has no kink."""
+    """`model` itself with each ReLU module replaced by SiLU, which is close to it and smooth."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.ReLU):
@@ -142,7 +150,7 @@ def tiny_network(device: torch.device) -> nn.Module:
 def accumulated(
     model: nn.Module, micro_batches: int, unsynced: Callable[[], Any] = nullcontext
 ) -> tuple[float, torch.Tensor]:
-    """Summed loss and gradient, float64 (parameters,) on the CPU, of micro-batches of 4 images of 32 px."""
+    """Summed loss, and gradient float64 (parameters,) on the CPU, of micro-batches of 4 images of 32 px."""
     device, total = next(model.parameters()).device, 0.0
     for i in range(micro_batches):
         image = torch.rand((4, 3, 32, 32), generator=torch.Generator().manual_seed(i)).to(device)
@@ -150,24 +158,22 @@ def accumulated(
             loss = model(image.contiguous(memory_format=torch.channels_last)).square().sum()
             loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
+    return total, _gradient(model)
 
 
 def compiled_step(device: torch.device) -> str:
     """Two accumulated micro-batches of a small DenseNet give the same loss and gradient compiled and eager."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     with without_tf32():
-        loss, gradient = accumulated(tiny_network(device), 2)
-        found, compiled_gradient = accumulated(compiled(tiny_network(device), "default"), 2)
-    errors = abs(found / loss - 1), relative_error(compiled_gradient, gradient)
-    words = f"loss off by {errors[0]:.0e}, gradient by {errors[1]:.0e}"
+        eager = accumulated(tiny_network(device), 2)
+        errors, words = _errors(accumulated(compiled(tiny_network(device), "default"), 2), eager)
     if not max(errors) <= SAME:
         raise RunError(f"{words} when compiled (at most {SAME:g}): train without --compile")
     return f"{words} (at most {SAME:g})"
 
 
 def no_compiler() -> str:
-    """Why torch.compile cannot work here; empty if nothing is known to be lacking."""
+    """Why torch.compile cannot work here; empty if nothing is known to be missing."""
     compilers = [os.environ.get("CXX") or os.environ.get("CC"), "g++", "clang++", "gcc", "clang"]
     if not any(name and shutil.which(name) for name in compilers):
         return "no C++ compiler, so --compile cannot be used"

@@ -1,4 +1,4 @@
-"""What this machine has, what it lacks, what to do about it. Looks only; changes nothing."""
+"""What this machine has, what it lacks, and what to do about it. Read-only."""
 
 import os
 import platform
@@ -20,20 +20,20 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import Cell, Table
 
 DRIVERS = {12: 525, 13: 580}
-"""First branch of NVIDIA's driver that serves a CUDA major version, with all its minor ones."""
+"""CUDA major version → oldest branch of NVIDIA's driver that supports all its minor versions."""
 
 OPENCV = "opencv-python-headless"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that this machine has or lacks."""
+    """Something that this machine has or lacks."""
 
     what: str
     found: str
     advice: str = ""
     is_problem: bool = False
-    """True where cxrfast cannot work before the advice is followed."""
+    """cxrfast cannot work until the advice is followed."""
 
 
 def examine() -> list[Item]:
@@ -52,18 +52,15 @@ def about_opencv(found: str | None) -> Item:
     if not found:
         return Item(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
     is_old = int(found.split(".")[0]) < 5
-    advice = f"turns images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
+    advice = f"rotates images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
     return Item(OPENCV, found, advice)
 
 
 def _machine() -> Iterator[Item]:
-    cores, memory = usable_cores(), memory_bytes()
-    yield Item(
-        "processor",
-        f"{processor()}, {cores} usable cores",
-        "decoding at 256 px wants several cores a GPU" if cores < 4 else "",
-    )
-    yield Item("memory", f"{memory / 2**30:,.0f} GiB")
+    cores = usable_cores()
+    few = "decoding at 256 px needs several cores per GPU" if cores < 4 else ""
+    yield Item("processor", f"{processor()}, {cores} usable cores", few)
+    yield Item("memory", f"{memory_bytes() / 2**30:,.0f} GiB")
     shared = Path("/dev/shm")
     if shared.exists():
         yield Item("/dev/shm", f"{shutil.disk_usage(shared).total / 2**30:,.1f} GiB", "not used by cxrfast's loaders")
@@ -84,23 +81,18 @@ def _dali() -> Iterator[Item]:
 def about_dali(dali: Dali | None, driver: int | None) -> Item:
     wheel = "nvidia-dali-cuda130" if driver and driver >= DRIVERS[13] else "nvidia-dali-cuda120"
     if dali is None:
-        return Item("DALI", "not installed", f"pip install {wheel}; the host engine serves meanwhile")
+        return Item("DALI", "not installed", f"pip install {wheel}; until then the host engine loads images")
     if tuple(map(int, dali.version.split(".")[:2])) < OLDEST:
-        return Item(
-            "DALI",
-            str(dali),
-            f"pip install --upgrade {wheel}: before 2.1 it waits for the whole GPU when it frees a buffer, which "
-            "breaks CUDA graphs that are being captured",
-            is_problem=True,
-        )
+        why = "before 2.1 it waits for the whole GPU when it frees a buffer, which breaks the capture of CUDA graphs"
+        return Item("DALI", str(dali), f"pip install --upgrade {wheel}: {why}", is_problem=True)
     return Item("DALI", str(dali))
 
 
 def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, torch_works: bool) -> Iterator[Item]:
-    """The CUDA versions of torch and DALI, and whether the driver serves each of them.
+    """The CUDA versions of torch and DALI, and whether the driver supports each.
 
-    `driver`: its branch, None where it is not known. `torch_works`: torch can use a GPU, so that whatever the driver's
-    version is, CUDA's forward-compatibility package included, it serves that CUDA version.
+    `driver`: its branch; None: unknown. `torch_works`: torch can use a GPU, which proves that the driver supports torch's
+    CUDA version, if only by CUDA's forward-compatibility package.
     """
     versions = {"torch": torch_cuda, "DALI": dali.cuda if dali else None}
     needed = {name: (version, DRIVERS.get(_major(version), 0)) for name, version in versions.items() if version}
@@ -108,12 +100,9 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
         return
     newest = max(needed.values(), key=lambda need: need[1])[1]
     differ = len({_major(cuda) for cuda, _ in needed.values()}) > 1
-    yield Item(
-        "CUDA",
-        ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()),
-        f"a GPU's driver must be {newest} or newer"
-        + ("; that they differ does not matter: each brings its own CUDA runtime" if differ else ""),
-    )
+    advice = f"a GPU's driver must be {newest} or newer"
+    advice += "; the difference does not matter: each brings its own CUDA runtime" if differ else ""
+    yield Item("CUDA", ", ".join(f"{name} {cuda}" for name, (cuda, _) in needed.items()), advice)
     if driver is None:
         return
     for name, (cuda, least) in needed.items():
@@ -122,7 +111,7 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
         if not is_served:
             advice = f"update the driver to {least} or newer, or install {name} for an older CUDA version"
         elif driver < least:
-            advice = "torch can use it all the same, by CUDA's forward-compatibility package"
+            advice = "torch can use it nevertheless, by CUDA's forward-compatibility package"
         yield Item(f"driver for {name}", f"{driver}; CUDA {cuda} needs {least}", advice, not is_served)
 
 
@@ -131,7 +120,7 @@ def _major(version: str) -> int:
 
 
 def _branch(driver: str | None) -> int | None:
-    """`580.65.06` → 580; None for a driver that is absent or does not tell its version."""
+    """`580.65.06` → 580; None if there is no driver or its version is unknown."""
     number = (driver or "").split(".")[0]
     return int(number) if number.isdecimal() else None
 
@@ -146,33 +135,26 @@ def _device() -> Iterator[Item]:
         yield Item("GPU", "none", "training runs on the CPU: for small scales and trials only")
     for i in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         properties = torch.cuda.get_device_properties(i)
-        yield Item(
-            f"GPU {i}",
-            f"{properties.name}, {properties.total_memory / 2**30:,.0f} GiB, driver {nvidia_driver()}, "
-            f"CUDA {torch.version.cuda}",
-        )
+        memory = f"{properties.total_memory / 2**30:,.0f} GiB"
+        yield Item(f"GPU {i}", f"{properties.name}, {memory}, driver {nvidia_driver()}, CUDA {torch.version.cuda}")
     yield Item("precision", resolve_precision("auto", device))
 
 
 def _data() -> Iterator[Item]:
     _, weights = imagenet_file("densenet121")
-    yield Item(
-        "ImageNet weights",
-        str(weights) if weights.exists() else "not on this machine",
-        "" if weights.exists() else "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR",
-    )
-    tables = any(Path(config.DATA).glob("mimic-cxr-2.*.csv*"))
-    yield Item(
-        "source tree",
-        config.DATA if tables else f"none in {config.DATA}",
-        "" if tables else "set CXRFAST_DATA, or give --data",
-    )
+    if weights.exists():
+        yield Item("ImageNet weights", str(weights))
+    else:
+        advice = "downloaded when first needed; without a network: cxrfast fetch-weights --to DIR"
+        yield Item("ImageNet weights", "not on this machine", advice)
+    if any(Path(config.DATA).glob("mimic-cxr-2.*.csv*")):
+        yield Item("source tree", config.DATA)
+    else:
+        yield Item("source tree", f"none in {config.DATA}", "set CXRFAST_DATA, or give --data")
     try:
         found = ShardSet(config.SHARDS)
-        yield Item(
-            "shard set",
-            f"{config.SHARDS}: {found.info.images:,} images at {', '.join(map(str, found.scales))} px",
-        )
+        scales = ", ".join(map(str, found.scales))
+        yield Item("shard set", f"{config.SHARDS}: {found.info.images:,} images at {scales} px")
     except CxrfastError:
         yield Item("shard set", f"none in {config.SHARDS}", "cxrfast shard, or set CXRFAST_SHARDS")
     here = Path(os.getcwd())

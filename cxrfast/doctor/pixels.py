@@ -1,6 +1,6 @@
-"""Checks of loading: the engines hand out the pixels that are stored, however late their consumer reads them.
+"""Checks of loading: the engines return the stored pixels, however late they are read.
 
-A reader and a device come in; each check returns what it measured, in words, or raises LoadError saying what is wrong.
+A reader and a device come in; each check returns what it measured, in words, or raises LoadError.
 """
 
 from collections import deque
@@ -22,10 +22,10 @@ from cxrfast.shards.images.cell_means import SIDE
 CPU = torch.device("cpu")
 
 PIXELS = 96 * 256**2
-"""Pixels to compare images by, about; no fewer than 16 images."""
+"""Approximate number of pixels to compare; at least 16 images."""
 
 NEAR, SHARE, FAR = 1, 0.999, 4
-"""Two engines agree if this share of pixels is at most NEAR grey levels apart and none is more than FAR."""
+"""Two engines agree if this fraction of pixels is within NEAR grey levels and all are within FAR."""
 
 HOST_TURNS_EXACTLY = int(cv2.__version__.split(".")[0]) >= 5
 """OpenCV 4 rounds positions to a 32nd of a pixel, which is several grey levels off at edges."""
@@ -34,13 +34,13 @@ PASSES, BATCHES = 4, 50
 """Passes of the slow reader through its rows, and batches in each."""
 
 LATE = 10_000_000
-"""Cycles of a GPU, some 6 ms, that a batch waits before it is read."""
+"""GPU cycles, about 6 ms, that a batch waits before it is read."""
 
 HELD = 12
-"""Batches that the slow reader on a CPU holds before it reads the first of them."""
+"""Batches that the slow reader on a CPU holds before it reads the first."""
 
 OFF = 0.5
-"""Grey levels that the mean of a part of an image may be off; another image, or a piece of one, is off by far more."""
+"""Tolerated error of the mean of a part of an image, grey levels; another image is off by far more."""
 
 
 def host_pixels(reader: Reader, device: torch.device) -> str:
@@ -58,27 +58,26 @@ def host_pixels(reader: Reader, device: torch.device) -> str:
 def dali_pixels(reader: Reader, device: torch.device, hw_decoder_load: float | None = None) -> str:
     """DALI's pixels agree with the host's, decoded, and turned within the disc that no rotation moves out of the image.
 
-    `hw_decoder_load`: share of the images that a GPU's JPEG engines get. Where OpenCV is too old to turn images exactly,
-    turned pixels are compared with those of DALI's CPU engine instead.
+    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines decode. If OpenCV is too old to turn images
+    exactly, turned pixels are compared with DALI's CPU engine instead.
     """
     rows = _rows(reader)
-    mine = [
+    decoded, turned = (
         _images(reader, rows, device, "dali", augment, hw_decoder_load=hw_decoder_load) for augment in (None, Augment())
-    ]
-    measured = ["decoded " + agreement(mine[0], _images(reader, rows, CPU, "host", None), "host")]
+    )
+    words = (
+        f"{len(rows)} images, decoded {agreement(decoded, _images(reader, rows, CPU, 'host', None), 'host')}; turned "
+    )
+    inexact = f"OpenCV {cv2.__version__} turns inexactly"
+    if not HOST_TURNS_EXACTLY and device.type == "cpu":
+        return f"{words}left out: {inexact}"
+    oracle, name = ("host", "host") if HOST_TURNS_EXACTLY else ("dali", f"DALI's CPU engine ({inexact})")
     inside = _disc(reader.scale)
-    if HOST_TURNS_EXACTLY or device.type == "cuda":
-        oracle = "host" if HOST_TURNS_EXACTLY else "dali"
-        turned = _images(reader, rows, CPU, oracle, Augment())
-        name = "host" if HOST_TURNS_EXACTLY else f"DALI's CPU engine (OpenCV {cv2.__version__} turns inexactly)"
-        measured.append("turned " + agreement(mine[1][..., inside], turned[..., inside], name))
-    else:
-        measured.append(f"turned left out: OpenCV {cv2.__version__} turns inexactly")
-    return f"{len(rows)} images, " + "; ".join(measured)
+    return words + agreement(turned[..., inside], _images(reader, rows, CPU, oracle, Augment())[..., inside], name)
 
 
 def agreement(mine: torch.Tensor, oracle: torch.Tensor, name: str) -> str:
-    """How near two uint8 tensors of one shape are, in words. Raises LoadError if they do not agree; see SHARE."""
+    """How close two uint8 tensors of one shape are, in words. Raises LoadError if they do not agree; see SHARE."""
     apart = (mine.int() - oracle.int()).abs()
     share, worst = (apart <= NEAR).double().mean().item(), int(apart.max())
     words = f"{100 * share:.3f} % of pixels within {NEAR} grey level of {name}, all within {worst}"
@@ -92,9 +91,9 @@ def proven_pixels(reader: Reader, device: torch.device) -> str:
     rows = _rows(reader)
     order = EvalOrder(rows=rows, micro_batch=8)
     with closing(Loader(reader, order, device=device, engine="dali", prove=True)) as loader:
-        for _ in loader:  # raises at its end where an image differs
+        for _ in loader:  # raises at its end if an image differs
             pass
-        assert loader.proof is not None  # it was asked for
+        assert loader.proof is not None
         compared, largest, allowed = loader.proof.compared, loader.proof.largest, loader.proof.tolerance
     if not compared:
         raise LoadError(f"{reader.folder} holds no means to compare with: `cxrfast verify --repair` adds them")
@@ -102,9 +101,9 @@ def proven_pixels(reader: Reader, device: torch.device) -> str:
 
 
 def slow_reader(reader: Reader, device: torch.device, engine: str) -> str:
-    """Batches that are read late are still what was stored: no buffer was used again, no stream overtook another.
+    """Batches that are read late still hold what was stored: no buffer was reused, no stream overtook another.
 
-    On a GPU each batch is given back before the kernel that reads it has begun; on a CPU several are held.
+    On a GPU each batch is released before the kernel that reads it has begun; on a CPU several are held.
     """
     rows = _rows(reader)
     table = torch.zeros(len(reader.crc32), SIDE**2, device=device)
@@ -134,19 +133,19 @@ def slow_reader(reader: Reader, device: torch.device, engine: str) -> str:
             look(batch)
     row, off = (torch.cat(tensors).cpu() for tensors in zip(*read, strict=True))
     if not np.array_equal(row.numpy(), np.tile(order.rows, PASSES)):
-        raise LoadError(f"{engine} gives rows in another order than was asked for: use another --engine")
+        raise LoadError(f"{engine} returns rows in the wrong order: use another --engine")
     if off.max() > OFF:
         first = int((off > OFF).nonzero()[0])
         raise LoadError(
-            f"{engine}: {int((off > OFF).sum())} of {len(off)} images that were read late are not those that are stored, "
-            f"first row {int(row[first])} in batch {first // size + 1}, by up to {off.max():.1f} grey levels in the mean of "
-            "a part: a buffer is used again too early, or images are exchanged; use another --engine"
+            f"{engine}: {int((off > OFF).sum())} of {len(off)} images that were read late are not the stored ones, first row "
+            f"{int(row[first])} in batch {first // size + 1}, by up to {off.max():.1f} grey levels in the mean of a part: a "
+            "buffer is reused too early, or images are exchanged; use another --engine"
         )
     return f"{PASSES * BATCHES} batches of {size} read late: means of {SIDE} × {SIDE} parts within {off.max():.3f} grey levels"
 
 
 def _rows(reader: Reader) -> np.ndarray:
-    """int64, ascending: rows spread over the scale, some of each part of it. Raises LoadError if it holds none."""
+    """Rows to check, spread over the scale: int64, ascending. Raises LoadError if the scale is empty."""
     rows = reader.rows
     if not len(rows):
         raise LoadError(f"{reader.folder} holds no image at {reader.scale} px: give another --shards or --scale")
@@ -163,9 +162,9 @@ def _images(
     micro_batch: int = 8,
     **options: Any,
 ) -> torch.Tensor:
-    """uint8 (N, 1, H, W) on the CPU: what the engine makes of the rows, in their order.
+    """Images of the rows by an engine, in their order: uint8 (N, 1, H, W) on the CPU.
 
-    In two batches or more, since DALI has the host make a single batch that it fails on.
+    In two batches or more, since the host takes over a single batch that DALI fails on.
     """
     order = EvalOrder(rows=rows, micro_batch=max(1, min(micro_batch, len(rows) // 2)))
     with closing(Loader(reader, order, augment=augment, device=device, engine=engine, **options)) as loader:
@@ -173,7 +172,7 @@ def _images(
 
 
 def _stored(reader: Reader, rows: np.ndarray) -> torch.Tensor:
-    """uint8 (N, 1, H, W): the rows decoded one by one, without an engine."""
+    """Images of the rows decoded one by one, without an engine: uint8 (N, 1, H, W)."""
     images = [decode_member(bytes(reader.read(row)), reader.info.codec) for row in rows.tolist()]
     return torch.from_numpy(np.stack(images))[:, None]
 
@@ -188,6 +187,6 @@ def _refuse_differences(one: torch.Tensor, other: torch.Tensor, rows: np.ndarray
 
 
 def _disc(size: int) -> torch.Tensor:
-    """bool (size, size): pixels that stay within the image however it is turned."""
+    """Pixels that stay within the image however it is turned: bool (size, size)."""
     offset = torch.arange(size) - (size - 1) / 2
     return torch.hypot(offset[:, None], offset) < size / 2 - 2

@@ -1,7 +1,7 @@
-"""A check of training on several GPUs: a process group of one rank answers, and its gradients are those without it.
+"""A check of training on several GPUs: a process group of one rank answers, and leaves gradients as they are.
 
-A device comes in; what was measured goes out, in words, or RunError says what is wrong. The group runs in a process of
-its own, which is this module as a script.
+A device comes in; what was measured goes out, in words, or RunError is raised. The group runs in its own process, which
+is this module as a script.
 """
 
 import copy
@@ -20,11 +20,11 @@ from cxrfast.doctor.gradients import SAME, accumulated, relative_error, tiny_net
 from cxrfast.errors import RunError
 
 GROUP_SECONDS = 60.0
-"""Seconds until a process group that does not answer is given up."""
+"""Timeout of a process group."""
 
 
 def process_group(device: torch.device) -> str:
-    """A process group of one rank, in a process of its own, does all that a training asks of one."""
+    """A process group of one rank, in its own process, does everything that a training needs."""
     command = [sys.executable, "-m", "cxrfast.doctor.process_group", str(device)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GROUP_SECONDS)
@@ -40,11 +40,12 @@ def process_group(device: torch.device) -> str:
 
 def one_rank(device: torch.device) -> str:
     """Make a group of one rank, use it as a training does, and leave it. Raises RunError for a wrong answer."""
-    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=GROUP_SECONDS)
-    if device.type == "cuda":
+    gpu, timeout = device.type == "cuda", timedelta(seconds=GROUP_SECONDS)
+    backend = "nccl" if gpu else "gloo"
+    if gpu:
         torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
-    at = device if device.type == "cuda" else None
+    at = device if gpu else None
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=at)
     votes = torch.tensor([3, 1])
     group = dist.new_group(backend="gloo", timeout=timeout)
@@ -56,9 +57,9 @@ def one_rank(device: torch.device) -> str:
     gathered: list[Any] = [None]
     dist.gather_object({"loss": 0.5}, gathered)
     _same("gather_object", gathered, [{"loss": 0.5}])
-    told = ["start"]
-    dist.broadcast_object_list(told, device=device)
-    _same("broadcast_object_list", told, ["start"])
+    sent = ["start"]
+    dist.broadcast_object_list(sent, device=device)
+    _same("broadcast_object_list", sent, ["start"])
     for buffer in model.buffers():
         before = buffer.clone()
         dist.broadcast(buffer, src=0)
@@ -75,7 +76,7 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def _distributed_difference(model: nn.Module, micro_batches: int) -> float:
-    """Relative difference of a gradient under DistributedDataParallel, all but the last micro-batch not synchronised.
+    """Relative difference of a gradient with DistributedDataParallel, which synchronises the last micro-batch only.
 
     Raises RunError if it is above SAME.
     """
@@ -92,5 +93,5 @@ def _distributed_difference(model: nn.Module, micro_batches: int) -> float:
 if __name__ == "__main__":
     try:
         print(one_rank(torch.device(sys.argv[1])))
-    except Exception as error:  # whatever it is, the process that asked tells it
+    except Exception as error:  # the parent process reports it
         sys.exit(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")

@@ -31,6 +31,14 @@ def shared_origin(origins: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(re.sub(r"/fold-\d+$", "", origin) for origin in origins))
 
 
+def group_origins(origins: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Shared origin of each group, from the name of the group and the origin of each of its runs."""
+    groups: dict[str, list[str]] = {}
+    for name, origin in origins:
+        groups.setdefault(name, []).append(origin)
+    return {name: shared_origin(group) for name, group in groups.items()}
+
+
 def marked_name(name: str, origin: str) -> str:
     """`name`, with the sign if the first weights came from another run."""
     return name + SIGN if origin.startswith(FROM_RUN) else name

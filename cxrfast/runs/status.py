@@ -1,6 +1,6 @@
-"""How far the runs in a folder are: one line per run, from the small files that a training keeps up to date.
+"""Progress of the runs in a folder: one line per run, from the small files that a training keeps up to date.
 
-Reads only, imports neither torch nor pandas, and takes what it can from files that are old, unfinished or damaged.
+Read-only; imports neither torch nor pandas; takes what it can from files that are old, unfinished or damaged.
 """
 
 import json
@@ -23,7 +23,7 @@ STYLES = {"running": "green", "silent": "bold red", "failed": "bold red", "damag
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """One run as its files tell; None is what they do not tell."""
+    """One run according to its files; None where they do not say."""
 
     name: str
     """`densenet121-2048/fold-0`"""
@@ -33,16 +33,16 @@ class Status:
     epoch: int | None = None
     """Finished epochs."""
     epochs: int | None = None
-    """Most epochs that are trained."""
+    """Most epochs that it trains."""
     val_auroc: float | None = None
     """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
     images_per_s: float | None = None
     eta_seconds: float | None = None
-    """Until the most epochs are done, counted from the last heartbeat."""
+    """Until `epochs` are done, from the last heartbeat."""
     heartbeat_seconds: float | None = None
     """Age of the last heartbeat."""
     job: str | None = None
-    """SLURM's number."""
+    """SLURM's job number."""
     note: str = ""
     """Why it failed, or which file is damaged."""
 
@@ -50,7 +50,7 @@ class Status:
 def status(runs: Path, now: float | None = None) -> list[Status]:
     """The status of every run below `runs`, by name, scale and fold; `now`: unix seconds, default the clock's.
 
-    Raises RunError if there is no run. A damaged file is a damaged run's, never an error.
+    Raises RunError if there is no run. A damaged file makes its run damaged, never an error.
     """
     found = RunFolder.below(runs)
     if not found:
@@ -71,10 +71,14 @@ def read_status(run: RunFolder, now: float) -> Status:
 
     def read(path: Path) -> dict[str, Any]:
         try:
-            return _read_object(path)
-        except ValueError:
-            damaged.append(f"{path.name} is damaged")
+            value = _json_object(path.read_bytes())
+        except FileNotFoundError:
             return {}
+        except OSError:
+            value = None
+        if value is None:
+            damaged.append(f"{path.name} is damaged")
+        return value or {}
 
     config, state, lines = read(run.config_path).get("config"), read(run.state_path), read_metrics(run)
     heartbeat = _number(state.get("time"))
@@ -82,10 +86,9 @@ def read_status(run: RunFolder, now: float) -> Status:
     shown = "damaged" if damaged else str(state.get("state") or "not started")
     if shown == "running" and (age is None or age > SILENT_SECONDS):
         shown = "silent"
-    rate, epochs = _number(state.get("images_per_s")), _number(state.get("epochs"))
+    rate, epoch, epochs = (_number(state.get(name)) for name in ("images_per_s", "epoch", "epochs"))
     if epochs is None and isinstance(config, dict):
         epochs = _number(config.get("epochs"))
-    epoch = _number(state.get("epoch"))
     return Status(
         name=run.name,
         folder=str(run.folder),
@@ -101,38 +104,26 @@ def read_status(run: RunFolder, now: float) -> Status:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """{} for a file that is not there. Raises ValueError for one that holds no JSON object, or cannot be read."""
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    """None if the text is not a JSON object."""
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ValueError(error.strerror) from error
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of a run's metrics that can be read, one dict per epoch, oldest first; [] if there are none."""
+    """The readable lines of a run's metrics, one dict per epoch, oldest first."""
     try:
-        texts = run.metrics_path.read_text(errors="replace").splitlines()
+        texts = run.metrics_path.read_bytes().splitlines()
     except OSError:
         return []
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in map(_json_object, texts) if line is not None]
 
 
 def best_auroc(lines: list[dict[str, Any]]) -> float | None:
-    """`val_auroc` of the line with the lowest `val_loss`; None where there is none, or where it is undefined."""
+    """`val_auroc` of the line with the lowest `val_loss`; None if there is none or it is undefined."""
     scored = [line for line in lines if _number(line.get("val_loss")) is not None]
     return _number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
 

@@ -92,7 +92,9 @@ def test_undefined_findings_are_never_numbers_nor_drawn(made, result):
     assert "Undefined everywhere: Fracture (no positive or no negative test row)." in text
     assert "Undefined everywhere: Fracture, Lung Lesion (no positive or no negative validation row)." in text
     assert "| Fracture" not in text
-    assert "validation rows lack positives or negatives of Fracture, Lung Lesion; no weights can be fitted" in text
+    assert (
+        "rows of 2 folds (0, 1) lack positives or negatives of Fracture, Lung Lesion: no weights can be fitted" in text
+    )
     lesion = result.matrix("stacked")[:, 2]
     np.testing.assert_array_equal(lesion, result.matrix("voting")[:, 2])  # not fitted, yet defined on test rows
     assert not np.isnan(lesion).any()
@@ -125,7 +127,7 @@ def test_one_scale_is_no_ensemble(tmp_path):
     run = make_run(tmp_path, 256)
     Run.start(tmp_path / "densenet121-512" / "fold-0", replace(run.config, scale=512), Path("shards"), study_rows(0))
     for names in (None, ["densenet121-256"]):
-        with pytest.raises(RunError, match=r"two scales .* only those of densenet121-256 .*densenet121-512/fold-0"):
+        with pytest.raises(RunError, match=r"two scales .* only for densenet121-256 .*densenet121-512/fold-0"):
             ensemble(tmp_path, names)
 
 
@@ -151,7 +153,7 @@ def test_two_architectures_or_one_scale_twice_need_names(study):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": study_rows(0).iloc[:-10]}, "fold-0 and densenet121-512/fold-0 .*2 val rows are in one"),
+        ({"rows": study_rows(0).iloc[:-10]}, "fold-0 and densenet121-512/fold-0 .*2 val rows are in only one"),
         ({"rows": study_rows(0).assign(Edema=np.float32(0))}, "labels of val rows differ.*Edema of row"),
         ({"set_id": "b2"}, "set id a1 is not b2"),
     ],

@@ -79,11 +79,11 @@ def test_files_say_what_the_result_says_in_the_same_bytes_each_time(made):
         text = before[name].decode()
         assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" in text
         assert "2 folds (0, 1)" in text
-        assert "left out: densenet121-1024/fold-0" in text
+        assert "without predictions: densenet121-1024/fold-0" in text
     assert result.names == ("densenet121-256", "densenet121-512")
 
 
-def test_a_finding_nobody_has_is_undefined_never_a_number(made):
+def test_a_finding_without_positives_is_undefined_never_a_number(made):
     result = evaluate(made)
     assert result.table.query("label == 'Fracture'")[["auroc", "auprc"]].isna().all(axis=None)
     for text in ((made / "evaluation" / "auroc.md").read_text(), shown(auroc_table(result))):
@@ -152,7 +152,7 @@ def relabelled(fold: int, part: str, value: float) -> tuple[pd.DataFrame, int]:
         ({"set_id": "b2"}, "set id a1 is not b2"),
         ({"policy": "u_ones"}, "label policy u_zeros is not u_ones"),
         ({"labels": ("Edema", "Pneumonia", "Fracture", "Lung Lesion")}, "labels .* is not .*"),
-        ({"fold": 1, "rows": study_rows(1).iloc[:-30]}, " 6 test rows are in one"),
+        ({"fold": 1, "rows": study_rows(1).iloc[:-30]}, " 6 test rows are in only one"),
         (
             {"fold": 1, "rows": relabelled(1, "test", np.nan)[0]},
             rf"Edema of row {relabelled(1, 'test', np.nan)[1]}: 1 is not nan",

@@ -169,7 +169,7 @@ def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_p
     run = make_run(tmp_path, tiny_set, [0, -1, np.nan])
     with pytest.raises(RunError, match=r"'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
         cams.gradcam_run(run, "Gout")
-    with pytest.raises(RunError, match=f"none of the 3 images of its test part has {LABEL}$"):
+    with pytest.raises(RunError, match=f"none of the 3 images in its test part has {LABEL}$"):
         cams.gradcam_run(run, LABEL)
     with pytest.raises(RunError, match="at least one image"):
         cams.gradcam_run(run, LABEL, images=0)

@@ -36,32 +36,29 @@ def test_a_model_whose_gradient_or_loss_is_off_is_refused(reader, monkeypatch, w
         gradients(reader, CPU)
 
 
-def test_a_compiled_step_that_differs_is_refused(monkeypatch) -> None:
-    class OffModule(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
+class Off(nn.Module):
+    """A compiled module whose output is 1 % off."""
 
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            return 1.01 * self.module(image)
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
-    monkeypatch.setattr(gradients_module, "compiled", lambda module, mode: OffModule(module))
-    with pytest.raises(RunError, match="when compiled"):
-        compiled_step(CPU)
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return 1.01 * self.module(image)
 
 
-def test_a_compiled_step_that_forgets_the_first_micro_batch_is_refused(monkeypatch) -> None:
-    class Forgetful(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
+class Forgetful(Off):
+    """A compiled module that forgets the first micro-batch's gradient."""
 
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            self.module.zero_grad()
-            return self.module(image)
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.module.zero_grad()
+        return self.module(image)
 
-    monkeypatch.setattr(gradients_module, "compiled", lambda module, mode: Forgetful(module))
-    with pytest.raises(RunError, match="loss off by 0e"):
+
+@pytest.mark.parametrize(("module", "message"), [(Off, "when compiled"), (Forgetful, "loss off by 0e")])
+def test_a_compiled_step_that_differs_is_refused(monkeypatch, module, message) -> None:
+    monkeypatch.setattr(gradients_module, "compiled", lambda eager, mode: module(eager))
+    with pytest.raises(RunError, match=message):
         compiled_step(CPU)
 
 

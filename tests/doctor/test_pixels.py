@@ -66,7 +66,7 @@ class OffInThreads(HostEngine):
 @pytest.mark.parametrize("engine", [Exchanged, OneBuffer])
 def test_a_slow_reader_sees_images_exchanged_and_buffers_used_again(reader, monkeypatch, engine) -> None:
     monkeypatch.setattr(loader, "HostEngine", engine)
-    with pytest.raises(LoadError, match=r"host: \d+ of 3200 images that were read late are not those that are stored"):
+    with pytest.raises(LoadError, match=r"host: \d+ of 3200 images that were read late are not the stored ones"):
         slow_reader(reader, CPU, "host")
 
 
@@ -75,7 +75,7 @@ def test_a_slow_reader_sees_rows_in_another_order(reader, monkeypatch) -> None:
         return torch.from_numpy(rows[::-1].copy())
 
     monkeypatch.setattr(loader.Loader, "_on_device", reverse)
-    with pytest.raises(LoadError, match="rows in another order"):
+    with pytest.raises(LoadError, match="rows in the wrong order"):
         slow_reader(reader, CPU, "host")
 
 
@@ -126,7 +126,7 @@ def test_a_dali_that_always_fails_is_not_covered_by_the_host(reader, monkeypatch
     def fail(self, batch, augmented, feed):
         raise RuntimeError("nvJPEG: CUDA error")
 
-    monkeypatch.setattr(DaliEngine, "_pipeline", fail)
+    monkeypatch.setattr(DaliEngine, "_graph", fail)
     monkeypatch.setattr(pixels, "_rows", lambda reader: reader.rows[:3])
     with pytest.raises(LoadError, match="DALI fails on undamaged images"):
         dali_pixels(reader, CPU)

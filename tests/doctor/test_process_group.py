@@ -16,6 +16,7 @@ def test_a_process_group_of_one_rank_works_here() -> None:
     assert process_group(CPU).startswith("gloo: gradients as without a group")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_process_group_that_cannot_be_made_says_why() -> None:
     with pytest.raises(RunError, match=r"a group of one rank on cuda:0 fails: \w*Error: "):
@@ -28,6 +29,7 @@ def test_a_process_group_that_does_not_answer_is_given_up(monkeypatch) -> None:
         process_group(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

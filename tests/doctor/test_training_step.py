@@ -45,6 +45,7 @@ def test_synchronisations_are_counted_and_other_warnings_are_not(monkeypatch) ->
     assert modes == ["warn", "default"]
 
 
+@pytest.mark.slow
 def test_the_presets_micro_batch_fits_and_its_memory_is_told(reader) -> None:
     assert "densenet121, 16 × 64 px" in memory(reader, CPU)
 

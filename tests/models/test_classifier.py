@@ -39,7 +39,9 @@ def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation() -> N
         torch.testing.assert_close(model(images()), oracle(Normalise()(images())), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["densenet121", "efficientnet_b0", "resnet18", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "arch", ["densenet121", "efficientnet_b0", "resnet18", pytest.param("convnext_tiny", marks=pytest.mark.slow)]
+)
 def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) -> None:
     torch.manual_seed(0)
     model = Classifier(arch, 3)

@@ -46,22 +46,23 @@ def step(net: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Fills with what layers put out, by name, in their first pass: convolutions, blocks, the whole."""
+    """Fills with the outputs of convolutions, blocks and the whole in their first pass, by name."""
     found: dict[str, torch.Tensor] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            whole = torch.cat(output, 1) if isinstance(output, tuple) else output
-            found.setdefault(name, whole.detach().clone())
-
-        return hook
+    def keep(name: str, module: nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        whole = torch.cat(output, 1) if isinstance(output, tuple) else output
+        found.setdefault(name, whole.detach().clone())
 
     for name, module in net.named_modules():
         last = name.rsplit(".", 1)[-1]
         inside = "transition" in name and "." in name.removeprefix("features.")  # averaged before, not after
         if last.startswith(("conv", "dense", "transition", "features", "classifier")) and not inside:
-            module.register_forward_hook(keep(name))
+            module.register_forward_hook(partial(keep, name))
     return found
+
+
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -75,14 +76,11 @@ def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large: boo
     theirs, mine = step(oracle, pixels), step(ours, pixels)
     layers, transitions = (58, 3) if large else (7, 2)
     assert len(theirs_layers) == 3 + 3 * layers + (transitions + 1) + transitions
-    for name, value in theirs_layers.items():
-        torch.testing.assert_close(our_layers[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    assert mine.keys() == theirs.keys()
     assert len(mine) == 2 + len(list(oracle.parameters())) + len(list(oracle.buffers()))
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    close(our_layers, theirs_layers)
+    close(mine, theirs)
     with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(pixels), oracle.eval()(pixels), rtol=1e-10, atol=1e-10)
+        close(ours.eval()(pixels), oracle.eval()(pixels))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_ba
     ours = small()
     torch.manual_seed(0)
     oracle = SMALL()
-    assert all(torch.equal(ours.state_dict()[name], value) for name, value in oracle.state_dict().items())
+    same(dict(ours.state_dict()), dict(oracle.state_dict()))
     with torch.no_grad():
         ours.features.conv0.weight.add_(1)
     oracle.load_state_dict(ours.state_dict())
@@ -117,9 +115,7 @@ def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, tr
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
             return step(small(recompute).train(training), images())
 
-    plain, checkpointed = one(False), one(True)
-    for name, value in plain.items():
-        assert torch.equal(checkpointed[name], value), name
+    same(one(True), one(False))
 
 
 def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
@@ -182,9 +178,7 @@ def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient(
 
 def test_a_copy_is_independent_and_equal() -> None:
     net = small(recompute=True)
-    twin = copy.deepcopy(net)
-    a, b = step(twin, images()), step(net, images())
-    assert all(torch.equal(a[name], value) for name, value in b.items())
+    same(step(copy.deepcopy(net), images()), step(net, images()))
 
 
 @pytest.mark.slow
@@ -208,9 +202,7 @@ def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
         del wrapped
     finally:
         dist.destroy_process_group()
-    assert len(together) == len(alone)
-    for name, value in together.items():
-        assert torch.equal(value, alone[name.removeprefix("module.")]), name
+    same({name.removeprefix("module."): value for name, value in together.items()}, alone)
 
 
 # Layout

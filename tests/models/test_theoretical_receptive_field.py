@@ -17,7 +17,7 @@ from cxrfast.models.theoretical_receptive_field import receptive_field, theoreti
         ("alexnet", 195, 32),
         ("mobilenet_v2", 491, 32),
         ("efficientnet_b0", 851, 32),
-        ("efficientnet_b4", 1799, 32),
+        pytest.param("efficientnet_b4", 1799, 32, marks=pytest.mark.slow),
         ("convnext_tiny", 1688, 32),
     ],
 )

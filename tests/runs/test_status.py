@@ -1,4 +1,4 @@
-"""A line a run, whatever state its files are in."""
+"""One line per run, whatever state its files are in."""
 
 import json
 import subprocess
@@ -76,15 +76,8 @@ def test_no_content_of_a_file_hides_the_other_runs(tmp_path: Path, content: byte
 
 
 def test_values_of_another_kind_are_left_out(tmp_path: Path) -> None:
-    state = {
-        "state": "running",
-        "time": "soon",
-        "epoch": None,
-        "epochs": [],
-        "images_per_s": "fast",
-        "eta_seconds": True,
-    }
-    make(tmp_path, "d-32/fold-0", state, line(val_loss="low", val_auroc=1) + "7\n")
+    numbers = {"time": "soon", "epoch": None, "epochs": [], "images_per_s": "fast", "eta_seconds": True}
+    make(tmp_path, "d-32/fold-0", {"state": "running", **numbers}, line(val_loss="low", val_auroc=1) + "7\n")
     (s,) = status(tmp_path, NOW)
     assert (s.state, s.heartbeat_seconds, s.epochs, s.images_per_s, s.eta_seconds) == ("silent", None, 7, None, None)
 
