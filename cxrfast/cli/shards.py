@@ -161,8 +161,8 @@ def verify(
         click.echo(line)
     for problem in result.problems:
         click.echo(f"{problem.path}: {problem.what}", err=True)
-    if not result.is_whole:
-        fail(result.advice())
+    if result.problems:
+        fail(result.advice)
 
 
 @click.command()

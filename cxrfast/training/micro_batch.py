@@ -129,9 +129,9 @@ def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device,
         torch.cuda.synchronize(device)
         return GpuMemory(torch.cuda.max_memory_allocated(device), total - torch.cuda.mem_get_info(device)[0])
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+        if is_out_of_memory(error):
+            return None
+        raise RunError(f"a training step over {images} images failed, give --micro-batch a number: {error}") from error
     finally:
         if runtime.compile:
             torch._dynamo.reset()
@@ -171,22 +171,23 @@ def _allocated(config: TrainConfig, runtime: Runtime, images: int, side: int) ->
 
 def _train(config: TrainConfig, runtime: Runtime, device: torch.device, images: int, side: int) -> None:
     """Two steps of a throw-away model: the second finds gradients and Adam's moments in memory."""
-    outputs = len(config.labels)
-    use_tf32(config.precision)
-    torch.backends.cudnn.benchmark = not runtime.deterministic  # as in training: its workspaces count
-    model = Classifier(config.arch, outputs, recompute=runtime.recompute).to(device).train()
-    forward = compiled(model, runtime.compile) if runtime.compile else model
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    image = torch.zeros((images, 1, side, side), dtype=torch.uint8, device=device)
-    target = torch.zeros((images, outputs), device=device)
-    for _ in range(2):
-        with autocast(device, config.precision):
-            logits = forward(image)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        outputs = len(config.labels)
+        use_tf32(config.precision)
+        torch.backends.cudnn.benchmark = not runtime.deterministic  # as in training: its workspaces count
+        model = Classifier(config.arch, outputs, recompute=runtime.recompute).to(device).train()
+        forward = compiled(model, runtime.compile) if runtime.compile else model
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        image = torch.zeros((images, 1, side, side), dtype=torch.uint8, device=device)
+        target = torch.zeros((images, outputs), device=device)
+        for _ in range(2):
+            with autocast(device, config.precision):
+                logits = forward(image)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
 
 def gib(n: float) -> str:

@@ -44,15 +44,14 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks:
-        folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
-        if config.micro_batch == AUTO:
-            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
-            chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
-            config = replace(config, micro_batch=chosen)
         torch.manual_seed(config.seed)
         model = Classifier(config.arch, len(config.labels), recompute=runtime.recompute)
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
+        folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
+        if config.micro_batch == AUTO:
+            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
+            config = replace(config, micro_batch=own or largest_micro_batch(config, runtime, ranks, most=other))
         reader = Reader(runtime.shards, config.scale)
         subset = None if runtime.subset is None else read_subset(runtime.subset)
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)

@@ -1,13 +1,13 @@
-"""Why an image is refused, and how large one may be. Shared by the decoders; reads nothing."""
+"""Why an image is refused, and the largest one that is accepted. The decoders share it."""
 
 from enum import StrEnum
 
 from cxrfast.errors import ShardError
 
 MAX_PIXELS = 2**26
-"""Larger than any radiograph (a 14 × 17 inch film read at 50 µm has 61 million); a header that promises more is a bomb."""
+"""More than any radiograph has (a 14 × 17 inch film scanned at 50 µm has 61 million); a header that claims more is a bomb."""
 MAX_SIDE = 2**16 - 1
-"""px; what JPEG and DICOM can say at most."""
+"""px; the largest side that JPEG and DICOM headers can hold."""
 
 
 class Reason(StrEnum):
@@ -26,7 +26,7 @@ class Reason(StrEnum):
 
 
 class BadImage(ShardError):
-    """An image that cannot be used, with its `reason`; the text may say more."""
+    """An image that cannot be used; `reason` is the category, the message may add details."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
@@ -34,7 +34,7 @@ class BadImage(ShardError):
 
 
 def check_size(height: int, width: int) -> None:
-    """Called with what a header promises, before anything is allocated. Raises BadImage."""
+    """Raise BadImage for a size that no radiograph has. Call it with the header's size before allocating anything."""
     if height < 1 or width < 1:
         raise BadImage(Reason.CORRUPT, f"{height} × {width} px")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:

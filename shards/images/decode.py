@@ -1,7 +1,4 @@
-"""One image: bytes → grey pixels → bytes. No files.
-
-What a file is, its first bytes say and not its name; `jpeg`, `png` and `dicom` decode.
-"""
+"""One image: bytes → grey pixels → bytes. The first bytes, not the file name, choose between `jpeg`, `png` and `dicom`."""
 
 import numpy as np
 import simplejpeg
@@ -11,7 +8,7 @@ from cxrfast.shards.images.grey import as_mimic, full_range, stretched
 from cxrfast.shards.images.jpeg import decode_jpeg
 from cxrfast.shards.images.png import SIGNATURE, decode_png
 
-NOT_TAKEN = (
+UNSUPPORTED = (
     (b"GIF8", "GIF"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
@@ -23,15 +20,15 @@ NOT_TAKEN = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
 )
-"""First bytes of formats that are images, and that nothing here decodes."""
+"""First bytes of image formats that are recognised but not decoded."""
 
 
 def decode(data: bytes, grey: str) -> np.ndarray:
     """The bytes of a JPEG, PNG or DICOM file → uint8 (H, W). Raises BadImage, or ShardError where the recipe is at fault.
 
-    `grey` says what becomes of more than 8 bits: `none` keeps the full range of a 16-bit PNG (v / 257) and knows no answer to a
-    DICOM file; `mimic` stretches and equalises as MIMIC-CXR-JPG was made; `window` shows a PNG from its lowest to its highest
-    value and a DICOM file as a viewer does. Files of 8 bits other than DICOM are taken as they are.
+    `grey` reduces more than 8 bits: `none` keeps the full range of a 16-bit PNG (v / 257) and refuses DICOM files; `mimic`
+    stretches and equalises the way MIMIC-CXR-JPG was made; `window` stretches a PNG from its lowest to its highest value and
+    shows a DICOM file as a viewer does. Other 8-bit files are not changed.
     """
     if data.startswith(b"\xff\xd8"):
         return decode_jpeg(data)
@@ -45,7 +42,7 @@ def decode(data: bytes, grey: str) -> np.ndarray:
         return decode_dicom(data, grey)
     if not data:
         raise BadImage(Reason.EMPTY)
-    for start, name in NOT_TAKEN:
+    for start, name in UNSUPPORTED:
         if data.startswith(start):
             raise BadImage(Reason.UNSUPPORTED, name)
     if data[:4] + data[8:12] == b"RIFFWEBP":

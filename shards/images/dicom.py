@@ -1,7 +1,7 @@
-"""A DICOM file's bytes → uint8 grey pixels, low values dark; imported only where there is such a file, for it needs pydicom.
+"""DICOM bytes → uint8 grey pixels, low values dark. Import only when a DICOM file turns up: pydicom is an optional extra.
 
-What the header says is checked before anything is unpacked. The environment never decides which images exist: where a decoder
-is not installed the answer is an error that names it, not a refused image.
+Header values are checked before anything is unpacked. A missing decoder is an error that names it, never a refused image:
+which images a set holds must not depend on what is installed.
 """
 
 import io
@@ -19,9 +19,9 @@ from cxrfast.shards.images.jpeg import BASELINE, EOI, EXTENDED, JPEG_LS, LOSSLES
 
 try:
     from pydicom.dataelem import RawDataElement
-    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.dataset import Dataset
     from pydicom.encaps import generate_frames
-    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.filereader import read_dataset, read_partial, read_preamble
     from pydicom.pixels import get_decoder
     from pydicom.pixels.processing import apply_modality_lut, apply_windowing
     from pydicom.uid import UID
@@ -29,29 +29,29 @@ except ImportError as missing:
     raise ShardError("DICOM files need pydicom: pip install 'cxrfast[dicom]'") from missing
 
 RADIOGRAPHY = ("CR", "DX", "DR", "RG")
-"""Modality of a radiograph: computed, digital and film (PS3.3, section C.7.3.1.1.1); DR is in no standard but in files."""
+"""Modalities of radiographs: computed, digital, film (PS3.3, section C.7.3.1.1.1); DR is not standard, but files use it."""
 RADIOGRAPHS = {
     "1.2.840.10008.5.1.4.1.1.1": "Computed Radiography",
     "1.2.840.10008.5.1.4.1.1.1.1": "Digital X-Ray, for presentation",
     "1.2.840.10008.5.1.4.1.1.1.1.1": "Digital X-Ray, for processing",
     "1.2.840.10008.5.1.4.1.1.7": "Secondary Capture",
 }
-"""SOP classes (PS3.6, annex A) that are taken where the modality is not given; one that is in no annex says nothing."""
+"""SOP classes (PS3.6, annex A) accepted when the modality is absent; so are classes that the annex does not list."""
 
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)}
 """Baseline, extended, lossless (two), JPEG-LS (two)."""
 JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 201, 202, 203)}
-"""JPEG 2000 and its high-throughput kind."""
+"""JPEG 2000, plain and high-throughput."""
 RLE = "1.2.840.10008.1.2.5"
 SYNTAXES = {IMPLICIT, EXPLICIT, BIG_ENDIAN, RLE, *JPEG, *JPEG_2000}
-"""Transfer syntaxes that are taken. Not so deflated files, which say nothing of their size before they are unpacked."""
+"""Supported transfer syntaxes. Not deflated: pydicom would inflate a file of any size before its header can be read."""
 
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF
 """Length of an element that ends with a delimiter."""
-AS_STORED: dict[str, Any] = {"correct_unused_bits": False}
-"""For pydicom, which would take the lowest bits for the stored ones."""
+AS_STORED: dict[str, Any] = {"raw": True, "correct_unused_bits": False}
+"""Options for pydicom, which would otherwise take the lowest bits for the stored ones."""
 TAGS: list = [
     0x00080016,  # SOP class
     0x00080060,  # modality
@@ -64,64 +64,53 @@ TAGS: list = [
 def decode_dicom(data: bytes, grey: str) -> np.ndarray:
     """DICOM bytes → uint8 (H, W) by the grey transform `mimic` or `window`. Raises BadImage, or ShardError if a decoder is missing.
 
-    `mimic`: stored values, without modality or VOI LUT, as MIMIC-CXR-JPG was made of them (`grey.as_mimic`).
-    `window`: as a viewer shows it: modality LUT, then the VOI LUT or the first window; lowest to highest value where there is
-    neither. MONOCHROME1 is inverted. Colour, several frames and any modality but radiography are refused.
+    `mimic`: stored values without modality or VOI LUT, the way MIMIC-CXR-JPG was made (`grey.as_mimic`).
+    `window`: as a viewer shows it: modality LUT, then VOI LUT or first window; without either, lowest to highest value.
+    MONOCHROME1 is inverted. Colour, several frames and modalities other than radiography are refused.
     """
     if grey not in ("mimic", "window"):
         raise ShardError("DICOM files need a grey transform: --grey mimic (as MIMIC-CXR-JPG was made) or --grey window")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom warns of much that is refused here or harmless
+        warnings.simplefilter("ignore")  # what pydicom warns about is either refused here or harmless
         try:
             dataset = _read(data)
             _check(dataset)
             codes = _codes(dataset)
             inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-            if grey == "mimic":
-                return as_mimic(_ordered(codes, dataset), inverted)
-            return _windowed(codes, dataset, inverted)
+            return as_mimic(codes, inverted) if grey == "mimic" else _windowed(codes, dataset, inverted)
         except (ShardError, MemoryError):
             raise
         except EOFError as error:
             raise BadImage(Reason.TRUNCATED) from error
-        except Exception as error:  # a damaged element makes pydicom raise whatever its parsers come upon
+        except Exception as error:  # pydicom's parsers raise all kinds of exceptions for a damaged element
             raise BadImage(Reason.CORRUPT) from error
 
 
 def _read(data: bytes) -> Dataset:
-    """The elements of TAGS. Not pydicom's own `dcmread`, which inflates a deflated file whatever its size."""
+    """Read the elements in TAGS, once the transfer syntax is known to be supported."""
     file = io.BytesIO(data)
     read_preamble(file, False)
-    meta = FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     _check_whole(meta)
     if "TransferSyntaxUID" not in meta:
         raise BadImage(Reason.CORRUPT, "no transfer syntax")
-    syntax = UID(meta.TransferSyntaxUID)
-    if syntax not in SYNTAXES:
-        raise BadImage(Reason.UNSUPPORTED, f"DICOM, {syntax.name}")
-    implicit, little = syntax == IMPLICIT, syntax != BIG_ENDIAN
-    dataset = read_dataset(
-        file, implicit, little, stop_when=lambda tag, vr, length: tag > PIXEL_DATA, specific_tags=TAGS
-    )
+    if meta.TransferSyntaxUID not in SYNTAXES:
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM, {UID(meta.TransferSyntaxUID).name}")
+    file.seek(0)
+    dataset = read_partial(file, stop_when=lambda tag, vr, length: tag > PIXEL_DATA, specific_tags=TAGS)
     _check_whole(dataset)
-    dataset.set_original_encoding(implicit, little, "iso8859")
-    dataset.file_meta = meta
     return dataset
 
 
 def _check_whole(dataset: Dataset) -> None:
-    """Raises BadImage if the file ended within an element; pydicom hands out what there is of it."""
+    """Raise BadImage if the file ends inside an element; pydicom returns the part that is there."""
     for element in map(dataset.get_item, dataset.keys()):
-        if (
-            isinstance(element, RawDataElement)
-            and element.length != UNDEFINED
-            and len(element.value or b"") < element.length
-        ):
+        if isinstance(element, RawDataElement) and len(element.value or b"") < element.length != UNDEFINED:
             raise BadImage(Reason.TRUNCATED)
 
 
 def _check(dataset: Dataset) -> None:
-    """Raises BadImage unless this is one grey radiograph of a sensible size, by its header."""
+    """Raise BadImage unless the header describes one grey radiograph of a sensible size."""
     modality = str(dataset.get("Modality") or "").strip().upper()
     kind = UID(str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or ""))
     if modality and modality not in RADIOGRAPHY:
@@ -138,7 +127,7 @@ def _check(dataset: Dataset) -> None:
     check_size(int(dataset.Rows), int(dataset.Columns))
     allocated, stored, high = dataset.BitsAllocated, dataset.BitsStored, _high_bit(dataset)
     if allocated not in (8, 16):
-        raise BadImage(Reason.UNSUPPORTED, f"DICOM of {allocated} bits a pixel")
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM of {allocated} bits per pixel")
     if not 1 <= stored <= high + 1 <= allocated or dataset.PixelRepresentation not in (0, 1):
         raise BadImage(Reason.CORRUPT, f"{stored} bits stored in {allocated}, the highest is {high}")
 
@@ -148,26 +137,27 @@ def _high_bit(dataset: Dataset) -> int:
 
 
 def _codes(dataset: Dataset) -> np.ndarray:
-    """The stored bits, uint8 or uint16 (H, W), neither sign nor what else shares their words (PS3.5, section 8.1.1)."""
-    pixels = _native(dataset) if not dataset.file_meta.TransferSyntaxUID.is_encapsulated else _unpacked(dataset)
+    """uint8 or uint16 (H, W): the stored bits alone (PS3.5, section 8.1.1), in the order of the values they stand for."""
+    pixels = _unpacked(dataset) if dataset.file_meta.TransferSyntaxUID.is_encapsulated else _native(dataset)
     if pixels.shape != (dataset.Rows, dataset.Columns) or pixels.dtype.kind not in "iu":
         raise BadImage(Reason.CORRUPT, "pixels other than the header promises")
     bits = pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(f"u{pixels.itemsize}")
     stored = dataset.BitsStored
-    return (bits >> (_high_bit(dataset) + 1 - stored)) & bits.dtype.type(2**stored - 1)
+    codes = (bits >> (_high_bit(dataset) + 1 - stored)) & bits.dtype.type(2**stored - 1)
+    return codes ^ codes.dtype.type(2 ** (stored - 1)) if dataset.PixelRepresentation else codes  # flips the sign bit
 
 
 def _native(dataset: Dataset) -> np.ndarray:
     expected, found = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8, len(dataset.PixelData)
-    if found < expected:
-        raise BadImage(Reason.TRUNCATED, f"{found:,} bytes of pixels, not {expected:,}")
-    if found > expected + expected % 2:
-        raise BadImage(Reason.CORRUPT, f"{found:,} bytes of pixels, not {expected:,}")
-    return get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, raw=True, **AS_STORED)[0]
+    if not expected <= found <= expected + expected % 2:
+        raise BadImage(
+            Reason.TRUNCATED if found < expected else Reason.CORRUPT, f"{found:,} bytes of pixels, not {expected:,}"
+        )
+    return get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, **AS_STORED)[0]
 
 
 def _unpacked(dataset: Dataset) -> np.ndarray:
-    """Decodes the one frame. Its own header is read first: a decoder believes it, and would allocate what it says."""
+    """Decode the one frame, if its own header agrees with the file's: decoders allocate whatever the former says."""
     syntax = dataset.file_meta.TransferSyntaxUID
     frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
     size = dataset.Rows, dataset.Columns
@@ -181,20 +171,20 @@ def _unpacked(dataset: Dataset) -> np.ndarray:
             return decode_grey(frame)
         if found.process not in (EXTENDED, LOSSLESS, JPEG_LS):
             raise BadImage(Reason.UNSUPPORTED, f"DICOM, JPEG process SOF{found.process - 0xC0}")
-    elif syntax in JPEG_2000 and (_jpeg_2000_size(frame) != size):
+    elif _jpeg_2000_size(frame) != size:
         raise BadImage(Reason.CORRUPT, "a frame other than the header promises")
     if not frame.rstrip(b"\0\xff").endswith(EOI):  # the same two bytes in all these formats
         raise BadImage(Reason.TRUNCATED)
     decoder = get_decoder(syntax)
     if "pylibjpeg" not in decoder.available_plugins:
         raise ShardError(f"no decoder for DICOM files in {syntax.name}: pip install 'cxrfast[dicom]'")
-    return decoder.as_array(dataset, index=0, raw=True, decoding_plugin="pylibjpeg", **AS_STORED)[0]
+    return decoder.as_array(dataset, index=0, decoding_plugin="pylibjpeg", **AS_STORED)[0]
 
 
 def _run_lengths(frame: bytes, dataset: Dataset) -> np.ndarray:
-    """PackBits, a segment for each byte of a pixel, highest first (PS3.5, annex G).
+    """Decode PackBits, one segment for each byte of a pixel, highest first (PS3.5, annex G).
 
-    By hand, for it must never unpack more than the image: pydicom unpacks whatever is there, and pylibjpeg-rle panics.
+    Not by pydicom, which unpacks bombs to any size, nor by pylibjpeg-rle, which panics on damage.
     """
     planes, size = dataset.BitsAllocated // 8, dataset.Rows * dataset.Columns
     count, *starts = struct.unpack("<16L", frame[:64])
@@ -218,21 +208,16 @@ def _run_lengths(frame: bytes, dataset: Dataset) -> np.ndarray:
 
 
 def _jpeg_2000_size(frame: bytes) -> tuple[int, int] | None:
-    """(height, width) of a codestream of one component, from its SIZ segment (ISO 15444-1, section A.5.1)."""
+    """(height, width) of a codestream with one component, from its SIZ segment (ISO 15444-1, section A.5.1)."""
     if frame[:4] != b"\xff\x4f\xff\x51" or int.from_bytes(frame[40:42]) != 1:
         return None
-    right, bottom, left, top, *_ = (int.from_bytes(frame[at : at + 4]) for at in range(8, 40, 4))
+    right, bottom, left, top = struct.unpack(">4L", frame[8:24])
     return bottom - top, right - left
 
 
-def _ordered(codes: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Codes in the order of the values they stand for: the sign bit of signed pixels is turned over."""
-    return codes ^ codes.dtype.type(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation else codes
-
-
 def _windowed(codes: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray:
-    """uint8 (H, W). All values a pixel can have go through the LUTs, and the pixels through what comes out."""
-    codes, stored = _ordered(codes, dataset), dataset.BitsStored
+    """uint8 (H, W): all possible values go through the LUTs, then the pixels through the resulting table."""
+    stored = dataset.BitsStored
     values = np.arange(2**stored) - (2 ** (stored - 1) if dataset.PixelRepresentation else 0)
     item = (dataset.get("ModalityLUTSequence") or [None])[0]
     values = _look_up(values, item, dataset) if item is not None else apply_modality_lut(values, dataset)
@@ -241,7 +226,7 @@ def _windowed(codes: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray
         shown = _look_up(np.rint(values).astype(int), item, dataset)
         black, white = 0, shown.max()
     elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        with np.errstate(over="ignore"):  # what lies beyond any window tells the values of black and white
+        with np.errstate(over="ignore"):  # values beyond any window give black and white
             shown = apply_windowing(np.concatenate(([-np.inf], values, [np.inf])), dataset)
         black, shown, white = shown[0], shown[1:-1], shown[-1]
         if black == white:
@@ -249,17 +234,17 @@ def _windowed(codes: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray
     else:
         shown, present = values, values[np.flatnonzero(np.bincount(codes.ravel()))]
         black, white = present.min(), present.max()
-    shares = ((shown - black) / ((white - black) or 1)).clip(0, 1)
-    if not np.isfinite(shares).all():
-        raise BadImage(Reason.CORRUPT, "a window or a rescale slope that is no number")
-    table = (shares * 255 + 0.5).astype(np.uint8)
+    fractions = ((shown - black) / ((white - black) or 1)).clip(0, 1)
+    if not np.isfinite(fractions).all():
+        raise BadImage(Reason.CORRUPT, "a window or rescale slope that is not a number")
+    table = (fractions * 255 + 0.5).astype(np.uint8)
     return (255 - table if inverted else table)[codes]
 
 
 def _look_up(values: np.ndarray, item: Dataset, dataset: Dataset) -> np.ndarray:
     """Whole numbers through a modality or VOI LUT (PS3.3, sections C.11.1.1 and C.11.2.1.1).
 
-    Not by pydicom 3.0, whose index has the type of the entries: of a 12-bit LUT with 8-bit entries it uses the first 256.
+    Not by pydicom 3.0: it uses only the first 256 of a VOI LUT's 8-bit entries, and refuses a modality LUT of 12 bits.
     """
     count, first, _ = item.LUTDescriptor
     count = count % 2**16 or 2**16

@@ -1,6 +1,6 @@
-"""A JPEG file's bytes → uint8 grey pixels, turned as its EXIF orientation says; no files.
+"""JPEG bytes → uint8 grey pixels, upright by EXIF orientation.
 
-simplejpeg (libjpeg-turbo) decodes 10 % faster than OpenCV here and, unlike it, refuses a truncated file.
+simplejpeg (libjpeg-turbo) decodes 10 % faster than OpenCV and, unlike OpenCV, refuses truncated files.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from cxrfast.shards.images.bad_image import MAX_PIXELS, BadImage, Reason, check_
 EOI, SOS = b"\xff\xd9", b"\xff\xda"
 BASELINE, EXTENDED, PROGRESSIVE, LOSSLESS, JPEG_LS = 0xC0, 0xC1, 0xC2, 0xC3, 0xF7
 FRAMES = {*range(0xC0, 0xD0), JPEG_LS} - {0xC4, 0xC8, 0xCC}
-"""Markers that start a frame: 0xC0–0xCF but for DHT, JPG and DAC."""
+"""Markers that start a frame: 0xC0–0xCF except DHT, JPG and DAC."""
 SCAN_PIXELS = 2**30
-"""Pixels × scans of a progressive file. Some use 6 or 10 scans; a hundred bytes can hold one more over all pixels."""
+"""Most pixels × scans in a progressive file. Real files use 6 or 10 scans; a bomb adds one for every hundred bytes."""
 
 TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
@@ -28,15 +28,15 @@ TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda image: np.rot90(image, 2).T,
     8: np.rot90,
 }
-"""EXIF orientation (tag 0x0112) → what stands the image up; 1 is upright, anything else is not an orientation."""
+"""EXIF orientation (tag 0x0112) → the function that turns the image upright; 1 is upright, other values mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What the segments before a JPEG's first scan say."""
+    """The segments before a JPEG's first scan."""
 
     process: int
-    """Second byte of the frame's marker."""
+    """Second byte of the frame's marker, 0xC0 for baseline."""
     precision: int
     """Bits per sample."""
     height: int
@@ -44,14 +44,14 @@ class Frame:
     components: int
     orientation: int
     adobe: bool
-    """True if an Adobe segment is there, whose writers store CMYK inverted."""
+    """True if there is an Adobe segment: its writers store CMYK inverted."""
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
     """JPEG bytes → uint8 (H, W), upright; colour and CMYK become luma (ITU-R 601). Raises BadImage.
 
-    8-bit Huffman-coded files are taken, sequential or progressive. Arithmetic coding is refused: its decoder takes a missing
-    end for zeros without a word.
+    8-bit Huffman-coded files are accepted, sequential or progressive. Arithmetic coding is refused: its decoder silently
+    reads zeros where a file is cut short.
     """
     frame = read_frame(data)
     if frame is None:
@@ -81,7 +81,7 @@ def decode_grey(data: bytes) -> np.ndarray:
 
 
 def decode_cmyk(data: bytes, inverted: bool) -> np.ndarray:
-    """A JPEG of four components (CMYK or YCCK) → uint8 (H, W), luma. libjpeg itself would hand out K alone as grey."""
+    """A JPEG of four components (CMYK or YCCK) → uint8 (H, W), luma. libjpeg itself would return K alone as grey."""
     inks = _decode(data, "CMYK")
     light = inks if inverted else 255 - inks
     luma = cv2.cvtColor(np.ascontiguousarray(light[:, :, :3]), cv2.COLOR_RGB2GRAY)
@@ -101,7 +101,7 @@ def _decode(data: bytes, colorspace: str) -> np.ndarray:
 
 
 def read_frame(data: bytes) -> Frame | None:
-    """The segments up to the first scan, in microseconds; None if they hold no whole frame header."""
+    """Read the segments up to the first scan; None if they hold no complete frame header."""
     at, orientation, adobe, frame = 2, 0, False, b""
     for _ in range(10_000):  # more segments than any file has
         if len(data) < at + 4 or data[at] != 0xFF:
@@ -134,7 +134,7 @@ def read_frame(data: bytes) -> Frame | None:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """The orientation in an EXIF segment's first directory (EXIF 2.32, section 4.6.4); 0 if it holds none."""
+    """Orientation in an EXIF segment's first directory (EXIF 2.32, section 4.6.4); 0 if there is none."""
     if tiff[:4] not in (b"II*\0", b"MM\0*"):
         return 0
 

@@ -1,7 +1,7 @@
-"""A PNG file's bytes → grey pixels of 8 or 16 bits; no files.
+"""PNG bytes → grey pixels of 8 or 16 bits.
 
-libpng, as OpenCV runs it, writes its complaints to stderr, and other readers hand out half a picture: so every chunk is
-checked and the pixels are unpacked here, and what OpenCV then undoes the row filters of is a PNG that we wrote ourselves.
+Pillow returns half the rows of a truncated file and OpenCV's libpng writes to stderr, so chunks are checked and pixels
+inflated here; OpenCV then only undoes the row filters, in a PNG that we wrote ourselves.
 """
 
 import struct
@@ -20,25 +20,24 @@ DEPTHS = {GREY: (1, 2, 4, 8, 16), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPH
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 """First row, first column, row step and column step of each interlacing pass (PNG specification, section 8.2)."""
 MAX_BYTES = 4 * MAX_PIXELS
-"""Bytes of unpacked pixels, at most: 8 bits of RGBA at the largest size."""
+"""Most bytes of unpacked pixels: 8-bit RGBA at the largest size."""
 
 
 def decode_png(data: bytes) -> np.ndarray:
     """PNG bytes → uint8, or uint16 of a 16-bit file, (H, W); colour becomes luma (ITU-R 601). Raises BadImage.
 
-    Alpha is ignored, not composited: the radiographs that have it (a few hundred of NIH ChestX-ray14) have it constant.
-    So are text, profiles, gamma, orientation and animation. A checksum that does not hold, missing rows and rows too many
-    are refused.
+    Alpha is ignored, not composited: it is constant in the radiographs that have it (a few hundred of NIH ChestX-ray14).
+    Text, profiles, gamma, orientation and animation are ignored too. A wrong checksum and missing or extra rows are refused.
     """
     header, palette, packed = _read(data)
     width, height, depth, colour, *rest, interlaced = struct.unpack(">IIBBBBB", header)
     if depth not in DEPTHS.get(colour, ()) or any(rest) or interlaced > 1:
-        raise BadImage(Reason.CORRUPT, "a PNG header that means nothing")
+        raise BadImage(Reason.CORRUPT, "a PNG header with invalid values")
     check_size(height, width)
     rows = _rows(height, width, depth * CHANNELS[colour], interlaced)
     raw = _inflate(packed, sum(count * (1 + length) for count, length in rows))
     _check_filters(raw, rows)
-    if colour == PALETTE:  # its indexes are read as grey, or libpng would say on stderr what it thinks of a wrong one
+    if colour == PALETTE:  # read as grey, or libpng would report wrong indexes on stderr
         header = struct.pack(">IIBBBBB", width, height, depth, GREY, 0, 0, interlaced)
     chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(raw, 0)), _chunk(b"IEND", b""))
     del raw
@@ -53,7 +52,7 @@ def decode_png(data: bytes) -> np.ndarray:
 
 
 def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """The contents of IHDR, PLTE and all IDAT."""
+    """Contents of IHDR, PLTE and all IDAT."""
     header = palette = None
     packed: list[memoryview] = []
     for kind, content in _chunks(data):
@@ -65,13 +64,13 @@ def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
             palette = bytes(content)
         elif kind == b"IDAT":
             packed.append(content)
-        elif not kind[0] & 0x20 and kind != b"IEND":  # a capital letter: not to be left out
-            raise BadImage(Reason.UNSUPPORTED, "a PNG with a critical chunk of its own")
+        elif not kind[0] & 0x20 and kind != b"IEND":  # a capital letter: must not be ignored
+            raise BadImage(Reason.UNSUPPORTED, "a PNG with an unknown critical chunk")
     return header or b"", palette or b"", b"".join(packed)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, content) up to IEND, each checked against its CRC."""
+    """Yield (kind, content) up to IEND, each checked against its CRC."""
     view, at, kind = memoryview(data), len(SIGNATURE), b""
     while kind != b"IEND":
         if len(data) < at + 12:
@@ -81,7 +80,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         if end + 4 > len(data):
             raise BadImage(Reason.TRUNCATED)
         if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
-            raise BadImage(Reason.CORRUPT, "a PNG whose checksum does not hold")
+            raise BadImage(Reason.CORRUPT, "a PNG with a wrong checksum")
         yield kind, view[at + 8 : end]
         at = end + 4
 
@@ -92,14 +91,14 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _rows(height: int, width: int, bits: int, interlaced: int) -> list[tuple[int, int]]:
-    """(rows, bytes a row without its filter byte) of each pass; one pass if not interlaced."""
+    """(rows, bytes per row without its filter byte) of each pass; a single pass if not interlaced."""
     passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = [(len(range(top, height, down)), len(range(left, width, right))) for top, left, down, right in passes]
     return [(rows, (columns * bits + 7) // 8) for rows, columns in sizes if rows and columns]
 
 
 def _inflate(packed: bytes, size: int) -> bytes:
-    """The pixels, filter bytes included: exactly `size` bytes, never more than one beyond it in memory."""
+    """Inflate the pixels and filter bytes: exactly `size` bytes, and never more than one extra in memory."""
     if size > MAX_BYTES:
         raise BadImage(Reason.TOO_LARGE, f"{size:,} bytes of pixels")
     stream = zlib.decompressobj()
@@ -108,14 +107,14 @@ def _inflate(packed: bytes, size: int) -> bytes:
     except zlib.error as error:
         raise BadImage(Reason.CORRUPT) from error
     if len(raw) > size:
-        raise BadImage(Reason.CORRUPT, "a PNG of more rows than its header says")
+        raise BadImage(Reason.CORRUPT, "a PNG with more rows than its header says")
     if len(raw) < size or not stream.eof:
         raise BadImage(Reason.TRUNCATED)
     return raw
 
 
 def _check_filters(raw: bytes, rows: list[tuple[int, int]]) -> None:
-    """Raises BadImage where a row's filter is none of the five."""
+    """Raise BadImage if a row's filter is not one of the five."""
     at, values = 0, np.frombuffer(raw, np.uint8)
     for count, length in rows:
         end = at + count * (1 + length)

@@ -1,17 +1,17 @@
-"""The same radiograph at every scale: grey pixels in, grey pixels out. OpenCV resizes. On a GPU, `pipelines.dali` does."""
+"""One radiograph at every scale, resized by OpenCV; on a GPU, `pipelines.dali` resizes."""
 
 import cv2
 import numpy as np
 
 
 def root_size(height: int, width: int, scale: int) -> int:
-    """The largest scale · 2^k within the shorter side; the scale itself where the side is smaller."""
+    """Largest scale · 2^k that fits within the shorter side, or the scale itself if none does."""
     side = min(height, width)
     return scale << max(0, (side // scale).bit_length() - 1)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W) → uint8 (height, width); per axis, area averaging where it shrinks and bilinear where it enlarges."""
+    """uint8 (H, W) → uint8 (height, width); area averaging on an axis that shrinks, bilinear on one that grows."""
     h, w = image.shape
     inner = (min(w, width), min(h, height))
     if inner != (w, h):
@@ -22,11 +22,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def at_scales(image: np.ndarray, scales: list[int], resize: str = "squash") -> dict[int, np.ndarray]:
-    """uint8 (H, W) → {scale: uint8 (scale, scale)}; `resize` is squash (each axis by itself) or pad (the aspect is kept).
+    """uint8 (H, W) → {scale: uint8 (scale, scale)}; `resize` is squash (each axis alone) or pad (keep the aspect ratio).
 
-    Each scale is one exact area step from its own root, so its pixels never depend on which other scales are asked for;
-    roots that coincide (2048 for 256, 512, 1024 and 2048 of a 2500-px image) are computed once. A root fits within the
-    shorter side where the image is squashed, within the longer where it is padded.
+    Each scale is one exact area step from its own root, so its pixels never depend on which other scales are requested.
+    Equal roots (2048 for 256, 512, 1024 and 2048 of a 2500 px image) are computed once. A root fits within the shorter side
+    of a squashed image and within the longer side of a padded one.
     """
     side = max(image.shape) if resize == "pad" else min(image.shape)
     roots: dict[int, np.ndarray] = {}
@@ -40,16 +40,16 @@ def at_scales(image: np.ndarray, scales: list[int], resize: str = "squash") -> d
 
 
 def _at_root(image: np.ndarray, root: int, keeps_aspect: bool) -> np.ndarray:
-    """uint8 (root, root), or with the longer side root and the shorter in proportion, not padded yet."""
+    """uint8 (root, root); with the aspect kept, only the longer side is root and nothing is padded yet."""
     longer = max(image.shape)
     height, width = (max(1, round(side * root / longer)) if keeps_aspect else root for side in image.shape)
     return resize(image, height, width)
 
 
 def _step(image: np.ndarray, root: int, scale: int) -> np.ndarray:
-    """An image centred on a black root × root square → that square at the scale, root / scale a power of two.
+    """Centre an image on a black root × root square and shrink it to the scale; root / scale is a power of two.
 
-    The square itself is never made, only the part that is not black: that of a thin image would fill the memory.
+    Only the part that is not black is allocated: the whole square of a thin image would fill the memory.
     """
     if image.shape == (root, root):
         return resize(image, scale, scale)

@@ -1,1 +1,1 @@
-"""Give a damaged set back the bytes it was built with."""
+"""Restore the bytes that a damaged set was built with."""

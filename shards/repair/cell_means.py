@@ -1,7 +1,7 @@
-"""Grids for shards that were built before manifests held any: the images of the tars are decoded, and their grids taken.
+"""Add grids to the manifests of sets built before manifests had them, from the decoded images of the tars.
 
-The tars are only read. After each manifest SHA256SUMS is written, so that a killed run leaves one manifest at most that is
-not signed; a repair gives it its old bytes back, and goes on.
+SHA256SUMS is written after each manifest, so a killed run leaves at most one unsigned manifest; the next repair restores
+that one and goes on.
 """
 
 import os
@@ -15,42 +15,37 @@ import numpy as np
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
-from cxrfast.shards.format.checksums import read_sums, sums_bytes
+from cxrfast.shards.format.checksums import sums_bytes
 from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import SIDE, grid, pack
+from cxrfast.shards.repair.state import RepairState
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.shards.upkeep.problem import Problem
 
 
-def add_grids(shards: ShardSet, workers: int) -> tuple[dict[int, int], dict[str, str]]:
-    """Give the manifests of a whole set the grids that they lack.
-
-    Returns the number of manifests that got theirs at each scale, and {manifest's name: why it did not}.
-    """
+def add_grids(state: RepairState) -> None:
+    """Add grids to the manifests of a whole set that lack them."""
+    folder, shards = state.folder, ShardSet(state.folder)
     without = [(m.scale, m.shard, len(m.rows)) for m in shards.manifests() if m.lacks_grids]
     added: dict[int, int] = {}
-    failed: dict[str, str] = {}
-    if not without:
-        return added, failed
-    folder = shards.folder
-    sums = read_sums(folder)
     with progress("taking grids", sum(rows for *_, rows in without)) as advance:
         for scale, shard, _ in without:
             name, m = shard_name(scale, shard, "json"), shards.manifest(scale, shard)
             assert m is not None  # it was there a moment ago
-            places = read_index(folder, scale, shard)
             try:
-                grids = take_grids(shards.path(scale, shard), places, shards.info.codec, workers, advance)
+                places = read_index(folder, scale, shard)
+                grids = take_grids(shards.path(scale, shard), places, shards.info.codec, state.workers, advance)
             except ShardError as error:
-                failed[name] = str(error)
+                state.failed[name] = str(error)
                 continue
             replace(m, grids=pack(grids)).write(folder)
-            sums[name] = sha256(folder / name)
-            write_bytes(folder / "SHA256SUMS", sums_bytes(sums))
+            state.sums[name] = sha256(folder / name)
+            write_bytes(folder / "SHA256SUMS", sums_bytes(state.sums))
             added[scale] = added.get(scale, 0) + 1
-    return added, failed
+    state.done += [Problem(f"{scale}/", f"grids added to {n:,} manifests") for scale, n in added.items()]
 
 
 def take_grids(
@@ -60,9 +55,9 @@ def take_grids(
     workers: int,
     advance: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """The grids of the decoded images of a tar at these (row, offset, bytes), int16 (n, 4, 4).
+    """Grids of the decoded images at these (row, offset, bytes) of a tar, int16 (n, 4, 4).
 
-    Threads: decoding releases the GIL. Raises ShardError naming a row that cannot be decoded.
+    Uses threads, since decoding releases the GIL. Raises ShardError that names a row that cannot be decoded.
     """
 
     def take(place: tuple[int, int, int]) -> np.ndarray:

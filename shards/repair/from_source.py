@@ -1,7 +1,8 @@
-"""Damaged shards, built again from the source in a folder aside; they move in if their tars are what they were."""
+"""Build damaged shards again from the source, in a folder of their own, and keep those whose tars are as they were."""
 
 import os
 import shutil
+from dataclasses import replace
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
@@ -16,17 +17,16 @@ from cxrfast.shards.upkeep.problem import Problem
 Shard = tuple[int, int]
 """Scale and number."""
 
-
 OTHER_BYTES = (
     "built again, it has other bytes (a source image, a label or a library has changed since): restore it from a copy, "
-    "or keep the new ones with --accept-new-bytes"
+    "or keep the new bytes with --accept-new-bytes"
 )
 
 
 def build_again(
     state: RepairState, blueprint: Blueprint, shards: dict[Shard, ShardManifest | None]
 ) -> list[ShardManifest]:
-    """Build shards again: {scale and number: the manifest that each had}. Returns the manifests of those that moved in."""
+    """Build shards again: {scale and number: its manifest so far}. Return the manifests of those that were replaced."""
     if not shards:
         return []
     if not state.tree:
@@ -36,38 +36,31 @@ def build_again(
     differing = {
         shard: old for shard, old in shards.items() if state.failed.get(shard_name(*shard, "tar")) == OTHER_BYTES
     }
-    if differing and blueprint.info.labels_from:  # the tars hold the labels of when they were built
-        rows = rows_of_source(state.tree, blueprint.info)[1]
-        rows["bytes"] = blueprint.rows["bytes"]
-        earlier = Blueprint(tree=blueprint.tree, out=blueprint.out, info=blueprint.info, rows=rows)
+    if differing and blueprint.info.labels_from:  # tars keep the labels they were built with
+        rows = rows_of_source(state.tree, blueprint.info)[1].assign(bytes=blueprint.rows["bytes"])
         for shard in differing:
             del state.failed[shard_name(*shard, "tar")]
-        built += _build_aside(state, earlier, differing)
+        built += _build_aside(state, replace(blueprint, rows=rows), differing)
     return built
 
 
 def _build_aside(
     state: RepairState, blueprint: Blueprint, shards: dict[Shard, ShardManifest | None]
 ) -> list[ShardManifest]:
-    workshop = state.folder / WORKSHOP
-    aside = Blueprint(tree=blueprint.tree, out=workshop, info=blueprint.info, rows=blueprint.rows)
-    todo = []
+    workshop, info = state.folder / WORKSHOP, blueprint.info
+    aside = replace(blueprint, out=workshop)
+    todo, built = [], []
     for scale, shard in shards:
-        name = shard_name(scale, shard, "tar")
         try:
             (workshop / str(scale)).mkdir(parents=True, exist_ok=True)
-            rows, quarantined = blueprint.info.rows_of(shard), state.quarantined(blueprint.info, scale, shard)
+            rows, quarantined = info.rows_of(shard), state.quarantined(info, scale, shard)
         except (ShardError, OSError) as error:
-            state.failed[name] = str(error)
+            state.failed[shard_name(scale, shard, "tar")] = str(error)
             continue
         held = frozenset(row for row in rows if str(row) not in quarantined)
         todo.append(Todo(shard=shard, scales=[scale], rows=rows, quarantined=quarantined, held=held))
-    built = []
     try:
-        with (
-            progress("building again", sum(len(t.rows) for t in todo)) as advance,
-            start_pool(state.workers) as pool,
-        ):
+        with progress("building again", sum(len(t.rows) for t in todo)) as advance, start_pool(state.workers) as pool:
             tasks = (make_task(aside, item) for item in todo)
             for task, failure in run_here(tasks, state.workers, lambda text: advance(0, text), pool):
                 advance(len(task.images))
@@ -82,27 +75,27 @@ def _build_aside(
 
 
 def _move_in(state: RepairState, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
-    """Put a shard that was built again into its place, if its tar is what it was. Returns its manifest if so."""
+    """Replace a shard by the one built again if the tars are the same. Return its manifest if so."""
     tar, index, text = shard_files(scale, shard)
-    new = read_manifest(state.folder / WORKSHOP, scale, shard)
+    workshop, there = state.folder / WORKSHOP, state.folder / tar
+    new = read_manifest(workshop, scale, shard)
     assert new is not None  # it was built a moment ago
-    there = state.folder / tar
     expected = {state.sums.get(tar), old and old.sha256, sha256(there) if there.is_file() else None}
     as_before = new.sha256 in expected
     if not as_before and (state.is_good(tar) or not state.accept):
         state.failed[tar] = OTHER_BYTES
         return None
     try:
-        if as_before and old and state.is_good(text):  # its grids may be of decoded images, or it may have none
-            old.write(state.folder / WORKSHOP)
+        if as_before and old and state.is_good(text):  # its grids may be from decoded images, or missing
+            old.write(workshop)
             new = old
-        # a manifest means that its shard is whole: it leaves first, comes last
+        # a manifest says that its shard is whole: remove it first, write it last
         (state.folder / text).unlink(missing_ok=True)
         (state.folder / str(scale)).mkdir(exist_ok=True)
         for name in (tar, index, text):
-            os.replace(state.folder / WORKSHOP / name, state.folder / name)
+            os.replace(workshop / name, state.folder / name)
     except OSError as error:
-        state.failed[tar] = f"cannot be replaced ({error.strerror}): move what is there away"
+        state.failed[tar] = f"cannot be replaced ({error.strerror}): move away what is in its place"
         return None
     how = "built again from the source" + ("" if as_before else ", with new bytes")
     state.done += [Problem(name, how) for name in (tar, index, text) if not (as_before and state.is_good(name))]

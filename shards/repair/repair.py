@@ -1,9 +1,8 @@
-"""Give a damaged shard set back the bytes it was built with.
+"""Restore the bytes that a damaged shard set was built with.
 
 What is broken is derived from what is whole: an index or manifest from its tar, SHA256SUMS and quarantine.csv from the
-manifests, set.json from its copy inside rows.parquet. Only a broken tar or rows table is made again from the source
-tree, and takes its place only if it has the bytes that it had. Only the grids in a manifest may come out otherwise; see
-`repair.from_tar`.
+manifests, set.json from its copy inside rows.parquet. Only a broken tar or rows table is made again from the source tree,
+and only kept if its bytes are the old ones. Only the grids in a manifest may differ; see `repair.from_tar`.
 """
 
 import os
@@ -27,13 +26,12 @@ from cxrfast.shards.repair.cell_means import add_grids
 from cxrfast.shards.repair.from_source import Shard, build_again
 from cxrfast.shards.repair.from_tar import Derived, derive
 from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
-from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 from cxrfast.shards.upkeep.verify import verify
 
 NEAR = 8
-"""Hashes that differ in fewer of their 64 digits are one that was damaged; unrelated ones do so once in 10^60."""
+"""Two hashes that differ in fewer of their 64 digits are one damaged hash; by chance that happens once in 10^60."""
 
 
 def repair(
@@ -43,15 +41,15 @@ def repair(
     accept_new_bytes: bool = False,
     workers: int | None = None,
 ) -> RepairState:
-    """Repair what `verify` finds, and then add grids where shards have none.
+    """Repair what `verify` finds, then add grids to the manifests that lack them.
 
-    `tree` is the source, needed where a tar or rows.parquet is broken, and for the old bytes of a lost manifest of
-    JPEGs. A file that comes out with other bytes than it had, because libraries or images have changed, is left as it is
-    unless `accept_new_bytes`. Foreign files are left alone. Raises ShardError where nothing tells what was right.
+    `tree` is the source, needed to repair a tar or rows.parquet, and for the old bytes of a lost manifest of JPEGs. A file
+    whose restored bytes would differ from the old ones, because libraries or images have changed, is not replaced unless
+    `accept_new_bytes`. Foreign files are left alone. Raises ShardError if nothing says what the right bytes were.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
-        read_set(folder)  # says so
+        read_set(folder)  # raises
     with Lock(folder):
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
         found = {problem.path for problem in verify(folder).problems}
@@ -70,15 +68,12 @@ def repair(
             if blueprint := _restore_blueprint(state):
                 _restore_lists(state, blueprint, _restore_shards(state, blueprint))
         if not state.failed:
-            added, state.failed = add_grids(ShardSet(folder), state.workers)
-            state.done += [
-                Problem(f"{scale}/", f"manifests given the grids of their images: {n:,}") for scale, n in added.items()
-            ]
+            add_grids(state)
     return state
 
 
 def _trust_near_hashes(state: RepairState) -> None:
-    """Where a hash in SHA256SUMS and that of the file differ in a few digits, it is the line that is damaged."""
+    """Where a file's hash and its line in SHA256SUMS differ in a few digits, the line is damaged, not the file."""
     for name in state.suspects & state.sums.keys():
         if (state.folder / name).is_file():
             digest = sha256(state.folder / name)
@@ -88,18 +83,18 @@ def _trust_near_hashes(state: RepairState) -> None:
 
 
 def _clear(state: RepairState) -> None:
-    """Remove what killed builds left."""
+    """Remove temporary files of killed builds."""
     for name in sorted(state.suspects):
         if is_temporary(state.folder / name) and (state.folder / name).is_file():
             (state.folder / name).unlink()
-            state.done.append(Problem(name, "left by a killed build: removed"))
+            state.done.append(Problem(name, "removed, a killed build left it"))
 
 
 # set.json and rows.parquet
 
 
 def _restore_blueprint(state: RepairState) -> Blueprint | None:
-    """Repair set.json and rows.parquet; None where that cannot be done."""
+    """Repair set.json and rows.parquet; None if that cannot be done."""
     path = state.folder / "rows.parquet"
     is_good = state.is_good(path.name)
     if is_good or is_relabelled(state.folder):
@@ -120,7 +115,7 @@ def _restore_blueprint(state: RepairState) -> Blueprint | None:
 
 
 def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
-    """Make rows.parquet again from the source's tables. Returns why that failed; "" if it did not."""
+    """Make rows.parquet again from the source's tables. Return why that failed, or ""."""
     if not state.tree:
         return f"{ASK}, to plan it again"
     path = state.folder / "rows.parquet"
@@ -128,8 +123,9 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     if set_id(rows, info.recipe) != info.id:
         return f"the tables in {state.tree} list other images than the set was planned from"
     rows["bytes"] = state.tree.sizes(rows["path"].tolist())
-    reasons = {int(row): why for m in state.manifests(info) for row, why in m.quarantined.items()}
-    rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # perhaps downloaded since
+    manifests = filter(None, (state.manifest(info, *shard) for shard in state.shards(info)))
+    reasons = {int(row): why for m in manifests for row, why in m.quarantined.items()}
+    rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # it may have been downloaded since
     if state.accept:
         info = replace(info, labels=labels, labels_from="")
     new = temporary_name(path)
@@ -138,13 +134,13 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
         if sha256(new) != state.sums.get(path.name) and not state.accept:
             return (
                 "planned again, it has other bytes (labels replaced by `cxrfast relabel`, or other library versions): "
-                "restore it from a copy, or keep the new ones with --accept-new-bytes and relabel again"
+                "restore it from a copy, or keep the new bytes with --accept-new-bytes and relabel again"
             )
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
     state.done.append(Problem(path.name, "planned again from the source's tables"))
-    state.put("set.json", info.to_bytes(), "has the labels of the source's tables again")
+    state.put("set.json", info.to_bytes(), "reset to the labels of the source's tables")
     return ""
 
 
@@ -152,18 +148,17 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
 
 
 def _restore_shards(state: RepairState, blueprint: Blueprint) -> list[ShardManifest]:
-    """Repair every shard of which a file is broken. Returns the manifests of all whole ones."""
+    """Repair every shard with a broken file. Return the manifests of all whole shards."""
     rebuild: dict[Shard, ShardManifest | None] = {}
     inexact: dict[Shard, Derived] = {}
     manifests: list[ShardManifest | None] = []
-    for scale, shard in state.shards():
+    for scale, shard in state.shards(blueprint.info):
         files = shard_files(scale, shard)
         if all(map(state.is_good, files)):
             manifests.append(read_manifest(state.folder, scale, shard))
             continue
         old = state.manifest(blueprint.info, scale, shard)
-        belongs = shard < blueprint.info.shards
-        if belongs and (old or sum(name in state.sums for name in files) > 1):  # one line alone is a damaged one
+        if old or sum(name in state.sums for name in files) > 1:  # a single line alone is damage
             try:
                 derived = derive(state, blueprint, scale, shard, old)
             except (ShardError, OSError) as error:
@@ -188,20 +183,20 @@ def _restore_shards(state: RepairState, blueprint: Blueprint) -> list[ShardManif
 
 
 def _restore_lists(state: RepairState, blueprint: Blueprint, manifests: list[ShardManifest]) -> None:
-    """Write quarantine.csv and SHA256SUMS again, which keeps the lines of what could not be repaired."""
+    """Write quarantine.csv and SHA256SUMS again; SHA256SUMS keeps the lines of files that could not be repaired."""
     if not state.failed:
         paths = dict(zip(blueprint.rows["row"], blueprint.rows["path"], strict=True))
-        state.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "made again from the manifests")
+        state.put("quarantine.csv", manifest.quarantine_bytes(paths, manifests), "derived from the manifests")
     whole = {*SET_FILES, *(name for m in manifests for name in shard_files(m.scale, m.shard))} - state.failed.keys()
     repaired = {problem.path for problem in state.done}
     broken = {*state.failed, *(f"{name[:-3]}{end}" for name in state.failed for end in ("tar", "idx", "json"))}
     if state.failed:
-        broken.add("quarantine.csv")  # nobody knows what it should say
+        broken.add("quarantine.csv")  # its content is unknown
     sums = {name: digest for name, digest in state.sums.items() if name in broken}
     for name in sorted(whole - broken):
-        is_same = state.is_good(name) and name not in repaired  # else the file is right, and its line was wrong
+        is_same = state.is_good(name) and name not in repaired  # else the file is right and its line was wrong
         sums[name] = state.sums[name] if is_same else sha256(state.folder / name)
-    text = sums_bytes(sums)
+    state.sums, text = sums, sums_bytes(sums)
     if (state.folder / "SHA256SUMS").read_bytes() != text:
         write_bytes(state.folder / "SHA256SUMS", text)
-        state.done.append(Problem("SHA256SUMS", "written anew"))
+        state.done.append(Problem("SHA256SUMS", "written again"))

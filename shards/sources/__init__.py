@@ -1,4 +1,4 @@
-"""Source trees: which images they list, with which labels."""
+"""Source trees: the images and labels they list."""
 
 from cxrfast.shards.sources.source import Source
 

@@ -1,6 +1,6 @@
-"""The source for everything else: any table with one line per image goes in, the images and labels it lists come out.
+"""The source for any other dataset: a table with one line per image.
 
-Names of columns are taken from the options; only the path's and the patient's may go without, if they are the usual ones.
+Options name its columns; those of the path and the patient may be left out if they have a usual name.
 """
 
 import posixpath
@@ -31,8 +31,8 @@ def table(
 ) -> Source:
     """Any CSV, TSV (or .gz) or Parquet table with one line per image.
 
-    `table`: its path in the tree, an absolute path or a URL; `label`: the label columns. Without `image_column` an
-    image's id is its path without suffix; without `study_column` each image is a study of its own.
+    `table`: path in the tree, absolute path or URL; `label`: the label columns. Without `image_column` an image's id is its
+    path without suffix; without `study_column` each image is its own study.
     """
     labels = (label,) if isinstance(label, str) else tuple(label)
     place, file = _locate(tree, table)
@@ -46,8 +46,8 @@ def table(
     image = filled(rows[image_column], table) if image_column else path.str.replace(r"\.[^./]*$", "", regex=True)
     if (twice := image.duplicated(keep=False)).any():
         raise ShardError(
-            f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): an image needs an id of its "
-            "own, name the column with --image-column"
+            f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): name a column "
+            "of unique ids with --image-column"
         )
     frame = pd.DataFrame(
         {
@@ -69,7 +69,7 @@ def table(
 
 
 def _locate(tree: Tree, table: str) -> tuple[Tree, str]:
-    """The tree that a table is read from, and its path there."""
+    """The tree that holds the table, and its path there."""
     if URL.match(table) or posixpath.isabs(table):
         folder, _, name = table.rpartition("/")
         return Tree(folder or "/"), name
@@ -77,7 +77,7 @@ def _locate(tree: Tree, table: str) -> tuple[Tree, str]:
 
 
 def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:
-    """The one column that is called as is usual for `what`, whatever the case."""
+    """The only column with one of the usual names for `what`, in any case."""
     found = [c for c in header if c.lower() in names]
     if len(found) != 1:
         raise ShardError(
@@ -88,7 +88,7 @@ def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> 
 
 
 def _below(tree: Tree, column: pd.Series) -> pd.Series:
-    """Paths relative to the tree, from paths that are already, or absolute and inside it."""
+    """Make paths relative to the tree; they may be absolute, inside it."""
 
     def below(path: str, line: int) -> str:
         inside = next((path.removeprefix(root) for root in tree.roots if path.startswith(root)), path)
@@ -101,7 +101,7 @@ def _below(tree: Tree, column: pd.Series) -> pd.Series:
 
 
 def _parts(column: pd.Series, where: str) -> pd.Series:
-    """train, validate and test from the usual words for them."""
+    """Translate the usual words for the parts into train, validate and test."""
     words = {"train": "train", "training": "train", "test": "test", "testing": "test"}
     words |= dict.fromkeys(("valid", "val", "validate", "validation", "dev"), "validate")
     text = column.str.strip().str.lower().where(~is_blank(column))

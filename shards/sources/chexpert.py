@@ -1,4 +1,4 @@
-"""CheXpert: the images that a tree of it lists, with their labels."""
+"""The images and labels that a CheXpert tree lists."""
 
 import posixpath
 import re
@@ -13,18 +13,18 @@ from cxrfast.shards.sources.text_columns import filled, raw_labels
 from cxrfast.shards.storage import Tree
 
 CHEXPERT_TABLES = {"train": ("train.csv",), "validate": ("valid.csv",), "test": ("test_labels.csv", "test.csv")}
-"""The tables of each part; where a part has two, the first that is there."""
+"""Tables of each part; the first one found is read."""
 
 CHEXPERT_PATH = re.compile(r"(?:.*/)?(train|valid|val|test)/(patient\d+)/(study\d+)/([^/]+)(\.\w+)$")
 
 CHEXPERT_BATCH = re.compile(r"CheXpert-v1\.0 batch \d+", re.IGNORECASE)
-"""How the archives of the full-size download unpack: `CheXpert-v1.0 batch 2 (train 1)/patient00001/…`."""
+"""Folders of the full-size download: `CheXpert-v1.0 batch 2 (train 1)/patient00001/…`."""
 
 
 def chexpert(tree: Tree) -> Source:
-    """CheXpert (Irvin et al. 2019), small or full size: the tables in the tree itself or in its CheXpert… folder.
+    """CheXpert (Irvin et al. 2019), small or full size, with its tables in the tree itself or in a CheXpert… folder.
 
-    Labels are in MIMIC's order, so that models carry over. Sizes of the images are not known to the tables.
+    Labels are in MIMIC's order, so that models carry over. The tables do not give image sizes.
     """
     folders = ["", *(name for name in tree.folders("") if name.lower().startswith("chexpert"))]
     parts = []
@@ -49,7 +49,7 @@ def chexpert(tree: Tree) -> Source:
 
 
 def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFrame:
-    """The images of one table, which lies in `folder`."""
+    """Images of one table in `folder`."""
     what = f"the {split} table of CheXpert"
     table = read_table(tree, path, ["Path", *MIMIC], what, optional=["AP/PA"])  # the test table has no views
     where = posixpath.join(str(tree), path)
@@ -80,7 +80,7 @@ def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFra
 
 
 def _chexpert_folders(tree: Tree, folder: str, pieces: pd.DataFrame) -> pd.Series:
-    """The folder of each line's patient: train/, valid/ or test/ next to the table, else a batch of the full download."""
+    """Folder of each line's patient: train/, valid/ or test/ next to the table, or a batch of the full download."""
     at = {part: posixpath.join(folder, part) for part in pieces["part"].unique()}
     batches = [
         posixpath.join(place, name)

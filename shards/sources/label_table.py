@@ -1,6 +1,6 @@
-"""A table of labels: a CSV, TSV or Parquet file goes in, its ids as text and its labels as numbers come out.
+"""Tables of labels: CSV, TSV or Parquet → ids as text and labels as numbers.
 
-Which column holds the ids and which are labels is told by their names, or by the caller.
+Column names, or the caller, say which column holds the ids and which are labels.
 """
 
 import hashlib
@@ -17,38 +17,38 @@ from cxrfast.shards.sources.text_columns import filled, raw_labels
 from cxrfast.shards.storage import Tree
 
 KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
-"""Column of the set by the plain name (see `_plain`) of the table's column that holds its ids."""
+"""The set's id column by the plain name (see `_plain`) of the table's."""
 
 BOOKKEEPING = {
     *("subjectid", "patientid", "sex", "patientsex", "patientgender", "age", "patientage", "followup"),
     *("split", "view", "viewposition", "frontallateral", "appa", "studydate", "studytime"),
     *("row", "rows", "columns", "bytes", "height", "width", "fold", "block", "index", "indexlevel0"),
 }
-"""Plain names of columns that tables of this field hold next to their ids and labels."""
+"""Plain names of columns that are neither ids nor labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTable:
-    """What a table says."""
+    """Ids and labels read from a table."""
 
     location: str
-    """Its path or URL."""
+    """Path or URL."""
     source: str
-    """Its file name and the sha256 of its bytes, as set.json names it."""
+    """File name and sha256, as recorded in set.json."""
     key: str
-    """Its column of ids."""
+    """Name of the id column."""
     by: str | None
-    """The set's column with these ids, going by the name of `key`; None where the name does not tell."""
+    """The set's column with the same ids, judging by the name `key`; None if the name does not say."""
     ids: pd.Series
-    """Text, as the table writes them."""
+    """Text, as written in the table."""
     values: pd.DataFrame
-    """float32, one column per label: 1, 0, -1 or NaN; lines as in `ids`."""
+    """float32, one column per label: 1, 0, -1 or NaN; same lines as `ids`."""
     left: list[str]
-    """Columns that may be labels, too, and were not taken."""
+    """Columns that may be labels too but were not read."""
 
 
 class CachedTree(Tree):
-    """A tree that reads each file once: a table's columns are looked at, then some of them are read, then it is hashed."""
+    """A tree that reads each file once: a table is opened for its header, for its columns and for its hash."""
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
@@ -61,9 +61,9 @@ class CachedTree(Tree):
 
 
 def read_label_table(location: str, asked: list[str] | None, key: str | None, present: list[str]) -> LabelTable:
-    """Read a table: its column `key`, and those `asked` for; where they are None, `find_key` and `choose_labels` decide.
+    """Read the column `key` and the label columns `asked`; if None, `find_key` and `choose_labels` decide.
 
-    `present`: the set's labels. Raises ShardError for whatever is wrong with the table.
+    `present`: the set's labels. Raises ShardError for anything wrong with the table.
     """
     head, chain, rest = location.partition("::")  # zip://labels.csv::archive.zip
     folder, slash, name = head.rpartition("/")
@@ -92,10 +92,10 @@ def _plain(name: str) -> str:
 
 
 def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str | None]:
-    """The table's column of ids, and the set's column with the same ids if its name tells. Raises ShardError if unclear."""
+    """The table's id column, and the set's column with the same ids if the name says. Raises ShardError if unclear."""
     known = [name for name in columns if _plain(name) in KEYS]
     if key is None:
-        known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables of ids may tell paths, too
+        known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables with ids may have paths too
         if len(known) != 1:
             what = f"has the id columns {', '.join(known)}" if known else f"has no id column ({', '.join(columns)})"
             raise ShardError(f"{table} {what}: name that of image ids, study ids or paths with --key COLUMN")
@@ -111,14 +111,15 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
 def choose_labels(
     columns: list[str], table: str, key: str, asked: list[str] | None, present: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """{label: its column} for the labels to take, and the columns that may be labels, too, and are left.
+    """{label: its column} for the labels to read, and the columns that may be labels too but are not read.
 
-    Labels are in MIMIC's order if they are its fourteen, else in the table's. Raises ShardError for one that is absent,
-    or that a rows table cannot hold as a label.
+    Labels are in MIMIC's order if they are its fourteen, else in the table's. Raises ShardError for a missing one, and for
+    a name that rows.parquet uses for something else.
     """
     column_of = {_label_of(name, columns): name for name in columns}
     if asked:
-        _check_present(asked, column_of, columns, table)
+        if unknown := [name for name in asked if name not in columns and name not in column_of]:
+            raise ShardError(f"{table} has no column {unknown[0]!r} (--label): its columns are {', '.join(columns)}")
         candidates = {label: name for label, name in column_of.items() if label in asked or name in asked}
         taken = candidates
     else:
@@ -127,13 +128,17 @@ def choose_labels(
         taken = known or candidates
     if not taken:
         raise ShardError(f"{table} has no label columns ({', '.join(columns)}): name them with --label COLUMN")
-    _check_free(taken, key, table)
+    for label, name in taken.items():
+        if label in COLUMNS or name == key or label.startswith(REFERENCE):
+            raise ShardError(
+                f"{name!r} of {table} cannot be a label: a set uses that name for something else, rename it"
+            )
     left = [name for label, name in candidates.items() if label not in taken]
     return {label: taken[label] for label in (MIMIC if set(taken) == set(MIMIC) else taken)}, left
 
 
 def _label_of(name: str, columns: list[str]) -> str:
-    """A column's name; for a finding that was renamed, its present one, unless the table has a column of that name."""
+    """A column's name; the present name of a renamed finding, unless the table has a column of that name."""
     now = EARLIER.get(name, name)
     return name if now in columns else now
 
@@ -141,19 +146,3 @@ def _label_of(name: str, columns: list[str]) -> str:
 def _is_bookkeeping(name: str) -> bool:
     plain = _plain(name)
     return not name.strip() or plain in BOOKKEEPING or plain in KEYS or plain.startswith("unnamed")
-
-
-def _check_present(asked: list[str], column_of: dict[str, str], columns: list[str], table: str) -> None:
-    """Raises ShardError for a name that is neither a column's nor a label's."""
-    for name in asked:
-        if name not in columns and name not in column_of:
-            raise ShardError(f"{table} has no column {name!r} (--label): its columns are {', '.join(columns)}")
-
-
-def _check_free(taken: dict[str, str], key: str, table: str) -> None:
-    """Raises ShardError for a label whose name rows.parquet uses for something else."""
-    for label, name in taken.items():
-        if label in COLUMNS or name == key or label.startswith(REFERENCE):
-            raise ShardError(
-                f"{name!r} of {table} cannot be a label, the name means something else in a set: rename it"
-            )

@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG: the images that a tree of it lists, with their studies' labels."""
+"""The images that a MIMIC-CXR-JPG tree lists, with the labels of their studies."""
 
 import posixpath
 import re
@@ -17,8 +17,8 @@ from cxrfast.shards.storage import Tree
 def mimic(tree: Tree, *, labels: str = "chexpert") -> Source:
     """MIMIC-CXR-JPG 2.0.0 or 2.1.0 (Johnson et al. 2019), labels by study, the official split.
 
-    `labels`: `chexpert` or `negbio`, the labeller whose table is read. The radiologist's labels of 2.1.0 are carried as
-    references where their table is there.
+    `labels`: the labeller whose table is read, `chexpert` or `negbio`. If the tree has the radiologist's table of 2.1.0, its
+    labels become reference columns.
     """
     if labels not in ("chexpert", "negbio"):
         raise ShardError(f"--labels {labels!r} is unknown: use chexpert or negbio")
@@ -59,12 +59,12 @@ def mimic(tree: Tree, *, labels: str = "chexpert") -> Source:
 
 
 def _mimic_table(tree: Tree, kind: str, columns: list[str]) -> pd.DataFrame:
-    """The needed columns of mimic-cxr-2.x.y-KIND.csv: the latest version there, unpacked rather than packed."""
+    """Read columns of mimic-cxr-2.x.y-KIND.csv; the latest version wins, uncompressed before .gz."""
     path = _mimic_path(tree, kind)
     if path is None:
         raise ShardError(
             f"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in {tree} (its tables: {tables_in(tree)}): "
-            "download it, or give it back its published name"
+            "download it, or restore its published name"
         )
     return read_table(tree, path, columns, f"the {kind} table of MIMIC-CXR-JPG")
 
@@ -77,7 +77,7 @@ def _mimic_path(tree: Tree, kind: str) -> str | None:
 
 
 def _radiologist(tree: Tree) -> pd.DataFrame:
-    """The radiologist's labels of the test set, float32, by study: those of `MIMIC` that its table has; else nothing."""
+    """The radiologist's labels of the test set, float32, by study; no columns without the table."""
     path = _mimic_path(tree, "test-set-labeled")
     if path is None:
         return pd.DataFrame(index=pd.Index([], dtype=object))

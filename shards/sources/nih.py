@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14: the images that a tree of it lists, with their labels."""
+"""The images and labels that an NIH ChestX-ray14 tree lists."""
 
 import posixpath
 
@@ -28,15 +28,15 @@ NIH = (
     "Pneumothorax",
     "No Finding",
 )
-"""The fourteen findings as the table spells them, and what it says where there is none."""
+"""The fourteen findings as the table spells them, and its word for none."""
 
 NIH_SPLIT = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
 
 def nih(tree: Tree) -> Source:
-    """NIH ChestX-ray14 (Wang et al. 2017): every finding is 1 where the table names it and 0 where it does not.
+    """NIH ChestX-ray14 (Wang et al. 2017): a finding is 1 if the table names it, else 0.
 
-    Height and width are the table's, those of the radiographs before they were published as 1024 × 1024 px.
+    Height and width are the table's: the size before publication, which scaled all images to 1024 × 1024 px.
     """
     names = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     path = find_table(tree, names)
@@ -44,17 +44,9 @@ def nih(tree: Tree) -> Source:
         raise ShardError(
             f"no {' or '.join(names)} (or .gz) in {tree} (its tables: {tables_in(tree)}): give --data its folder"
         )
-    # the commas in OriginalImage[Width,Height] cut its name in two
-    columns = [
-        "Image Index",
-        "Finding Labels",
-        "Follow-up #",
-        "Patient ID",
-        "View Position",
-        "OriginalImage[Width",
-        "Height]",
-    ]
-    table = read_table(tree, path, columns, "the table of NIH ChestX-ray14")
+    columns = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "View Position"]
+    sizes = ["OriginalImage[Width", "Height]"]  # the comma splits the published name
+    table = read_table(tree, path, [*columns, *sizes], "the table of NIH ChestX-ray14")
     where = posixpath.join(str(tree), path)
     image, patient, visit = (filled(table[c], where) for c in ("Image Index", "Patient ID", "Follow-up #"))
     found = image.map(_nih_images(tree))
@@ -88,7 +80,7 @@ def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
 
 
 def _nih_images(tree: Tree) -> dict[str, str]:
-    """Path of every image by its name: images_001/images/ … images_012/images/, or all in images/ or the tree itself."""
+    """{name: path} of every image in images_001/images/ … images_012/images/, images/ or the tree itself."""
     found: dict[str, str] = {}
     for folder in reversed(["", *(name for name in tree.folders("") if name.startswith("images"))]):
         for place in dict.fromkeys((f"{folder}/images" if folder else "", folder)):
@@ -97,7 +89,7 @@ def _nih_images(tree: Tree) -> dict[str, str]:
 
 
 def _nih_split(tree: Tree, image: pd.Series) -> tuple[pd.Series, dict[str, int]]:
-    """train or test by the published lists, null for images in neither; and how many those are."""
+    """train or test by the published lists, null for images in neither; and how many images the lists miss or add."""
     listed: dict[str, str] = {}
     for name in (name for name in NIH_SPLIT if tree.exists(name)):
         try:

@@ -1,4 +1,4 @@
-"""What a source lists: by its name, with its options, checked."""
+"""Read a source by its name, with its options, and check what it lists."""
 
 import inspect
 import pkgutil
@@ -21,22 +21,22 @@ SOURCES: dict[str, Callable[..., Source]] = {"mimic": mimic, "chexpert": chexper
 def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | None = None) -> Source:
     """The images that source `name` lists in `tree`: one of `SOURCES`, or a function named `package.module:function`.
 
-    `options` are the function's keyword arguments. Every row is checked, so that what comes back can be laid out. Raises
-    ShardError for whatever is wrong with the tree, its tables or the options.
+    `options` are the function's keyword arguments. The result is checked: every row can go into a set. Raises ShardError
+    for anything wrong with the tree, its tables or the options.
     """
     tree = tree if isinstance(tree, Tree) else Tree(tree)
     options = options or {}
     function = SOURCES.get(name) or _imported(name)
     _check_options(name, function, options)
     if not tree.is_dir(""):
-        raise ShardError(f"the source {tree} does not exist, or is no folder: give --data DIR or set CXRFAST_DATA")
+        raise ShardError(f"the source {tree} does not exist or is not a folder: give --data DIR or set CXRFAST_DATA")
     if name in SOURCES:
         return checked(function(tree, **options), tree)
     try:
         listed = function(tree, **options)
     except CxrfastError:
         raise
-    except Exception as error:  # someone else's code: whatever it raises is a message, with the place to look at
+    except Exception as error:  # a user's code may raise anything: report it with the line that raised
         frames = traceback.extract_tb(error.__traceback__)
         code = getattr(function, "__code__", None)
         at = ([f for f in frames if code and f.filename == code.co_filename] or frames)[-1]
@@ -51,40 +51,40 @@ def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | No
 
 
 def _imported(name: str) -> Callable[..., Source]:
-    """The function behind `package.module:function`."""
+    """Import `package.module:function`."""
     if ":" not in name:
         raise ShardError(f"source {name!r} is unknown: use {', '.join(SOURCES)} or package.module:function")
     try:
         function = pkgutil.resolve_name(name)
-    except Exception as error:  # importing runs someone else's code
+    except Exception as error:  # importing runs a user's code
         raise ShardError(
             f"source {name} cannot be imported ({type(error).__name__}: {error}): install its package, or name its folder in "
             "PYTHONPATH"
         ) from error
     if not callable(function):
-        raise ShardError(f"source {name} is no function but {type(function).__name__}")
+        raise ShardError(f"source {name} is {type(function).__name__}, not a function")
     return function
 
 
 def _check_options(name: str, function: Callable[..., Source], options: dict[str, Any]) -> None:
-    """Raises ShardError for an option that the source does not take, and for one that it needs and was not given."""
+    """Raise ShardError for an option that the source does not have, and for a required one that is missing."""
     kinds = inspect.Parameter
     try:
         taken = list(inspect.signature(function).parameters.values())[1:]
     except (TypeError, ValueError) as error:
-        raise ShardError(f"source {name} does not tell its arguments ({error}): name a Python function") from error
+        raise ShardError(f"the arguments of source {name} cannot be read ({error}): name a Python function") from error
     if any(p.kind is kinds.VAR_KEYWORD for p in taken):
         return
     names = [p.name for p in taken if p.kind in (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
     if unknown := [option for option in options if option not in names]:
         known = ", ".join(map(_flag, names)) or "none"
-        raise ShardError(f"{_flag(unknown[0])} is no option of source {name} (its options: {known})")
+        raise ShardError(f"{_flag(unknown[0])} is not an option of source {name} (its options: {known})")
     if absent := [p.name for p in taken if p.default is kinds.empty and p.name in names and p.name not in options]:
         raise ShardError(f"source {name} needs {' and '.join(map(_flag, absent))}")
 
 
 def with_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a source, those that were not given with the values that they then have."""
+    """The options of a source, with the defaults of those that were not given."""
     function = SOURCES.get(name) or _imported(name)
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
     return {**{key: value for key, value in defaults.items() if value is not inspect.Parameter.empty}, **options}

@@ -1,7 +1,4 @@
-"""What a source lists: a table of images with their labels comes in, and goes out complete, checked and in one form.
-
-Whoever wrote the source, no row that passes here fails in the rows table.
-"""
+"""Check and complete what a source lists. Any row that passes can be written to rows.parquet."""
 
 from dataclasses import dataclass
 
@@ -17,24 +14,24 @@ SPLITS = ("train", "validate", "test")
 
 NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
 CONTROL = r"[\x00-\x1f]"
-"""Tabs and line breaks would break the hash of the rows and the lists of files."""
+"""Characters that would break the hash of the rows and the lists of files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a source tree lists."""
+    """Images and labels that a source tree lists."""
 
     images: pd.DataFrame
     """One line per image: image_id, study_id, patient_id and path (relative to the tree, POSIX) as text; one float column
-    per label with 1, 0, -1 or NaN; and where they are known view, height, width (px), split (train, validate, test) and
-    reference labels, `radiologist/<label>`. Other columns are left out."""
+    per label with 1, 0, -1 or NaN; and, where known, view, height, width (px), split (train, validate, test) and reference
+    labels, `radiologist/<label>`. Other columns are dropped."""
     labels: tuple[str, ...]
     counts: dict[str, int]
-    """What a person should know of the tables: for instance, how many studies have no labels."""
+    """Numbers to report about the tables, such as how many studies have no labels."""
 
 
 def checked(source: Source, tree: Tree) -> Source:
-    """The source with all columns, in order and in their types. Raises ShardError for the first thing that is wrong."""
+    """Return the source with all columns, ordered and typed. Raises ShardError for the first thing wrong."""
     where = f"the tables in {tree}"
     labels = _label_names(source, where)
     images = source.images.reset_index(drop=True)
@@ -45,15 +42,13 @@ def checked(source: Source, tree: Tree) -> Source:
     columns = {name: _ids(images[name], where) for name in IDS}
     for name, what in (("image_id", "image"), ("path", "the file")):
         if (twice := columns[name].duplicated()).any():
-            raise ShardError(
-                f"{where} list {what} {columns[name][twice].iloc[0]} twice: every image needs one of its own"
-            )
+            raise ShardError(f"{where} list {what} {columns[name][twice].iloc[0]} twice: it must be unique")
     pairs = pd.DataFrame(columns)[["study_id", "patient_id"]].drop_duplicates()
     if (twice := pairs["study_id"].duplicated()).any():
         study = pairs["study_id"][twice].iloc[0]
         patients = pairs["patient_id"][pairs["study_id"] == study].iloc[:2]
         raise ShardError(
-            f"{where} give study {study} to the patients {' and '.join(patients)}: a study is of one patient"
+            f"{where} give study {study} to the patients {' and '.join(patients)}: a study belongs to one patient"
         )
     if (bad := columns["path"].str.contains(NOT_RELATIVE, regex=True)).any():
         raise ShardError(
@@ -89,7 +84,7 @@ def _ids(column: pd.Series, where: str) -> pd.Series:
 
 
 def _text(column: pd.Series, where: str) -> pd.Series:
-    """The column with null where nothing is written. Raises ShardError unless it is text."""
+    """Return the column with null for blanks. Raises ShardError unless it is text."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind == "empty" or column.isna().all():
         return pd.Series(None, column.index, dtype=object)
@@ -105,7 +100,7 @@ def _size(column: pd.Series, where: str) -> pd.Series:
     try:
         values = column.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise ShardError(f"{where} hold a {column.name} that is no number ({error})") from error
+        raise ShardError(f"{where} hold a {column.name} that is not a number ({error})") from error
     if (bad := values.notna() & ~((values >= 0) & (values % 1 == 0) & (values < 2**31))).any():
         raise ShardError(f"{where} hold the {column.name} {values[bad].iloc[0]:g}: it must be whole pixels, or null")
     return values

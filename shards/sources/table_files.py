@@ -1,6 +1,6 @@
-"""The tables of a source tree: CSV, TSV (packed or not) and Parquet files go in, columns of text come out.
+"""Tables of a source tree: CSV, TSV (also .gz) and Parquet → columns of text.
 
-Text stays as it is written, leading zeros included, and whatever cannot be read is named with its line; nothing is guessed.
+Text stays as written, leading zeros included. What cannot be read is reported with its line, never guessed.
 """
 
 import csv
@@ -25,7 +25,7 @@ PACKED = ".gz"
 
 
 def find_table(tree: Tree, names: Iterable[str], folder: str = "") -> str | None:
-    """Path of the first of the tables `names` in a folder, unpacked rather than packed; None if it has none of them."""
+    """Path of the first of `names` found in a folder, uncompressed before .gz; None if there is none."""
     there = set(tree.files(folder))
     found = (name + suffix for name in names for suffix in ("", PACKED) if name + suffix in there)
     first = next(found, None)
@@ -33,14 +33,14 @@ def find_table(tree: Tree, names: Iterable[str], folder: str = "") -> str | None
 
 
 def tables_in(tree: Tree, folder: str = "") -> str:
-    """The tables of a folder, for a message."""
+    """Tables in a folder, for a message."""
     kinds = (*SEPARATORS, *(kind + PACKED for kind in SEPARATORS), *PARQUET)
     found = [name for name in tree.files(folder) if name.endswith(kinds)]
     return ", ".join(found[:20]) + (f", … {len(found) - 20} more" if len(found) > 20 else "") or "none"
 
 
 def columns_of(tree: Tree, path: str) -> list[str]:
-    """Names of a table's columns. Raises ShardError for a file that cannot be read."""
+    """Column names of a table. Raises ShardError for a file that cannot be read."""
     with _reading(tree, path) as (data, kind):
         return (
             pq.ParquetFile(io.BytesIO(data)).schema_arrow.names if kind in PARQUET else _header(data, SEPARATORS[kind])
@@ -56,11 +56,11 @@ def read_table(
     optional: Collection[str] = (),
     ids: Collection[str] = (),
 ) -> pd.DataFrame:
-    """The named columns of a table as text, NaN where there is nothing; of the `optional` ones those that it has.
+    """Read `columns` of a table, and those `optional` ones that it has, as text, NaN where blank.
 
-    The index is the line in the file, the header being line 1 (in Parquet, the row, from 1). `what` says in messages
-    what the table is taken for; `ids` are columns that make no sense as floating-point numbers. Raises ShardError for a
-    file that cannot be read or lacks a column.
+    The index is the line in the file, the header being line 1 (in Parquet, the row, from 1). `what` describes the table in
+    messages; `ids` are columns that must not be floating-point. Raises ShardError for a file that cannot be read or lacks
+    a column.
     """
     where = posixpath.join(str(tree), path)
     with _reading(tree, path) as (data, kind):
@@ -77,10 +77,10 @@ def read_table(
 
 @contextmanager
 def _reading(tree: Tree, path: str) -> Iterator[tuple[bytes, str]]:
-    """The unpacked bytes of a table and its suffix; whatever the block cannot read of them becomes a ShardError."""
+    """Yield a table's uncompressed bytes and suffix; errors of the block that reads them become ShardError."""
     kind = posixpath.splitext(path.removesuffix(PACKED))[1].lower()
     if kind not in (*SEPARATORS, *PARQUET):
-        raise ShardError(f"{path} is no table that can be read: give a .csv or .tsv file (or .gz of it), or .parquet")
+        raise ShardError(f"{path} is not a table: give a .csv or .tsv file (may be .gz), or .parquet")
     try:
         data = tree.read(path)
         yield gzip.decompress(data) if path.endswith(PACKED) else data, kind
@@ -89,7 +89,7 @@ def _reading(tree: Tree, path: str) -> Iterator[tuple[bytes, str]]:
     except (OSError, EOFError, ValueError, csv.Error, zlib.error, pd.errors.ParserWarning, pa.ArrowException) as error:
         form = "Parquet" if kind in PARQUET else kind[1:].upper()
         raise ShardError(
-            f"{posixpath.join(str(tree), path)} cannot be read as a {form} table ({error}): mend it or download it again"
+            f"{posixpath.join(str(tree), path)} cannot be read as a {form} table ({error}): fix it or download it again"
         ) from error
 
 
@@ -107,8 +107,8 @@ def _read_text(data: bytes, separator: str, columns: int) -> pd.DataFrame:
     if not data.endswith(b"\n") and len(_fields(data[data.rfind(b"\n") + 1 :], separator)) < columns:
         raise ValueError("its last line is cut short")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a line has more fields than the header
-        # all columns: with `usecols` a line with a comma too many shifts them unseen
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # raised for lines with more fields than the header
+        # read all columns: with `usecols`, an extra comma would shift them unnoticed
         frame = pd.read_csv(
             io.BytesIO(data),
             sep=separator,
@@ -133,7 +133,7 @@ def _as_text(name: str, column: pa.ChunkedArray, where: str, is_id: bool) -> pd.
 def _wanted(
     header: Sequence[str], columns: Collection[str], optional: Collection[str], where: str, what: str
 ) -> list[str]:
-    """The columns to read. Raises ShardError unless `columns` are all in the header, and none twice."""
+    """Columns to read. Raises ShardError unless all of `columns` are in the header, once."""
     if absent := [c for c in columns if c not in header]:
         hint = f"is it {what}?" if what else f"its columns: {', '.join(header)}"
         raise ShardError(f"{where} lacks the columns {', '.join(absent)}: {hint}")

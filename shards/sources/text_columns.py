@@ -1,4 +1,4 @@
-"""Columns of text, as tables of sources hold them, go in; labels and sizes as numbers, and messages that name lines, come out."""
+"""Text columns of source tables → labels and sizes as numbers. Errors name the lines."""
 
 import numpy as np
 import pandas as pd
@@ -6,23 +6,23 @@ import pandas as pd
 from cxrfast.errors import ShardError
 
 BLANK = ("", "na", "nan", "n/a", "null", "none")
-"""What stands for no value in columns of numbers, whatever the case; in columns of text only nothing at all does."""
+"""Text that means no value in a column of numbers, in any case; a column of text is blank only where it is empty."""
 
 
 def is_blank(column: pd.Series) -> pd.Series:
-    """Bool: where a column of text holds nothing, or nothing but spaces."""
+    """Bool: where a text column is empty or holds only spaces."""
     return column.isna() | column.str.strip().eq("")
 
 
 def filled(column: pd.Series, where: str) -> pd.Series:
-    """The column itself. Raises ShardError with the lines where it is blank."""
+    """Return the column. Raises ShardError that names the lines where it is blank."""
     if (empty := is_blank(column)).any():
         raise ShardError(f"{where}: {column.name} is blank in {lines(column.index[empty])}: give every image one")
     return column
 
 
 def lines(index: pd.Index) -> str:
-    """`line 7`, or `lines 7, 9, 12, … (40 in all)`."""
+    """`line 7`, or `lines 7, 9, 12, 15, 16, … (40)`."""
     first = ", ".join(map(str, index[:5]))
     return (
         f"line {first}" if len(index) == 1 else f"lines {first}" + (f", … ({len(index):,})" if len(index) > 5 else "")
@@ -44,9 +44,9 @@ def pixels(column: pd.Series, where: str) -> pd.Series:
 def _numbers(
     column: pd.Series, where: str, words: dict[str, float], known: tuple[float, ...] | None, what: str
 ) -> pd.Series:
-    """Each different text is looked at once, so that a column of a million lines costs a lookup."""
+    """Parse each distinct text once: a column of a million lines costs one lookup each."""
     codes, texts = pd.factorize(column)
-    values = np.full(len(texts) + 1, np.nan)  # the last for code -1: nothing written
+    values = np.full(len(texts) + 1, np.nan)  # the last is for code -1: blank
     for code, text in enumerate(texts):
         plain = text.strip().lower()
         try:

@@ -1,7 +1,7 @@
 """Counts of a shard set: splits, labels, exclusions, image sizes, bytes.
 
-In: set.json, rows.parquet, quarantine.csv and the manifests of a set, finished or not. Out: frames. It opens no tar, writes
-nothing, and needs neither torch nor DALI.
+In: set.json, rows.parquet, quarantine.csv and the manifests of a set, finished or not. Out: frames. Opens no tar and writes
+nothing.
 """
 
 import csv
@@ -23,44 +23,44 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS, PARTS, part_masks
 
 COUNTED = ("images", "studies", "patients")
-"""What is counted in most tables."""
+"""Columns of most tables."""
 
 STATES = {"positive": 1.0, "negative": 0.0, "uncertain": -1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetCounts:
-    """The frames of a set. Unless a table says otherwise it counts all images that the set lists."""
+    """Counts of a set, as frames. Unless stated otherwise, a frame counts all images that the set lists."""
 
     info: SetInfo
     splits: pd.DataFrame
-    """The official split: split (`none` where an image has none), images, studies, patients."""
+    """Official split (`none` if an image has none), images, studies, patients."""
     folds: pd.DataFrame
     """fold, part (train, val, test), images, studies, patients."""
     labels: pd.DataFrame
-    """label, fold (that whose test part it is; -1: all), positive, negative, uncertain, blank: images."""
+    """label, fold (-1: all; k: the test part of fold k), and its images: positive, negative, uncertain, blank."""
     references: pd.DataFrame
-    """label, studies that a radiologist labelled, positive, negative, uncertain: studies; empty if there are none."""
+    """label, studies labelled by a radiologist, and how many are positive, negative, uncertain; empty if there are none."""
     flow: pd.DataFrame
-    """step, images, studies, patients: from what the tables list to what training uses; see `exclusions`."""
+    """step, images, studies, patients: from the images listed to those used in training; see `exclusions`."""
     reasons: pd.DataFrame
-    """reason, images: why images that were found cannot be used."""
+    """reason, images: why images in the tree cannot be used."""
     parts: pd.DataFrame
     """part, images, studies, patients that fold 0 uses."""
     sizes: pd.DataFrame
-    """height, width (px), images; the most frequent first. Images of unknown size are not in it."""
+    """height, width (px), images; most frequent first, without images of unknown size."""
     decoded: int
-    """Images whose size is that of the decoded image; of the others in `sizes` it is what the source's tables say."""
+    """Images in `sizes` with the size of the decoded image; the others have the size in the source's tables."""
     differing: int
-    """Decoded images whose size the tables give otherwise."""
+    """Decoded images with another size in the tables."""
     unknown: int
     """Images of unknown size."""
     scales: pd.DataFrame
     """scale (px), shards, rows, bytes (of the tars), files, kB_per_image."""
     views: pd.DataFrame
-    """view (`unknown` where an image has none), images, studies, patients; the most frequent first."""
+    """view (`unknown` if an image has none), images, studies, patients; most frequent first."""
     state: str
-    """`complete`, or what is missing: for a reader who would take the counts for final."""
+    """`complete`, or what is missing so that the counts are not final."""
 
 
 def count_set(folder: Path) -> SetCounts:
@@ -69,7 +69,9 @@ def count_set(folder: Path) -> SetCounts:
     shards = ShardSet(folder)
     info, rows = shards.info, shards.rows()
     if len(rows) != info.images or list(label_names(rows)) != info.labels:
-        raise ShardError(f"{folder / 'rows.parquet'} does not belong to set.json beside it: `cxrfast verify {folder}`")
+        raise ShardError(
+            f"{folder / 'rows.parquet'} does not belong to the set.json next to it: `cxrfast verify {folder}`"
+        )
     built = read_built(folder, info, rows)
     count = counter(rows)
     raw = rows[info.labels].to_numpy(np.float32)
@@ -94,15 +96,15 @@ def count_set(folder: Path) -> SetCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """Which rows the shards hold, as far as they are built."""
+    """Rows in the shards built so far."""
 
     manifests: list[ShardManifest]
     tried: np.ndarray
-    """bool (N,): rows whose shard is built, at some scale."""
+    """bool (N,): rows whose shard is built at any scale."""
     quarantined: dict[int, str]
-    """Rows that could not be used, and why."""
+    """{row: why it could not be used}."""
     sizes: np.ndarray
-    """int32 (N, 2): height and width of the decoded image, px; 0 where unknown."""
+    """int32 (N, 2): height and width of the decoded image, px; 0 if unknown."""
 
     @property
     def held(self) -> np.ndarray:
@@ -113,7 +115,7 @@ class Built:
 
 
 def read_built(folder: Path, info: SetInfo, rows: pd.DataFrame) -> Built:
-    """From the manifests; where there are none, as in a copy without its scales, from quarantine.csv."""
+    """Read the manifests, or quarantine.csv if there are none, as in a copy without its scales."""
     tried, sizes = np.zeros(info.images, bool), np.zeros((info.images, 2), np.int32)
     quarantined: dict[int, str] = {}
     manifests = list(read_manifests(folder))
@@ -140,7 +142,7 @@ def read_quarantine(path: Path, images: int) -> dict[int, str]:
         with open(path, newline="") as file:
             reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(file)}
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{path} is damaged: `cxrfast verify --repair {path.parent}` makes it again") from error
+        raise ShardError(f"{path} is damaged: `cxrfast verify --repair {path.parent}` restores it") from error
     if not set(reasons) <= set(range(images)):
         raise ShardError(f"{path} lists rows that the set does not have: `cxrfast verify {path.parent}`")
     return reasons
@@ -150,12 +152,12 @@ def _state(info: SetInfo, built: Built) -> str:
     if not built.tried.any():
         return "planned, no shard is built yet"
     if not built.manifests:
-        return "its manifests are not here: images that quarantine.csv does not list are taken as held"
+        return "its manifests are not here: images that quarantine.csv does not list are counted as held"
     shards = Counter(m.scale for m in built.manifests)
     lacking = [
         f"{n:,} of {info.shards:,} shards at {scale} px" for scale, n in sorted(shards.items()) if n < info.shards
     ]
-    return f"not all is built: {', '.join(lacking)}" if lacking else "complete"
+    return f"not complete: {', '.join(lacking)}" if lacking else "complete"
 
 
 # Counts
@@ -164,8 +166,8 @@ CountMask = Callable[[np.ndarray], tuple[int, int, int]]
 
 
 def counter(rows: pd.DataFrame) -> CountMask:
-    """A function: mask (N,) → its images, different studies, different patients."""
-    codes = [pd.factorize(rows[name])[0] for name in ("study_id", "patient_id")]  # -1 where there is none
+    """A function: mask (N,) → numbers of images, distinct studies and distinct patients."""
+    codes = [pd.factorize(rows[name])[0] for name in ("study_id", "patient_id")]  # -1 for none
 
     def count(mask: np.ndarray) -> tuple[int, int, int]:
         studies, patients = (int(np.count_nonzero(np.bincount(c[mask] + 1)[1:])) for c in codes)
@@ -180,7 +182,7 @@ def _frame(name: str, masks: dict[str, np.ndarray], count: CountMask) -> pd.Data
 
 
 def _by_value(column: pd.Series, name: str, count: CountMask, order: tuple[str, ...] = ()) -> pd.DataFrame:
-    """One line per value: those of `order` first, then by how frequent they are."""
+    """One line per value: those in `order` first, then the most frequent."""
     found = column.value_counts()
     values = [*(v for v in order if v in found), *(v for v in found.index if v not in order)]
     return _frame(name, {value: (column == value).to_numpy(bool) for value in values}, count)
@@ -195,7 +197,7 @@ def _folds(rows: pd.DataFrame, among: np.ndarray, count: CountMask) -> pd.DataFr
 
 
 def label_counts(names: list[str], raw: np.ndarray, fold: np.ndarray) -> pd.DataFrame:
-    """Images by label and raw value (N, L), over all (-1) and in each fold."""
+    """Images by label and raw value (N, L), in all (-1) and in each fold."""
     lines = []
     for k in (-1, *range(FOLDS)):
         mine = raw if k < 0 else raw[fold == k]
@@ -205,7 +207,7 @@ def label_counts(names: list[str], raw: np.ndarray, fold: np.ndarray) -> pd.Data
 
 
 def reference_counts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Studies by reference label; the images of a study share its reading."""
+    """Studies by reference label; all images of a study share its reading."""
     names = list(reference_names(rows))
     studies = rows.groupby("study_id")[names].first() if names else pd.DataFrame()
     columns = {state: [int((studies[name] == value).sum()) for name in names] for state, value in STATES.items()}
@@ -214,9 +216,9 @@ def reference_counts(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def exclusions(rows: pd.DataFrame, raw: np.ndarray, built: Built, count: CountMask) -> dict[str, Any]:
-    """The frames `flow`, `reasons` and `parts`: how many images are left after each exclusion.
+    """The frames `flow`, `reasons` and `parts`: images left after each exclusion.
 
-    The last step is what `cxrfast train` takes by default: rows that the set holds and that have a label.
+    The last step is the default of `cxrfast train`: rows that the set holds and that have a label.
     """
     found = rows["bytes"].ge(0).to_numpy()
     labelled = targets(raw)[1].any(axis=1)

@@ -1,7 +1,6 @@
-"""Who and what is in a shard set, as tables for a terminal, Markdown and a figure for a paper.
+"""Describe what is in a shard set: tables for a terminal, describe.md, and a figure for a paper, sizes.png.
 
-In: a set, finished or not; its tars are not needed, nor torch, nor DALI. Out: tables, describe.md, sizes.png; never inside
-the set.
+The set need not be finished; its tars, torch and DALI are not needed. Nothing is written into the set.
 """
 
 import textwrap
@@ -25,17 +24,15 @@ from cxrfast.units import size
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A set for people."""
-
     heading: str
-    """What the set is, in one line."""
+    """The set in one line."""
     tables: list[Table]
     written: list[Path]
     """describe.md and, if a size is known, sizes.png."""
 
 
 def describe(folder: Path, out: Path) -> Description:
-    """Describe a set in the folder `out`. Raises ShardError for a damaged set, and if `out` lies inside of it."""
+    """Write the description of a set to the folder `out`. Raises ShardError for a damaged set, and if `out` is inside it."""
     counts = count_set(folder)
     return Description(heading=heading(counts), tables=description_tables(counts), written=write(counts, folder, out))
 
@@ -44,7 +41,7 @@ def describe(folder: Path, out: Path) -> Description:
 
 
 def description_tables(counts: SetCounts) -> list[Table]:
-    """For a terminal of 100 columns or more."""
+    """Tables for a terminal of 100 columns or more."""
     parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales(counts), _views(counts)]
     return parts + ([_references(counts)] if len(counts.references) else [])
 
@@ -57,7 +54,7 @@ def _splits(counts: SetCounts) -> Table:
     lines = [["all", *_numbers(counts.flow.iloc[0])]]
     lines += [[f"official {line['split']}", *_numbers(line)] for _, line in counts.splits.iterrows()]
     lines += [[f"fold {line['fold']}", *_numbers(line)] for _, line in counts.folds.query("part == 'test'").iterrows()]
-    note = f"Fold k is the test part of training k. Folds are dealt by patient, seed {counts.info.seed}."
+    note = f"Fold k is the test part of training k. Folds are assigned by patient, seed {counts.info.seed}."
     return Table(
         title="Images, studies and patients", head=["Part", "Images", "Studies", "Patients"], rows=lines, note=note
     )
@@ -71,7 +68,7 @@ def _labels(counts: SetCounts) -> Table:
         for _, line in total.iterrows()
     ]
     head = ["Finding", "Positive", "Negative", "Uncertain", "Blank", *(f"fold {k}" for k in range(FOLDS))]
-    note = "Fold 0 to 4: positives in that fold. Counted are all images listed; the images of a study share its labels."
+    note = "Fold 0 to 4: positives in that fold. All listed images are counted; images of a study share its labels."
     return Table(title=f"Labels of {counts.info.images:,} images", head=head, rows=lines, note=note)
 
 
@@ -131,7 +128,7 @@ def _scales(counts: SetCounts) -> Table:
         ]
         for line in counts.scales.astype(float).to_dict("records")
     ]
-    head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB an image"]
+    head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB per image"]
     codec = "Raw (PGM)" if counts.info.codec == "raw" else f"JPEG, quality {counts.info.quality}"
     note = f"{codec}, {counts.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
     return Table(title="Shards", head=head, rows=lines, note=note)
@@ -150,13 +147,13 @@ def _references(counts: SetCounts) -> Table:
 
 
 def description_markdown(counts: SetCounts) -> str:
-    """The terminal's tables, and all counts by fold."""
+    """The tables for a terminal, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
     return "\n".join([text, *(table.markdown() for table in [*description_tables(counts), *_by_fold(counts)])])
 
 
 def heading(counts: SetCounts) -> str:
-    """What the set is, in one line."""
+    """The set in one line."""
     info = counts.info
     table = f" from {info.labels_from.rpartition(' sha256:')[0]}" if info.labels_from else ""
     return (
@@ -166,7 +163,7 @@ def heading(counts: SetCounts) -> str:
 
 
 def _by_fold(counts: SetCounts) -> list[Table]:
-    """Every fold's parts, and every state of every label by fold."""
+    """Parts of each fold, and each state of each label by fold."""
     lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in counts.folds.iterrows()]
     found = [Table(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], rows=lines)]
     for state in (*STATES, "blank"):
@@ -180,15 +177,8 @@ def _by_fold(counts: SetCounts) -> list[Table]:
 # Figure
 
 
-def save_figure(counts: SetCounts, path: Path) -> None:
-    """Images by height and width, with the sum over either side, as a PNG. Raises ShardError if no size is known."""
-    if counts.sizes.empty:
-        raise ShardError("no image has a known size: there is nothing to draw")
-    write_figure(path, figure(counts), dpi=150)
-
-
 def figure(counts: SetCounts) -> Figure:
-    """A histogram over height and width with logarithmic counts; both axes start at 0 and have the same scale."""
+    """Histogram of heights and widths with logarithmic counts; both axes start at 0 and have the same scale."""
     height, width, images = (counts.sizes[name].to_numpy() for name in ("height", "width", "images"))
     longest = int(max(height.max(), width.max()))
     step = 2 ** max(0, round(np.log2(longest / 48)))
@@ -196,7 +186,7 @@ def figure(counts: SetCounts) -> Figure:
     result = Figure(figsize=(7.7, 6.4))
 
     def panel(x: float, y: float, wide: float, high: float, **shared: Any) -> Axes:
-        """Axes at a place in inches: a layout engine would part the panels' scales."""
+        """Axes placed in inches: a layout engine would give the panels different scales."""
         return result.add_axes((x / 7.7, y / 6.4, wide / 7.7, high / 6.4), **shared)
 
     axes = panel(0.9, 0.6, 4.2, 4.2)
@@ -207,14 +197,14 @@ def figure(counts: SetCounts) -> Figure:
     axes.axline((0, 0), slope=1, linestyle=":", color="grey", linewidth=0.8)
     axes.text(0.04, 0.07, "square", transform=axes.transAxes, rotation=45, color="grey", fontsize="small")
     axes.set(xlim=(0, edges[-1]), ylim=(0, edges[-1]), xlabel="width, px", ylabel="height, px")
-    limits = (0.5, 2 * max(held.sum(axis=0).max(), held.sum(axis=1).max()))  # a single image has a bar, too
+    limits = (0.5, 2 * max(held.sum(axis=0).max(), held.sum(axis=1).max()))  # a single image has a bar too
     top.stairs(held.sum(axis=0), edges, fill=True, color="0.45")
     top.set(yscale="log", ylim=limits, ylabel="images")
     right.stairs(held.sum(axis=1), edges, fill=True, color="0.45", orientation="horizontal")
     right.set(xscale="log", xlim=limits, xlabel="images")
     top.tick_params(labelbottom=False)
     right.tick_params(labelleft=False)
-    bar = result.colorbar(shown, cax=panel(6.5, 0.6, 0.15, 4.2), label=f"images a bin of {step} × {step} px")
+    bar = result.colorbar(shown, cax=panel(6.5, 0.6, 0.15, 4.2), label=f"images per bin of {step} × {step} px")
     for axis in (axes.xaxis, axes.yaxis, top.yaxis, right.xaxis, bar.ax.yaxis):
         axis.set_major_formatter("{x:,.0f}")
     note = textwrap.fill(f"Sizes of {size_note(counts)}", 90)
@@ -226,15 +216,15 @@ def figure(counts: SetCounts) -> Figure:
 
 
 def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
-    """describe.md and, if a size is known, sizes.png in `out`. Raises ShardError if that is inside of the set."""
+    """Write describe.md and, if a size is known, sizes.png to `out`. Raises ShardError if that is inside the set."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
-            f"--out {out} lies in the set {folder}, which holds its own files alone: choose another folder"
+            f"--out {out} lies in the set {folder}, which must hold only its own files: choose another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "describe.md"]
     write_bytes(written[0], description_markdown(counts).encode())
     if len(counts.sizes):
-        save_figure(counts, out / "sizes.png")
         written.append(out / "sizes.png")
+        write_figure(written[1], figure(counts), dpi=150)
     return written

@@ -1,4 +1,4 @@
-"""What is wrong with a file of a set or of its source tree, and how a person is told how much was looked at."""
+"""A problem with a file of a set or of its source tree."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Problem:
     """Relative to the set, or to the source tree."""
     what: str
     is_signed: bool = False
-    """True where SHA256SUMS says the same: found in images alone, and nothing in the set tells what was right."""
+    """True if the file has its hash in SHA256SUMS: it was built this way, and nothing in the set says what was right."""
 
 
 def hashing_speed(n: int, seconds: float) -> str:

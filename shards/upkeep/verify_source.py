@@ -1,4 +1,4 @@
-"""Is a source tree what its publisher put out? Its images are compared with its SHA256SUMS.txt. Reads only."""
+"""Compare the images of a source tree with its publisher's SHA256SUMS.txt. Reads only."""
 
 import re
 import time
@@ -16,7 +16,7 @@ from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
 
 LINE = re.compile(r"([0-9a-f]{64}) [ *]?(.+)")
-"""A line of SHA256SUMS.txt: PhysioNet's has one space, sha256sum's two."""
+"""A line of SHA256SUMS.txt: PhysioNet writes one space, sha256sum two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class SourceVerdict:
 
 
 def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
-    """Compare the source images of a set, and whatever else the tree's SHA256SUMS.txt lists, with that list.
+    """Compare a set's source images, and all other files in the tree's SHA256SUMS.txt, with that list.
 
     Raises ShardError if there is no such list or it cannot be read.
     """
@@ -41,12 +41,12 @@ def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
     try:
         text = tree.read("SHA256SUMS.txt").decode()
     except FileNotFoundError:
-        raise ShardError(f"{tree} has no SHA256SUMS.txt to compare it with: download it beside the tables") from None
+        raise ShardError(f"{tree} has no SHA256SUMS.txt to compare it with: download it next to the tables") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ShardError(f"SHA256SUMS.txt in {tree} cannot be read ({error}): download it again") from error
     matches = [LINE.fullmatch(line) for line in text.splitlines() if line.strip()]
     if not all(matches) or not matches:
-        raise ShardError(f"SHA256SUMS.txt in {tree} is no list of hashes and names: download it again")
+        raise ShardError(f"SHA256SUMS.txt in {tree} is not a list of hashes and names: download it again")
     sums = {m[2].removeprefix("./"): m[1] for m in matches if m}
     present = rows.loc[rows["bytes"] >= 0, "path"]
     problems = [Problem(path, "not listed in SHA256SUMS.txt") for path in present if path not in sums]

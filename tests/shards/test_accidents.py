@@ -1,8 +1,6 @@
-"""Accidents to shard sets and their sources: kills, full disks, damaged and misplaced files, values that mean nothing."""
+"""Accidents to shard sets and their sources: kills, full disks, damaged and misplaced files."""
 
 import contextlib
-import gzip
-import json
 import os
 import shutil
 import subprocess
@@ -10,10 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from damage import contents, copy_set, flip_bit, replace_image, sign, where
+from damage import contents, copy_set, flip_bit, replace_image
 from sets import build
 
 from cxrfast.errors import LoadError, ShardError
@@ -41,33 +38,25 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
     return copy_set(tiny_set, tmp_path / "set")
 
 
-@pytest.mark.parametrize("left", [[], ["rows.parquet.1.tmp"]])
-def test_a_build_killed_before_it_wrote_set_json_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path, left):
+def test_a_build_killed_before_it_wrote_set_json_is_finished_by_the_same_command(phantoms, tiny_set, tmp_path):
     out = tmp_path / "set"
     for scale in ("32", "64"):
         (out / scale).mkdir(parents=True)
-    for name in left:
-        (out / name).write_bytes(b"PAR1")
+    (out / "rows.parquet.1.tmp").write_bytes(b"PAR1")
     build(phantoms, out, [32, 64])
     assert contents(out) == contents(tiny_set)
 
 
-@pytest.mark.parametrize("left", ["SHA256SUMS.1.tmp", "quarantine.csv.1.tmp", "set.json.1.tmp", "rows.parquet.1.tmp"])
-def test_what_a_killed_build_left_next_to_set_json_is_cleared_away(phantoms, tiny_set, folder, left):
-    (folder / left).write_bytes(b"half")
-    shard_path(folder, 64, 1, "json").unlink()
-    build(phantoms, folder, [32, 64])
-    assert contents(folder) == contents(tiny_set)
-
-
-def test_what_was_left_at_another_scale_is_cleared_away(phantoms, tiny_set, folder):
-    (folder / "64" / "000001.tar.1.tmp").write_bytes(b"half")
+def test_what_killed_builds_left_is_cleared_away(phantoms, tiny_set, folder):
+    for name in ("SHA256SUMS", "quarantine.csv", "set.json", "rows.parquet", "64/000001.tar"):
+        (folder / f"{name}.1.tmp").write_bytes(b"half")
     build(phantoms, folder, [32])
     assert contents(folder) == contents(tiny_set)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tree, tmp_path):
-    """The estimate is misled on purpose: the images that it samples are flat, the others noise."""
+    """The images that the estimate samples are flat, the others noise: it expects too few bytes."""
     source = read_source("mimic", tree)
     rng = np.random.default_rng(0)
     for row, path in enumerate(assign_rows(source.images, source.labels, 0)["path"]):
@@ -100,14 +89,14 @@ def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_p
 
 
 @pytest.mark.parametrize("recipe", [{"codec": "png"}, {"resize": "crop"}, {"grey": "colour"}])
-def test_a_recipe_that_is_not_carried_out_is_refused(recipe):
+def test_a_recipe_with_an_unknown_value_is_refused(recipe):
     with pytest.raises(ShardError):
         ImageRecipe(**recipe)
 
 
 def test_a_packed_table_with_flipped_bytes_is_named(tree, tmp_path):
     path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
-    for position in range(20, path.stat().st_size - 9, 37):
+    for position in range(20, path.stat().st_size - 9, 199):
         data = bytearray(path.read_bytes())
         data[position] ^= 0xFF
         (tree / "mimic-cxr-2.0.0-metadata.csv.gz").write_bytes(data)
@@ -117,58 +106,14 @@ def test_a_packed_table_with_flipped_bytes_is_named(tree, tmp_path):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("value", ["yes", "2.0"])
-def test_a_label_that_means_nothing_is_refused(tree, tmp_path, value):
-    path = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"1.0", value.encode(), 1)))
-    with pytest.raises(ShardError):
-        build(tree, tmp_path / "set", [32], dry_run=True)
-
-
-def test_a_size_that_the_tables_do_not_give_is_0(tree, tmp_path):
-    path = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
-    metadata = pd.read_csv(path)
-    metadata["Rows"] = metadata["Rows"].astype(float)
-    metadata.loc[3, "Rows"] = np.nan
-    metadata.to_csv(path, index=False)
-    build(tree, tmp_path / "set", [8])
-    heights = read_rows(tmp_path / "set" / "rows.parquet")["height"]
-    assert heights.dtype == np.int32
-    assert heights.eq(0).sum() == 1
-
-
-@pytest.mark.parametrize(("position", "mask"), [(64, 1), (65, 0x10), (3, 0x80), (0, 1), (66, 1), (10, 0x3B)])
-def test_a_flipped_bit_in_the_sums_is_found(folder, position, mask):
-    flip_bit(folder / "SHA256SUMS", position, mask)
-    with contextlib.suppress(ShardError):
-        assert verify(folder).problems
-
-
-def test_every_bit_of_the_sums_counts(folder):
+def test_a_flipped_bit_anywhere_in_the_sums_is_found(folder):
     data = (folder / "SHA256SUMS").read_bytes()
-    for position in range(0, len(data), 3):
-        flip_bit(folder / "SHA256SUMS", position, 1 << position % 8)
+    flips = [(position, 1 << position % 8) for position in range(0, len(data), 11)]
+    for position, mask in [(64, 1), (65, 0x10), (3, 0x80), (66, 1), (10, 0x3B), *flips]:
+        flip_bit(folder / "SHA256SUMS", position, mask)
         with contextlib.suppress(ShardError):
             assert verify(folder).problems, position
         (folder / "SHA256SUMS").write_bytes(data)
-
-
-def test_a_shard_of_another_scale_is_found(folder):
-    for suffix in ("tar", "idx", "json"):
-        shutil.copy(shard_path(folder, 64, 1, suffix), shard_path(folder, 32, 1, suffix))
-    sign(folder)
-    assert verify(folder).problems
-
-
-def test_a_tar_that_is_not_the_one_of_its_manifest_is_found(folder):
-    flip_bit(shard_path(folder, 32, 1, "tar"), 700)
-    path = shard_path(folder, 32, 1, "json")
-    lines = (folder / "SHA256SUMS").read_text()
-    from cxrfast.files import sha256
-
-    old = json.loads(path.read_bytes())["sha256"]
-    (folder / "SHA256SUMS").write_text(lines.replace(old, sha256(shard_path(folder, 32, 1, "tar"))))
-    assert verify(folder).problems
 
 
 @pytest.mark.parametrize("row", [-1, 150, 10**6])
@@ -181,18 +126,6 @@ def test_a_manifest_that_is_damaged_is_a_load_error(folder):
     shard_path(folder, 32, 1, "json").write_text("{")
     with pytest.raises(LoadError):
         Reader(folder, 32)
-
-
-def test_changed_bytes_do_not_cost_the_batches_before_them(folder):
-    shard, offset, size = where(folder, 64, 70)
-    flip_bit(shard_path(folder, 64, shard, "tar"), offset + size // 2)
-    got = 0
-    with Reader(folder, 64) as reader, pytest.raises(LoadError, match="row 70"):
-        for _ in DaliEngine(reader, 64, torch.device("cpu"), 2).batches(
-            [Work(np.arange(i, i + 10)) for i in range(0, 150, 10)]
-        ):
-            got += 1
-    assert got == 7
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -240,18 +173,19 @@ def test_a_damaged_file_of_the_set_itself_stops_a_build_instead_of_being_signed(
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", ["32/000001.idx", "32/000001.tar", "64/000001.json"])
-def test_damage_done_before_a_build_is_still_found_after_it(phantoms, folder, name):
-    data = (folder / name).read_bytes()
-    at = data.rindex(b"9") if name.endswith(("idx", "json")) else 5000
-    (folder / name).write_bytes(data[:at] + b"8" + data[at + 1 :])
+def test_damage_done_before_a_build_is_still_found_after_it(phantoms, folder):
+    names = ["32/000001.idx", "32/000002.tar", "64/000001.json"]
+    for name in names:
+        data = (folder / name).read_bytes()
+        at = data.rindex(b"9") if name.endswith(("idx", "json")) else 5000
+        (folder / name).write_bytes(data[:at] + b"8" + data[at + 1 :])
     build(phantoms, folder, [16])
-    assert [p.path for p in verify(folder).problems] == [name]
+    assert [p.path for p in verify(folder).problems] == names
 
 
-@pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
-def test_a_shard_that_lacks_a_file_is_built_again(phantoms, folder, tiny_set, suffix):
-    shard_path(folder, 32, 1, suffix).unlink()
+def test_shards_that_lack_a_file_are_built_again(phantoms, folder, tiny_set):
+    for shard, suffix in enumerate(("tar", "idx", "json")):
+        shard_path(folder, 32, shard, suffix).unlink()
     assert build(phantoms, folder, [32]).complete
     assert contents(folder) == contents(tiny_set)
 
@@ -270,11 +204,10 @@ def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantom
     assert verify(folder).rows == {16: 150, 32: 150, 64: 150}
 
 
-def test_other_labels_than_the_set_was_laid_out_with_are_refused(real_tree, tmp_path):
-    build(real_tree, tmp_path / "set", [16], limit=1)
+def test_other_labels_than_the_set_was_laid_out_with_are_refused(phantoms, folder):
     with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
-        build(real_tree, tmp_path / "set", [16], source_options={"labels": "negbio"})
-    assert build(real_tree, tmp_path / "set", [16], source_options={"labels": "chexpert"}).complete
+        build(phantoms, folder, [16], source_options={"labels": "negbio"})
+    assert build(phantoms, folder, [32], source_options={"labels": "chexpert"}).complete
 
 
 @pytest.mark.parametrize("where", ["inside", "around", "same"])
@@ -285,6 +218,7 @@ def test_set_and_source_never_lie_in_one_another(tree, where):
     assert not (tree / "shards").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["write", "fsync", "close"])
 def test_a_quota_that_ends_while_a_tar_is_written_synced_or_closed_leaves_no_half_file(phantoms, tmp_path, step):
     """EDQUOT, which no file system here gives: the system call that fails is replaced, in the worker."""

@@ -1,4 +1,4 @@
-"""Damage done on purpose to copies of shard sets; shared by the tests of those who must find it."""
+"""Damage to copies of shard sets, for the tests of the code that must find it."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxrfast.files import sha256
-from cxrfast.shards.format.checksums import write_sums
-from cxrfast.shards.format.manifest import built, read_manifest, scales_in
-from cxrfast.shards.format.names import shard_path
+from cxrfast.files import sha256, write_bytes
+from cxrfast.shards.format.checksums import sums_bytes
+from cxrfast.shards.format.manifest import built, scales_in
+from cxrfast.shards.format.names import files_in, shard_path
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.cell_means import STEPS, tolerance, unpack
 from cxrfast.shards.repair.repair import repair as repair_set
@@ -40,6 +40,15 @@ def flip_bit(path: Path, position: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
+def swap(folder: Path, *suffixes: str) -> None:
+    """Swap files of the first two shards at 32 px."""
+    for suffix in suffixes:
+        one, two = (shard_path(folder, 32, shard, suffix) for shard in (0, 1))
+        data = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(data)
+
+
 def where(folder: Path, scale: int, row: int) -> tuple[int, int, int]:
     """(shard, offset, size) of the image of `row`."""
     for shard in built(folder, scale):
@@ -56,8 +65,7 @@ def image_bytes(folder: Path, scale: int, row: int) -> bytes:
 
 
 def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
-    """Put `data`, padded to the old length, in the place of a row's image, and make every hash and checksum agree:
-    what a set would look like whose build had written a bad image."""
+    """Replace a row's image by `data`, padded to the old length, and make every hash agree, as if the build had written it."""
     shard, offset, size = where(folder, scale, row)
     assert len(data) <= size
     tar = shard_path(folder, scale, shard, "tar")
@@ -73,7 +81,7 @@ def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
 
 
 def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> Path:
-    """Make the set, or (scale, shard) of it, what it was before there were grids, and sign it. Returns `folder`."""
+    """Remove the grids from the set or some (scale, shard) of it, and sign it, as an earlier version built it."""
     if shards is None:
         shards = [(scale, shard) for scale in scales_in(folder) for shard in built(folder, scale)]
     for scale, shard in shards:
@@ -86,17 +94,13 @@ def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> 
 
 
 def sign(folder: Path) -> None:
-    """Write SHA256SUMS again, so that only contradictions between files remain to be found."""
-    manifests = [
-        m for scale in scales_in(folder) for n in built(folder, scale) if (m := read_manifest(folder, scale, n))
-    ]
-    (folder / "SHA256SUMS").unlink(missing_ok=True)
-    write_sums(folder, manifests)
+    """Write the present hashes into SHA256SUMS, so that only contradictions between files can be found."""
+    write_bytes(folder / "SHA256SUMS", sums_bytes({name: sha256(folder / name) for name in files_in(folder)}))
 
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory at `folder`, which is made; the test skips where that is not allowed."""
+    """Make `folder` and mount a file system in memory there; skip the test where that is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
@@ -116,14 +120,14 @@ def problems(folder: Path) -> list[str]:
 
 
 def requantise(path: Path) -> None:
-    """Give a JPEG other pixels, in as many bytes."""
+    """Change the pixels of a JPEG but not its length."""
     data = bytearray(path.read_bytes())
     data[data.index(b"\xff\xdb") + 8] += 3
     path.write_bytes(data)
 
 
 def assert_same_but_for_grids(folder: Path, whole: Path, *manifests: str) -> None:
-    """Every file has its old bytes, but for the grids of JPEGs in these manifests, and their hashes; and all agree."""
+    """Assert that only the grids of JPEGs in these manifests, and their hashes, differ, and that the set is whole."""
     there, then = contents(folder), contents(whole)
     for name in manifests:
         new, old = json.loads(there.pop(name)), json.loads(then.pop(name))

@@ -1,4 +1,4 @@
-"""DICOM files made of pixels, in the transfer syntaxes that there is an encoder for; shared by the tests that decode them."""
+"""DICOM files made from pixels, in every transfer syntax that has an encoder."""
 
 import io
 
@@ -105,7 +105,7 @@ def lossless_jpeg(pixels: np.ndarray, bits: int) -> bytes:
 
 
 def shapes(height: int = 60, width: int = 76, bits: int = 12) -> np.ndarray:
-    """uint16 (H, W) of that many bits, from end to end."""
+    """uint16 (H, W) that uses all values of `bits` bits."""
     rng = np.random.default_rng(bits)
     image = cv2.GaussianBlur(rng.random((height, width)), (0, 0), 4)
     return np.rint(cv2.normalize(image, None, 0, 2**bits - 1, cv2.NORM_MINMAX)).astype(np.uint16)

@@ -1,10 +1,11 @@
-"""Files and seeds → damaged files: what transfers, disks and broken writers do to a JPEG, a PNG or a DICOM file.
+"""Files and seeds → damaged files: what transfers, disks and broken writers do to a JPEG, PNG or DICOM file.
 
-Run as a program it decodes them: `python mutator.py FILES FIRST LAST` reads a pickled list of files and prints a line a seed.
+As a program it decodes them: `python mutator.py FILES LAST` reads a pickled list of files and prints the outcome of each seed.
 """
 
 import pickle
 import resource
+import signal
 import struct
 import sys
 import zlib
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 PNG = b"\x89PNG\r\n\x1a\n"
+DEADLINE = 30
+"""Seconds for one image; a busy machine may take a hundred times as long as a free one."""
 
 
 def damaged(files: list[bytes], seed: int) -> bytes:
-    """One of the files with one to three accidents; the same for the same files and seed."""
+    """One of the files after one to three accidents; the same files and seed give the same bytes."""
     rng = np.random.default_rng([20_190_121, seed])
     data = files[rng.integers(len(files))]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
@@ -25,7 +28,7 @@ def damaged(files: list[bytes], seed: int) -> bytes:
 
 
 def accident(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes of any kind lost, doubled or changed, or one that only a file of this format can have."""
+    """Lose, double or change some bytes, or damage something that only this format has."""
     if len(data) < 32:
         return data
     if rng.random() < 0.55:
@@ -108,7 +111,7 @@ def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A file whose checksums hold, whatever the chunks are."""
+    """A file with right checksums, whatever the chunks hold."""
     return PNG + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         for kind, content in chunks
@@ -116,7 +119,7 @@ def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def of_a_png(data: bytes, rng: np.random.Generator) -> bytes:
-    """Accidents of a writer: the checksums hold."""
+    """A writer's mistake: the checksums are right."""
     chunks = png_chunks(data)
     if not chunks:
         return data
@@ -166,15 +169,16 @@ def of_a_dicom(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(image)
 
 
-def main(files: str, first: str, last: str) -> None:
-    """A line a seed before and after it is decoded, the peak of resident memory in MiB at the end."""
+def main(files: str, last: str) -> None:
+    """Print each seed and what became of it, at the end the peak of resident memory in MiB. SIGALRM kills a decoder that hangs."""
     from cxrfast.shards.images.bad_image import BadImage
     from cxrfast.shards.images.decode import decode
 
     held = pickle.loads(Path(files).read_bytes())
-    for seed in range(int(first), int(last)):
+    for seed in range(int(last)):
         data = damaged(held, seed)
         print("seed", seed, flush=True)
+        signal.alarm(DEADLINE)
         try:
             image = decode(data, ("window", "mimic")[seed % 2])
         except BadImage as error:
@@ -187,7 +191,7 @@ def main(files: str, first: str, last: str) -> None:
 
 
 def peak() -> int:
-    """The most memory this process has held, MiB. `ru_maxrss` would do only where the parent is smaller: it is inherited."""
+    """Peak memory of this process, MiB. Not `ru_maxrss` where avoidable: it starts at the parent's peak."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) // 2**10 for line in status.open() if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""Pictures to encode and decode; shared by the tests of images."""
+"""Pictures to encode and decode."""
 
 import io
 
@@ -37,7 +37,7 @@ def reason(data: bytes, how=lambda data: decode(data, "none")) -> Reason:
 
 
 def exif(orientation: int, order: str = "big", kind: int = 3) -> bytes:
-    """An APP1 segment that says so in its first directory, after another tag."""
+    """An APP1 segment with this orientation in its first directory, after another tag."""
 
     def number(value: int, size: int) -> bytes:
         return value.to_bytes(size, order)

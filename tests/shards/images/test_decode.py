@@ -20,7 +20,7 @@ SIDES = st.integers(1, 260)
 
 
 def area_weights(n: int, m: int) -> np.ndarray:
-    """(m, n): what share of output pixel i each of the n input pixels covers; m ≤ n."""
+    """(m, n): fraction of output pixel i that each of the n input pixels covers; m ≤ n."""
     edges = np.arange(m + 1) * n / m
     covered = np.minimum(edges[1:, None], np.arange(1, n + 1)) - np.maximum(edges[:-1, None], np.arange(n))
     return np.clip(covered, 0, None) * m / n
@@ -111,22 +111,13 @@ def test_padding_keeps_the_aspect_on_a_black_square_whose_root_fits_the_longer_s
     assert abs(inner[0] / inner[1] - height / width) <= max(1, height / width) / min(inner)
 
 
-def test_a_square_has_nothing_to_pad():
+def test_what_is_padded_is_black_and_the_rest_is_not_and_a_square_has_nothing_to_pad():
     image = noise(90, 90)
     np.testing.assert_array_equal(at_scales(image, [32], resize="pad")[32], at_scales(image, [32])[32])
-
-
-def test_what_is_padded_is_black_and_the_rest_is_not():
     picture = at_scales(np.full((300, 600), 200, np.uint8), [64], resize="pad")[64]
     assert (picture[16:48] == 200).all()
     assert not picture[:16].any()
     assert not picture[48:].any()
-
-
-# JPEG
-
-
-# PNG
 
 
 # Other files

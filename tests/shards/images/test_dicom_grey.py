@@ -1,4 +1,4 @@
-"""What becomes of more than 8 bits of a DICOM file: `--grey mimic` and `--grey window`."""
+"""More than 8 bits to 8: `--grey mimic` and `--grey window` of DICOM files."""
 
 import warnings
 
@@ -9,10 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
-from pydicom.uid import (
-    ExplicitVRBigEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.images.bad_image import BadImage, Reason
@@ -128,7 +125,7 @@ def test_a_voi_lut_comes_before_a_window_and_shows_what_pydicom_shows():
 
 
 def test_a_lut_with_entries_of_eight_bits_is_used_to_its_end():
-    """pydicom 3.0 uses but its first 256 entries: when this fails for `theirs`, its own `apply_voi_lut` can be used."""
+    """pydicom 3.0 uses only its first 256 entries: once `theirs` is right, `apply_voi_lut` can replace ours."""
     entries = (np.arange(4096) // 16).tolist()
     dataset = radiograph(shapes(), 12, VOILUTSequence=lut(entries, 0, 8))
     np.testing.assert_array_equal(decode(written(dataset), "window"), shapes() // 16)

@@ -148,7 +148,10 @@ SPOILT = {
     "no columns": (replaced(GREY, b"IHDR", header(0, 20, 8, 0, 0, 0, 0)), Reason.CORRUPT),
     "no palette": (replaced(GREY, b"IHDR", header(30, 20, 8, 3, 0, 0, 0)), Reason.CORRUPT),
     "a short palette": (png_of(noise(9, 9)[:, :, None], 3, 8, False, np.zeros((40, 3))), Reason.CORRUPT),
-    "a chunk nobody knows": (png([*png_chunks(GREY)[:1], (b"NEWS", b""), *png_chunks(GREY)[1:]]), Reason.UNSUPPORTED),
+    "an unknown critical chunk": (
+        png([*png_chunks(GREY)[:1], (b"NEWS", b""), *png_chunks(GREY)[1:]]),
+        Reason.UNSUPPORTED,
+    ),
     "no header": (png(png_chunks(GREY)[1:]), Reason.CORRUPT),
     "pixels for a wall": (replaced(GREY, b"IHDR", header(60_000, 60_000, 8, 0, 0, 0, 0)), Reason.TOO_LARGE),
     "a line round the world": (replaced(GREY, b"IHDR", header(2**26, 1, 8, 0, 0, 0, 0)), Reason.TOO_LARGE),

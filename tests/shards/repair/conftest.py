@@ -10,13 +10,13 @@ from cxrfast.shards.format.recipe import ImageRecipe
 
 @pytest.fixture
 def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
+    """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "set")
 
 
-@pytest.fixture(scope="module", params=["jpeg", "raw"])
+@pytest.fixture(scope="session", params=["jpeg", "raw"])
 def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tree with images that cannot be used and one that is missing, and its set at two scales. Not to be written to."""
+    """A tree with unusable images and a missing one, and its set at two scales. Read-only."""
     recipe = ImageRecipe(codec=request.param)
     tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))
     synth(tree, images=130, size=64, corrupt=6, workers=1)

@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def grids(folder: Path, scale: int) -> np.ndarray:
 def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set):
     before = contents(old)
     work = repair(old)
-    assert work.lines() == [f"mended: {scale}/: manifests given the grids of their images: 3" for scale in (32, 64)]
+    assert work.lines() == [f"repaired: {scale}/: grids added to 3 manifests" for scale in (32, 64)]
     after = contents(old)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"SHA256SUMS", *(f"{scale}/00000{n}.json" for scale in (32, 64) for n in range(3))}
@@ -54,7 +55,7 @@ def test_those_of_raw_images_are_the_very_ones(raw_set, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
-def test_a_damaged_old_set_is_mended_first(old, phantoms, tmp_path, suffix):
+def test_a_damaged_old_set_is_repaired_first(old, phantoms, tmp_path, suffix):
     whole = copy_set(old, tmp_path / "whole")
     repair(whole)
     flip_bit(shard_path(old, 64, 1, suffix), 60)
@@ -63,7 +64,7 @@ def test_a_damaged_old_set_is_mended_first(old, phantoms, tmp_path, suffix):
     assert [problem.path for problem in work.done] == [f"64/000001.{suffix}", "32/", "64/"]
 
 
-def test_a_set_that_could_not_be_mended_keeps_its_manifests(old):
+def test_a_set_that_could_not_be_repaired_keeps_its_manifests(old):
     flip_bit(shard_path(old, 64, 1, "tar"), 700)
     before = contents(old)
     assert list(repair(old).failed) == ["64/000001.tar"]
@@ -80,6 +81,16 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_other_shards_get_their
     assert verify(old).problems == []
 
 
+def test_a_repair_killed_between_a_manifest_and_its_line_is_finished_by_the_same_command(old, tmp_path):
+    whole = copy_set(old, tmp_path / "whole")
+    repair(whole)
+    shutil.copy(shard_path(whole, 64, 1, "json"), shard_path(old, 64, 1, "json"))
+    assert verify(old).problems
+    repair(old)
+    assert contents(old) == contents(whole)
+
+
+@pytest.mark.slow
 def test_a_repair_that_is_killed_while_it_adds_grids_is_finished_by_the_same_command(real_set, tmp_path):
     start = without_grids(copy_set(real_set, tmp_path / "start"))
     whole = copy_set(start, tmp_path / "whole")

@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import shutil
@@ -14,8 +13,8 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import ImageRecipe
 
-DAMAGES = int(os.environ.get("CXRFAST_DAMAGES", "24"))
-"""How many changes are tried one after the other; 1,100 is the full measure."""
+DAMAGES = int(os.environ.get("CXRFAST_DAMAGES", "200"))
+"""Changes tried one after the other on real radiographs; 1,100 is the full measure."""
 
 
 # What can be repaired from the set alone
@@ -40,8 +39,8 @@ def test_lists_indexes_and_manifests_are_made_again_without_the_source(corrupt, 
     if path.match("32/*.json") and read_set(folder).codec == "jpeg":
         assert_same_but_for_grids(folder, corrupt[1], "32/000001.json")
         assert work.lines() == [
-            "mended: 32/000001.json: made again from its tar, its grids from its images",
-            "mended: SHA256SUMS: written anew",
+            "repaired: 32/000001.json: derived from its tar, with grids from its images",
+            "repaired: SHA256SUMS: written again",
         ]
         return
     assert contents(folder) == contents(corrupt[1])
@@ -62,7 +61,7 @@ def test_a_wrong_line_in_the_sums_does_not_condemn_the_file_it_names(folder, tin
 # What cannot be repaired, and what is left alone
 
 
-def test_one_file_that_cannot_be_mended_does_not_keep_the_others_from_it_nor_is_it_signed(folder, tiny_set):
+def test_one_file_that_cannot_be_repaired_does_not_stop_the_others_nor_is_it_signed(folder, tiny_set):
     flip_bit(folder / "64" / "000001.tar", 700)
     flip_bit(folder / "32" / "000001.idx", 7)
     flip_bit(folder / "SHA256SUMS", 3)
@@ -133,7 +132,7 @@ def test_a_foreign_shard_is_not_signed(folder, tiny_set):
     assert (folder / "SHA256SUMS").read_bytes() == (tiny_set / "SHA256SUMS").read_bytes()
 
 
-def test_a_line_lost_and_a_manifest_damaged_are_mended_together(folder, phantoms, tiny_set):
+def test_a_lost_line_and_a_damaged_manifest_are_repaired_together(folder, phantoms, tiny_set):
     lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
     (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000000.tar" not in line))
     flip_bit(folder / "64" / "000000.json", 40)
@@ -141,13 +140,13 @@ def test_a_line_lost_and_a_manifest_damaged_are_mended_together(folder, phantoms
     assert contents(folder) == contents(tiny_set)
 
 
-def test_a_folder_in_the_place_of_a_file_does_not_keep_the_others_from_being_mended(folder, tiny_set):
+def test_a_folder_in_the_place_of_a_file_does_not_stop_the_repair_of_others(folder, tiny_set):
     path = folder / "32" / "000001.idx"
     path.unlink()
     path.mkdir()
     flip_bit(folder / "64" / "000001.idx", 7)
     work = repair(folder)
-    assert "move what is there away" in work.failed["32/000001.idx"]
+    assert "move away what is in its place" in work.failed["32/000001.idx"]
     assert (folder / "64" / "000001.idx").read_bytes() == (tiny_set / "64" / "000001.idx").read_bytes()
 
 
@@ -155,7 +154,7 @@ def test_a_folder_in_the_place_of_a_file_does_not_keep_the_others_from_being_men
 
 
 def spoil(folder: Path, rng: random.Random, kind: str) -> str:
-    """Change one byte, cut a file short, or swap two of a kind. Returns what was done."""
+    """Change one byte, cut a file short, or swap two of a kind. Return what was done."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     kinds = sorted({path.suffix for path in files})
     suffix = rng.choice(kinds)
@@ -176,19 +175,20 @@ def spoil(folder: Path, rng: random.Random, kind: str) -> str:
     return f"{path.name}: {keep} of {len(data)} bytes kept"
 
 
-def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_mended(real_tree, tmp_path):
-    folder, rng = tmp_path / "set", random.Random(11)
-    build_set(real_tree, folder, [64, 256])
-    whole = contents(folder)
-    for number in range(DAMAGES):
+def damage_and_repair(tree: Path, folder: Path, damages: int) -> None:
+    whole, rng = contents(folder), random.Random(11)
+    for number in range(damages):
         what = spoil(folder, rng, "byte" if number % 11 else rng.choice(["cut", "swap"]))
         assert problems(folder), f"{number}: {what}"
-        work = repair(folder, real_tree)
+        work = repair(folder, tree)
         assert contents(folder) == whole, f"{number}: {what}; {work.lines()}"
 
 
-def test_the_copy_of_set_json_inside_rows_parquet_is_the_same(tiny_set):
-    from cxrfast.shards.format.info import read_info
+def test_a_changed_byte_a_cut_and_a_swap_are_found_and_repaired(phantoms, folder):
+    damage_and_repair(phantoms, folder, 14)
 
-    assert read_info(tiny_set / "rows.parquet").to_bytes() == (tiny_set / "set.json").read_bytes()
-    assert json.loads((tiny_set / "set.json").read_bytes())["images"] == 150
+
+@pytest.mark.slow
+def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_repaired(real_tree, tmp_path):
+    build_set(real_tree, tmp_path / "set", [64, 256])
+    damage_and_repair(real_tree, tmp_path / "set", DAMAGES)

@@ -160,6 +160,7 @@ def test_a_folder_without_chexpert_tables_is_refused(tmp_path):
         read_source("chexpert", tmp_path)
 
 
+@pytest.mark.slow
 def test_all_of_chexpert_is_listed_as_plain_pandas_counts_it(tmp_path):
     published = REAL / "tables" / "chexpert_train.csv.gz"
     if not published.exists():

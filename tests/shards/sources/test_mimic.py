@@ -70,21 +70,9 @@ def test_studies_without_labels_and_blank_ones_are_counted(phantoms):
     assert counts["label rows that are all blank"] == labels[list(MIMIC)].isna().all(axis=1).sum() > 0
 
 
-def test_unpacked_tables_and_those_of_a_later_release_read_the_same(tree):
-    before = read_source("mimic", tree)
-    for path in list(tree.glob("*.csv.gz")):
-        path.with_name(path.name.removesuffix(".gz").replace("2.0.0", "2.1.0")).write_bytes(
-            gzip.decompress(path.read_bytes())
-        )
-        path.unlink()
-    after = read_source("mimic", tree)
-    pd.testing.assert_frame_equal(before.images, after.images)
-    assert (before.labels, before.counts) == (after.labels, after.counts)
-
-
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(
-        ShardError, match=r"absent does not exist, or is no folder: give --data DIR or set CXRFAST_DATA"
+        ShardError, match=r"absent does not exist or is not a folder: give --data DIR or set CXRFAST_DATA"
     ):
         read_source("mimic", tmp_path / "absent")
 
@@ -96,18 +84,11 @@ def test_a_tree_without_images_is_refused(tree):
 
 
 @pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
-def test_a_table_that_is_missing_or_renamed_is_named_beside_those_that_are_there(tree, kind):
+def test_a_table_that_is_missing_or_renamed_is_named_with_those_that_are_there(tree, kind):
     (tree / name(kind)).rename(tree / f"{kind}.csv.gz")
     with pytest.raises(
         ShardError, match=rf"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in .*its tables: .*\b{kind}.csv.gz"
     ):
-        read_source("mimic", tree)
-
-
-@pytest.mark.parametrize(("kind", "column"), [("chexpert", "Edema"), ("metadata", "subject_id"), ("split", "split")])
-def test_a_column_that_is_missing_is_named(tree, kind, column):
-    change(tree, kind, lambda lines: [lines[0].replace(column, "other"), *lines[1:]])
-    with pytest.raises(ShardError, match=rf"{name(kind)} lacks the columns {column}: is it the {kind} table"):
         read_source("mimic", tree)
 
 
@@ -118,27 +99,20 @@ def test_an_entry_that_is_listed_twice_is_refused(tree, kind):
         read_source("mimic", tree)
 
 
-@pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
-@pytest.mark.parametrize("keep", [0, 5, 0.5])
-def test_a_packed_table_cut_short_is_named(tree, kind, keep):
-    data = (tree / name(kind)).read_bytes()
-    (tree / name(kind)).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(ShardError, match=rf"{name(kind)} cannot be read as a CSV table"):
-        read_source("mimic", tree)
-
-
-def test_tables_that_list_nothing_are_refused(tree):
-    change(tree, "metadata", lambda lines: lines[:1])
-    with pytest.raises(ShardError, match="list no images"):
-        read_source("mimic", tree)
-
-
-def test_an_image_without_official_split_stays_without_one(tree):
+def test_an_image_without_official_split_or_view_stays_without_one(tree):
     gone = []
-    change(tree, "split", lambda lines: gone.append(lines.pop(7)) or lines)
+
+    def blank(lines: list[str]) -> list[str]:
+        column = lines[0].split(",").index("ViewPosition")
+        fields = lines[3].split(",")
+        gone.append(fields[0])
+        return [*lines[:3], ",".join([*fields[:column], "", *fields[column + 1 :]]), *lines[4:]]
+
+    change(tree, "metadata", blank)
+    change(tree, "split", lambda lines: gone.append(lines.pop(7).split(",")[0]) or lines)
     images = read_source("mimic", tree).images.set_index("image_id")
-    assert images["split"].isna().sum() == 1
-    assert pd.isna(images.loc[gone[0].split(",")[0], "split"])
+    assert images.index[images["view"].isna()].tolist() == gone[:1]
+    assert images.index[images["split"].isna()].tolist() == gone[1:]
 
 
 # MIMIC-CXR-JPG: labellers, versions, the radiologist
@@ -200,7 +174,7 @@ def read_by_radiologist(tree: Path, studies: list[str], packed: bool = False) ->
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_radiologist_s_labels_stand_beside_the_others_for_all_images_of_a_study(tree, packed):
+def test_the_radiologist_s_labels_stand_next_to_the_others_for_all_images_of_a_study(tree, packed):
     before = read_source("mimic", tree)
     assert not reference_names(before.images)
     studies = before.images["study_id"].drop_duplicates().sample(20, random_state=0).tolist()
@@ -248,21 +222,6 @@ def test_a_radiologist_s_table_that_is_wrong_is_named(tree, text, message):
     (tree / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
     with pytest.raises(ShardError, match=rf"test-set-labeled.csv.*{message}"):
         read_source("mimic", tree)
-
-
-def test_a_view_that_is_blank_is_unknown(tree):
-    gone = []
-
-    def blank(lines: list[str]) -> list[str]:
-        column = lines[0].split(",").index("ViewPosition")
-        fields = lines[3].split(",")
-        gone.append(fields[0])
-        return [*lines[:3], ",".join([*fields[:column], "", *fields[column + 1 :]]), *lines[4:]]
-
-    change(tree, "metadata", blank)
-    views = read_source("mimic", tree).images.set_index("image_id")["view"]
-    assert views.isna().sum() == 1
-    assert pd.isna(views[gone[0]])
 
 
 def test_a_tree_in_an_archive_reads_as_the_folder_does(phantoms, tmp_path):

@@ -129,6 +129,7 @@ def test_a_folder_without_an_nih_table_is_refused(tmp_path):
         read_source("nih", tmp_path)
 
 
+@pytest.mark.slow
 def test_all_of_nih_is_listed_as_plain_pandas_counts_it(tmp_path):
     published = REAL / "tables" / "nih_Data_Entry_2017_v2020.csv.gz"
     if not published.exists():

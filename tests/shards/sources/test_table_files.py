@@ -75,7 +75,7 @@ def test_the_types_of_a_parquet_table_become_text_without_loss(tmp_path):
         read_table(tree, "t.parquet", ["list"])
 
 
-def test_what_a_table_lacks_is_named_beside_what_it_has(tmp_path):
+def test_what_a_table_lacks_is_named_with_what_it_has(tmp_path):
     tree = write(tmp_path, "t.csv")
     with pytest.raises(ShardError, match=r"t.csv lacks the columns path, Mass: its columns: id, blank, Edema"):
         read_table(tree, "t.csv", ["id", "path", "Mass"])
@@ -84,7 +84,7 @@ def test_what_a_table_lacks_is_named_beside_what_it_has(tmp_path):
     with pytest.raises(ShardError, match=r"no u.csv in .* \(its tables: t.csv\)"):
         read_table(tree, "u.csv", ["id"])
     (tmp_path / "v.xlsx").write_bytes(b"PK")
-    with pytest.raises(ShardError, match=r"v.xlsx is no table that can be read: give a .csv"):
+    with pytest.raises(ShardError, match=r"v.xlsx is not a table: give a .csv"):
         read_table(tree, "v.xlsx", ["id"])
 
 

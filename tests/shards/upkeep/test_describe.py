@@ -188,7 +188,7 @@ def test_a_set_that_is_half_built_says_so_and_counts_what_is_there(copy):
     shard_path(copy, 16, shards - 1, "json").unlink()
     (copy / "SHA256SUMS").unlink()
     d = count_set(copy)
-    assert d.state == f"not all is built: {shards - 1} of {shards} shards at 16 px"
+    assert d.state == f"not complete: {shards - 1} of {shards} shards at 16 px"
     assert d.flow["images"].tolist()[:3] == [80, 79, 73], "the other scale holds the rows"
     shard_path(copy, 32, shards - 1, "json").unlink()
     d = count_set(copy)
@@ -209,7 +209,7 @@ def test_a_copy_without_its_scales_is_described_from_quarantine_csv(odd, copy):
     assert "manifests are not here" in here.state
 
 
-def test_sizes_that_nobody_knows_are_no_figure(copy, tmp_path):
+def test_a_set_without_known_sizes_gets_no_figure(copy, tmp_path):
     rows = rows_of(copy).assign(height=0, width=0)
     write_rows(copy / "rows.parquet", rows, read_set(copy))
     for scale in (16, 32):
@@ -268,7 +268,7 @@ def test_it_needs_neither_torch_nor_dali_nor_tars(copy, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["describe.md", "sizes.png"]
 
 
-def test_the_command_writes_a_table_and_a_figure_beside_the_set_and_never_into_it(copy, tmp_path):
+def test_the_command_writes_a_table_and_a_figure_outside_the_set_and_never_into_it(copy, tmp_path):
     before = contents(copy)
     done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
@@ -317,6 +317,7 @@ def test_markdown_holds_every_count_a_fold(odd):
     assert f"| 3 val | {line['images']} | {line['studies']} | {line['patients']} |" in text
 
 
+@pytest.mark.slow
 def test_real_radiographs_are_described_by_what_was_decoded(real_set, real_tree, tmp_path):
     d = count_set(real_set)
     assert d.decoded == read_set(real_set).images == d.sizes["images"].sum()

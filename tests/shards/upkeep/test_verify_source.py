@@ -60,8 +60,8 @@ def test_lists_as_several_tools_write_them_are_read(form, tiny_set, tree):
     ("data", "message"),
     [
         (None, "has no SHA256SUMS.txt"),
-        (b"", "is no list"),
-        (b"no hash\n", "is no list"),
+        (b"", "is not a list"),
+        (b"no hash\n", "is not a list"),
         (b"\xff\xfe", "cannot be read"),
     ],
 )
