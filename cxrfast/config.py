@@ -1,11 +1,17 @@
-"""What a training is: one frozen configuration, its presets by scale, and default folders."""
+"""What a training is: its configuration, its presets by scale, its command-line options, and default folders.
+
+Each field that can be set on the command line says so once, in its type: `cxrfast.cli.options` makes the options of `train`
+and `study` from it, and `as_arguments` turns values back into arguments.
+"""
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from cxrfast.errors import RunError
 from cxrfast.labels import POLICIES
@@ -17,34 +23,35 @@ RUNS = Path("runs")
 
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-"""Modes of torch.compile that are right with gradient accumulation; see `Runtime.compile`."""
+"""Modes of torch.compile that work with gradient accumulation; see `Runtime.compile`."""
 SPLITS = ("folds", "official")
 ORDERS = ("global", "block")
+ENGINES = ("auto", "dali", "host")
 
 AUTO = -1
 """Micro-batch that `train` replaces by the largest that fits, before the run starts."""
 
 VALIDATION_COST = 1 / 3
-"""What a validation image costs, in training images: a forward pass without the backward one."""
+"""Cost of a validation image in training images: a forward pass without the backward pass."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Batch sizes that do not change with the number of GPUs. Ours: the study's own table was not available to us."""
+    """Batch sizes; they do not depend on the number of GPUs. Ours: the study's own table was not available to us."""
 
     global_batch: int
     micro_batch: int
 
 
 PRESETS = {128: Preset(32, 16), 256: Preset(384, 32), 512: Preset(192, 16), 1024: Preset(96, 8), 2048: Preset(48, 4)}
-"""By the largest scale they are meant for. From 256 px on, 1, 2, 3, 4, 6 or 12 ranks share a global batch."""
+"""By largest scale. From 256 px on, 1, 2, 3, 4, 6 or 12 ranks can share a global batch."""
 
 LEARNING_RATE, LEARNING_RATE_BATCH = 1e-4, 32
 """Adam's learning rate for a global batch of 32; it grows in proportion to the global batch, as in the study."""
 
 
 def preset(scale: int) -> Preset:
-    """The preset of the smallest scale that is not below `scale`; that of 2048 px above."""
+    """Preset of the next scale in PRESETS at or above `scale`; above 2048 px, the preset of 2048 px."""
     return PRESETS[min((s for s in PRESETS if s >= scale), default=max(PRESETS))]
 
 
@@ -52,9 +59,28 @@ def learning_rate(global_batch: int) -> float:
     return LEARNING_RATE * global_batch / LEARNING_RATE_BATCH
 
 
+@dataclass(frozen=True)
+class Option:
+    """Describes the command-line option of a field. Its default is the field's."""
+
+    help: str
+    name: str = ""
+    """Default: the field's, with dashes."""
+    minimum: int | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    multiple: bool = False
+    """The option is given once per item of a tuple."""
+    write: Callable[[Any], str] = str
+    """Turns a value, or an item of a `multiple` one, into the option's text."""
+
+    def flag(self, field: str) -> str:
+        return f"--{self.name or field.replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the weights of a run. Raises RunError for values that make no sense."""
+    """Everything that decides the weights of a run. Raises RunError for impossible values."""
 
     set_id: str
     """Id of the shard set."""
@@ -63,49 +89,57 @@ class TrainConfig:
     labels: tuple[str, ...]
     """Findings, in the order of the logits."""
     fold: int = 0
-    split: str = "folds"
-    """`folds`: the set's own five; `official`: the data set's train, validate and test."""
-    views: tuple[str, ...] = ()
-    """View positions to keep (AP, PA, LATERAL, …); empty keeps all, as the study does."""
-    limit: int | None = None
-    """Use the first `limit` rows of each part only: a rehearsal."""
+    arch: Annotated[str, Option("A torchvision classifier.")] = "densenet121"
+    weights: Annotated[str, Option("imagenet, none, a .pth or .safetensors file, or a run.")] = "imagenet"
+    policy: Annotated[str, Option("Uncertain labels: u_zeros, u_ones or u_ignore.")] = "u_zeros"
+    label_policies: Annotated[
+        tuple[tuple[str, str], ...],
+        Option("Another policy for one label; repeatable.", name="label-policy", multiple=True, write="=".join),
+    ] = ()
+    positive_weights: Annotated[
+        bool, Option("Weight the positives of each label by its negatives / positives in the training rows.")
+    ] = False
+    split: Annotated[str, Option("folds: the set's own five; official: the data set's train, validate and test.")] = (
+        "folds"
+    )
+    views: Annotated[
+        tuple[str, ...], Option("Use only this view position, such as PA; repeatable.", name="view", multiple=True)
+    ] = ()
+    limit: Annotated[int | None, Option("Use only the first N rows of each part.", minimum=1, metavar="N")] = None
     subset: str | None = None
-    """Hash of the list of rows that the parts are cut down to; None for all."""
-    policy: str = "u_zeros"
-    """What an uncertain label becomes."""
-    label_policies: tuple[tuple[str, str], ...] = ()
-    """(label, policy) where it differs from `policy`."""
-    positive_weights: bool = False
-    """Weigh positives of each label by negatives / positives of the training rows."""
-    arch: str = "densenet121"
-    """A torchvision classifier."""
-    weights: str = "imagenet"
-    """imagenet, none, or the path of a checkpoint or run."""
-    global_batch: int
-    micro_batch: int
-    """Images in a forward pass, or AUTO."""
-    learning_rate: float
-    epochs: int = 100
-    """Most epochs that are trained."""
+    """Hash of the row numbers in `Runtime.subset`; None: all rows."""
+    global_batch: Annotated[int, Option("Images per optimiser step. [default: by scale]", minimum=1)]
+    micro_batch: Annotated[int, Option("Images per forward pass; auto: as many as fit. [default: by scale]", minimum=1)]
+    learning_rate: Annotated[float, Option("[default: 1e-4 · global batch / 32]")]
+    epochs: Annotated[int, Option("Maximum number of epochs.")] = 100
     factor: float = 0.5
-    """What the learning rate is multiplied by after more than `patience` epochs without a lower validation loss."""
+    """Multiplies the learning rate after more than `patience` epochs without a lower validation loss."""
     patience: int = 3
-    """The learning rate's; early stopping has `stop_after`."""
+    """For the learning rate; early stopping has `stop_after`."""
     stop_after: int = 10
-    """Early stopping: epochs without a lower validation loss after which training ends."""
+    """Epochs without a lower validation loss after which training stops early."""
     degrees: float = 15.0
     """Rotation, uniform in ±degrees."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    precision: str = "auto"
-    """bf16 or fp16 autocast, or float32 with (tf32, GPUs only) or without (fp32) TF32; resolved before the run starts."""
-    sync_bn: bool = False
-    """BatchNorm over the micro-batches of all ranks (GPUs only); the weights then depend on the number of ranks."""
-    sizes: tuple[tuple[int, int], ...] = ()
-    """(side in px, epochs): train on smaller images first, and at `scale` after them (progressive resizing)."""
-    order: str = "global"
-    """Order of the rows in an epoch: one permutation of all, or `block`, which keeps shards together; see `pipelines.order`."""
-    seed: int = 0
+    sizes: Annotated[
+        tuple[tuple[int, int], ...],
+        Option(
+            "Train on smaller images first (side x epochs), such as 64x2,96x2.",
+            write=lambda sizes: ",".join(f"{side}x{epochs}" for side, epochs in sizes),
+        ),
+    ] = ()
+    precision: Annotated[str, Option("auto, bf16, fp16, tf32 or fp32; auto is resolved when the run starts.")] = "auto"
+    sync_bn: Annotated[
+        bool, Option("BatchNorm over the micro-batches of all ranks; GPUs only. Weights then depend on their number.")
+    ] = False
+    order: Annotated[
+        str,
+        Option(
+            "Row order within an epoch; block: a few shards at a time, for storage that seeks slowly.", choices=ORDERS
+        ),
+    ] = "global"
+    seed: Annotated[int, Option("Seed of the weights, the order and the augmentation.")] = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS), ("order", ORDERS)):
@@ -114,12 +148,12 @@ class TrainConfig:
         if not 0 <= self.fold < FOLDS:
             raise RunError(f"--fold {self.fold} does not exist: folds are 0 to {FOLDS - 1}")
         if self.split == "official" and self.fold:
-            raise RunError(f"--fold {self.fold} with --split official: the official split is one, give --fold 0")
+            raise RunError(f"--fold {self.fold} with --split official: there is only one official split, give --fold 0")
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
         for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
-            if getattr(self, name) <= 0 and (name, getattr(self, name)) != ("micro_batch", AUTO):
-                raise RunError(f"{name.replace('_', ' ')} {getattr(self, name)} is not above 0")
+            if (name, getattr(self, name)) != ("micro_batch", AUTO) and not 0 < getattr(self, name) < math.inf:
+                raise RunError(f"{name.replace('_', ' ')} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.flip <= 1:
             raise RunError(f"flip must be between 0 and 1, not {self.flip}")
         for label, policy in self.label_policies:
@@ -129,15 +163,15 @@ class TrainConfig:
                     f"({', '.join(self.labels)}) and one of {', '.join(POLICIES)}"
                 )
         if any(side <= 0 or epochs <= 0 for side, epochs in self.sizes):
-            raise RunError(f"--sizes {self.sizes}: sides and epochs are above 0, as in --sizes 64x2,96x2")
+            raise RunError(f"--sizes {self.sizes}: sides and epochs must be above 0, as in --sizes 64x2,96x2")
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """One for each of `labels`."""
+        """The policy of each label, in the order of `labels`."""
         return tuple(dict(self.label_policies).get(label, self.policy) for label in self.labels)
 
     def size_at(self, epoch: int) -> int:
-        """Side of the training images of an epoch (from 0), px."""
+        """Side of the training images in this epoch (from 0), px."""
         for side, epochs in self.sizes:
             if epoch < epochs:
                 return side
@@ -145,19 +179,19 @@ class TrainConfig:
         return self.scale
 
     def area_at(self, epoch: int) -> float:
-        """Area of a training image of an epoch, as a share of that at `scale`: what it costs."""
+        """Area of a training image in this epoch as a fraction of the area at `scale`: its cost."""
         return (self.size_at(epoch) / self.scale) ** 2
 
     def work(self, done: int, images: int, validated: int) -> float:
-        """Training images at `scale` that take as long as all epochs but the first `done`, at most.
+        """Cost of all epochs after the first `done`, at most, in training images at `scale`.
 
-        `images`: trained on in an epoch; `validated`: rows of the validation part.
+        `images`, `validated`: number of images that an epoch trains on and validates on.
         """
         return sum(images * self.area_at(epoch) + VALIDATION_COST * validated for epoch in range(done, self.epochs))
 
     @property
     def hash(self) -> str:
-        """Hash of all fields: equal hashes train equal runs."""
+        """Hash of all fields. Equal hashes train equal runs."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "TrainConfig") -> list[str]:
@@ -169,59 +203,88 @@ class TrainConfig:
         ]
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "TrainConfig":
-        """Raises RunError if `value` is not what `asdict` gave."""
+    def from_json(cls, value: Any) -> "TrainConfig":
+        """The configuration that `asdict` gave as `value`. Raises RunError naming the field that is wrong or unknown."""
+        import msgspec  # here, since the command line loads this module
+
         try:
+            msgspec.convert(value, cls)  # a check only: it makes floats of ints, which changes the hash
             return cls(**{name: _frozen(given) for name, given in value.items()})
-        except TypeError as error:
-            raise RunError(f"the configuration is of another version of cxrfast ({error})") from error
+        except (msgspec.ValidationError, TypeError) as error:
+            raise RunError(f"not a configuration of this version of cxrfast: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how a training runs: none of it changes the rows, their order or the training options."""
+    """Where and how a training runs. Nothing here changes the rows, their order or the training options."""
 
     shards: Path
     runs: Path
-    name: str | None = None
-    """Name of the folder that holds the folds; default `<arch>-<scale>`."""
-    device: str = "auto"
-    engine: str = "auto"
-    threads: int | None = None
-    """Decoding threads a rank; default: the usable cores divided by the ranks of this machine."""
-    cache: Path | None = None
-    """Folder on a local disk in which decoded pixels are kept; see `pipelines.cache`."""
-    stage: Path | None = None
-    """Folder on a local disk into which the scale is copied first, once a machine."""
-    subset: Path | None = None
-    """File of row numbers that the parts are cut down to; its hash is part of the configuration."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, at most."""
-    checkpoint_steps: int | None = None
-    """Optimiser steps between checkpoints, at most; one is also written every `checkpoint_minutes` and after every epoch."""
-    dist_timeout: float = 10.0
-    """Minutes that a rank waits for the others before it gives up."""
-    compile: str | None = None
-    """torch.compile's mode, one of COMPILE_MODES."""
-    recompute: bool = False
-    """Recompute activations in the backward pass (activation checkpointing): the same function, less memory."""
-    tensorboard: bool = False
-    """Also write events for TensorBoard."""
-    profile: bool = False
-    """Write a trace of a few steps into the run's folder."""
-    deterministic: bool = False
-    """Bitwise the same on a GPU, at some cost; a CPU is so anyway."""
+    name: Annotated[str | None, Option("Folder of this run's folds. [default: ARCH-SCALE]")] = None
+    subset: Annotated[
+        Path | None,
+        Option("Use only the rows in this file: one row number per line.", name="rows", metavar="FILE"),
+    ] = None
+    device: Annotated[str, Option("auto, cpu or cuda.")] = "auto"
+    engine: Annotated[str, Option("Decoder of the images.", choices=ENGINES)] = "auto"
+    threads: Annotated[
+        int | None, Option("Decoding threads per process. [default: usable cores / processes]", minimum=1)
+    ] = None
+    cache: Annotated[
+        Path | None,
+        Option("Keep decoded pixels here, on a local disk; may be deleted at any time.", metavar="DIR"),
+    ] = None
+    stage: Annotated[
+        Path | None, Option("Copy the scale to this local disk first, once per machine.", metavar="DIR")
+    ] = None
+    checkpoint_minutes: Annotated[float, Option("Minutes between checkpoints, at most.")] = 10.0
+    checkpoint_steps: Annotated[int | None, Option("Optimiser steps between checkpoints, at most.", minimum=1)] = None
+    recompute: Annotated[
+        bool, Option("Recompute activations in the backward pass: the same result, slower, in less memory.")
+    ] = False
+    compile: Annotated[str | None, Option(f"torch.compile: {' or '.join(COMPILE_MODES)}.", metavar="MODE")] = None
+    tensorboard: Annotated[bool, Option("Also write TensorBoard events into the run.")] = False
+    profile: Annotated[bool, Option("Write a trace of a few steps: profile.json in the run.")] = False
+    dist_timeout: Annotated[float, Option("Minutes a rank waits for the others before it gives up.")] = 10.0
+    deterministic: Annotated[bool, Option("Bitwise repeatable on a GPU, slower; a CPU always is.")] = False
 
     def __post_init__(self) -> None:
         if self.compile in ("reduce-overhead", "max-autotune"):
             raise RunError(
                 f"--compile {self.compile} captures CUDA graphs, which fail when gradients are accumulated over "
-                f"micro-batches and when DALI frees memory during the capture: use {' or '.join(COMPILE_MODES)}"
+                f"micro-batches or DALI frees memory during the capture: use {' or '.join(COMPILE_MODES)}"
             )
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise RunError(f"--compile {self.compile} is unknown: use {' or '.join(COMPILE_MODES)}")
 
 
+def options_of(kind: type) -> dict[str, tuple[Option, Any, Any]]:
+    """Option, type and default (None if there is none) of each field of TrainConfig or Runtime that has an option."""
+    return {
+        f.name: (option, type_, None if f.default is MISSING else f.default)
+        for f in fields(kind)
+        for type_, option in [get_args(f.type)[:2] or (None, None)]
+        if isinstance(option, Option)
+    }
+
+
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Command-line arguments that set fields of TrainConfig and Runtime to these values. Defaults are left out.
+
+    Raises RunError for a field that has no option.
+    """
+    options = options_of(TrainConfig) | options_of(Runtime)
+    arguments = []
+    for name, value in values.items():
+        if name not in options:
+            raise RunError(f"{name} has no command-line option: train in one process of your own to set it")
+        option, _, default = options[name]
+        if value is not None and value != default:
+            items = value if option.multiple else [value]
+            arguments += [option.flag(name) + ("" if one is True else f"={option.write(one)}") for one in items]
+    return arguments
+
+
 def _frozen(value: Any) -> Any:
-    """Lists of JSON as tuples."""
+    """JSON lists as tuples."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -22,6 +22,12 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
+def slurm_job() -> str | None:
+    """This process's SLURM job as squeue shows it: `17`, or `17_3` for task 3 of an array; None outside SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
+
+
 def let_threads_sleep() -> None:
     """Have OpenMP's waiting threads sleep instead of spin, unless the environment says otherwise.
 

@@ -115,11 +115,13 @@ def test_without_an_installation(tree: Path, tmp_path: Path) -> None:
     check(python, [python, "-m", "cxrfast"], tmp_path, tree / "cxrfast", PYTHONPATH=str(tree))
 
 
+@pytest.mark.slow
 def test_installed_editable(tree: Path, venv: Path, tmp_path: Path) -> None:
     install(venv, tmp_path, "-e", tree)
     check(venv / "bin/python", [venv / "bin/cxrfast"], tmp_path, tree / "cxrfast")
 
 
+@pytest.mark.slow
 def test_installed(tree: Path, venv: Path, tmp_path: Path) -> None:
     install(venv, tmp_path, tree)
     package = site_packages(venv) / "cxrfast"
@@ -127,6 +129,7 @@ def test_installed(tree: Path, venv: Path, tmp_path: Path) -> None:
     check(venv / "bin/python", [venv / "bin/cxrfast"], tmp_path, package)
 
 
+@pytest.mark.slow
 def test_installed_from_the_wheel_of_an_sdist(tree: Path, venv: Path, tmp_path: Path) -> None:
     build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     sdist = tmp_path / run([sys.executable, "-c", build, tmp_path], tree).splitlines()[-1]

@@ -11,9 +11,9 @@ from cxrfast.cli.terminal import show
 
 @click.command()
 @click.argument("runs", type=FOLDER, default=config.RUNS)
-@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Rows to score.")
 def evaluate(runs: Path, part: str) -> None:
-    """AUROC per finding and scale, mean ± sd over folds, of all predictions in RUNS."""
+    """AUROC per finding and scale, mean ± sd over folds, for all predictions in RUNS."""
     from cxrfast.analysis.evaluate import auroc_table
     from cxrfast.analysis.evaluate import evaluate as evaluate_runs
 
@@ -24,7 +24,7 @@ def evaluate(runs: Path, part: str) -> None:
 @click.command()
 @click.argument("runs", type=FOLDER, default=config.RUNS)
 def ensemble(runs: Path) -> None:
-    """Stack the scales in RUNS: weights fitted on validation logits, beside plain voting."""
+    """Stack the scales in RUNS with weights fitted on validation logits; compare with plain voting."""
     from cxrfast.analysis.ensemble import ensemble as stack_scales
     from cxrfast.analysis.ensemble import ensemble_table
 
@@ -35,10 +35,10 @@ def ensemble(runs: Path) -> None:
 @click.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
 @click.option("--images", default=64, show_default=True, help="Validation images to average over.")
-@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--shards", type=FOLDER, help="Where the shard set is now. [default: where it was in training]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
-    """Effective receptive field of each RUN, beside the theoretical one."""
+    """Effective receptive field of each RUN, next to the theoretical one."""
     from cxrfast.analysis.receptive_field import erf as measure_erf
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
@@ -50,11 +50,11 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
 @click.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
 @click.option("--label", required=True, help="A finding, for instance Cardiomegaly.")
-@click.option("--images", default=8, show_default=True, help="Positives with the highest logits.")
-@click.option("--shards", type=FOLDER, help="Where the shard set lies now.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--images", default=8, show_default=True, help="Number of positives, those with the highest logits.")
+@click.option("--shards", type=FOLDER, help="Where the shard set is now. [default: where it was in training]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None, device: str) -> None:
-    """Grad-CAM maps of each RUN for a finding, with a figure beside them."""
+    """Grad-CAM maps and a figure of each RUN for a finding."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
@@ -68,7 +68,7 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
 @click.command()
 @click.argument("runs", type=FOLDER, default=config.RUNS)
 def report(runs: Path) -> None:
-    """report.html: tables and figures of RUNS in one file that opens anywhere."""
+    """Write report.html: tables and figures of RUNS in one file that opens anywhere."""
     from cxrfast.analysis.report import report as write_report
 
     click.echo(write_report(runs))

@@ -81,7 +81,7 @@ def only_option(what: str) -> Option:
 @SHARDS
 @scales_option("all of the set")
 @RESULTS
-@click.option("--arch", default="densenet121", show_default=True)
+@click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
 @seconds_option(10.0, 0.1, "figure")
 @ROUNDS
 @MINUTES
@@ -156,7 +156,7 @@ def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tu
 @click.option("--shards", type=FOLDER, required=True, help="Shard set with both scales.")
 @click.option("--scale", type=int, required=True, help="Side, px.")
 @click.option("--from-scale", type=int, required=True, help="Smaller side, px.")
-@click.option("--fold", type=click.IntRange(0, 4), default=0, show_default=True)
+@click.option("--fold", type=click.IntRange(0, 4), default=0, show_default=True, help="Test fold.")
 @click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True, help="Epochs of every run.")
 @click.option("--target", type=click.FloatRange(0, 1), help="AUROC. [default: the best from scratch]")
 @click.option("--weights", default="none", show_default=True, help="First weights, except from the smaller scale.")

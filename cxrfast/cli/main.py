@@ -1,6 +1,6 @@
-"""The command line: the group of all commands, and errors as one line and an exit code.
+"""The command line: the group of all commands; errors become one line and an exit code.
 
-Each command parses, calls one function and prints what it returns. It imports within itself, so that `cxrfast --help` answers at once.
+Each command parses, calls one function and prints the result. Imports are inside the commands, so `cxrfast --help` is quick.
 """
 
 import sys
@@ -18,10 +18,10 @@ from cxrfast.machine import let_threads_sleep
 
 
 class Cli(click.Group):
-    """Turns the project's errors, and the file system's, into one message and exit code 2."""
+    """Turns the errors of the project and of the file system into one message and exit code 2."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which a study needs them
+        return list(self.commands)  # not sorted by name
 
     def invoke(self, ctx: click.Context) -> Any:
         log.show()
@@ -31,18 +31,18 @@ class Cli(click.Group):
         except CxrfastError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            click.echo("cxrfast: interrupted; what was finished is kept, the same command goes on", err=True)
+            click.echo("cxrfast: interrupted; finished work is kept, run the same command to resume", err=True)
             sys.exit(130)
         except (RuntimeError, MemoryError, ImportError) as error:
-            if not (is_out_of_memory(error) or "failed to map segment" in str(error)):  # of a library, while loading it
+            if not (is_out_of_memory(error) or "failed to map segment" in str(error)):  # loading a library
                 raise
             words = (str(error).splitlines() or [type(error).__name__])[0]
-            fail(f"memory ran out ({words}): use a smaller scale, or a machine or GPU with more memory that is free")
+            fail(f"memory ran out ({words}): use a smaller scale, or a machine or GPU with more free memory")
         except OSError as error:
             if is_disk_full(error):
                 fail(
-                    f"no space or quota left ({error.filename or 'while writing'}): what was finished is kept; make room and "
-                    "run the same command again"
+                    f"no space or quota left ({error.filename or 'while writing'}): finished work is kept; make room and run "
+                    "the same command again"
                 )
             if error.filename is None:
                 raise
@@ -56,11 +56,11 @@ def cli() -> None:
 
 
 @click.command()
-@click.option("--deep", is_flag=True, help="Prove pixels, gradients, streams and memory, too: about a minute.")
-@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: phantoms made for the purpose]")
+@click.option("--deep", is_flag=True, help="Also check pixels, gradients, streams and memory: about a minute.")
+@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: phantoms made for it]")
 @click.option("--scale", type=click.IntRange(min=1), help="With --deep: side, px. [default: the smallest of --shards]")
 def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
-    """What this machine has, what it lacks, and what to do about it."""
+    """Show what this machine has, what it lacks, and what to do about it."""
     from cxrfast.doctor.inventory import examine, inventory_table
 
     if not deep and (shards or scale):

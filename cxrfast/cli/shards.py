@@ -6,19 +6,19 @@ from typing import Any
 import click
 
 from cxrfast import config
-from cxrfast.cli.options import FILE, FOLDER, PartOfN, chosen_source, source_options
+from cxrfast.cli.options import FILE, FOLDER, PART, chosen_source, source_options
 from cxrfast.cli.terminal import fail, show
 
 
 @click.command()
 @click.argument("out", type=FOLDER)
-@click.option("--images", default=600, show_default=True, help="How many.")
+@click.option("--images", default=600, show_default=True, help="Number of images.")
 @click.option("--size", default=1024, show_default=True, help="Longer side, px.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn.")
 @click.option("--corrupt", default=0, show_default=True, help="Images to damage: truncated, empty, not a JPEG.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
 def synth(out: Path, **options: Any) -> None:
-    """A phantom MIMIC-CXR-JPG tree in OUT, findings planted at known sizes."""
+    """Draw a phantom MIMIC-CXR-JPG tree in OUT, with findings planted at known sizes."""
     from cxrfast.phantoms.dataset import synth as draw_tree
 
     counts = draw_tree(out, **options)
@@ -28,41 +28,43 @@ def synth(out: Path, **options: Any) -> None:
 @click.command()
 @source_options
 @click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
-@click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; once for each scale wanted.")
+@click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; repeatable.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
 @click.option(
-    "--part", type=PartOfN(), metavar="I/N", help="Build every N-th shard only, as task I of a job array does."
+    "--part", type=PART, metavar="I/N", help="Build only every N-th shard: the share of task I of a job array."
 )
-@click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler instead.")
+@click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Build only the shards of the first N rows; a later run adds the rest."
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Build only the shards of the first N rows; run again without it for the rest.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what it would take, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what it would take, write nothing.")
 @click.option(
     "--codec",
     type=click.Choice(["jpeg", "raw"]),
     default="jpeg",
     show_default=True,
-    help="raw: uncompressed, for scales that shall be read without decoding.",
+    help="raw: uncompressed, to be read without decoding.",
 )
-@click.option("--quality", type=int, help="Of --codec jpeg, 1 to 100. [default: 95]")
+@click.option("--quality", type=int, help="JPEG quality, 1 to 100. [default: 95]")
 @click.option(
     "--resize",
     type=click.Choice(["squash", "pad"]),
     default="squash",
     show_default=True,
-    help="squash: to a square, as the study; pad: keeps the aspect on black.",
+    help="squash: stretch to a square, as in the study; pad: keep the aspect ratio, on black.",
 )
 @click.option(
     "--grey",
     type=click.Choice(["none", "mimic", "window"]),
     default="none",
     show_default=True,
-    help="How DICOM and 16-bit PNG become 8 bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
+    help="How DICOM and 16-bit PNG become 8-bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the row permutation and the folds.")
-@click.option("--allow-missing", is_flag=True, help="Go on although more than 0.1 % of the images are missing.")
-@click.option("--retry-quarantined", is_flag=True, help="Try images again that could not be used before.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the row permutation and the folds.")
+@click.option("--allow-missing", is_flag=True, help="Continue even if more than 0.1 % of the images are missing.")
+@click.option("--retry-quarantined", is_flag=True, help="Try again the images that could not be used before.")
 def shard(
     data: str,
     out: Path,
@@ -74,7 +76,7 @@ def shard(
     seed: int,
     **options: Any,
 ) -> None:
-    """Cut the source tree into tar shards at every --scale. Run again after any accident: it goes on."""
+    """Write the source tree as tar shards at every --scale. After an interruption, run it again: it resumes."""
     from cxrfast.shards.build import build
     from cxrfast.shards.format.recipe import ImageRecipe
 
@@ -90,14 +92,14 @@ def shard(
     "--label",
     "labels",
     multiple=True,
-    help="Column to take; once for each. [default: labels of SET or MIMIC, else all]",
+    help="Column to use; repeatable. [default: labels of SET or MIMIC, else all]",
 )
 @click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
 @click.option(
-    "--unmatched", type=FILE, metavar="FILE", help="CSV file for the ids that only the set or only TABLE knows."
+    "--unmatched", type=FILE, metavar="FILE", help="CSV file to write the ids that are only in SET or only in TABLE to."
 )
 def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
-    """Replace the labels of SET by those of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
+    """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
     result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
@@ -110,7 +112,7 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, 
     "--out", type=FOLDER, default=Path("set-description"), show_default=True, help="Folder for describe.md, sizes.png."
 )
 def describe(shards: Path, out: Path) -> None:
-    """Who and what is in SET: splits, labels, exclusions, image sizes, bytes. Needs no tar."""
+    """Describe SET: patients, splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as describe_set
 
     description = describe_set(shards, out)
@@ -121,16 +123,20 @@ def describe(shards: Path, out: Path) -> None:
 
 @click.command()
 @click.argument("shards", type=FOLDER, metavar="SET")
-@click.option("--deep", is_flag=True, help="Decode every image too, and compare it with its grid.")
-@click.option("--source", is_flag=True, help="Compare the source tree with its SHA256SUMS.txt too.")
+@click.option("--deep", is_flag=True, help="Also decode every image and compare it with its stored grid.")
+@click.option("--source", is_flag=True, help="Also compare the source tree with its SHA256SUMS.txt.")
 @click.option(
     "--repair",
     is_flag=True,
-    help="Give what is broken back the bytes it had, shards without grids theirs, and say how.",
+    help="Restore the original bytes of what is broken and add missing grids; report how.",
 )
 @click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
-@click.option("--accept-new-bytes", is_flag=True, help="With --repair: keep other bytes where the old cannot be had.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that repair. [default: usable cores]")
+@click.option(
+    "--accept-new-bytes",
+    is_flag=True,
+    help="With --repair: accept other bytes where the original ones cannot be restored.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes for --repair. [default: usable cores]")
 def verify(
     shards: Path,
     deep: bool,
@@ -163,13 +169,15 @@ def verify(
 @click.argument("source", metavar="FROM")
 @click.argument("to", metavar="TO")
 @click.option(
-    "--scale", "scales", type=int, multiple=True, help="Side, px; once for each scale wanted. [default: all of the set]"
+    "--scale", "scales", type=int, multiple=True, help="Side, px; repeatable. [default: all scales of the set]"
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Files copied at once. [default: usable cores; from or to a URL, 8]"
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Files copied in parallel. [default: usable cores; 8 from or to a URL]",
 )
 def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
-    """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again after any accident: it goes on."""
+    """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again, it resumes."""
     from cxrfast.shards.upkeep.stage import stage as copy_set
     from cxrfast.units import size
 

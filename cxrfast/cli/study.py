@@ -1,39 +1,35 @@
-"""Commands that carry out the whole study."""
+"""Commands that carry out a whole study."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cxrfast import config
-from cxrfast.cli.options import (
-    FOLDER,
-    forecast_options,
-    given,
-    run_options,
-    runtime_options,
-    taken_out,
-    training_options,
-)
+from cxrfast.cli.options import FOLDER, configuration_options, configured, forecast_options, options_of
 from cxrfast.cli.terminal import fail, show
+
+if TYPE_CHECKING:
+    from cxrfast.study.study import Study
 
 
 @click.command()
 @click.argument("shards", type=FOLDER, metavar="SET")
 @click.argument("runs", type=FOLDER)
-@click.option("--scale", "scales", type=int, multiple=True, help="Once for each scale. [default: all of the set]")
-@click.option("--fold", "folds", type=int, multiple=True, help="Once for each fold. [default: all five]")
+@click.option("--scale", "scales", type=int, multiple=True, help="Repeatable. [default: all scales of the set]")
+@click.option("--fold", "folds", type=int, multiple=True, help="Repeatable. [default: all five]")
 @click.option(
     "--nproc",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Processes a training, as torchrun --nproc_per_node.",
+    help="Processes per training, as torchrun --nproc_per_node.",
 )
 @forecast_options
-@training_options
-@runtime_options
-@run_options
+@configuration_options(config.TrainConfig)
+@configuration_options(config.Runtime, options_of(config.Runtime).keys() - {"name"})
 def study(
     shards: Path,
     runs: Path,
@@ -46,46 +42,49 @@ def study(
     walltime: str | None,
     sbatch: Path | None,
     slurm: Path | None,
-    **training: Any,
+    **options: Any,
 ) -> None:
-    """Every scale × fold of SET: train, predict, evaluate, ensemble, ERF, Grad-CAM, report. Goes on where it stopped."""
-    runtime = taken_out(config.Runtime, training)
-    options: dict[str, Any] = {"nproc": nproc, "options": given(training), **runtime}
+    """Train, predict and evaluate every scale × fold of SET, then ensemble, ERF, Grad-CAM, report. Run again, it resumes."""
+    training, runtime = configured(options)
+    chosen = {"scales": list(scales), "folds": list(folds), "nproc": nproc, "options": training, **runtime}
     if dry_run or sbatch:
-        ahead(
-            shards, runs, list(scales), list(folds), dict(rates), walltime, None if dry_run else sbatch, slurm, options
-        )
+        _look_ahead(shards, runs, chosen, dict(rates), walltime, slurm, None if dry_run else sbatch)
         return
     if slurm or walltime or rates:
         fail("--slurm, --walltime and --rate belong to --dry-run or --sbatch")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
+
+    result = _carried_out(carry_out, shards, runs, keep_going=keep_going, **chosen)
+    if result.failures:
+        fail(failed(result.failures))
+
+
+def _carried_out(study: Callable[..., "Study"], *arguments: Any, **options: Any) -> "Study":
+    """Carry out a study, show its tables and say where its report is."""
     from cxrfast.training.signals import Stopped
 
     try:
-        result = carry_out(shards, runs, list(scales), list(folds), keep_going=keep_going, **options)
+        result = study(*arguments, **options)
     except Stopped as stopped:
         click.echo(f"cxrfast: {stopped}", err=True)
         raise
     show(*result.tables)
     click.echo(f"report: {result.report}")
-    if result.failures:
-        fail(failed(result.failures))
+    return result
 
 
-def ahead(
+def _look_ahead(
     shards: Path,
     runs: Path,
-    scales: list[int],
-    folds: list[int],
+    chosen: dict[str, Any],
     rates: dict[int, float],
     walltime: str | None,
-    sbatch: Path | None,
     slurm: Path | None,
-    options: dict[str, Any],
+    sbatch: Path | None,
 ) -> None:
-    """Show what a study would do; write its job scripts into the folder `sbatch`, if there is one."""
-    from dataclasses import replace
+    """Show what a study would do; write its job scripts into the folder `sbatch`, if one is given."""
+    from msgspec.structs import replace
 
     from cxrfast.study.forecast import forecast, forecast_table
     from cxrfast.study.pace import parse_walltime
@@ -94,26 +93,25 @@ def ahead(
 
     asked = read_slurm(slurm) if slurm else Slurm()
     asked = replace(asked, time=walltime or asked.time)
-    plan = make_plan(shards, runs, scales, folds, nodes=asked.nodes, **options)
+    plan = make_plan(shards, runs, nodes=asked.nodes, **chosen)
     result = forecast(plan, rates)
     show(forecast_table(result, parse_walltime(asked.time) if walltime or slurm or sbatch else None))
     result.check()
     if sbatch:
-        *scripts, submit = write_scripts(plan, result.outlooks, asked, sbatch)
-        click.echo(f"{len(scripts)} job scripts in {sbatch}; read one, then queue them all: {submit}")
+        submit = write_scripts(plan, result.outlooks, asked, sbatch)[-1]
+        click.echo(f"job scripts in {sbatch}; read train.sh, then queue everything: {submit}")
 
 
 @click.command()
-@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Where everything goes.")
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for everything.")
 def demo(out: Path) -> None:
-    """The whole study on phantoms: synth, shard, train, evaluate, report. CPU, minutes."""
+    """The whole study on phantoms: synth, shard, train, evaluate, report. On a CPU, in minutes."""
     from cxrfast.study.demo import demo as run_demo
-    from cxrfast.training.signals import Stopped
+    from cxrfast.units import duration
 
-    try:
-        result = run_demo(out)
-    except Stopped as stopped:
-        click.echo(f"cxrfast: {stopped}", err=True)
-        raise
-    show(*result.tables)
-    click.echo(f"report: {result.report}")
+    started = time.monotonic()
+    result = _carried_out(run_demo, out)
+    click.echo(
+        f"\nThat was a whole study, in {duration(time.monotonic() - started)}. Open {result.report} in a browser; for your own "
+        "radiographs, start with `cxrfast shard --help`."
+    )

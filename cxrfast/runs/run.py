@@ -66,7 +66,7 @@ class Run(RunFolder):
         try:
             value = _checked(json.loads(path.read_bytes()), _ConfigFile)
             return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 
     @classmethod

@@ -1,1 +1,1 @@
-"""Many runs as one: planned, forecast, carried out here or by SLURM."""
+"""A study: many runs, planned, forecast, and carried out here or by SLURM."""

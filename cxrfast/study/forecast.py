@@ -1,6 +1,6 @@
-"""What a study would do, looked at before anything is queued or written: every run, its rows, its cost, what stands against it.
+"""Forecast of a study before anything is queued or written: every run, its rows, its cost, the reasons to refuse it.
 
-Needs no GPU and looks at none: a login node can answer for the machines that train.
+Uses no GPU: a login node can answer for the machines that train.
 """
 
 import os
@@ -23,32 +23,32 @@ from cxrfast.units import size
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Every run of a plan, and whether the plan can be carried out."""
+    """Every run of a plan, and the reasons why the plan cannot be carried out."""
 
     outlooks: list[Outlook]
     room: int
-    """Bytes that all checkpoints need."""
+    """Bytes that all checkpoints will take."""
     free: int
-    """Bytes that are free where the runs will lie."""
+    """Bytes free on the disk of the runs."""
     refusals: list[str]
-    """Those of the runs, by their names, then those of the whole."""
+    """First of single runs, with their names, then of the study."""
     plan: Plan
 
     def check(self) -> None:
-        """Raises RunError with all refusals if there is one."""
+        """Raises RunError listing all refusals, if there are any."""
         if self.refusals:
             lines = "".join(f"\n  {text}" for text in self.refusals)
             raise RunError(f"this study cannot be carried out, nothing was started or written:{lines}")
 
 
 def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
-    """Look at every run of the plan. `rates`: images/s by scale, where they are known better than from earlier runs.
+    """Forecast every run of the plan. `rates`: images/s by scale; they take precedence over earlier runs.
 
-    Raises ShardError if the set's table cannot be read; what stands against a run is in its `refusals`.
+    Raises ShardError if the set's table cannot be read; the reasons to refuse a run are in its `refusals`.
     """
     shards = ShardSet(plan.runtime.shards)
     table = shards.rows()
-    pace = Pace(plan.runtime.runs, rates or {})
+    pace = Pace(plan.runtime.runs, rates)
     outlooks: list[Outlook] = []
     for scale in plan.scales:
         try:
@@ -61,12 +61,12 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
     refusals = [f"{o.name}: {text}" for o in outlooks for text in o.refusals]
     refusals += _other_runs(plan, shards.info.id, {o.name for o in outlooks})
     if room > free:
-        refusals.append(f"checkpoints need {size(room)}, and {plan.runtime.runs} has {size(free)} free: make room")
+        refusals.append(f"checkpoints need {size(room)}, but {plan.runtime.runs} has {size(free)} free: make room")
     return Forecast(outlooks=outlooks, room=room, free=free, refusals=refusals, plan=plan)
 
 
 def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
-    """What stands against the runs in RUNS that are not of this study: they end up in the same tables."""
+    """Refusals for runs in RUNS outside this study, which would end up in the same tables."""
     refusals = []
     for folder in RunFolder.below(plan.runtime.runs):
         if not folder.is_started:
@@ -89,25 +89,20 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-# For people
-
-
-def projection(left: list[Outlook], ranks: int, rate: float) -> str:
-    """One line on the runs that are `left`, now that the first of them is known to train `rate` images/s at its scale."""
-    scale = left[0].scale
-    runs = [replace(o, images_per_s=rate) if o.scale == scale else o for o in left]
-    hours = sum(o.seconds or 0.0 for o in runs) / 3600
-    unknown = [o for o in runs if o.seconds is None]
-    known = f"{len(runs) - len(unknown)} of {len(runs)} runs left"
-    scales = ", ".join(f"{side}" for side in sorted({o.scale for o in unknown}))
-    return (
-        f"study: {rate:,.3g} images/s at {scale} px; {known}: {hours:,.2f} h at most, {hours * ranks:,.2f} GPU-hours"
-        + (f"; the rate at {scales} px is not known yet" if unknown else "")
+def projection(plan: Plan, left: list[Outlook]) -> str:
+    """One line about the time that the runs `left` will take, at the rates of the runs that are done."""
+    runs, pace = plan.runtime.runs, Pace(plan.runtime.runs)
+    left = [replace(o, images_per_s=pace.of(runs / o.name, o.config)) for o in left if o.config]
+    hours = sum(o.seconds or 0.0 for o in left) / 3600
+    unknown = sorted({o.scale for o in left if o.seconds is None})
+    scales = ", ".join(map(str, unknown))
+    return f"study: {len(left)} runs left: {hours:,.2f} h at most, {hours * plan.ranks:,.2f} GPU-hours" + (
+        f", without those at {scales} px, whose rate is not known yet" if unknown else ""
     )
 
 
 def forecast_table(result: Forecast, walltime: int | None = None) -> Table:
-    """One line per run; hours are at most, since early stopping may end a run before its last epoch."""
+    """One line per run. Hours are upper limits, since early stopping may end a run before its last epoch."""
     plan, ranks = result.plan, result.plan.ranks
     head = [
         "run",
@@ -115,7 +110,7 @@ def forecast_table(result: Forecast, walltime: int | None = None) -> Table:
         "rows: train\nval\ntest",
         "batch: global\nmicro\nlearning rate",
         "weights",
-        "images an epoch\nimages/s",
+        "images per epoch\nimages/s",
         "hours\nGPU-hours",
         *(["jobs"] if walltime else []),
     ]

@@ -1,4 +1,4 @@
-"""How fast runs train and how long jobs may last: images/s from earlier runs, wall times as SLURM writes them."""
+"""Training rates of earlier runs, and wall times of jobs."""
 
 import math
 import re
@@ -13,14 +13,14 @@ from cxrfast.runs.run import Run
 from cxrfast.runs.status import read_metrics
 
 NOTICE_SECONDS = 120
-"""Seconds before its end at which a job is told to save; that much of each job's time is not counted on."""
+"""A job is told to save this many seconds before its end; forecasts do not count on them."""
 
 
 class Pace:
-    """Images/s of a run: as told, else its own so far, else that of another run of its architecture and scale."""
+    """Images/s of a run: as given for its scale, else its own so far, else of another run of its architecture and scale."""
 
-    def __init__(self, runs: Path, told: Mapping[int, float]) -> None:
-        self.told = told
+    def __init__(self, runs: Path, given: Mapping[int, float] | None = None) -> None:
+        self.given = given or {}
         self.by_folder: dict[Path, float] = {}
         self.by_scale: dict[tuple[str, int], float] = {}
         for folder in RunFolder.below(runs):
@@ -34,11 +34,11 @@ class Pace:
 
     def of(self, folder: Path, config: TrainConfig) -> float | None:
         known = self.by_folder.get(folder) or self.by_scale.get((config.arch, config.scale))
-        return self.told.get(config.scale) or known
+        return self.given.get(config.scale) or known
 
 
 def parse_walltime(text: str) -> int:
-    """`36:00:00` or `1-12:00:00` → seconds. Raises RunError for anything else, and for no time at all."""
+    """`36:00:00` or `1-12:00:00` → seconds. Raises RunError for anything else, or if too short to save."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -48,5 +48,5 @@ def parse_walltime(text: str) -> int:
 
 
 def jobs(seconds: float, walltime: int) -> int:
-    """How many jobs of `walltime` seconds a training of `seconds` takes, each of which saves before it ends."""
+    """Number of jobs of `walltime` seconds, each of which saves before it ends, that a training of `seconds` takes."""
     return math.ceil(seconds / (walltime - NOTICE_SECONDS))

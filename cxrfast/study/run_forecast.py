@@ -1,6 +1,6 @@
-"""One run of a study before it is trained: what its training command would find, or every reason why it would refuse.
+"""Forecast of one run: what its training command would do, or every reason why it would refuse.
 
-Looks only; writes nothing and needs no GPU.
+Writes nothing and uses no GPU.
 """
 
 import time
@@ -30,12 +30,12 @@ from cxrfast.study.plan import Plan
 from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 
 CHECKPOINT_COPIES = 7
-"""Weights a run needs room for: last.pt with Adam's two moments (3), its successor while that is written (3), the best (1)."""
+"""Copies of the weights on disk: last.pt with Adam's two moments (3), the next one while it is written (3), the best (1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """One run, as its training command would find it."""
+    """What the training command of one run would do."""
 
     name: str
     scale: int
@@ -45,17 +45,17 @@ class Outlook:
     refusals: tuple[str, ...] = ()
     config: TrainConfig | None = None
     rows: Mapping[str, int] = field(default_factory=dict)
-    """Number of rows by part."""
+    """Number of rows in each part."""
     images: int = 0
-    """Images trained on in an epoch."""
+    """Training images per epoch."""
     weights: str = ""
     """Where the first weights come from."""
     work: float = 0.0
-    """Training images at its scale that take as long as all epochs that are left; see `TrainConfig.work`."""
+    """Cost of the epochs that are left, in training images; see `TrainConfig.work`."""
     images_per_s: float | None = None
     """Images/s of all ranks together."""
     room: int = 0
-    """Bytes its checkpoints will take on top of what is there."""
+    """Bytes that its checkpoints will take on top of those on disk."""
 
     @property
     def is_done(self) -> bool:
@@ -63,7 +63,7 @@ class Outlook:
 
     @property
     def seconds(self) -> float | None:
-        """For all epochs that are left, at most: early stopping may end a run before its last. None if the rate is not known."""
+        """Time for the epochs that are left, at most, since early stopping may end it before. None if the rate is not known."""
         if not self.work:
             return 0.0
         return self.work / self.images_per_s if self.images_per_s else None
@@ -71,25 +71,25 @@ class Outlook:
 
 @dataclass(frozen=True)
 class ScaleData:
-    """What all runs of one scale share."""
+    """Data that all runs of one scale share."""
 
     scale: int
     table: pd.DataFrame
     """rows.parquet of the set."""
     rows_per_shard: int
     held: np.ndarray
-    """int64: rows that the set holds at this scale."""
+    """int64: rows in the set at this scale."""
     weight_bytes: int
-    """Bytes of one copy of the model's weights, float32."""
+    """Size of the model's weights, float32."""
 
 
 class Found(NamedTuple):
-    """What the training command would do with a run's folder."""
+    """What the training command would find in a run's folder."""
 
     what: str
     """As in Outlook."""
     epochs: int
-    """Number of epochs that are finished."""
+    """Finished epochs."""
 
 
 def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) -> ScaleData:
@@ -97,20 +97,21 @@ def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) ->
     with Reader(plan.runtime.shards, scale) as reader:
         held = reader.rows
     config = plan.config(scale, plan.folds[0], "cpu")
-    model = Classifier(config.arch, len(shards.info.labels))
-    for side in {scale, *(side for side, _ in config.sizes)}:
-        model.check_size(side)
+    with torch.device("meta"):  # shapes only, no numbers: quick
+        model = Classifier(config.arch, len(shards.info.labels))
+        for side in {scale, *(side for side, _ in config.sizes)}:
+            model.check_size(side)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)
 
 
 def refused(plan: Plan, scale: int, fold: int, reason: str) -> Outlook:
-    """Outlook of a run that is refused for this reason, with nothing else known."""
+    """Outlook of a run that is refused for this reason; nothing else is known."""
     return Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=(reason,))
 
 
 def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
-    """One run of a scale that the set holds."""
+    """Outlook of one run."""
     try:
         config = plan.config(data.scale, fold, "cpu")
     except CxrfastError as error:
@@ -150,7 +151,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
 
 @contextmanager
 def _collected(refusals: list[str]) -> Iterator[None]:
-    """An error within becomes a refusal, so that the others are found too."""
+    """Turn an error into a refusal, so that the others are found too."""
     try:
         yield
     except CxrfastError as error:
@@ -163,9 +164,9 @@ def _selected_rows(plan: Plan, data: ScaleData, config: TrainConfig) -> pd.DataF
 
 
 def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd.DataFrame) -> int:
-    """Raises RunError if the rows do not fill a global batch, or if the ranks cannot share one."""
+    """Raises LoadError if the rows do not fill a global batch, or if the ranks cannot share one."""
     if config.micro_batch == AUTO:
-        config = replace(config, micro_batch=1)  # any other that can be chosen takes as many images
+        config = replace(config, micro_batch=1)  # any other possible size takes as many images
     order = train_order(config, rows, World(torch.device("cpu"), 0, plan.ranks), data.rows_per_shard)
     return order.steps * order.global_batch
 
@@ -196,14 +197,14 @@ def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> Found:
 
 
 def other_set(run: Run, plan: Plan, set_id: str) -> str:
-    """The refusal of a run that was trained on another set than the plan's."""
+    """Message about a run that was trained on another set than the plan's."""
     return (
         f"{run.folder} was trained on set {run.config.set_id}, {plan.runtime.shards} is {set_id}: choose another RUNS"
     )
 
 
 def _first_weights(config: TrainConfig) -> str:
-    """Where the first weights come from. Raises RunError if they cannot be had, or may not be used for this fold."""
+    """Where the first weights come from. Raises RunError if they are missing or may not be used for this fold."""
     if config.weights == "none":
         return "none"
     if config.weights == "imagenet":
@@ -214,5 +215,5 @@ def _first_weights(config: TrainConfig) -> str:
 
 
 def _room(data: ScaleData, folder: RunFolder) -> int:
-    """Bytes that checkpoints will take on top of those that are in the folder."""
+    """Bytes that checkpoints will take on top of those in the folder."""
     return max(0, CHECKPOINT_COPIES * data.weight_bytes - folder.checkpoint_bytes)

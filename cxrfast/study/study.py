@@ -1,16 +1,13 @@
 """The whole study: every scale × fold trained and predicted, then tables, ensemble, receptive fields, Grad-CAM, report.
 
-Each step is skipped where its result is there already, so a study that was stopped continues where it stopped.
+A step whose result exists is skipped, so a study that was stopped resumes where it stopped.
 """
 
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +30,16 @@ from cxrfast.training.train import train
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
-"""Between two looks at the state of a run that has not said yet how fast it is."""
-
 ERF_IMAGES, CAM_IMAGES, CAM_FINDINGS = 64, 6, 2
 
 
 @dataclass(frozen=True)
 class Study:
     tables: list[Table]
-    """AUROC by finding and scale and, from two scales on, the ensemble's."""
+    """AUROC by finding and scale; with several scales, the ensemble's too."""
     report: Path
     failures: list[str] = field(default_factory=list)
-    """Runs that failed, each with what it said; none unless the study was to keep going."""
+    """Error messages of the runs that failed; empty unless the study keeps going."""
 
 
 def study(
@@ -61,27 +55,30 @@ def study(
 ) -> Study:
     """Train and predict `scales` (default: all of the set) × `folds` (default: all five) of a shard set, then report.
 
-    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes per training. `keep_going`: after a run
-    that failed, continue with the others. `runtime`: further fields of Runtime.
+    `options`: fields of TrainConfig, None for the preset's. `nproc`: processes per training. `keep_going`: continue with the
+    other runs after one failed. `runtime`: further fields of Runtime.
 
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
     plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
-    pick_device(plan.runtime.device)  # says what is wrong with it before anything is trained
+    pick_device(plan.runtime.device)  # raises before anything is trained
     expected = forecast(plan)
     expected.check()
     done: list[Run] = []
     failures: list[str] = []
-    for number, outlook in enumerate(expected.outlooks):
+    for number, outlook in enumerate(expected.outlooks, 1):
         try:
-            with _projected(plan, expected.outlooks[number:]):
-                done.append(_run(plan, outlook))
-        except (CxrfastError, RuntimeError) as error:  # torch's, such as memory that does not suffice, are the latter
+            done.append(_run(plan, outlook))
+        except (CxrfastError, RuntimeError) as error:  # torch raises RuntimeError, for example without memory
             if not keep_going:
                 raise
             failures.append(str(error))
-            log.warning(f"{error}; going on with the other runs")
+            log.warning(f"{error}; continuing with the other runs")
+            continue
+        left = [o for o in expected.outlooks[number:] if not o.is_done]
+        if left and not outlook.is_done:
+            log.info(projection(plan, left))
     if not done:
         raise RunError(failed(failures))
     try:
@@ -103,7 +100,7 @@ def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
 
 
 def _run(plan: Plan, outlook: Outlook) -> Run:
-    """Train one run, in this process or by torchrun, and predict with it; what is done is left as it is."""
+    """Train one run, in this process or with torchrun, and predict with it; skip what is done."""
     runtime, folder = plan.runtime, plan.runtime.runs / outlook.name
     if outlook.is_done:
         log.info(f"{outlook.name} is done already; its weights are in {folder}")
@@ -113,33 +110,11 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
         _in_this_process(plan, outlook)
     run = Run.open(folder)
     if not run.is_done:
-        raise RunError(f"{folder} ended before it was done, without a word: run the study again")
+        raise RunError(f"{folder} exited without finishing and without an error: run the study again")
     if not run.has_predictions:
         with world(runtime.device) as ranks:
             predict(run, ranks, shards=runtime.shards, engine=runtime.engine, threads=runtime.threads)
     return run
-
-
-@contextmanager
-def _projected(plan: Plan, left: list[Outlook]) -> Iterator[None]:
-    """Tell once, as soon as the first run of `left` knows how fast it is, how long all of them take."""
-    folder, started, ended = plan.runtime.runs / left[0].name, int(time.time()), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(POLL_SECONDS):
-            with suppress(CxrfastError):  # no run yet; a damaged one is told of by the training
-                state = Run.open(folder).state()
-                if (rate := state.get("images_per_s_at_scale")) and state["time"] >= started:
-                    log.info(projection(left, plan.ranks, rate))
-                    return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _in_this_process(plan: Plan, outlook: Outlook) -> None:
@@ -159,28 +134,26 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     if received is not None:
         raise Stopped(outlook.name, received)
     state = Run.open(folder).state() if RunFolder(folder).is_started else {}
-    if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal that came from elsewhere
+    if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal sent to torchrun itself
         raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
     if code:
-        raise RunError(
-            f"{folder} failed, its message stands above; mend it and run the study again: what is done is not done twice"
-        )
+        raise RunError(f"{folder} failed, see the error above; fix it and run the study again: nothing is done twice")
 
 
 def failed(failures: list[str]) -> str:
-    """One message of all runs that failed, for the end of a study."""
+    """One message about all runs that failed, for the end of a study."""
     count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
-    return f"{count} failed; mend them and run the study again:" + "".join(f"\n  {f}" for f in failures)
+    return f"{count} failed; fix the cause and run the study again:" + "".join(f"\n  {f}" for f in failures)
 
 
 def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device: str) -> None:
-    """Receptive field of each run, and Grad-CAM of the findings that the largest scale knows best."""
+    """Receptive field of each run, and Grad-CAM of the findings that the largest scale ranks best."""
     chosen = pick_device(device)
     for run in runs:
         try:
             if not has_erf(run):
                 log.info(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words())
-        except RunError as error:  # an architecture without a known feature map has tables all the same
+        except RunError as error:  # no known feature map: this architecture has tables, but no maps
             log.warning(error)
             return
     largest = max(runs, key=lambda run: run.config.scale)

@@ -3,7 +3,6 @@
 Numbers come in, decisions and numbers go out, a heartbeat goes into the run; nothing here knows the trainer.
 """
 
-import os
 import socket
 import time
 from collections import deque
@@ -17,6 +16,7 @@ import torch
 
 from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
+from cxrfast.machine import slurm_job
 from cxrfast.pipelines.loader import Batch
 from cxrfast.runs.run import Run
 from cxrfast.training.checkpoint import Counters
@@ -165,7 +165,7 @@ class Heartbeat:
         self.run.set_state(
             state,
             host=socket.gethostname(),
-            job=os.environ.get("SLURM_JOB_ID"),
+            job=slurm_job(),
             epoch=counters.epoch,
             epochs=self.run.config.epochs,
             consumed=counters.consumed,

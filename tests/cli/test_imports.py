@@ -4,6 +4,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import cxrfast
 
 HEAVY = {"torch", "torchvision", "pandas", "matplotlib", "cv2", "pyarrow", "zarr", "sklearn", "nvidia"}
@@ -33,5 +35,6 @@ def test_shards_load_neither_torch_nor_dali():
     assert not loaded_by(*shards) & {"torch", "torchvision", "nvidia"}
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_where_there_is_no_dali():
     assert "torch" in loaded_by(*MODULES, before="sys.modules['nvidia.dali'] = None")

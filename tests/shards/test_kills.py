@@ -124,7 +124,7 @@ def test_ctrl_c_ends_a_build_at_once_with_one_message_and_the_same_command_goes_
     error = child.communicate()[1]
     assert child.returncode == 130
     assert "Traceback" not in error
-    assert error.endswith("cxrfast: interrupted; what was finished is kept, the same command goes on\n")
+    assert error.endswith("cxrfast: interrupted; finished work is kept, run the same command to resume\n")
     assert not [name for name in contents(out) if name.endswith(".tmp") or name.startswith("lease")]
     build(real_tree, out, [64, 256, 1024], workers=1)
     assert contents(out) == contents(real_set)

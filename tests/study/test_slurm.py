@@ -1,14 +1,20 @@
-"""Job scripts: what they ask SLURM for, and what they do once they run, with stand-ins for SLURM and torchrun."""
+"""Job scripts: what they ask SLURM for, and what they do when they run, with stand-ins for SLURM and torchrun."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
@@ -28,66 +34,66 @@ def scripts(shards: Path, out: Path, slurm: Slurm, nproc: int = 2, **runtime: ob
     return {path.name: path.read_text() for path in written}
 
 
-def test_a_script_a_run_and_one_for_the_tables(tiny_set: Path, tmp_path: Path) -> None:
+def test_one_task_per_run_and_a_job_for_the_tables(tiny_set: Path, tmp_path: Path) -> None:
     slurm = Slurm(account="abc", partition="gpu", extra=("--qos=long",), setup=("module load cuda",), memory="0")
     texts = scripts(tiny_set, tmp_path, slurm)
-    runs = ["densenet121-32-fold-0.sh", "densenet121-32-fold-1.sh"]
-    assert list(texts) == [*runs, "report.sh", "submit.sh"]
+    assert list(texts) == ["train.sh", "report.sh", "submit.sh"]
     for option in (
-        "--job-name=densenet121-32-fold-0",
-        f"--output={tmp_path}/jobs/densenet121-32-fold-0-%j.out",
+        f"--output={tmp_path}/jobs/train-%A_%a.out",
+        *("--array=0-1", "--job-name=cxrfast-train"),
         *("--open-mode=append", "--account=abc", "--partition=gpu", "--time=24:00:00", "--nodes=1", "--mem=0"),
         *("--cpus-per-task=16", "--gpus-per-node=2", "--requeue", "--signal=B:USR1@120", "--qos=long"),
     ):
-        assert f"\n#SBATCH {option}\n" in texts[runs[0]]
-    assert "\nmodule load cuda\n" in texts[runs[0]]
-    assert "torchrun --standalone --nproc_per_node=2 --signals-to-handle=SIGTERM,SIGINT" in texts[runs[0]]
-    assert "--scale=32 --fold=0 " in texts[runs[0]]
+        assert f"\n#SBATCH {option}\n" in texts["train.sh"]
+    assert "\nmodule load cuda\n" in texts["train.sh"]
+    assert "torchrun --standalone --nproc_per_node=2 --signals-to-handle=SIGTERM,SIGINT" in texts["train.sh"]
+    tasks = [line for line in texts["train.sh"].splitlines() if line.startswith('    "densenet121-32/')]
+    assert tasks == [f'    "densenet121-32/fold-{fold} --scale=32 --fold={fold}"' for fold in (0, 1)]
     assert "cxrfast study" in texts["report.sh"]
     assert "#SBATCH --gpus-per-node=1\n" in texts["report.sh"]
     assert "--nproc" not in texts["report.sh"]
+    assert "array" not in texts["report.sh"]
 
 
 def test_several_nodes_meet_at_the_first(tiny_set: Path, tmp_path: Path) -> None:
-    text = scripts(tiny_set, tmp_path, Slurm(nodes=2))["densenet121-32-fold-0.sh"]
-    assert "#SBATCH --nodes=2\n" in text
-    assert "srun " in text
-    assert '--nnodes="$SLURM_NNODES"' in text
-    assert "--rdzv_backend=c10d" in text
+    text = scripts(tiny_set, tmp_path, Slurm(nodes=2))["train.sh"]
+    for part in ("#SBATCH --nodes=2\n", "srun ", '--nnodes="$SLURM_NNODES"', "--rdzv_backend=c10d"):
+        assert part in text
 
 
 def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
-    text = scripts(tiny_set, tmp_path, Slurm(cpus=3), nproc=1, device="cpu")["densenet121-32-fold-0.sh"]
+    text = scripts(tiny_set, tmp_path, Slurm(cpus=3), nproc=1, device="cpu")["train.sh"]
     assert "torchrun --" not in text
     assert "gpus" not in text
     assert "#SBATCH --cpus-per-task=3\n" in text
 
 
 def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
-    text = scripts(tiny_set, tmp_path / "a b", Slurm())["densenet121-32-fold-0.sh"]
+    text = scripts(tiny_set, tmp_path / "a b", Slurm())["train.sh"]
     assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
-    assert f"state_file='{tmp_path}/a b/runs/densenet121-32/fold-0/state.json'" in text
+    assert f"state_file='{tmp_path}/a b/runs'/$name/state.json" in text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[slurm]\nacount = 'x'", "slurm.acount is unknown"),
-        ("[slrum]", "slrum is unknown"),
-        ("slurm = 3", "slurm is unknown"),
-        ("[slurm]\ngpus = 'six'", r"\[slurm\] gpus = 'six' is not a whole number"),
-        ("[slurm]\nextra = 'x'", "extra = 'x' is not a list of texts"),
-        ("[slurm]\nsetup = [1]", r"setup = \[1\] is not a list of texts"),
-        ("[slurm]\naccount = 3", "account = 3 is not a text"),
-        ("[slurm]\nnodes = 0", "nodes = 0 is too small"),
+        (
+            "[slurm]\nacount = 'x'",
+            "unknown field `acount` - at `$.slurm`; give TOML with one table, [slurm], with account",
+        ),
+        ("[slrum]", "unknown field `slrum`"),
+        ("slurm = 3", "Expected `object`, got `int` - at `$.slurm`"),
+        ("[slurm]\ngpus = 'six'", "Expected `int | null`, got `str` - at `$.slurm.gpus`"),
+        ("[slurm]\nsetup = [1]", "Expected `str`, got `int` - at `$.slurm.setup[0]`"),
+        ("[slurm]\nnodes = 0", "Expected `int` >= 1 - at `$.slurm.nodes`"),
         ("[slurm]\ntime = '3 days'", "such as 24:00:00"),
-        ("[slurm", "is no TOML"),
+        ("[slurm", "Expected ']' at the end of a table declaration"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_by_the_name_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "slurm.toml"
     path.write_text(text)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=re.escape(message)):
         read_slurm(path)
 
 
@@ -99,7 +105,26 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         read_slurm(tmp_path / "none.toml")
 
 
-# What a script does
+FILE = b"[slurm]\naccount = 'a'\ngpus = 4\nnodes = 2\nextra = ['--qos=x']\ntime = '1-00:00:00'\nsetup = ['module load x']\n"
+
+
+@given(
+    st.integers(0, len(FILE)),
+    st.integers(0, 8),
+    st.binary(max_size=4) | st.sampled_from([b"-1", b"[1]", b"null", b"'"]),
+)
+def test_a_mutated_file_is_read_as_it_says_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, at: int, length: int, new: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "mutated.toml"
+    path.write_bytes(FILE[:at] + new + FILE[at + length :])
+    try:
+        read = asdict(read_slurm(path))
+    except RunError:
+        return
+    says = tomllib.loads(path.read_text()).get("slurm", {})
+    expected = asdict(Slurm()) | {name: tuple(v) if isinstance(v, list) else v for name, v in says.items()}
+    assert read == expected
 
 
 TRAINING = """#!/usr/bin/env python3
@@ -114,6 +139,7 @@ def stop(number, frame):
 signal.signal(signal.SIGUSR1, stop)
 signal.signal(signal.SIGTERM, stop)
 wanted = os.environ["WANTED"]
+print(*sys.argv[1:], flush=True)
 if wanted == "wait":
     write("running")
     time.sleep(20)
@@ -126,12 +152,12 @@ else:
 
 
 class Job:
-    """A script run as SLURM runs it, with stand-ins for `cxrfast`, `scontrol` and `sbatch` on the path."""
+    """Task 1 of train.sh as SLURM runs it, with stand-ins for `cxrfast`, `scontrol` and `sbatch` on the path."""
 
     def __init__(self, shards: Path, folder: Path) -> None:
         scripts(shards, folder, Slurm(), nproc=1, device="cpu")
-        self.script = folder / "jobs" / "densenet121-32-fold-0.sh"
-        self.state = folder / "runs" / "densenet121-32" / "fold-0" / "state.json"
+        self.script = folder / "jobs" / "train.sh"
+        self.state = folder / "runs" / "densenet121-32" / "fold-1" / "state.json"
         self.state.parent.mkdir(parents=True)
         tools = folder / "tools"
         tools.mkdir()
@@ -148,7 +174,9 @@ class Job:
             "PATH": f"{tools}:{os.environ['PATH']}",
             "STATE": str(self.state),
             "CALLS": str(self.calls),
-            "SLURM_JOB_ID": "17",
+            "SLURM_JOB_ID": "18",
+            "SLURM_ARRAY_JOB_ID": "17",
+            "SLURM_ARRAY_TASK_ID": "1",
         }
 
     def run(self, wanted: str, number: int | None = None) -> tuple[int, str]:
@@ -183,11 +211,11 @@ def test_a_job_whose_time_is_up_is_queued_again(job: Job) -> None:
     code, output = job.run("wait", signal.SIGUSR1)
     assert code == 0
     assert json.loads(job.state.read_text())["state"] == "preempted"
-    assert "scontrol requeue 17" in output
+    assert "scontrol requeue 17_1\n" in output, "this task, not the whole array"
 
 
 def test_a_job_whose_training_was_stopped_from_elsewhere_is_queued_again(job: Job) -> None:
-    assert "scontrol requeue 17" in job.run("preempted")[1]
+    assert "scontrol requeue 17_1\n" in job.run("preempted")[1]
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(job: Job) -> None:
@@ -208,19 +236,35 @@ def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job: Job) 
     job.state.write_text(json.dumps({"state": "preempted", "time": round(time.time()) - 10}, indent=2))
     code, output = job.run("crash")
     assert code == 9
-    assert "scontrol" not in output, "else a job that cannot start would be queued for ever"
+    assert "scontrol" not in output, "else a task that cannot start would be queued again and again"
 
 
-def test_submit_chains_the_tables_behind_all_runs(job: Job) -> None:
+def test_a_task_trains_its_own_run(job: Job) -> None:
+    assert "--scale=32 --fold=1 --shards=" in job.run("done")[1]
+
+
+def test_submit_queues_the_report_after_the_array(job: Job) -> None:
     done = subprocess.run(
         [job.script.parent / "submit.sh"], env=job.environment, capture_output=True, text=True, check=True
     )
     assert job.calls.read_text().splitlines() == [
         f"--parsable {job.script}",
-        f"--parsable {job.script.with_name('densenet121-32-fold-1.sh')}",
-        f"--parsable --dependency=afterok:1:2 --kill-on-invalid-dep=yes {job.script.with_name('report.sh')}",
+        f"--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes {job.script.with_name('report.sh')}",
     ]
-    assert "densenet121-32-fold-0.sh: job 1\ndensenet121-32-fold-1.sh: job 2\nreport.sh: job 3" in done.stdout
+    assert "train.sh: job 1, 2 tasks\nreport.sh: job 2" in done.stdout
+
+
+def test_only_runs_that_are_not_done_are_queued(tiny_set: Path, tmp_path: Path) -> None:
+    plan = make_plan(tiny_set, tmp_path / "runs", [32], [0, 1], device="cpu", options=OPTIONS)
+    first, second = forecast(plan).outlooks
+    write_scripts(plan, [replace(first, what="done"), second], Slurm(), tmp_path)
+    text = (tmp_path / "train.sh").read_text()
+    assert "--array=0-0\n" in text
+    assert "fold-0" not in text
+    done = [replace(o, what="done") for o in (first, second)]
+    assert [path.name for path in write_scripts(plan, done, Slurm(), tmp_path)] == ["report.sh", "submit.sh"]
+    assert not (tmp_path / "train.sh").exists()
+    assert "train.sh" not in (tmp_path / "submit.sh").read_text()
 
 
 def test_the_command_writes_scripts_and_submits_nothing(tiny_set: Path, tmp_path: Path) -> None:
@@ -229,8 +273,8 @@ def test_the_command_writes_scripts_and_submits_nothing(tiny_set: Path, tmp_path
     more = ["--global-batch", "8", "--sbatch", str(tmp_path / "jobs"), "--slurm", str(tmp_path / "slurm.toml")]
     done = CliRunner().invoke(cli, [*arguments, *more, "--walltime", "2:00:00"])
     assert done.exit_code == 0, done.output
-    assert "2 job scripts in" in done.output
+    assert f"queue everything: {tmp_path}/jobs/submit.sh" in done.output
     assert not (tmp_path / "runs").exists()
-    text = (tmp_path / "jobs" / "densenet121-32-fold-1.sh").read_text()
+    text = (tmp_path / "jobs" / "train.sh").read_text()
     assert "#SBATCH --partition=p\n" in text
     assert "#SBATCH --time=2:00:00\n" in text

@@ -21,6 +21,7 @@ from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.status import Status, read_metrics, read_status
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))), reason="SLURM's daemons are not installed"
     ),
@@ -52,7 +53,7 @@ PartitionName=p Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def until(seconds: float, question: str, answer: str) -> str:
-    """Ask a shell until its answer holds `answer`, at most so long; what it said last."""
+    """Ask a shell until it says `answer`, for `seconds` at most. Returns what it said last."""
     end = time.monotonic() + seconds
     while True:
         said = subprocess.run(question, shell=True, capture_output=True, text=True).stdout
@@ -63,7 +64,7 @@ def until(seconds: float, question: str, answer: str) -> str:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A SLURM of one node, this machine, for as long as the test runs; its folder."""
+    """Folder of a SLURM with one node, this machine, that runs during the test."""
     folder = tmp_path / "slurm"
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
@@ -92,7 +93,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
-    """Until the run in this folder has that state."""
+    """Wait until the run in this folder has that state."""
     end = time.monotonic() + seconds
     while (found := read_status(RunFolder(run), time.time())).state != state:
         assert time.monotonic() < end, found
@@ -100,49 +101,43 @@ def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
     return found
 
 
-def test_a_preempted_training_is_queued_again_until_it_is_done_and_then_the_tables_follow(
+def test_a_preempted_task_is_queued_again_until_it_is_done_and_then_the_tables_follow(
     cluster: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    core = min(os.sched_getaffinity(0))  # one, since several threads are slow where other tests run beside
+    core = min(os.sched_getaffinity(0))  # one: several threads are slow while other tests run
     (tools / "cxrfast").write_text(f'#!/bin/sh\nexec taskset -c {core} {sys.executable} -m cxrfast "$@"\n')
     (tools / "cxrfast").chmod(0o755)
     setup = [f"export PATH={tools}:$PATH PYTHONPATH={Path(__file__).parents[2]}"]
     (tmp_path / "slurm.toml").write_text(f"[slurm]\npartition = 'p'\ncpus = 1\ntime = '00:10:00'\nsetup = {setup}\n")
     runs, jobs = tmp_path / "runs", tmp_path / "jobs"
-    options = [
-        "--weights",
-        "none",
-        "--epochs",
-        "4",
-        "--limit",
-        "40",
-        "--global-batch",
-        "8",
-        "--micro-batch",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    where = ["--scale", "32", "--fold", "0", "--sbatch", str(jobs), "--slurm", str(tmp_path / "slurm.toml")]
-    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where, *options])
+    options = (
+        "--weights none --arch shufflenet_v2_x0_5 --epochs 30 --limit 40 --global-batch 8 --micro-batch 8 --device cpu"
+    )
+    where = f"--scale 32 --fold 0 --fold 1 --sbatch {jobs} --slurm {tmp_path / 'slurm.toml'}"
+    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where.split(), *options.split()])
     assert done.exit_code == 0, done.output
     said = subprocess.run([jobs / "submit.sh"], capture_output=True, text=True, check=True).stdout
     job, report = (line.split(": job ")[1].split(",")[0] for line in said.splitlines()[:2])
-    run = runs / "densenet121-32" / "fold-0"
-    wait_for(run, "running")
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
-    assert "PENDING" in until(60, f"squeue -h -j {job} -o %T", "PENDING"), "it is in the queue again"
-    assert "PENDING" in until(1, f"squeue -h -j {report} -o %T", "PENDING"), "which the report waits for"
-    wait_for(run, "done")
+    name = "shufflenet_v2_x0_5-32"
+    for task in (0, 1):
+        assert wait_for(runs / name / f"fold-{task}", "running").job == f"{job}_{task}"
+    subprocess.run(["scancel", "--signal=USR1", "--batch", f"{job}_1"], check=True)
+    queue = f"squeue -h -r -j {job} -o '%K %T'"
+    assert "1 PENDING" in until(60, queue, "1 PENDING"), "this task is in the queue again"
+    assert "0 PENDING" not in until(0, queue, ""), "the other one is not"
+    assert "PENDING" in until(0, f"squeue -h -j {report} -o %T", "PENDING"), "the report waits for both"
+    for task in (0, 1):
+        wait_for(runs / name / f"fold-{task}", "done")
     show = f"scontrol show job {report}"
-    assert "JobState=COMPLETED" in until(240, show, "JobState=COMPLETED"), (
-        jobs / f"cxrfast-report-{report}.out"
-    ).read_text()
+    assert "JobState=COMPLETED" in until(240, show, "JobState=COMPLETED"), (jobs / f"report-{report}.out").read_text()
     assert (runs / "report.html").exists()
-    log = (jobs / f"densenet121-32-fold-0-{job}.out").read_text()
+    log = (jobs / f"train-{job}_1.out").read_text()
     assert "SIGUSR1; saved" in log
     assert "start 1: stopped before it was done: queued again" in log
     assert "start 2: done" in log
-    assert [line["epoch"] for line in read_metrics(RunFolder(run))] == list(range(4)), "no epoch lost, none twice"
+    assert "start 1: done" in (jobs / f"train-{job}_0.out").read_text()
+    for task in (0, 1):
+        epochs = [line["epoch"] for line in read_metrics(RunFolder(runs / name / f"fold-{task}"))]
+        assert epochs == list(range(len(epochs))), "no epoch lost, none twice"

@@ -133,7 +133,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
     assert config.views == ("AP", "PA")
     assert config.positive_weights
     assert config.sizes == ((32, 1),)
-    for text, message in (("epoch = 1", "holds epoch, which is no option"), ("epochs", "is no TOML file")):
+    for text, message in (("epoch = 1", "sets epoch, which is not an option"), ("epochs", "is not a TOML file")):
         file.write_text(text)
         done = CliRunner().invoke(cli, given)
         assert done.exit_code == 2
@@ -145,13 +145,13 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     listed.write_text("\n".join(map(str, range(140))))
     options = {
         **OPTIONS,
-        "subset": listed,
         "views": ("AP", "PA"),
         "label_policies": (("Edema", "u_ones"), ("Fracture", "u_ignore")),
         "positive_weights": True,
         "sizes": ((32, 2), (48, 1)),
     }
     runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
+    runtime["subset"] = listed
     plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
     taken = {}
     with patch.object(
@@ -161,7 +161,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     assert done.exit_code == 0, done.output
     assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
-    assert changed >= {*options, "fold"} - {"precision"}
+    assert changed >= {*options, "subset", "fold"} - {"precision"}
 
 
 def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Configurations are read back as they were written, or refused with the field that is wrong."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cxrfast.config import TrainConfig
+from cxrfast.errors import RunError
+from cxrfast.runs.run import Run
+
+EARLIER = Path(__file__).parents[1] / "data/earlier/runs/shufflenet_v2_x0_5-32/fold-0/config.json"
+STORED = json.loads(EARLIER.read_bytes())
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["folds", "global"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+def test_a_configuration_of_an_earlier_version_has_the_hash_it_had() -> None:
+    assert Run.open(EARLIER.parent).config.hash == STORED["hash"]
+
+
+@pytest.mark.parametrize("rate", [1, 1.0])
+def test_a_stored_number_keeps_its_hash_and_therefore_its_checkpoint(rate: float) -> None:
+    config = TrainConfig.from_json({**STORED["config"], "learning_rate": rate})
+    assert TrainConfig.from_json(json.loads(json.dumps(asdict(config)))).hash == config.hash
+    assert json.dumps(asdict(config)["learning_rate"]) == json.dumps(rate)
+
+
+@given(st.sampled_from([*STORED, *STORED["config"]]), ANYTHING)
+def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder: Path, name: str, new: Any) -> None:
+    value = {**STORED, name: new} if name in STORED else {**STORED, "config": {**STORED["config"], name: new}}
+    (folder / "config.json").write_text(json.dumps(value))
+    try:
+        run = Run.open(folder)
+    except RunError:
+        return
+    assert json.loads(json.dumps(asdict(run.config))) == {**asdict_of_defaults(run), **value["config"]}
+    assert str(run.shards) == str(Path(value["shards"]))
+
+
+def asdict_of_defaults(run: Run) -> dict[str, Any]:
+    """Fields that an earlier version did not have."""
+    return {name: v for name, v in json.loads(json.dumps(asdict(run.config))).items() if name not in STORED["config"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": None}, "Expected `int`, got `null` - at `$.scale`"),
+        ({"sizes": [[64]]}, "at `$.sizes[0]`"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown: use one of auto, bf16"),
+        ({"learning_rate": -1.0}, "learning rate must be above 0, not -1.0"),
+        ({"learning_rate": float("nan")}, "learning rate must be above 0, not nan"),
+        ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
+    ],
+)
+def test_the_wrong_field_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError) as caught:
+        TrainConfig.from_json({**STORED["config"], **change})
+    assert message in str(caught.value)
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(RunError, match="missing required field `scale`"):
+        TrainConfig.from_json({name: value for name, value in STORED["config"].items() if name != "scale"})

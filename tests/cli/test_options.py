@@ -1,0 +1,101 @@
+"""The options of `train` and `study` are made from the configuration, and arguments from its values: there and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cxrfast.cli.main import cli
+from cxrfast.cli.options import configured
+from cxrfast.cli.study import study
+from cxrfast.cli.training import train
+from cxrfast.config import COMPILE_MODES, Option, Runtime, TrainConfig, as_arguments, options_of
+from cxrfast.errors import RunError
+
+LABELS = ("Edema", "Lung Opacity", "a=b")
+REQUIRED: dict[str, Any] = {
+    "set_id": "0" * 32,
+    "scale": 64,
+    "labels": LABELS,
+    "global_batch": 8,
+    "micro_batch": 4,
+    "learning_rate": 1e-4,
+}
+PLACES: dict[str, Any] = {"shards": Path("set"), "runs": Path("runs")}
+NUMBERS = {"minutes": st.floats(0.1, 1e6), "count": st.integers(1, 2**31)}
+POLICIES = st.sampled_from(["u_zeros", "u_ones", "u_ignore"])
+CHOSEN = {
+    "policy": POLICIES,
+    "label_policies": st.lists(st.tuples(st.sampled_from(LABELS), POLICIES), max_size=3).map(tuple),
+    "split": st.sampled_from(["folds", "official"]),
+    "precision": st.sampled_from(["auto", "bf16", "fp32"]),
+    "micro_batch": st.integers(1, 10**6) | st.just("auto"),
+    "sizes": st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 100)), max_size=3).map(tuple),
+    "compile": st.sampled_from(COMPILE_MODES),
+}
+"""Where not every value of the type makes sense."""
+WORDS = st.text(st.characters(exclude_categories=["C"]), min_size=1)
+
+
+def values(name: str, option: Option, kind: Any) -> st.SearchStrategy[Any]:
+    if name in CHOSEN:
+        return CHOSEN[name]
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if kind == Path | None:
+        return WORDS.filter(lambda text: "://" not in text).map(Path)
+    by_type = {bool: st.booleans(), int: st.integers(1, 2**62), float: st.floats(1e-9, 1e9), str: WORDS}
+    by_type |= {int | None: by_type[int], str | None: WORDS, tuple[str, ...]: st.lists(WORDS).map(tuple)}
+    return by_type[kind]
+
+
+def some_of(kind: type) -> st.SearchStrategy[dict[str, Any]]:
+    """Values of any of the fields that have an option."""
+    return st.fixed_dictionaries({}, optional={n: values(n, o, t) for n, (o, t, _) in options_of(kind).items()})
+
+
+@given(some_of(TrainConfig), some_of(Runtime))
+def test_what_is_written_as_arguments_is_read_as_the_same_configuration(
+    training: dict[str, Any], runtime: dict[str, Any]
+) -> None:
+    arguments = as_arguments({**training, **runtime})
+    parsed, where = configured(train.make_context("train", ["--scale=64", *arguments]).params)
+    assert Runtime(**PLACES, **where) == Runtime(**PLACES, **runtime)
+    micro_batch = {"micro_batch": 4} if training.get("micro_batch") == "auto" else {}
+    assert parsed.get("micro_batch") == training.get("micro_batch")
+    assert TrainConfig(**{**REQUIRED, **parsed, **micro_batch}) == TrainConfig(
+        **{**REQUIRED, **training, **micro_batch}
+    )
+    arguments = as_arguments({**training, **{name: v for name, v in runtime.items() if name != "name"}})
+    options = study.make_context("study", ["set", "runs", *arguments]).params
+    assert configured(options) == (parsed, {name: v for name, v in where.items() if name != "name"})
+
+
+def test_a_field_without_an_option_has_no_argument() -> None:
+    with pytest.raises(RunError, match="degrees has no command-line option"):
+        as_arguments({"degrees": 5.0})
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --scale 32 --sizes 64", "'64' is not SIDExEPOCHS,…, such as 64x2,96x2"),
+        ("train --scale 32 --sizes 64xmany", "'64xmany' is not SIDExEPOCHS"),
+        ("train --scale 32 --label-policy Edema", "'Edema' is not LABEL=POLICY, such as Edema=u_ones"),
+        ("train --scale 32 --micro-batch 0", "0 is not in the range x>=1"),
+        ("train --scale 32 --shards s3://bucket/set", "s3://bucket/set is a URL"),
+        ("shard --scale 32 --part 9/8", "'9/8' is not I/N, such as 2/8"),
+        ("study set runs --rate 48=fast", "'48=fast' is not SCALE=IMAGES_PER_S, such as 2048=75"),
+        ("study set runs --rate 48=inf", "'48=inf' is not SCALE=IMAGES_PER_S"),
+        ("study set runs --rate 48=3", "--slurm, --walltime and --rate belong to --dry-run or --sbatch"),
+        ("bench load --minutes nan", "nan is not"),
+        ("bench step --seconds inf", "inf is not"),
+    ],
+)
+def test_a_value_of_the_wrong_form_is_refused_with_an_example(command: str, message: str) -> None:
+    done = CliRunner().invoke(cli, command.split())
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
