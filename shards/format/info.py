@@ -113,7 +113,7 @@ def write_set_json(folder: Path) -> None:
 def _description(path: Path) -> bytes:
     try:
         return pq.read_schema(path).metadata[COPY]
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
 
 

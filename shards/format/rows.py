@@ -85,7 +85,7 @@ def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
         rows = table.to_pandas()
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: run `cxrfast shard` again") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
     if absent := [c for c in COLUMNS if c not in table.column_names]:
         raise ShardError(f"{path} lacks the columns {', '.join(absent)}: it is not a cxrfast rows table")

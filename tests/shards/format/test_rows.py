@@ -1,9 +1,12 @@
+import contextlib
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.format.info import read_info
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 
 
@@ -109,3 +112,14 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
         write_rows(path, table().assign(Zebra="nonsense"))
     pd.testing.assert_frame_equal(read_rows(path), table(), check_dtype=False)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+@pytest.mark.parametrize("read", [read_rows, read_info])
+def test_a_changed_byte_in_the_footer_is_a_shard_error_or_harmless(tmp_path, read):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, table())
+    data = path.read_bytes()
+    for position in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data), 7):
+        path.write_bytes(data[:position] + b"\xfd" + data[position + 1 :])
+        with contextlib.suppress(ShardError):
+            read(path)
