@@ -1,1 +1,1 @@
-"""How fast: benchmarks that print ratios, measured interleaved in one run."""
+"""Benchmarks that print ratios, measured interleaved in one run."""

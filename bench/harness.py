@@ -51,7 +51,7 @@ class Measured:
 # Time
 
 GRACE = 30.0
-"""Seconds a process may go on after the whole budget is over, before it is killed."""
+"""Seconds a process may continue after the whole budget is used up, before it is killed."""
 
 
 @dataclass(frozen=True)

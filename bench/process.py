@@ -1,4 +1,4 @@
-"""Call a function in a process of its own: its memory is measured alone, and a crash takes nothing else down.
+"""Call a function in its own process: its memory is measured separately, and a crash affects nothing else.
 
 Imports little, since every import counts as memory of the process.
 """

@@ -101,7 +101,7 @@ def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
 def rates(results: dict[str, Any]) -> list[Rates]:
     """The figures of this GPU for `pipelines/loader.py`, at each scale where `bench load --engines` and the ladder ran.
 
-    The step is that of the fastest rung.
+    The step is the fastest rung's.
     """
     steps: dict[int, float] = {}
     for name, result in results.items():

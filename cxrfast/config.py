@@ -277,7 +277,7 @@ def as_arguments(values: Mapping[str, Any]) -> list[str]:
     arguments = []
     for name, value in values.items():
         if name not in options:
-            raise RunError(f"{name} has no command-line option: train in one process of your own to set it")
+            raise RunError(f"{name} has no command-line option: to set it, train from Python in a single process")
         option, _, default = options[name]
         if value is not None and value != default:
             items = value if option.multiple else [value]

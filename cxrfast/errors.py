@@ -11,15 +11,15 @@ class CxrfastError(Exception):
 
 
 class ShardError(CxrfastError):
-    """A source tree or a shard set (`cxrfast.shards`) is not what it should be."""
+    """A source tree or a shard set (`cxrfast.shards`) is invalid."""
 
 
 class LoadError(CxrfastError):
-    """Rows of a shard set (`cxrfast.pipelines`) cannot be read, decoded or ordered as asked."""
+    """Rows of a shard set (`cxrfast.pipelines`) cannot be read, decoded or ordered as requested."""
 
 
 class RunError(CxrfastError):
-    """A study, a run or its configuration (`cxrfast.*`) is not what it should be."""
+    """A study, a run or its configuration (`cxrfast.*`) is invalid."""
 
 
 class DeviceError(CxrfastError):

@@ -1,6 +1,6 @@
 """What cxrfast says while it works: messages and progress on stderr, through the logger `cxrfast`.
 
-A program that uses cxrfast as a library hears only warnings. `show` makes messages and progress visible, as the command
+A program that uses cxrfast as a library gets only warnings. `show` makes messages and progress visible, as the command
 line does; so does `logging.getLogger("cxrfast").setLevel("INFO")` where the program has its own handlers.
 """
 
@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("cxrfast")
 
 @functools.cache
 def console() -> "Console":
-    """The terminal behind stderr. Messages printed on it stand above a progress bar, not in it."""
+    """Console on stderr. Messages printed on it appear above a progress bar, not inside it."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -34,7 +34,7 @@ class _Handler(logging.Handler):
 
 
 def show(rank: int | None = None) -> None:
-    """Show messages and progress on stderr; of a `rank` above 0 only warnings, which name it.
+    """Show messages and progress on stderr; for a `rank` above 0, only warnings, which name the rank.
 
     `rank`: default $RANK, which torchrun sets.
     """
@@ -53,7 +53,7 @@ def is_shown() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it only warnings are shown: for steps of a larger step, which has its own progress."""
+    """Show only warnings inside it: for parts of a larger step that has its own progress."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
     try:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 class Advance(Protocol):
     def __call__(self, n: int = 1, note: str = "") -> None:
-        """`n` more units are done; `note` replaces the text behind the bar."""
+        """`n` more units are done; `note` replaces the text after the bar."""
 
 
 def megabytes(advance: Advance) -> Callable[[int], None]:

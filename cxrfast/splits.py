@@ -1,4 +1,4 @@
-"""Training, validation and test parts. Patients, not images, are dealt; pure numpy."""
+"""Training, validation and test parts. Patients, not images, are assigned to parts; pure numpy."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from cxrfast.errors import RunError
 
 FOLDS, BLOCKS = 5, 10
 LARGE = 5000
-"""Above this many patients each is dealt by its own hash, so that added or missing patients move nobody."""
+"""Above this many patients, each is assigned by its own hash, so that added or missing patients do not move others."""
 
 PARTS = ("train", "val", "test")
 
@@ -17,8 +17,8 @@ PARTS = ("train", "val", "test")
 def deal(patients: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Fold (0–4) and block (0–9) of every entry of `patients`, int8 each: equal patients, equal parts.
 
-    Up to 5,000 patients are dealt in the order of their hashes: folds, and blocks within a fold, differ by at most one
-    patient.
+    Up to 5,000 patients are assigned in the order of their hashes: folds, and blocks within a fold, differ by at most
+    one patient.
     """
     unique, inverse = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     digests = [hashlib.blake2b(f"{seed}/{p}".encode(), digest_size=8).digest() for p in unique.tolist()]

@@ -40,9 +40,9 @@ class Table:
     note: str = ""
     """Each line is a paragraph."""
     text: Collection[str] = ()
-    """Heads of the columns of text, next to the first; the others hold numbers, which are set to the right."""
+    """Heads of the columns of text, next to the first; the others hold numbers, which are right-aligned."""
     total: bool = False
-    """The last row sums up the others and is set apart."""
+    """The last row sums up the others and is separated from them."""
 
     def rich(self) -> "Group":
         """For a terminal. Long cells are folded, never cut."""

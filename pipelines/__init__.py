@@ -1,1 +1,1 @@
-"""Bytes in motion: row numbers become uint8 grey batches on the device."""
+"""Data in memory: row numbers become uint8 grey batches on the device."""

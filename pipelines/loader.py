@@ -81,7 +81,7 @@ class Loader:
         if engine not in ENGINES:
             raise LoadError(f"engine {engine!r} is unknown: use one of {', '.join(ENGINES)}")
         self.threads = threads or max(1, usable_cores() // local_ranks)
-        self.engine, self.why = engine, "as asked"
+        self.engine, self.why = engine, "as requested"
         if engine == "auto":
             gpu = torch.cuda.get_device_name(self.device) if is_gpu else None
             self.engine, self.why = choose(gpu, dali.available(), scale or reader.scale, self.threads)
@@ -138,7 +138,7 @@ class Loader:
 
 
 HEADROOM = 1.2
-"""How much faster than the training step host threads must be to be chosen, since rates vary."""
+"""Host threads are chosen if they are at least this many times as fast as the training step, since rates vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def choose(
     if not has_dali:
         return "host", "NVIDIA DALI is not installed"
     if not measured.get(gpu):
-        return "dali", f"{gpu} has not been measured; with many cores a GPU, --engine host is worth a try"
+        return "dali", f"{gpu} has not been measured; with many cores per GPU, try --engine host"
     rates = min(measured[gpu], key=lambda rates: abs(rates.scale - scale))
     host, step = threads * rates.host, rates.step
     compared = f"{threads} host threads give {host:,.0f} images/s, DALI {rates.dali:,.0f}, the step takes {step:,.0f}"

@@ -1,5 +1,5 @@
 """Proof of decoded pixels: compares batches with the grids of means in the set's manifests and counts differences, on the
-batch's device. Only a question for the result waits for the device.
+batch's device. Only reading the result waits for the device.
 
 Hardware JPEG decoders have been reported to overwrite memory that was still in use, without an error (pytorch/vision#9606,
 meta-pytorch/torchcodec#1634), so images decoded on a GPU are not trusted blindly.
@@ -19,7 +19,7 @@ NONE = 2**62
 """Row number that does not exist."""
 
 UNKNOWN = -1
-"""Stands for a mean that is not known."""
+"""Placeholder for an unknown mean."""
 
 
 class Proof:
@@ -84,11 +84,11 @@ class Proof:
         off = np.abs(grid(self._pixels.get(first)).astype(np.int32) - known).max()
         if known[0, 0] != UNKNOWN and off > self.tolerance * STEPS:
             return (
-                f"the means in the manifests of {reader.folder} are not those of its images, first row {first} at "
+                f"the means in the manifests of {reader.folder} do not match its images, first row {first} at "
                 f"{reader.scale} px: `cxrfast verify --deep {reader.folder}` names the shards and says what to do"
             )
         return (
-            f"{count:,} of {self.compared:,} images that DALI decoded and that were compared are not those of the set, "
+            f"{count:,} of {self.compared:,} images decoded by DALI differ from the set, "
             f"first row {first} of {reader.folder} at {reader.scale} px: the JPEG decoder of {self.device} cannot be "
             "trusted: use --engine host"
         )

@@ -1,1 +1,1 @@
-"""Bytes at rest: a source tree of radiographs becomes a set of WebDataset tar shards."""
+"""Data on disk: a source tree of radiographs becomes a set of WebDataset tar shards."""

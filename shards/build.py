@@ -105,7 +105,7 @@ def build(
         retry_quarantined=retry_quarantined,
     )
     if part and (dask or retry_quarantined):
-        raise ShardError(f"--part does not go together with {'--dask' if dask else '--retry-quarantined'}")
+        raise ShardError(f"--part cannot be combined with {'--dask' if dask else '--retry-quarantined'}")
     _check_folder(request.tree, request.out)
     if dry_run:
         with start_pool(request.workers) as pool:
@@ -137,7 +137,7 @@ def _check_folder(tree: Tree, out: Path) -> None:
     ours = f"{out.resolve()}/"
     for root in tree.roots if tree.is_local else ():
         if ours.startswith(root) or root.startswith(ours):
-            raise ShardError(f"{out} and the source {tree} contain one another: choose another --out")
+            raise ShardError(f"{out} and the source {tree} overlap (one contains the other): choose another --out")
 
 
 # Planning
@@ -195,8 +195,8 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
     for name in ("label", "labels"):
         if there.get(name) != asked.get(name):
             raise ShardError(
-                f"{out} was planned with --{name} {there.get(name)}, not {asked.get(name)}: "
-                "give the same again, and replace labels with `cxrfast relabel`"
+                f"{out} was built with --{name} {there.get(name)}, not {asked.get(name)}: "
+                "give the same value, and replace labels with `cxrfast relabel`"
             )
     return info
 
@@ -309,7 +309,7 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
                 elif isinstance(error, OSError):
                     what = f"no space or quota left in {blueprint.out}" if is_disk_full(error) else str(error)
                     raise ShardError(
-                        f"{what}: finished shards are kept; fix it and run the same command again"
+                        f"{what}: finished shards are kept; fix the cause and run the same command again"
                     ) from error
                 elif error:
                     raise error

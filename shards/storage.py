@@ -79,7 +79,7 @@ class Tree:
         return (f"{self.location.rstrip('/')}/",)
 
     def read(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError or another OSError, whatever the file system raised."""
+        """Return the whole file. Raises OSError, and FileNotFoundError if it does not exist, for any file system."""
         with as_oserror(path):
             if self.is_local:
                 return Path(self._at(path)).read_bytes()
@@ -339,7 +339,7 @@ class SetStorage:
             if self.is_local:
                 with self._reached():
                     os.makedirs(path, exist_ok=True)
-            elif "/" in path:  # a bucket is never made
+            elif "/" in path:  # buckets are never created
                 with suppress(Exception):  # there already, or an object store; where it is neither, writing fails
                     self._fs.mkdir(path, create_parents=False)
 
@@ -379,7 +379,7 @@ def _connect(url: str) -> tuple[Any, str]:
         raise ShardError(
             f"{url} cannot be opened ({error}): give a folder, or a URL that fsspec knows (s3://, gs://, sftp://, zip://, …)"
         ) from error
-    except Exception as error:  # drivers raise whatever they like
+    except Exception as error:  # drivers raise unrelated exceptions
         raise ShardError(f"{url} cannot be opened ({_reason(error)})") from error
     return (None, root) if isinstance(fs, LocalFileSystem) else (fs, root)
 

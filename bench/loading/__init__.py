@@ -1,1 +1,1 @@
-"""How fast loading is, next to what users do instead."""
+"""Speed of loading, compared with the usual alternatives."""

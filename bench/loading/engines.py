@@ -32,7 +32,7 @@ class Engines:
     """By task, then by `hw_decoder_load`; `-` on a CPU."""
     images: int
     within_1: float
-    """Share of the pixels that stay in the turned image whose grey levels differ by at most 1 between the engines."""
+    """Share of the pixels that stay in the rotated image whose grey levels differ by at most 1 between the engines."""
     within_4: float
     largest: int
     """Largest difference, grey levels."""

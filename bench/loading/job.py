@@ -43,7 +43,7 @@ class Peer(NamedTuple):
     """A description in one line."""
     batches: Callable[[Job], Supply]
     prepare: Callable[[Job], object] = lambda job: None
-    """Writes its input into the folder of a job, whether or not the job turns images."""
+    """Writes its input into the folder of a job, whether or not the job rotates images."""
     needs: str | None = None
     """Module of a library that cxrfast itself does not need."""
     turns: bool = True

@@ -34,7 +34,7 @@ class Large:
     open_resident: int
     """Resident bytes of a process that has only imported the reader and opened the set."""
     images: int
-    """Read in one go, turned."""
+    """Read in one go, rotated."""
     anonymous: list[int]
     """Anonymous resident bytes after each tenth of them."""
 
@@ -81,7 +81,7 @@ def opening(folder: Path, scale: int) -> tuple[float, int]:
 
 
 def passing(folder: Path, scale: int, images: int) -> list[int]:
-    """Anonymous resident bytes of this process after each tenth of the images, turned by the host engine."""
+    """Anonymous resident bytes of this process after each tenth of the images, rotated by the host engine."""
     from cxrfast.pipelines.loader import Loader
 
     found: list[int] = []

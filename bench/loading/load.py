@@ -138,7 +138,7 @@ def _announce(
         minutes,
         len(scales) * len(TASKS) * len(ways) * (rounds + 1 / 4) * seconds,
         f"scales: {', '.join(map(str, scales))} px; tasks: {', '.join(f'{t} ({what})' for t, what in TASKS.items())}",
-        f"ways: {', '.join(map(typed, ways))}; host is always measured, since ratios are to it",
+        f"ways: {', '.join(map(typed, ways))}; host is always measured, since ratios refer to it",
         f"{rounds} rounds × {seconds:g} s per way, task and scale",
         *([f"then {' '.join(then)}"] if then else []),
         *([f"left out: {'; '.join(left_out)}"] if left_out else []),
@@ -199,7 +199,7 @@ def _measure_all(
         {f"{job.scale} px, task {t}": (_pixels(job), (job, t)) for job in jobs for t in TASKS}, work, budget, left_out
     )
     if not lines:
-        raise LoadError("nothing was measured, the time was over before: give more --minutes")
+        raise LoadError("the time was up before anything was measured: give more --minutes")
     return lines
 
 

@@ -128,7 +128,7 @@ class LoadingResult:
             axes.axhline(1, color="0.6", linestyle=":")
             axes.set(title=f"{task}: {TASKS[task]}", ylim=(0, None))
             side_axis(axes, sorted(self.images))
-        panels[0].set_ylabel("images/s / those of the bare kernels")
+        panels[0].set_ylabel("images/s / bare kernels' images/s")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure
 
@@ -162,7 +162,8 @@ def _engines_table(engines: list[Engines]) -> Table:
             for task in TASKS
         ],
         "hardware: hw_decoder_load, the share of a batch that a GPU's JPEG engines get. within: share of the pixels that stay in "
-        f"the image whose grey levels differ by at most 1 or 4 between the engines, over {engines[0].images} turned images.",
+        "the image whose grey levels differ by at most 1 or 4 between the engines, over "
+        f"{engines[0].images} rotated images.",
     )
 
 
@@ -181,5 +182,6 @@ def _large_table(found: Large) -> Table:
                 " ".join(mb),
             ]
         ],
-        f"Tiny images. Medians of five. Memory: after each tenth of {found.images:,} images, turned by the host engine.",
+        "Tiny images. Medians of five. Memory: after each tenth of "
+        f"{found.images:,} images, rotated by the host engine.",
     )

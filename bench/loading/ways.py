@@ -41,7 +41,7 @@ PEERS = {
         batches=torch_loaders.over_kernels,
     ),
     "DataLoader, our kernels, ring": Peer(
-        "the same, but a batch lies in a ring of buffers that are made once, and is overwritten soon after the next one",
+        "the same, but batches use a ring of buffers that are made once; each is overwritten soon after the next one",
         batches=torch_loaders.over_ring,
     ),
     "DataLoader, Pillow": Peer(
@@ -50,13 +50,14 @@ PEERS = {
         prepare=files,
     ),
     "memmap": Peer(
-        "one np.memmap of all images, indexed by batches of a permutation; turned by our warp in threads",
+        "one np.memmap of all images, indexed by batches of a permutation; rotated by our warp in threads",
         batches=torch_loaders.over_array,
         prepare=torch_loaders.write_array,
         pixels=True,
     ),
     "webdataset": Peer(
-        'WebDataset(tars, resampled=True).shuffle(1000).decode(…, grey).map(…).batched(…) in a WebLoader; turned as "Pillow"',
+        "WebDataset(tars, resampled=True).shuffle(1000).decode(…, grey).map(…).batched(…) in a WebLoader; "
+        'rotated as "Pillow"',
         batches=libraries.webdataset,
         prepare=libraries.write_tars,
         needs="webdataset",
@@ -68,32 +69,33 @@ PEERS = {
         needs="nvidia.dali",
     ),
     "LitData": Peer(
-        "StreamingDataset of JPEG bytes, torchvision decode_jpeg(GRAY), StreamingDataLoader; turned as Pillow",
+        "StreamingDataset of JPEG bytes, torchvision decode_jpeg(GRAY), StreamingDataLoader; rotated as Pillow",
         batches=libraries.litdata,
         prepare=libraries.write_litdata,
         needs="litdata",
     ),
     "LitData, raw": Peer(
-        "StreamingDataset of arrays, StreamingDataLoader; turned as Pillow",
+        "StreamingDataset of arrays, StreamingDataLoader; rotated as Pillow",
         batches=partial(libraries.litdata, raw=True),
         prepare=partial(libraries.write_litdata, raw=True),
         needs="litdata",
         pixels=True,
     ),
     "Streaming": Peer(
-        "MDS shards of JPEGs (they come as Pillow images), torch's DataLoader; turned as Pillow",
+        "MDS shards of JPEGs (they come as Pillow images), torch's DataLoader; rotated as Pillow",
         batches=libraries.streaming,
         prepare=libraries.write_mds,
         needs="streaming",
     ),
     "SPDL": Peer(
-        "PipelineBuilder: files, torchvision decode_jpeg(GRAY), batches in a pool of threads; turned as Pillow",
+        "PipelineBuilder: files, torchvision decode_jpeg(GRAY), batches in a pool of threads; rotated as Pillow",
         batches=libraries.spdl,
         prepare=files,
         needs="spdl.pipeline",
     ),
     "FFCV": Peer(
-        "Loader of a beton of JPEGs, os_cache, RANDOM; decodes to colour, in haste (up to 11 grey levels off), and cannot rotate",
+        "Loader of a beton of JPEGs, os_cache, RANDOM; "
+        "decodes to colour, inexactly (up to 11 grey levels off), and cannot rotate",
         batches=libraries.ffcv,
         prepare=libraries.write_beton,
         needs="ffcv",

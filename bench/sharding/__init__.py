@@ -1,1 +1,1 @@
-"""How fast sharding is, next to what users do instead."""
+"""Speed of sharding, compared with the usual alternatives."""

@@ -1,6 +1,6 @@
 """The measurements of `cxrfast bench shard`: radiographs on the disk come in, images/s and memory go out.
 
-Nothing is compared or printed here, and everything written lies in the scratch folder.
+Nothing is compared or printed here, and everything written goes into the scratch folder.
 """
 
 import cProfile
@@ -60,7 +60,7 @@ class Setup:
     each: int
     """Shards of the tree per worker."""
     per_second: float
-    """Images/s and core, roughly: decides how many images fill a turn."""
+    """Approximate images/s per core: decides how many images fill a turn."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Memory:
 def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float, workers: int) -> Setup:
     """Lay out a tree that keeps `workers` busy for about `seconds`, and plan it.
 
-    It has at least 1,024 rows, which are hard links to the images: all input lies in the page cache.
+    It has at least 1,024 rows, which are hard links to the images: all input is in the page cache.
     """
     start = time.perf_counter()
     kernels([path.read_bytes() for path in images], scales)
@@ -232,7 +232,7 @@ def startup_seconds(setup: Setup) -> float:
 
 
 def memory(setup: Setup, rows: int) -> Memory:
-    """Build a tree of `rows` rows, one in sixteen of full size, in a process of its own; watch it and its workers."""
+    """Build a tree of `rows` rows, one in sixteen of full size, in its own process; watch it and its workers."""
     tree = crowd(setup.images, setup.scratch / f"tree-{rows}", rows, mixed=True)
     peaks = dict.fromkeys(("worker_rss", "worker_uss", "parent_rss", "parent_uss"), 0)
 

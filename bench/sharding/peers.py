@@ -82,7 +82,7 @@ def peer_versions() -> dict[str, str | None]:
 
 
 def kernels(files: list[bytes], scales: list[int]) -> int:
-    """Decode, resize and encode JPEGs that lie in memory; return how many."""
+    """Decode, resize and encode JPEGs in memory; return how many."""
     for data in files:
         for picture in at_scales(simplejpeg.decode_jpeg(data, "GRAY")[:, :, 0], scales).values():
             encode(picture, QUALITY)

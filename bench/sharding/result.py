@@ -78,7 +78,7 @@ class ShardingResult:
     shard_rows: int
     """Rows per shard of `ours`."""
     rates: dict[str, float]
-    """Images/s and core, medians of the rounds."""
+    """Images/s per core, medians of the rounds."""
     ratios: dict[str, float]
     """Ours / theirs: median over the rounds of the ratio in a round."""
     rounds: dict[str, list[float]]
@@ -126,7 +126,7 @@ class ShardingResult:
             ),
         ]
         if self.memory:
-            note = "Of the largest worker. RSS counts libraries that processes share for each of them; USS leaves them out."
+            note = "Values of the largest worker. RSS counts shared libraries in every process; USS does not."
             found.append(table("Peak memory of a build, MB", MEMORY, self.memory, note))
         found.append(
             table(
@@ -141,7 +141,7 @@ class ShardingResult:
         return found
 
     def plot(self) -> Figure:
-        """Images/s and core of each way with ours / theirs, and where ours spends its time."""
+        """Images/s per core of each way with ours / theirs, and where ours spends its time."""
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         ways, spent = figure.subplots(1, 2, width_ratios=(3, 2))
         rates = dict(sorted(self.rates.items(), key=lambda pair: pair[1]))
@@ -150,7 +150,7 @@ class ShardingResult:
         )
         compared = {name: f"  (ours {ratio:.2f}×)" for name, ratio in self.ratios.items()}
         ways.bar_label(bars, [f"{rate:,.1f}{compared.get(name, '')}" for name, rate in rates.items()], padding=3)
-        ways.set(xlabel="images/s and core", xlim=(0, 1.6 * max(rates.values())))
+        ways.set(xlabel="images/s per core", xlim=(0, 1.6 * max(rates.values())))
         stages = dict(reversed(self.stages.items()))
         spent.bar_label(spent.barh(list(stages), list(stages.values()), color="C0"), fmt="%.1f", padding=3)
         spent.set(xlabel="ms per image of ours", xlim=(0, 1.2 * max(stages.values())))

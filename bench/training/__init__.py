@@ -1,1 +1,1 @@
-"""How fast training is, and with how much memory."""
+"""Speed and memory of training."""

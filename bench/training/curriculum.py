@@ -28,7 +28,7 @@ SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressi
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to train at the scale. Seconds are those of training and validation, without starting."""
+    """A way to train at the scale. Seconds cover training and validation, not start-up."""
 
     name: str
     before: float
@@ -74,8 +74,8 @@ class CurriculumResult:
                 f"Seconds to a validation AUROC of {self.target:.4f} at {self.scale} px, fold {self.fold}",
                 ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"],
                 lines,
-                f"Mean AUROC over findings, looked at once per epoch. Seconds before: of the run at {self.from_scale} px, "
-                "which count. One run per way: the spread between seeds is not measured.",
+                "Mean AUROC over findings, checked once per epoch. Seconds before: spent on the run at "
+                f"{self.from_scale} px; they count. One run per way: the spread between seeds is not measured.",
             )
         ]
 

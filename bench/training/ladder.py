@@ -1,7 +1,7 @@
-"""`cxrfast bench ladder`: what each means of training faster is worth, one on top of the other, by scale.
+"""`cxrfast bench ladder`: the effect of each way to speed up training, added one by one, by scale.
 
-A synthetic uint8 batch lies on the device; a step is forward pass, loss, backward pass and a fused Adam. The rungs of
-the ladder are timed in turns. Then each gets a process of its own that measures how much memory its step takes, how
+A synthetic uint8 batch is on the device; a step is forward pass, loss, backward pass and a fused Adam. The rungs of
+the ladder are timed in turns. Then each gets its own process, which measures how much memory its step takes, how
 many images fit and where the time goes. A rung that fails costs its own lines only. Nothing is loaded here.
 """
 
@@ -53,7 +53,7 @@ def bench(
 
     `seconds`: per figure and round. `micro_batch`: images per step, by default the preset's of each scale.
     `with_compile`: include the rungs of torch.compile. `with_profile`: time by kind of kernel at the largest scale.
-    `only`: these rungs, and the first one, to which the ratios are. `minutes`: about how long; rates come first.
+    `only`: these rungs, and the first one, which the ratios refer to. `minutes`: about how long; rates come first.
     Raises RunError if nothing could be measured, or for a rung that does not exist.
     """
     budget, chosen = Budget.of(minutes), pick_device(device)
@@ -87,7 +87,7 @@ def _announce(
         minutes,
         processes * START_SECONDS + len(given) * len(rungs) * seconds * (ROUNDS + 1 / 4),
         "scales: " + ", ".join(f"{one['scale']} px × {one['micro_batch']} images" for one in given),
-        f"rungs: {', '.join(rung.name for rung in rungs)}; ratios are to {RUNGS[0].name}, which is always measured",
+        f"rungs: {', '.join(rung.name for rung in rungs)}; ratios refer to {RUNGS[0].name}, which is always measured",
         f"first the rates, {ROUNDS} rounds × {seconds:g} s each; then memory, one process per rung",
         *([f"left out: {', '.join(absent)} (--only NAME; --compile for compiled ones)"] if absent else []),
     )

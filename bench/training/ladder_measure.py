@@ -1,6 +1,6 @@
 """The measurements of `cxrfast bench ladder`: rungs, a scale and a micro-batch come in, rates and memory go out.
 
-Each of `rates` and `alone` runs in a process of its own, on a synthetic uint8 batch. Nothing is compared or loaded here.
+`rates` and `alone` each run in their own process, on a synthetic uint8 batch. Nothing is compared or loaded here.
 """
 
 import re
@@ -161,7 +161,7 @@ def rates(
 def alone(
     scale: int, micro_batch: int, device: str, rung: str, start: int, with_profile: bool, budget: Budget
 ) -> dict[str, Any]:
-    """Memory of a step, time by kind of kernel, and the largest micro-batch, searched for from `start` on.
+    """Memory of a step, time by kind of kernel, and the largest micro-batch, searched for from `start`.
 
     There is no search after the budget's end, nor for compiled rungs, which would compile every size.
     """

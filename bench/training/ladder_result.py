@@ -72,7 +72,7 @@ COLUMNS = {
         "peak_bytes",
         ".2f",
         2**30,
-        "of a step, in a process of its own: torch's allocator on a GPU, the whole process on a CPU",
+        "of a step, in its own process: torch's allocator on a GPU, the whole process on a CPU",
     ),
     "GPU GiB": Column(
         "gpu_used_bytes",

@@ -1,6 +1,6 @@
 """`cxrfast bench step`: memory and images/s of loading, training and validation at each resolution.
 
-Each scale is measured in a process of its own, so that memory is its own and a crash costs one line. The training loop
+Each scale is measured in its own process, so that memory is its own and a crash costs one line. The training loop
 is the real one. A micro-batch that does not fit is halved until it does.
 """
 
@@ -72,7 +72,7 @@ def bench(
         f"bench step: {', '.join(FIGURES)} of {arch} ({chosen.type})",
         minutes,
         len(scales) * len(engines) * (START_SECONDS + len(FIGURES) * seconds * (1 + 1 / (4 * rounds))),
-        f"scales: {', '.join(map(str, scales))} px, one process each{'' if shards else ', of phantoms made for it'}",
+        f"scales: {', '.join(map(str, scales))} px, one process each{'' if shards else ', of freshly drawn phantoms'}",
         f"{rounds} rounds × {seconds / rounds:g} s per figure, or one step where that takes longer",
         f"left out: other scales (--scale){'' if each_engine else ', the other engine (--each-engine)'}",
     )

@@ -1,6 +1,6 @@
 """The measurements of `cxrfast bench step`: a shard set, a scale and a micro-batch come in, rates and memory go out.
 
-`measure` runs in a process of its own, whose memory it reports. The training loop is the real one.
+`measure` runs in its own process, whose memory it reports. The training loop is the real one.
 """
 
 import copy

@@ -42,7 +42,7 @@ def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     """float64 (N, H, W): squared gradients of the last feature map's centre with respect to the input pixels.
 
     `images`: uint8 (N, 1, H, W). The centre is position (h // 2, w // 2), summed over its channels; if the number of
-    positions is even, it lies up to half a stride below and right of the image's centre. The gradient is taken at the
+    positions is even, it is up to half a stride below and right of the image's centre. The gradient is taken at the
     output of `normalise`, since integers have none, and summed over its three channels before it is squared,
     because they are copies of one grey level and move together. That sum is our reading of the study.
     """

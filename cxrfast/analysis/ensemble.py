@@ -200,7 +200,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         mean_note(result.labels, columns),
         f"The best single scale has the largest weight for {top} of {len(both)} findings.",
         f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate {LEARNING_RATE:g}, × {DECAY:g} per "
-        f"epoch) ends {gap.mean():.4f} nats above the optimum that EM finds, at most {gap.max():.4f}; voting lies "
+        f"epoch) ends {gap.mean():.4f} nats above the optimum that EM finds, at most {gap.max():.4f}; voting is "
         f"{voting.mean():.4f} above it."
         if len(fitted)
         else "",

@@ -1,4 +1,4 @@
-"""What maps of a model need: a model that stays as it was, batches that fit, and the run's store of maps."""
+"""What maps of a model need: a model left unchanged, batches that fit, and the run's store of maps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ BATCH_PIXELS = 2**18
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of the weights, which saves memory; afterwards all is as it was."""
+    """Evaluation mode without gradients of the weights, which saves memory; afterwards everything is restored."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The group `cxrfast bench`: how fast, and with how much memory."""
+"""The group `cxrfast bench`: speed and memory."""
 
 import logging
 import signal
@@ -25,16 +25,16 @@ BENCH_MINUTES = 2.0
 @click.option("--full", is_flag=True, help="Without a command: take all the time that `step` needs.")
 @click.pass_context
 def bench(ctx: click.Context, full: bool) -> None:
-    """How fast, and with how much memory. Without a command: `step`, in two minutes."""
+    """Measure speed and memory. Without a command: `step`, in two minutes."""
     # leave through the stack, which ends processes and removes temporary folders
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     if ctx.invoked_subcommand is None:
-        limit = "as long as it takes" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
+        limit = "no time limit" if full else f"about {BENCH_MINUTES:g} minutes (all of it: cxrfast bench --full)"
         log.info(f"cxrfast bench: memory and images/s of training by resolution, {limit}")
         ctx.invoke(step, minutes=None if full else BENCH_MINUTES)
     elif full:
-        fail("--full belongs to `cxrfast bench` without a command: leave out --minutes instead")
+        fail("--full works only without a command, as `cxrfast bench --full`: leave out --minutes instead")
 
 
 def report(result: "Result", out: Path) -> None:
@@ -47,9 +47,9 @@ Option = Callable[[Callable[..., None]], Callable[..., None]]
 RESULTS = click.option(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
 )
-SHARDS = click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: phantoms made for the purpose]")
+SHARDS = click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: freshly drawn phantoms]")
 ROUNDS = click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians are over them."
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds; results are their medians."
 )
 MINUTES = click.option(
     "--minutes",
@@ -74,7 +74,7 @@ def workers_option(what: str) -> Option:
 
 
 def only_option(what: str) -> Option:
-    return click.option("--only", metavar="NAME", multiple=True, help=f"This {what} only; may be given again.")
+    return click.option("--only", metavar="NAME", multiple=True, help=f"Only this {what}; repeatable.")
 
 
 @bench.command()
@@ -103,26 +103,30 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @seconds_option(2.0)
 @MICRO_BATCH
 @DEVICE
-@click.option("--compile", "with_compile", is_flag=True, help="Also torch.compile: minutes more per scale.")
+@click.option(
+    "--compile", "with_compile", is_flag=True, help="Also measure torch.compile: takes minutes longer per scale."
+)
 @click.option("--profile", "with_profile", is_flag=True, help="Also time by kind of kernel, at the largest scale.")
 @only_option("rung")
 @MINUTES
 @RESULTS
 def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options: Any) -> None:
-    """What each means of training faster is worth, in images/s and memory, by scale; on a synthetic batch."""
+    """Effect of each way to speed up training on images/s and memory, by scale, on a synthetic batch."""
     from cxrfast.bench.training.ladder import bench as measure
 
     report(measure(list(scales), out, only=list(only), **options), out)
 
 
 @bench.command(name="shard")
-@click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: phantoms drawn for the purpose]")
+@click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: freshly drawn phantoms]")
 @click.option("--images", type=click.IntRange(1, 1024), default=24, show_default=True, help="Images to measure on.")
 @scales_option("256, 512, 1024 and 2048")
 @seconds_option(20.0)
 @ROUNDS
 @workers_option("Workers of the build that is compared with one worker's.")
-@click.option("--memory", "with_memory", is_flag=True, help="Also the memory of whole builds: minutes more.")
+@click.option(
+    "--memory", "with_memory", is_flag=True, help="Also measure the memory of whole builds: takes minutes longer."
+)
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s per core of sharding compared with Pillow and libvips, by stage, by number of workers."""
@@ -138,10 +142,10 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 @ROUNDS
 @workers_option("Threads or processes of each.")
 @DEVICE
-@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Also other loaders.")
-@click.option("--engines", "with_engines", is_flag=True, help="Also host against dali on the device, in detail.")
-@click.option("--cold", "with_cold", is_flag=True, help="Also passes with an empty page cache.")
-@click.option("--large", "with_large", is_flag=True, help="Also a set of 377,110 rows: a minute more.")
+@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Also measure other loaders.")
+@click.option("--engines", "with_engines", is_flag=True, help="Also compare host with dali on the device, in detail.")
+@click.option("--cold", "with_cold", is_flag=True, help="Also measure passes with an empty page cache.")
+@click.option("--large", "with_large", is_flag=True, help="Also measure a set of 377,110 rows: takes a minute longer.")
 @only_option("way of loading")
 @MINUTES
 @RESULTS

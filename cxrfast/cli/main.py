@@ -57,14 +57,14 @@ def cli() -> None:
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Also check pixels, gradients, streams and memory: about a minute.")
-@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: phantoms made for it]")
+@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: freshly drawn phantoms]")
 @click.option("--scale", type=click.IntRange(min=1), help="With --deep: side, px. [default: the smallest of --shards]")
 def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
     """Show what this machine has, what it lacks, and what to do about it."""
     from cxrfast.doctor.inventory import examine, inventory_table
 
     if not deep and (shards or scale):
-        fail("--shards and --scale belong to --deep")
+        fail("--shards and --scale need --deep")
     items = examine()
     show(inventory_table(items))
     problems = []

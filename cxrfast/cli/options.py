@@ -149,11 +149,11 @@ def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
 
 
 TYPES = {"micro_batch": MicroBatch(), "sizes": SIZES, "label_policies": LABEL_POLICY}
-"""Of options whose text is not simply that of the field's type."""
+"""Options whose help differs from the text in the field's type."""
 
 
 def configuration_options(kind: type, names: Container[str] | None = None) -> Callable[[Command], Command]:
-    """Add the options of TrainConfig or Runtime to a command, or only those of the fields `names`."""
+    """Add the options of TrainConfig or Runtime to a command: all, or only the fields `names`."""
 
     def add(command: Command) -> Command:
         for name, (option, kind_, default) in reversed(options_of(kind).items()):
@@ -216,7 +216,9 @@ def forecast_options(command: Command) -> Command:
                 multiple=True,
                 help="Images/s at a scale, for --dry-run; repeatable. [default: from earlier runs]",
             ),
-            click.option("--walltime", metavar="[D-]HH:MM:SS", help="Of one job, for --dry-run and --sbatch."),
+            click.option(
+                "--walltime", metavar="[D-]HH:MM:SS", help="Wall time of one job, for --dry-run and --sbatch."
+            ),
             click.option("--sbatch", type=FOLDER, metavar="DIR", help="Write SLURM job scripts into DIR instead."),
             click.option("--slurm", type=FILE, metavar="FILE", help="TOML with account, partition, set-up lines, …"),
         )

@@ -64,7 +64,7 @@ def synth(out: Path, **options: Any) -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the row permutation and the folds.")
 @click.option("--allow-missing", is_flag=True, help="Continue even if more than 0.1 % of the images are missing.")
-@click.option("--retry-quarantined", is_flag=True, help="Try again the images that could not be used before.")
+@click.option("--retry-quarantined", is_flag=True, help="Retry the images that could not be used before.")
 def shard(
     data: str,
     out: Path,
@@ -95,9 +95,7 @@ def shard(
     help="Column to use; repeatable. [default: labels of SET or MIMIC, else all]",
 )
 @click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
-@click.option(
-    "--unmatched", type=FILE, metavar="FILE", help="CSV file to write the ids that are only in SET or only in TABLE to."
-)
+@click.option("--unmatched", type=FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE.")
 def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
     """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
@@ -151,7 +149,7 @@ def verify(
     from cxrfast.shards.upkeep.verify import find_source, inspect
 
     if accept_new_bytes and not repair:
-        fail("--accept-new-bytes belongs to --repair")
+        fail("--accept-new-bytes needs --repair")
     tree = find_source(data, config.DATA, source)
     if repair:
         for line in restore(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).lines():

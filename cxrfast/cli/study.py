@@ -1,4 +1,4 @@
-"""Commands that carry out a whole study."""
+"""Commands that run a whole study."""
 
 import time
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def study(
         _look_ahead(shards, runs, chosen, dict(rates), walltime, slurm, None if dry_run else sbatch)
         return
     if slurm or walltime or rates:
-        fail("--slurm, --walltime and --rate belong to --dry-run or --sbatch")
+        fail("--slurm, --walltime and --rate need --dry-run or --sbatch")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
 
@@ -61,7 +61,7 @@ def study(
 
 
 def _carried_out(study: Callable[..., "Study"], *arguments: Any, **options: Any) -> "Study":
-    """Carry out a study, show its tables and say where its report is."""
+    """Run a study, show its tables and print where its report is."""
     from cxrfast.training.signals import Stopped
 
     try:

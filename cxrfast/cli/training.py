@@ -23,7 +23,7 @@ from cxrfast.cli.terminal import show
     is_eager=True,
     expose_value=False,
     callback=read_toml,
-    help="Read options from a TOML file, named as here; those given here win.",
+    help="Read options from a TOML file, with the names used here; the command line wins.",
 )
 @configuration_options(config.TrainConfig)
 @configuration_options(config.Runtime)

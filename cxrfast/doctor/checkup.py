@@ -33,7 +33,7 @@ PHANTOMS, PHANTOM_SCALE = 128, 256
 HW_DECODER_LOADS = (0.0, 0.65, 1.0)
 """Fractions of the images that a GPU's JPEG engines decode: none, DALI's default, all."""
 
-OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
+OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Check:
     name: str
     make: Callable[[], str]
     """Returns what was measured; raises where something is wrong."""
-    left_out: str = ""
-    """Why this machine cannot make it."""
+    skipped: str = ""
+    """Why this machine cannot make it; empty if it can."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     name: str
     state: str
-    """OK, FAILED or LEFT_OUT."""
+    """OK, FAILED or SKIPPED."""
     measured: str
-    """What was measured, what is wrong, or why it was left out."""
+    """What was measured, what is wrong, or why it was skipped."""
 
 
 def checkup(shards: Path | None = None, scale: int | None = None) -> list[Outcome]:
@@ -98,7 +98,7 @@ def carry_out(check: Check) -> Outcome:
     print(f"{check.name:<37}", end="", flush=True)
     begun = time.monotonic()
     try:
-        state, measured = (LEFT_OUT, check.left_out) if check.left_out else (OK, check.make())
+        state, measured = (SKIPPED, check.skipped) if check.skipped else (OK, check.make())
     except Exception as error:  # a failed check must not stop the others
         first = (str(error).strip().splitlines() or [""])[0]
         state, measured = FAILED, first if isinstance(error, CxrfastError) else f"{type(error).__name__}: {first}"

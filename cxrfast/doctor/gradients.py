@@ -48,9 +48,9 @@ SAME = 1e-3
 def gradients(reader: Reader, device: torch.device) -> str:
     """Losses and gradients of 8 images on the device agree with float32 on the CPU; see LIMITS.
 
-    Gradients are those of a network with smooth ReLUs: where rounding moves an input of a ReLU across zero, its gradient
-    jumps, which puts float32 gradients of DenseNet121 1 to 4 % off float64 ones. On a CPU, activations are recomputed,
-    and fp32 runs on one thread, so that it is not compared with itself.
+    Gradients are taken of a network with smooth ReLUs: where rounding moves an input of a ReLU across zero, its
+    gradient jumps, which puts float32 gradients of DenseNet121 1 to 4 % off float64 ones. On a CPU, activations are
+    recomputed, and fp32 runs on one thread, so that it is not compared with itself.
     """
     gpu = device.type == "cuda"
     image = _eight(reader, 256 if gpu else 64)
@@ -140,7 +140,7 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def tiny_network(device: torch.device) -> nn.Module:
-    """A DenseNet with one of every part that a large one has, in training mode, with the same weights each time."""
+    """A DenseNet with one of each part of a large one, in training mode, with the same weights each time."""
     use_tf32("fp32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

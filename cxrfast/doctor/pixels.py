@@ -44,33 +44,34 @@ OFF = 0.5
 
 
 def host_pixels(reader: Reader, device: torch.device) -> str:
-    """The host engine on the device gives bitwise what one thread on the CPU gives, and what is stored."""
+    """The host engine on the device gives bitwise the same as one CPU thread, and as the stored pixels."""
     rows = _rows(reader)
-    for what, augment in (("decoded", None), ("turned", Augment())):
+    for what, augment in (("decoded", None), ("rotated", Augment())):
         here = _images(reader, rows, device, "host", augment)
         alone = _images(reader, rows, CPU, "host", augment, threads=1, micro_batch=5)
-        _refuse_differences(here, alone, rows, f"{what} on {device} and in one thread on the CPU")
+        _refuse_differences(here, alone, rows, f"{what} on {device} and on one CPU thread")
         if augment is None:
             _refuse_differences(here, _stored(reader, rows), rows, f"{what} and stored")
-    return f"{len(rows)} images, decoded and turned: bitwise the same as in one thread on the CPU"
+    return f"{len(rows)} images, decoded and rotated: bitwise the same as on one CPU thread"
 
 
 def dali_pixels(reader: Reader, device: torch.device, hw_decoder_load: float | None = None) -> str:
-    """DALI's pixels agree with the host's, decoded, and turned within the disc that no rotation moves out of the image.
+    """DALI's pixels agree with the host's: decoded images everywhere, rotated ones inside a circle.
 
-    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines decode. If OpenCV is too old to turn images
-    exactly, turned pixels are compared with DALI's CPU engine instead.
+    The circle holds the pixels that no rotation moves out of the image. `hw_decoder_load`: fraction of the images that
+    a GPU's JPEG engines decode. If OpenCV is too old to rotate images exactly, rotated pixels are compared with DALI's
+    CPU engine instead.
     """
     rows = _rows(reader)
     decoded, turned = (
         _images(reader, rows, device, "dali", augment, hw_decoder_load=hw_decoder_load) for augment in (None, Augment())
     )
     words = (
-        f"{len(rows)} images, decoded {agreement(decoded, _images(reader, rows, CPU, 'host', None), 'host')}; turned "
+        f"{len(rows)} images, decoded {agreement(decoded, _images(reader, rows, CPU, 'host', None), 'host')}; rotated "
     )
-    inexact = f"OpenCV {cv2.__version__} turns inexactly"
+    inexact = f"OpenCV {cv2.__version__} rotates inexactly"
     if not HOST_TURNS_EXACTLY and device.type == "cpu":
-        return f"{words}left out: {inexact}"
+        return f"{words}not compared: {inexact}"
     oracle, name = ("host", "host") if HOST_TURNS_EXACTLY else ("dali", f"DALI's CPU engine ({inexact})")
     inside = _disc(reader.scale)
     return words + agreement(turned[..., inside], _images(reader, rows, CPU, oracle, Augment())[..., inside], name)
@@ -137,9 +138,9 @@ def slow_reader(reader: Reader, device: torch.device, engine: str) -> str:
     if off.max() > OFF:
         first = int((off > OFF).nonzero()[0])
         raise LoadError(
-            f"{engine}: {int((off > OFF).sum())} of {len(off)} images that were read late are not the stored ones, first row "
-            f"{int(row[first])} in batch {first // size + 1}, by up to {off.max():.1f} grey levels in the mean of a part: a "
-            "buffer is reused too early, or images are exchanged; use another --engine"
+            f"{engine}: {int((off > OFF).sum())} of {len(off)} images that were read late differ from the stored ones, "
+            f"first row {int(row[first])} in batch {first // size + 1}, by up to {off.max():.1f} grey levels in the "
+            "mean of a part: a buffer is reused too early, or images are exchanged; use another --engine"
         )
     return f"{PASSES * BATCHES} batches of {size} read late: means of {SIDE} × {SIDE} parts within {off.max():.3f} grey levels"
 
@@ -187,6 +188,6 @@ def _refuse_differences(one: torch.Tensor, other: torch.Tensor, rows: np.ndarray
 
 
 def _disc(size: int) -> torch.Tensor:
-    """Pixels that stay within the image however it is turned: bool (size, size)."""
+    """Pixels that stay inside the image at any rotation: bool (size, size)."""
     offset = torch.arange(size) - (size - 1) / 2
     return torch.hypot(offset[:, None], offset) < size / 2 - 2

@@ -31,7 +31,7 @@ STEPS = 2
 """Training steps in which synchronisations are counted."""
 
 MOST = 1000
-"""Rows, at most, of the training whose steps these are."""
+"""Most rows used by the training that takes these steps."""
 
 
 def synchronisations(reader: Reader, device: torch.device) -> str:
@@ -50,7 +50,7 @@ def synchronisations(reader: Reader, device: torch.device) -> str:
         batches.close()
     if found:
         raise RunError(
-            f"{len(found)} in {STEPS} steps, which cost speed and no correctness: {'; '.join(sorted(set(found)))}"
+            f"{len(found)} in {STEPS} steps, which cost speed, not correctness: {'; '.join(sorted(set(found)))}"
         )
     return f"none in {STEPS} steps of {trainer.config.global_batch} images, engine {trainer.train_loader.engine}"
 

@@ -70,7 +70,7 @@ class _Features(_Adopted):
                 self._modules[name] = _Transition(child, recompute)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        # one map before a block, a tuple of them behind it
+        # one map before a block, a tuple of them after it
         features: Any = _run(self._pool, self.norm0, self.recompute, self.conv0(image))
         for module in self.children():
             if isinstance(module, (_DenseBlock, _Transition)):

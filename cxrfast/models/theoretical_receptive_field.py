@@ -61,7 +61,7 @@ def receptive_field(layers: nn.Module) -> Field:
 
 
 def _after(module: nn.Module, field: Field | None) -> Field | None:
-    """The field behind one layer; None behind a global pool, whose output is not a feature map."""
+    """Receptive field after one layer; None after a global pool, whose output is not a feature map."""
     if isinstance(module, _GLOBAL):
         return None
     if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):

@@ -19,7 +19,7 @@ def imagenet_file(arch: str) -> tuple[str, Path]:
 
 
 def fetch_weights(arch: str, to: Path | None = None) -> Path:
-    """Download torchvision's ImageNet weights unless they are there, and check the hash in their name.
+    """Download torchvision's ImageNet weights if they are missing, and check the hash in their name.
 
     Raises RunError without a network.
     """

@@ -1,6 +1,6 @@
 """A patient's anatomy as curves: lungs, heart, ribs, vessels and body, seen from the front and from the side. Pure.
 
-Lengths are in mm; x grows to the image's right (the patient's left), y downwards, and (0, 0) lies between the lungs.
+Lengths are in mm; x grows to the image's right (the patient's left), y downwards, and (0, 0) is between the lungs.
 """
 
 from dataclasses import dataclass

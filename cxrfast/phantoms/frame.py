@@ -14,7 +14,7 @@ FIELD = 430.0
 
 @dataclass(frozen=True)
 class Frame:
-    """A grid of pixels over the patient, who lies `shift` mm off its centre, rotated by `angle` radians."""
+    """A grid of pixels over the patient, who is `shift` mm off its centre, rotated by `angle` radians."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""Where a study's findings lie in its patient, and their outlines in mm. Pure."""
+"""Where a study's findings are in its patient, and their outlines in mm. Pure."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""A run at rest: what lies in its folder, where its weights came from, how far it is."""
+"""Runs on disk: their files, where their weights came from, their status."""

@@ -85,7 +85,8 @@ class Run(RunFolder):
     def start(cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> "Run":
         """Create the run, or continue the existing one if its configuration is the same.
 
-        Otherwise raises RunError naming the differences, unless the run failed with nothing to lose: it is then replaced.
+        Otherwise raises RunError naming the differences, unless the run failed before it had trained anything:
+        then it is replaced.
         """
         run = cls(folder, config, shards)
         if run.is_started:

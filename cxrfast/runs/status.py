@@ -23,7 +23,7 @@ STYLES = {"running": "green", "silent": "bold red", "failed": "bold red", "damag
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """One run according to its files; None where they do not say."""
+    """One run according to its files; None for what they do not contain."""
 
     name: str
     """`densenet121-2048/fold-0`"""
@@ -33,7 +33,7 @@ class Status:
     epoch: int | None = None
     """Finished epochs."""
     epochs: int | None = None
-    """Most epochs that it trains."""
+    """Maximum number of epochs."""
     val_auroc: float | None = None
     """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
     images_per_s: float | None = None
@@ -50,7 +50,7 @@ class Status:
 def status(runs: Path, now: float | None = None) -> list[Status]:
     """The status of every run below `runs`, by name, scale and fold; `now`: unix seconds, default the clock's.
 
-    Raises RunError if there is no run. A damaged file makes its run damaged, never an error.
+    Raises RunError if there is no run. A damaged file marks its run as damaged and is never an error.
     """
     found = RunFolder.below(runs)
     if not found:

@@ -1,1 +1,1 @@
-"""A study: many runs, planned, forecast, and carried out here or by SLURM."""
+"""A study: many runs, planned, forecast, and run here or by SLURM."""

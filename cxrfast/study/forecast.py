@@ -23,7 +23,7 @@ from cxrfast.units import size
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Every run of a plan, and the reasons why the plan cannot be carried out."""
+    """Every run of a plan, and the reasons why the plan cannot run."""
 
     outlooks: list[Outlook]
     room: int
@@ -38,7 +38,7 @@ class Forecast:
         """Raises RunError listing all refusals, if there are any."""
         if self.refusals:
             lines = "".join(f"\n  {text}" for text in self.refusals)
-            raise RunError(f"this study cannot be carried out, nothing was started or written:{lines}")
+            raise RunError(f"this study cannot run; nothing was started or written:{lines}")
 
 
 def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:

@@ -13,7 +13,7 @@ from cxrfast.runs.run import Run
 from cxrfast.runs.status import read_metrics
 
 NOTICE_SECONDS = 120
-"""A job is told to save this many seconds before its end; forecasts do not count on them."""
+"""Seconds before its end at which a job is asked to save; forecasts leave them out."""
 
 
 class Pace:
@@ -48,5 +48,5 @@ def parse_walltime(text: str) -> int:
 
 
 def jobs(seconds: float, walltime: int) -> int:
-    """Number of jobs of `walltime` seconds, each of which saves before it ends, that a training of `seconds` takes."""
+    """Number of jobs of `walltime` seconds that a training of `seconds` takes; each saves before it ends."""
     return math.ceil(seconds / (walltime - NOTICE_SECONDS))

@@ -46,7 +46,7 @@ class Plan:
         return RunFolder.of(self.runtime.runs, self.config(scale, fold, "cpu").arch, scale, fold).folder
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
-        """Differences from the configuration of a run on disk, except in what the machine was left to choose."""
+        """Differences from the configuration of a run on disk, except in what was left for the machine to choose."""
         left = [name for name in ("precision", "micro_batch") if self.options.get(name, DEFAULTS[name]) == "auto"]
         return [text for text in config.differences(other) if text.partition(":")[0] not in left]
 

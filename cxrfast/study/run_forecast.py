@@ -172,7 +172,7 @@ def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd
 
 
 def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> Found:
-    """Raises RunError where the training command would refuse to go on with what the folder holds."""
+    """Raises RunError if the training command would refuse to resume the run in the folder."""
     if not folder.is_started:
         return Found("start", 0)
     run = Run.open(folder.folder)

@@ -1,6 +1,6 @@
 """SLURM jobs of a study: `train.sh`, an array with one task per run, `report.sh`, and `submit.sh`, which queues both.
 
-A training that is told to stop saves and its task is queued again, until it is done.
+A training that is asked to stop saves, and its task is requeued until it is done.
 """
 
 import shlex
@@ -21,7 +21,7 @@ from cxrfast.study.run_forecast import Outlook
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
 PORT = 29400
-"""Port at which the nodes of a training meet, on the first of them; plus the job's number mod 1000, so jobs can share a node."""
+"""Port on the first node where a training's nodes meet; plus the job's number mod 1000, so jobs can share a node."""
 
 
 class Slurm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -70,7 +70,7 @@ def study(
     for number, outlook in enumerate(expected.outlooks, 1):
         try:
             done.append(_run(plan, outlook))
-        except (CxrfastError, RuntimeError) as error:  # torch raises RuntimeError, for example without memory
+        except (CxrfastError, RuntimeError) as error:  # torch raises RuntimeError, for example if memory runs out
             if not keep_going:
                 raise
             failures.append(str(error))
@@ -137,7 +137,9 @@ def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     if state.get("state") == "preempted" and state["time"] >= int(started):  # by a signal sent to torchrun itself
         raise Stopped(outlook.name, signal.Signals[state.get("signal", "SIGTERM")])
     if code:
-        raise RunError(f"{folder} failed, see the error above; fix it and run the study again: nothing is done twice")
+        raise RunError(
+            f"{folder} failed, see the error above; fix the cause and run the study again: nothing is done twice"
+        )
 
 
 def failed(failures: list[str]) -> str:

@@ -63,7 +63,8 @@ def restore(
 ) -> float | None:
     """Fill `counters`, `stateful` and `loss` from the run's checkpoint. Returns the seconds already spent in the epoch.
 
-    Returns None and changes nothing without a checkpoint. Raises RunError if it is damaged or of another configuration.
+    Returns None and changes nothing without a checkpoint. Raises RunError if it is damaged or belongs to
+    another configuration.
     """
     checkpoint = run.read_checkpoint()
     if checkpoint is None:

@@ -15,7 +15,7 @@ EXPLODED = 100.0
 """Mean BCE of a step above which training ends; chance is 0.69."""
 
 NEVER = 2**62
-"""Stands for no step."""
+"""Placeholder for no step."""
 
 
 class Targets:

@@ -53,7 +53,7 @@ class GpuMemory(NamedTuple):
 def largest_micro_batch(config: TrainConfig, runtime: Runtime, ranks: World, most: int | None = None) -> int:
     """Images of the largest micro-batch, `most` at most, whose training step fits every rank; all ranks call it.
 
-    It divides the global batch of `config`, whose own micro-batch is ignored, into equally many for each rank.
+    It divides the global batch of `config`, whose own micro-batch is ignored, into equally many per rank.
     Raises RunError if the ranks cannot share the global batch, or if not even one image fits.
     """
     device, is_gpu = ranks.device, ranks.device.type == "cuda"

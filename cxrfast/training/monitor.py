@@ -25,7 +25,7 @@ from cxrfast.training.signals import Votes
 CPU = torch.device("cpu")
 
 LOOK_SECONDS = 5.0
-"""Seconds between two reads of the losses on the device, each of which waits for the device."""
+"""Seconds between two reads of the losses; each read waits for the device."""
 
 BEAT_SECONDS = 30.0
 """Seconds between two heartbeats in a run's state."""
@@ -178,7 +178,7 @@ class Heartbeat:
 
 @contextmanager
 def profiled(path: Path, is_wanted: bool) -> Iterator[Callable[[], None]]:
-    """What to call after each step; a trace of a few of them goes to `path` if it is wanted and not there yet."""
+    """Function to call after each step; it writes a trace of a few steps to `path` if requested and not there yet."""
     if not is_wanted or path.exists():
         yield lambda: None
         return

@@ -33,7 +33,10 @@ LOST_RANK = (
 
 
 class Stopped(SystemExit):
-    """A signal stopped a training. This is no error: the same command resumes it. Exit code 128 + signal, as in a shell."""
+    """A signal stopped a training. This is not an error: the same command resumes it.
+
+    Exit code 128 + signal, as in a shell.
+    """
 
     def __init__(self, name: str, number: int = signal.SIGTERM) -> None:
         super().__init__(128 + number)
@@ -72,7 +75,7 @@ class StopRequest:
 
 
 class Votes:
-    """Share what any rank asks for with all ranks at the same step: one step later, so that no rank waits for an answer."""
+    """Share each rank's requests with all ranks at the same step, one step later, so that no rank waits for them."""
 
     def __init__(self, ranks: World, questions: int) -> None:
         self.ranks, self.questions = ranks, questions

@@ -139,7 +139,7 @@ class Trainer:
         return len(steps), batches.waited
 
     def step(self, rows: np.ndarray, batches: Iterator[Batch]) -> None:
-        """One optimiser step over the global batch `rows`, of which this rank takes its own micro-batches."""
+        """One optimiser step over the global batch `rows`, using this rank's micro-batches."""
         mine = self.order.accumulation // self.ranks.size
         # BCE summed over unmasked entries / their number in the global batch; DDP averages over ranks, hence the size
         weight = self.ranks.size / self.targets.entries(rows)

@@ -15,9 +15,10 @@ TIMEOUT = 20.0
 
 
 def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
-    """Build on the workers of the dask scheduler at `address`, which must have this cxrfast and see the same folders.
+    """Build on the workers of the dask scheduler at `address`, which need this version of cxrfast.
 
-    dask gives a lost worker's open shards to others. Raises ShardError if dask, the scheduler or workers are missing.
+    They must see the same folders. dask gives a lost worker's open shards to others. Raises ShardError if dask, the
+    scheduler or workers are missing.
     """
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -54,7 +55,7 @@ def run_on_dask(tasks: Iterable[Task], address: str) -> Generator[Outcome]:
 
 
 def _build_there(task: Task, expected: dict[str, str]) -> None:
-    """Build on a dask worker. Its libraries must be the client's, or the bytes might differ."""
+    """Build on a dask worker. Its library versions must match the client's, or the bytes might differ."""
     if versions() != expected:
         raise ShardError(f"shard {task.shard}: the dask worker has {versions()}, the set is built with {expected}")
     cv2.setNumThreads(1)

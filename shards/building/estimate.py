@@ -22,7 +22,7 @@ OVERHEAD = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What building the missing shards takes."""
+    """Resources needed to build the missing shards."""
 
     images: dict[int, int]
     """By scale, like bytes and files."""

@@ -25,7 +25,7 @@ def check_scales(scales: list[int]) -> list[int]:
                 f"--scale {scale} is not between {SMALLEST} and {LARGEST} px (usual: 256, 512, 1024, 2048)"
             )
     if not scales:
-        raise ShardError("no scale given: add --scale 256 (or 512, 1024, 2048), once for each scale wanted")
+        raise ShardError("no scale given: add --scale 256 (or 512, 1024, 2048); repeat --scale for more scales")
     return sorted(set(scales))
 
 
@@ -34,7 +34,7 @@ ROW_ORDER = 2**63
 
 
 def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
-    """A source's images → the rows table, `bytes` still 0: permuted once, patients dealt to folds and blocks.
+    """A source's images → the rows table, `bytes` still 0: permuted once, patients assigned to folds and blocks.
 
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """

@@ -160,7 +160,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
                     raise ShardError(
-                        f"shard {task.shard}: {image.path} was fine at other scales and is {error.reason} now"
+                        f"shard {task.shard}: {image.path} was fine at other scales but is {error.reason} now"
                     ) from error
                 quarantined[str(image.row)] = error.reason.value
                 continue
@@ -203,7 +203,8 @@ def _read(task: Task, image: Image) -> bytes:
         raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror or error})") from error
     if len(data) != image.bytes:
         raise ShardError(
-            f"shard {task.shard}: {image.path} has {len(data):,} bytes, it had {image.bytes:,} when the set was planned"
+            f"shard {task.shard}: {image.path} has {len(data):,} bytes, but had {image.bytes:,} "
+            "when the set was planned"
         )
     return data
 
@@ -219,5 +220,5 @@ def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
 
 
 def meta_json(image: Image, height: int, width: int) -> bytes:
-    """The JSON next to an image in the tar; `height` and `width` are those of the source image, px."""
+    """The JSON next to an image in the tar; `height` and `width` are the source image's, px."""
     return json.dumps({**image.meta, "height": height, "width": width}, ensure_ascii=False).encode()

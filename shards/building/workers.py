@@ -56,7 +56,7 @@ def run_here(
     lost: list[Task] = []
     yield from _in_pool(queue, workers, lost, pool)
     while lost:
-        note(f"a worker process died: {len(lost)} open shards are built again, each in a process of its own")
+        note(f"a worker process died: {len(lost)} open shards are rebuilt, each in its own process")
         with ThreadPoolExecutor(max(1, workers // 2)) as threads:  # fewer, in case memory ran out
             yield from threads.map(_alone, lost)
         lost.clear()
@@ -116,7 +116,7 @@ def _alone(task: Task) -> Outcome:
             return task, ShardError(f"shard {task.shard}: its worker process died twice ({how}): {advice}")
         if task.held is not None and row in task.held:
             return task, ShardError(
-                f"shard {task.shard}: row {row} was fine at other scales and crashes the decoder now"
+                f"shard {task.shard}: row {row} was fine at other scales but crashes the decoder now"
             )
         task = replace(task, quarantined={**task.quarantined, str(row): Reason.CRASHED.value})
 

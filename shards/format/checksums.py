@@ -1,4 +1,7 @@
-"""SHA256SUMS: hashes of all other files of a set. While a build goes on, only of the shards that it found."""
+"""SHA256SUMS: hashes of all other files of a set.
+
+While a build runs, it lists only the shards that existed before.
+"""
 
 import os
 import re
@@ -32,9 +35,7 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
     names = [name for m in manifests for name in shard_files(m.scale, m.shard)]
     for name in names:
         if not (folder / name).is_file():
-            raise ShardError(
-                f"{folder / name} is missing: run the same `cxrfast shard` command again to build it again"
-            )
+            raise ShardError(f"{folder / name} is missing: run the same `cxrfast shard` command again to rebuild it")
     sums = {name: known.get(name) or sha256(folder / name) for name in (*names, *SET_FILES)}
     write_bytes(folder / "SHA256SUMS", sums_bytes(sums))
 
@@ -75,7 +76,7 @@ def listed_sums(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     if wrong:
-        raise ShardError(f"{path} is damaged ({wrong[0]}): `cxrfast verify --repair {folder}` writes it again")
+        raise ShardError(f"{path} is damaged ({wrong[0]}): `cxrfast verify --repair {folder}` rewrites it")
     return sums
 
 
@@ -87,7 +88,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_finished(sums: dict[str, str], where: object) -> None:
-    """Raises ShardError if `sums` are those of a set that is not finished."""
+    """Raises ShardError if `sums` belong to an unfinished set."""
     if not sums.keys() & set(SET_FILES):
         what = "SHA256SUMS lists only some of its shards" if sums else "no SHA256SUMS"
         raise ShardError(

@@ -1,4 +1,4 @@
-"""Description of a shard set: who it is, what it was made from and how. It is in rows.parquet, with a copy in set.json."""
+"""Description of a shard set: its id, what it was made from and how. It is in rows.parquet, with a copy in set.json."""
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -39,7 +39,7 @@ class SetInfo:
     """Options of the source in addition to the tree, as JSON values."""
     labels: list[str]
     labels_from: str = ""
-    """The table that `relabel` took them from, `name sha256:…` of its bytes; "": the source's own."""
+    """Table that `relabel` took the labels from, as `name sha256:…`; "" if they are the source's own."""
     seed: int
     images: Positive
     studies: Count
@@ -114,7 +114,9 @@ def _description(path: Path) -> bytes:
     try:
         return pq.read_schema(path).metadata[COPY]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{path} holds no copy of set.json ({error}): it is damaged, or of another cxrfast") from error
+        raise ShardError(
+            f"{path} holds no copy of set.json ({error}): it is damaged, or from another version of cxrfast"
+        ) from error
 
 
 def parse_set(data: bytes, path: object) -> SetInfo:

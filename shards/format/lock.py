@@ -1,4 +1,4 @@
-"""Leases: one process writes into a folder, or the parts of a job array do. Others are refused; a killed one never blocks.
+"""Leases: only one process, or the parts of one job array, writes into a folder. A killed process never blocks others.
 
 A file names the holder, and filelock touches it every few seconds. filelock takes over from a process that died on this
 machine or has been silent for `WATCH` seconds. This module adds messages that name the holder and its job, and a takeover on

@@ -65,7 +65,7 @@ def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = Non
         return None
     except ValueError as error:
         raise ShardError(
-            f"{path} is damaged ({error}): `cxrfast verify --repair {folder}` makes it again from its tar, or delete it "
+            f"{path} is damaged ({error}): `cxrfast verify --repair {folder}` rebuilds it from its tar, or delete it "
             "and run `cxrfast shard` again to rebuild this shard"
         ) from error
 

@@ -29,7 +29,7 @@ SET_FILES = ("rows.parquet", "quarantine.csv", "set.json")
 
 
 LOCK_FILE = re.compile(r"lease(-\d+-of-\d+)?\.(json|lock(\.(break|restore)\..*)?)")
-"""There only while a process writes into the set; see `lock`. Earlier versions wrote JSON."""
+"""Exists only while a process writes into the set; see `lock`. Earlier versions wrote JSON."""
 
 
 WORKSHOP = "repair.tmp"

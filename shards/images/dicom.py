@@ -137,10 +137,10 @@ def _high_bit(dataset: Dataset) -> int:
 
 
 def _codes(dataset: Dataset) -> np.ndarray:
-    """uint8 or uint16 (H, W): the stored bits alone (PS3.5, section 8.1.1), in the order of the values they stand for."""
+    """uint8 or uint16 (H, W): only the stored bits (PS3.5, section 8.1.1), ordered like the values they represent."""
     pixels = _unpacked(dataset) if dataset.file_meta.TransferSyntaxUID.is_encapsulated else _native(dataset)
     if pixels.shape != (dataset.Rows, dataset.Columns) or pixels.dtype.kind not in "iu":
-        raise BadImage(Reason.CORRUPT, "pixels other than the header promises")
+        raise BadImage(Reason.CORRUPT, "pixel data that does not match its header")
     bits = pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(f"u{pixels.itemsize}")
     stored = dataset.BitsStored
     codes = (bits >> (_high_bit(dataset) + 1 - stored)) & bits.dtype.type(2**stored - 1)
@@ -157,7 +157,7 @@ def _native(dataset: Dataset) -> np.ndarray:
 
 
 def _unpacked(dataset: Dataset) -> np.ndarray:
-    """Decode the one frame, if its own header agrees with the file's: decoders allocate whatever the former says."""
+    """Decode the one frame, if its own header agrees with the file's: decoders allocate what the former says."""
     syntax = dataset.file_meta.TransferSyntaxUID
     frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
     size = dataset.Rows, dataset.Columns
@@ -166,13 +166,13 @@ def _unpacked(dataset: Dataset) -> np.ndarray:
     if syntax in JPEG:
         found = read_frame(frame)
         if found is None or (found.height, found.width, found.components) != (*size, 1):
-            raise BadImage(Reason.CORRUPT, "a frame other than the header promises")
+            raise BadImage(Reason.CORRUPT, "a frame that does not match its header")
         if found.process in (BASELINE, EXTENDED) and found.precision == 8:
             return decode_grey(frame)
         if found.process not in (EXTENDED, LOSSLESS, JPEG_LS):
             raise BadImage(Reason.UNSUPPORTED, f"DICOM, JPEG process SOF{found.process - 0xC0}")
     elif _jpeg_2000_size(frame) != size:
-        raise BadImage(Reason.CORRUPT, "a frame other than the header promises")
+        raise BadImage(Reason.CORRUPT, "a frame that does not match its header")
     if not frame.rstrip(b"\0\xff").endswith(EOI):  # the same two bytes in all these formats
         raise BadImage(Reason.TRUNCATED)
     decoder = get_decoder(syntax)

@@ -1,7 +1,7 @@
 """Add grids to the manifests of sets built before manifests had them, from the decoded images of the tars.
 
 SHA256SUMS is written after each manifest, so a killed run leaves at most one unsigned manifest; the next repair restores
-that one and goes on.
+that one and continues.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Build damaged shards again from the source, in a folder of their own, and keep those whose tars are as they were."""
+"""Rebuild damaged shards from the source in a separate folder, and keep those whose tars are unchanged."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ Shard = tuple[int, int]
 """Scale and number."""
 
 OTHER_BYTES = (
-    "built again, it has other bytes (a source image, a label or a library has changed since): restore it from a copy, "
+    "rebuilding it gives other bytes (a source image, a label or a library has changed since): restore it from a copy, "
     "or keep the new bytes with --accept-new-bytes"
 )
 
@@ -26,11 +26,11 @@ OTHER_BYTES = (
 def build_again(
     state: RepairState, blueprint: Blueprint, shards: dict[Shard, ShardManifest | None]
 ) -> list[ShardManifest]:
-    """Build shards again: {scale and number: its manifest so far}. Return the manifests of those that were replaced."""
+    """Rebuild shards: {scale and number: its manifest so far}. Return the manifests of those that were replaced."""
     if not shards:
         return []
     if not state.tree:
-        state.failed.update({shard_name(*shard, "tar"): f"{ASK}, to build it again" for shard in shards})
+        state.failed.update({shard_name(*shard, "tar"): f"{ASK}, to rebuild it" for shard in shards})
         return []
     built = _build_aside(state, blueprint, shards)
     differing = {
@@ -75,7 +75,7 @@ def _build_aside(
 
 
 def _move_in(state: RepairState, scale: int, shard: int, old: ShardManifest | None) -> ShardManifest | None:
-    """Replace a shard by the one built again if the tars are the same. Return its manifest if so."""
+    """Replace a shard with the rebuilt one if the tars are the same. Return its manifest if so."""
     tar, index, text = shard_files(scale, shard)
     workshop, there = state.folder / WORKSHOP, state.folder / tar
     new = read_manifest(workshop, scale, shard)
@@ -95,8 +95,8 @@ def _move_in(state: RepairState, scale: int, shard: int, old: ShardManifest | No
         for name in (tar, index, text):
             os.replace(workshop / name, state.folder / name)
     except OSError as error:
-        state.failed[tar] = f"cannot be replaced ({error.strerror}): move away what is in its place"
+        state.failed[tar] = f"cannot be replaced ({error.strerror}): move what is in its place elsewhere"
         return None
-    how = "built again from the source" + ("" if as_before else ", with new bytes")
+    how = "rebuilt from the source" + ("" if as_before else ", with new bytes")
     state.done += [Problem(name, how) for name in (tar, index, text) if not (as_before and state.is_good(name))]
     return new

@@ -30,13 +30,13 @@ class Derived:
     """False if the grids come from decoded images and the old ones did not."""
 
     def put(self, state: RepairState, why: str = "") -> None:
-        """Write index and manifest. `why`: the reason that the shard could not be built again from the source."""
+        """Write index and manifest. `why`: why the shard could not be rebuilt from the source."""
         _, index, text = shard_files(self.manifest.scale, self.manifest.shard)
         state.put(index, self.index, "derived from its tar")
         if not state.is_good(text):
             how = "derived from its tar" + ("" if self.is_exact else ", with grids from its images")
             if why and state.tree:
-                how += f", because it could not be built again from the source ({why})"
+                how += f", because it could not be rebuilt from the source ({why})"
             state.put(text, self.manifest.to_json().encode(), how, is_new=not self.is_exact)
 
 

@@ -87,7 +87,7 @@ def _clear(state: RepairState) -> None:
     for name in sorted(state.suspects):
         if is_temporary(state.folder / name) and (state.folder / name).is_file():
             (state.folder / name).unlink()
-            state.done.append(Problem(name, "removed, a killed build left it"))
+            state.done.append(Problem(name, "removed: left by a killed build"))
 
 
 # set.json and rows.parquet
@@ -133,8 +133,8 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
         write_rows(new, rows, info)
         if sha256(new) != state.sums.get(path.name) and not state.accept:
             return (
-                "planned again, it has other bytes (labels replaced by `cxrfast relabel`, or other library versions): "
-                "restore it from a copy, or keep the new bytes with --accept-new-bytes and relabel again"
+                "planning it again gives other bytes (labels replaced by `cxrfast relabel`, or other library "
+                "versions): restore it from a copy, or keep the new bytes with --accept-new-bytes and relabel again"
             )
         os.replace(new, path)
     finally:

@@ -57,7 +57,7 @@ class RepairState:
                 return
             write_bytes(path, data)
         except OSError as error:
-            self.failed[name] = f"cannot be written ({error.strerror}): move away what is in its place"
+            self.failed[name] = f"cannot be written ({error.strerror}): move what is in its place elsewhere"
             return
         self.done.append(Problem(name, how))
 

@@ -1,6 +1,6 @@
 """The source for any other dataset: a table with one line per image.
 
-Options name its columns; those of the path and the patient may be left out if they have a usual name.
+Options name its columns; the path and patient columns need no option if they have a usual name.
 """
 
 import posixpath

@@ -77,7 +77,7 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
     try:
         values = pd.DataFrame({label: raw_labels(lines[column], location) for label, column in labels.items()})
     except ShardError as error:
-        raise ShardError(f"{error}; choose the columns that are labels with --label, once for each") from None
+        raise ShardError(f"{error}; name each label column with --label") from None
     source = f"{name} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
     ids = filled(lines[key], location)
     return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left)
@@ -98,7 +98,7 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
         known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables with ids may have paths too
         if len(known) != 1:
             what = f"has the id columns {', '.join(known)}" if known else f"has no id column ({', '.join(columns)})"
-            raise ShardError(f"{table} {what}: name that of image ids, study ids or paths with --key COLUMN")
+            raise ShardError(f"{table} {what}: name the column of image ids, study ids or paths with --key COLUMN")
         key = known[0]
     if key not in columns:
         raise ShardError(f"{table} has no column {key!r} (--key): its columns are {', '.join(columns)}")

@@ -88,7 +88,7 @@ def _radiologist(tree: Tree) -> pd.DataFrame:
     _once(filled(labelled["study_id"], where), where)
     found = [name for name in MIMIC if name in labelled]
     if not found:
-        raise ShardError(f"{where} has no column of a label: is it {what}?")
+        raise ShardError(f"{where} has no label column: is it {what}?")
     values = {name: raw_labels(labelled[name], where).to_numpy() for name in found}
     return pd.DataFrame(values, index=labelled["study_id"])
 

@@ -219,7 +219,7 @@ def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
     """Write describe.md and, if a size is known, sizes.png to `out`. Raises ShardError if that is inside the set."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
-            f"--out {out} lies in the set {folder}, which must hold only its own files: choose another folder"
+            f"--out {out} is inside the set {folder}, which must hold only its own files: choose another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "describe.md"]

@@ -1,4 +1,4 @@
-"""Match the ids of a table of labels, as text, with those of a set.
+"""Match the ids of a table of labels with the ids of a set, as text.
 
 Image and study ids are matched as text, files by the end of their paths. Nothing is guessed: leading zeros count, and
 ambiguous ids stay unmatched or are refused.

@@ -1,4 +1,4 @@
-"""Replace the labels of a shard set by those of a table keyed by image, study or path.
+"""Replace the labels of a shard set with the labels in a table keyed by image, study or path.
 
 Rewrites rows.parquet, set.json and their lines in SHA256SUMS. Never touches tars, manifests, folds, reference columns or the
 set id.
@@ -57,13 +57,13 @@ class Relabelled:
         lines = [
             f"{self.matched:,} of {info.images:,} images found in {self.table} by {how}, "
             f"{self.labelled:,} have a label",
-            f"labels: {', '.join(info.labels)}" + (f" (gone: {', '.join(gone)})" if gone else ""),
+            f"labels: {', '.join(info.labels)}" + (f" (removed: {', '.join(gone)})" if gone else ""),
         ]
         if self.left:
-            lines.append(f"not taken: {', '.join(self.left)} (name them with --label)")
-        lines += self._ids_alone("set", "in the set alone, blank now")
-        lines += self._ids_alone("table", "in the table alone")
-        lines.append(f"set {info.id} in {folder}: relabelled; runs keep the labels that they were trained on")
+            lines.append(f"not used: {', '.join(self.left)} (name them with --label)")
+        lines += self._ids_alone("set", "only in the set, now blank")
+        lines += self._ids_alone("table", "only in the table")
+        lines.append(f"set {info.id} in {folder}: relabelled; existing runs keep the labels they were trained on")
         if 2 * (blank := info.images - self.labelled) > info.images:
             lines.append(
                 f"warning: {blank:,} of {info.images:,} images have no label now and are left out of training: "
@@ -89,7 +89,7 @@ def relabel(
     key: str | None = None,
     unmatched: Path | None = None,
 ) -> Relabelled:
-    """Replace all labels of the set by those of `table`, a local path or fsspec URL of a .csv, .tsv (.gz) or .parquet.
+    """Replace all labels of the set with the ones in `table`, a path or fsspec URL of a .csv, .tsv (.gz) or .parquet.
 
     `labels`: columns to take; default: the set's labels and MIMIC's fourteen, or without any of these all columns except
     ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a CSV file
@@ -111,7 +111,7 @@ def relabel(
 def _check_target(unmatched: Path, folder: Path) -> None:
     """Raises ShardError if the file cannot or must not be written."""
     if unmatched.resolve().is_relative_to(folder.resolve()):
-        raise ShardError(f"--unmatched {unmatched} lies in the set {folder}: choose a file outside of it")
+        raise ShardError(f"--unmatched {unmatched} is inside the set {folder}: choose a file outside it")
     if unmatched.is_dir():
         raise ShardError(f"--unmatched {unmatched} is a folder: name a file")
     if not os.access(unmatched.parent, os.W_OK | os.X_OK):
@@ -129,8 +129,8 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> 
     ids = match_ids(table.ids, known, tail, f"{table.key} of {table.location}")
     if not ids.isin(known).any():
         raise ShardError(
-            f"no {table.key} of {table.location} is in {folder} (the table's are like {ids.iloc[0]!r}, the {by}s of the "
-            f"set like {known.iloc[0]!r}): give the table of these images, or another --key; nothing was changed"
+            f"no {table.key} of {table.location} is in {folder} (the table has ids like {ids.iloc[0]!r}, the set has "
+            f"{by}s like {known.iloc[0]!r}): give the table of these images, or another --key; nothing was changed"
         )
     alone = _ids_of_one_side(ids, known)
     if unmatched is not None:

@@ -206,7 +206,7 @@ def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there:
     old = {int(name.partition("/")[0]) for name, found in pairs if found != cargo.digests[name]}
     if old:
         raise ShardError(
-            f"{target} holds {_px(sorted(old))} as it was before shards of the set were built again: "
+            f"{target} holds {_px(sorted(old))} from before shards of the set were rebuilt: "
             f"stage it too ({' '.join(f'--scale {scale}' for scale in sorted(old))})"
         )
 
@@ -214,7 +214,7 @@ def _check_other_scales(pool: Executor, target: SetStorage, cargo: Cargo, there:
 def _find_lacking(
     pool: Executor, target: SetStorage, cargo: Cargo, there: dict[str, int]
 ) -> tuple[list[str], list[list[str]]]:
-    """The files to copy: those of the set itself, then those of each shard, its manifest last.
+    """The files to copy: the set's own files, then each shard's, its manifest last.
 
     Hashes are compared if that does not download tars: for all local files, and for remote tables and manifests. A remote
     tar or index of the right size is kept if its manifest is right, since that was written after them.
@@ -257,8 +257,8 @@ def _check_room(target: SetStorage, needed: int) -> None:
 def _refuse_damaged(origin: SetStorage, names: list[str]) -> None:
     if names:
         raise ShardError(
-            f"{origin} is damaged, or was changed meanwhile: {_few(sorted(names))} not as its SHA256SUMS says; not "
-            f"copied. Run `cxrfast verify` on it, restore what it names, then run the same command again"
+            f"{origin} is damaged, or was changed meanwhile: not copied, because they differ from its SHA256SUMS: "
+            f"{_few(sorted(names))}. Run `cxrfast verify` on it, restore what it names, then run the same command again"
         )
 
 

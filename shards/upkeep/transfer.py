@@ -74,7 +74,7 @@ class Transfer:
                 if wait is None or isinstance(error, PermissionError):
                     raise ShardError(
                         f"{name} could not be copied from {self.origin} to {self.target} ({error.strerror or error}): "
-                        "what was copied is kept; fix it and run the same command again"
+                        "what was copied is kept; fix the cause and run the same command again"
                     ) from error
             self.stop.wait(wait)
 

@@ -34,7 +34,7 @@ class SourceVerdict:
 def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
     """Compare a set's source images, and all other files in the tree's SHA256SUMS.txt, with that list.
 
-    Raises ShardError if there is no such list or it cannot be read.
+    Raises ShardError if SHA256SUMS.txt is missing or unreadable.
     """
     read_set(folder)
     rows = read_rows(folder / "rows.parquet")

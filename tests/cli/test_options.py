@@ -90,7 +90,7 @@ def test_a_field_without_an_option_has_no_argument() -> None:
         ("shard --scale 32 --part 9/8", "'9/8' is not I/N, such as 2/8"),
         ("study set runs --rate 48=fast", "'48=fast' is not SCALE=IMAGES_PER_S, such as 2048=75"),
         ("study set runs --rate 48=inf", "'48=inf' is not SCALE=IMAGES_PER_S"),
-        ("study set runs --rate 48=3", "--slurm, --walltime and --rate belong to --dry-run or --sbatch"),
+        ("study set runs --rate 48=3", "--slurm, --walltime and --rate need --dry-run or --sbatch"),
         ("bench load --minutes nan", "nan is not"),
         ("bench step --seconds inf", "inf is not"),
     ],

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from cxrfast.cli.main import cli
 from cxrfast.doctor import checkup
-from cxrfast.doctor.checkup import FAILED, LEFT_OUT, OK, Check, Outcome, carry_out, checks, failed
+from cxrfast.doctor.checkup import FAILED, OK, SKIPPED, Check, Outcome, carry_out, checks, failed
 from cxrfast.doctor.pixels import host_pixels
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.reader import Reader
@@ -35,7 +35,7 @@ def test_a_check_that_fails_is_a_line_and_the_others_are_made(capsys) -> None:
     assert [(o.state, o.measured) for o in made] == [
         (FAILED, "off by 3 grey levels"),
         (FAILED, "ZeroDivisionError: division by zero"),
-        (LEFT_OUT, "no GPU"),
+        (SKIPPED, "no GPU"),
         (OK, "12 images"),
     ]
     lines = capsys.readouterr().out.splitlines()
@@ -48,7 +48,7 @@ def test_a_check_that_fails_is_a_line_and_the_others_are_made(capsys) -> None:
 def test_gradients_of_fewer_than_eight_images_are_left_out(reader, monkeypatch) -> None:
     monkeypatch.setattr(type(reader), "rows", reader.rows[:7])
     (gradients_,) = [check for check in checks(reader, CPU) if check.name == "gradients"]
-    assert carry_out(gradients_).state == LEFT_OUT
+    assert carry_out(gradients_).state == SKIPPED
 
 
 def test_a_gpu_is_checked_at_each_share_of_its_jpeg_engines(reader) -> None:
@@ -78,7 +78,7 @@ def test_everything_passes_here(tiny_set: Path) -> None:
     assert len(lines) == len(expected)
     for line, check in zip(lines, expected, strict=True):
         assert line.startswith(check.name)
-        assert f" {LEFT_OUT if check.left_out else OK} " in line
+        assert f" {SKIPPED if check.skipped else OK} " in line
     assert "synchronisations" in next(line for line in lines if "no GPU" in line)
 
 
@@ -107,8 +107,8 @@ def test_a_failure_ends_the_command_with_exit_code_2(tiny_set: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shards", "SET"], "belong to --deep"),
-        (["--scale", "64"], "belong to --deep"),
+        (["--shards", "SET"], "need --deep"),
+        (["--scale", "64"], "need --deep"),
         (["--deep", "--shards", "SET", "--scale", "128"], "holds no shards at 128 px"),
         (["--deep", "--shards", "nowhere"], "nowhere"),
     ],

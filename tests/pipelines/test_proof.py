@@ -82,7 +82,7 @@ CORRUPTIONS = {
 )
 def test_a_corrupting_decoder_is_caught_and_a_row_named(request, fixture: str, scale: int, corrupt) -> None:
     loader = load(request.getfixturevalue(fixture), scale, corrupt)
-    says = rf"images that DALI decoded .* first row \d+ of .* at {scale} px: .* --engine host"
+    says = rf"images decoded by DALI .* first row \d+ of .* at {scale} px: .* --engine host"
     with pytest.raises(LoadError, match=says):
         read_all(loader)
 
@@ -132,7 +132,7 @@ def test_wrong_means_in_a_manifest_are_not_blamed_on_the_decoder(tiny_set: Path,
     grids[3] = grids[4]
     path.write_text(json.dumps({**manifest, "grids": pack(grids)}) + "\n")
     with pytest.raises(
-        LoadError, match=rf"are not those of its images, first row {manifest['rows'][3]} at 64 px: `cxrfast"
+        LoadError, match=rf"do not match its images, first row {manifest['rows'][3]} at 64 px: `cxrfast"
     ):
         read_all(load(folder, 64))
 

@@ -205,7 +205,7 @@ def test_a_scale_that_lies_elsewhere_behind_a_link_stays_part_of_the_set(phantom
 
 
 def test_other_labels_than_the_set_was_laid_out_with_are_refused(phantoms, folder):
-    with pytest.raises(ShardError, match=r"was planned with --labels chexpert, not negbio.*cxrfast relabel"):
+    with pytest.raises(ShardError, match=r"was built with --labels chexpert, not negbio.*cxrfast relabel"):
         build(phantoms, folder, [16], source_options={"labels": "negbio"})
     assert build(phantoms, folder, [32], source_options={"labels": "chexpert"}).complete
 
@@ -213,7 +213,7 @@ def test_other_labels_than_the_set_was_laid_out_with_are_refused(phantoms, folde
 @pytest.mark.parametrize("where", ["inside", "around", "same"])
 def test_set_and_source_never_lie_in_one_another(tree, where):
     out = {"inside": tree / "shards", "around": tree.parent, "same": tree}[where]
-    with pytest.raises(ShardError, match=r"contain one another|not empty"):
+    with pytest.raises(ShardError, match=r"overlap|not empty"):
         build(tree, out, [16])
     assert not (tree / "shards").exists()
 

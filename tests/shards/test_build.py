@@ -214,7 +214,7 @@ def test_an_image_that_changes_later_stops_its_shard_and_no_other(tree, phantoms
     build(tree, out, [32], limit=1)
     if what == "grown":
         (tree / path).write_bytes((tree / path).read_bytes() + b"\0")
-        message = rf"shard 1: {path} has [\d,]+ bytes, it had [\d,]+ when the set was planned"
+        message = rf"shard 1: {path} has [\d,]+ bytes, but had [\d,]+ when the set was planned"
     else:
         (tree / path).unlink()
         message = rf"shard 1: {path} has vanished since the set was planned"
@@ -233,7 +233,7 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
     out, path = copy(tiny_set, tmp_path / "set"), paths(tiny_set)[70]
     size = (tree / path).stat().st_size
     (tree / path).write_bytes((tree / path).read_bytes()[: size // 2].ljust(size, b"\0"))
-    with pytest.raises(ShardError, match=rf"shard 1: {path} was fine at other scales and is truncated now"):
+    with pytest.raises(ShardError, match=rf"shard 1: {path} was fine at other scales but is truncated now"):
         build(tree, out, [16])
     assert read_manifest(out, 16, 1) is None
     assert tars(out / "16").keys() == {"000000.tar", "000002.tar"}

@@ -73,7 +73,7 @@ def test_a_retry_never_loses_a_row_that_was_fine(left_out):
     path = tree / read_rows(out / "rows.parquet")["path"][6]
     data = path.read_bytes()
     path.write_bytes(bytes(len(data)))
-    with pytest.raises(ShardError, match="was fine at other scales and is not an image now"):
+    with pytest.raises(ShardError, match="was fine at other scales but is not an image now"):
         build(tree, out, [32], retry_quarantined=True)
     assert 6 in read_manifest(out, 32, 0).rows, "the old shard is still there"
     path.write_bytes(data)

@@ -91,9 +91,7 @@ def test_every_reason_is_listed(tiny_set: Path, tmp_path: Path) -> None:
     (damaged.folder / "config.json").write_text("{")
     result = forecast(planned(tiny_set, tmp_path, [32, 48], [0, 1, 2], weights=str(tmp_path / "none.pth")))
     text = refusals(result)
-    assert text.startswith(
-        "this study cannot be carried out, nothing was started or written:\n  densenet121-32/fold-0: "
-    )
+    assert text.startswith("this study cannot run; nothing was started or written:\n  densenet121-32/fold-0: ")
     assert "another configuration (" in text
     assert "epochs: 10, not 3" in text
     assert "fold-1/config.json is damaged" in text

@@ -91,7 +91,7 @@ def test_the_plan_is_shown_and_one_way_is_measured(tiny_set: Path, tmp_path: Pat
     plan = done.stderr.splitlines()
     assert plan[0].startswith("bench load: ")
     assert "scales: 32 px" in plan[1]
-    assert plan[2] == "  ways: host; host is always measured, since ratios are to it"
+    assert plan[2] == "  ways: host; host is always measured, since ratios refer to it"
     assert "dataloader-pillow" in done.stderr, "the plan says what is left out"
     assert "with --minutes 1, rounds end early" in done.stderr
     result = json.loads((tmp_path / "load.json").read_text())

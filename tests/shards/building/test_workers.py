@@ -168,5 +168,5 @@ def test_a_part_beyond_the_shards_has_nothing_to_do(phantoms, tmp_path):
 
 @pytest.mark.parametrize("options", [{"dask": "tcp://127.0.0.1:1"}, {"retry_quarantined": True}])
 def test_parts_exclude_other_ways(phantoms, tmp_path, options):
-    with pytest.raises(ShardError, match="--part does not go together"):
+    with pytest.raises(ShardError, match="--part cannot be combined"):
         build(phantoms, tmp_path / "set", [8], part=(1, 2), **options)

@@ -56,7 +56,7 @@ def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unaske
     assert "other bytes" in work.failed["32/000000.tar"]
     assert contents(folder) == before
     work = repair(folder, tree, accept_new_bytes=True)
-    assert ("32/000000.tar", "built again from the source, with new bytes") in [(p.path, p.what) for p in work.done]
+    assert ("32/000000.tar", "rebuilt from the source, with new bytes") in [(p.path, p.what) for p in work.done]
     assert problems(folder) == []
     assert contents(folder)["32/000000.tar"] != contents(tiny_set)["32/000000.tar"]
 

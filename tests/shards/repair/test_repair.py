@@ -146,7 +146,7 @@ def test_a_folder_in_the_place_of_a_file_does_not_stop_the_repair_of_others(fold
     path.mkdir()
     flip_bit(folder / "64" / "000001.idx", 7)
     work = repair(folder)
-    assert "move away what is in its place" in work.failed["32/000001.idx"]
+    assert "move what is in its place elsewhere" in work.failed["32/000001.idx"]
     assert (folder / "64" / "000001.idx").read_bytes() == (tiny_set / "64" / "000001.idx").read_bytes()
 
 

@@ -30,13 +30,13 @@ def test_of_a_table_with_known_findings_those_alone_are_taken_and_the_others_nam
     chexpert(phantoms)[["study_id", "Pneumonia"]].assign(Zebra=1, Weight=64).to_csv(tmp_path / "t.csv")
     arguments = ["relabel", str(copy), str(tmp_path / "t.csv")]
     done = CliRunner().invoke(cli, arguments)
-    assert "not taken: Zebra, Weight (name them with --label)" in done.stdout
+    assert "not used: Zebra, Weight (name them with --label)" in done.stdout
     assert read_set(copy).labels == ["Pneumonia"]
     done = CliRunner().invoke(cli, [*arguments, "--label", "Zebra"])
-    assert "not taken" not in done.stdout
+    assert "not used" not in done.stdout
     done = CliRunner().invoke(cli, arguments)
     assert read_set(copy).labels == ["Pneumonia", "Zebra"], "labels of the set are known, too"
-    assert "not taken: Weight (" in done.stdout
+    assert "not used: Weight (" in done.stdout
 
 
 def test_columns_that_number_the_lines_are_no_labels(phantoms, copy, tmp_path):
@@ -136,11 +136,11 @@ def plain(table: pd.DataFrame) -> pd.DataFrame:
 
 
 REFUSED = {
-    "no id column (Edema, Fracture): name that of image ids, study ids or paths with --key": lambda t: t.drop(
+    "no id column (Edema, Fracture): name the column of image ids, study ids or paths with --key": lambda t: t.drop(
         columns="study_id"
     ),
     "has the id columns dicom_id, study_id: ": lambda t: t.assign(dicom_id="x")[["dicom_id", *t.columns]],
-    "only 1, 0, -1 and blank are known; choose the columns that are labels with --label": lambda t: t.rename(
+    "only 1, 0, -1 and blank are known; name each label column with --label": lambda t: t.rename(
         columns={"Edema": "a", "Fracture": "b"}
     ).assign(Weight=64),
     "holds '0.5' for Edema in line 4": lambda t: t.assign(Edema=[1, 0, 0.5, *[1] * (len(t) - 3)]),
@@ -149,7 +149,7 @@ REFUSED = {
     "holds no lines": lambda t: t.iloc[:0],
     "has no label columns (study_id)": lambda t: t[["study_id"]],
     "study_id is blank in line 2": lambda t: t.assign(study_id=[None, *t["study_id"].iloc[1:].astype(str)]),
-    "the table's are like '1', the study_ids of the set like '": lambda t: t.assign(study_id=range(1, len(t) + 1)),
+    "the table has ids like '1', the set has study_ids like '": lambda t: t.assign(study_id=range(1, len(t) + 1)),
     "'radiologist/Edema'": lambda t: t.rename(columns={"Edema": "radiologist/Edema"})[
         ["study_id", "radiologist/Edema"]
     ],

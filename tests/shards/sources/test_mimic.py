@@ -213,7 +213,7 @@ def test_the_radiologist_s_labels_reach_the_rows_table(tree, tmp_path):
         ("study_id,Edema\n5,1\n5,0\n", "lists 1 entries twice"),
         ("study_id,Edema\n5,1\n6,maybe\n", r"holds 'maybe' for Edema in line 3"),
         ("study_id,Edema\n5,1\n,1\n", "study_id is blank in line 3"),
-        ("study_id,reader\n5,1\n", "has no column of a label"),
+        ("study_id,reader\n5,1\n", "has no label column"),
         ("study,Edema\n5,1\n", "lacks the columns study_id"),
         ("", "cannot be read as a CSV table"),
     ],

@@ -283,7 +283,7 @@ def test_the_command_writes_a_table_and_a_figure_outside_the_set_and_never_into_
     assert contents(tmp_path / "out") == first, "the same set gives the same bytes"
     done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(copy / "64")])
     assert done.exit_code == 2
-    assert "lies in the set" in done.stderr
+    assert "is inside the set" in done.stderr
     assert done.stdout == ""
     assert contents(copy) == before
 

@@ -130,10 +130,10 @@ def test_ids_of_one_side_alone_are_counted_listed_and_blank(phantoms, copy, tmp_
     assert rows.loc[lost, list(MIMIC)].isna().all().all()
     assert f"{(~lost).sum()} of 150 images found" in done.stdout
     assert (
-        f"in the set alone, blank now: {len(gone)} studies: {', '.join(gone[:20])} and {len(gone) - 20} more"
+        f"only in the set, now blank: {len(gone)} studies: {', '.join(gone[:20])} and {len(gone) - 20} more"
         in done.stdout
     )
-    assert f"in the table alone: 25 studies: {', '.join(added[:20])} and 5 more" in done.stdout
+    assert f"only in the table: 25 studies: {', '.join(added[:20])} and 5 more" in done.stdout
     listed = pd.read_csv(tmp_path / "out.csv", dtype={"study_id": str})
     assert listed.query("only_in == 'set'")["study_id"].tolist() == gone
     assert listed.query("only_in == 'table'")["study_id"].tolist() == added
@@ -183,7 +183,7 @@ def test_a_set_behind_a_url_is_refused_as_it_was_typed(other):
 
 
 def test_the_list_of_unmatched_ids_is_never_written_into_the_set(other, tiny_set, copy):
-    with pytest.raises(ShardError, match="lies in the set"):
+    with pytest.raises(ShardError, match="is inside the set"):
         relabel(copy, other, unmatched=copy / "32" / "unmatched.csv")
     assert contents(copy) == contents(tiny_set)
 

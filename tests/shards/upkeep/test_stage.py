@@ -133,7 +133,7 @@ def test_shards_built_again_are_not_mixed_with_other_scales_of_before(folder, bu
     for scale in (32, 64):
         change(folder / f"{scale}/000001.json", grids="")
     sign(folder)
-    with pytest.raises(ShardError, match=r"holds 32 px as it was before .* stage it too \(--scale 32\)"):
+    with pytest.raises(ShardError, match=r"holds 32 px from before .* stage it too \(--scale 32\)"):
         stage(folder, to, [64])
     assert (bucket.contents() if remote else contents(to)) == before
     stage(folder, to)
