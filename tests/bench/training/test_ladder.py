@@ -25,7 +25,7 @@ def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, caps
     assert result.left_out == {}
     said = capsys.readouterr().err
     assert said.startswith("bench ladder: training steps of densenet121 on a synthetic batch (cpu)\n  scales: 32 px")
-    assert "rungs: torchvision, channels-last, recompute; ratios are to torchvision, which is always measured" in said
+    assert "rungs: torchvision, channels-last, recompute; ratios refer to torchvision, which is always measured" in said
     assert "left out: autocast, ours, compile, autotune (" in said
     assert "32 px: 21/21 figures" in said
     for line in result.lines:
