@@ -108,7 +108,7 @@ class Pace:
     """Pixels of a step."""
 
     def least(self, pixels: int) -> float:
-        """Seconds of the same work with one round, at `pixels` per step. What surrounds the rounds stays as it was.
+        """Seconds of the same work with one round, at `pixels` per step. The time around the rounds is unchanged.
 
         A turn is a step to warm up, then `turn` seconds or one step; the burn-in is a shorter turn.
         """

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0…n-1, int64, that depends on `key` (one or two whole numbers) alone.
+    """A permutation of 0…n-1, int64, that depends only on `key` (one or two whole numbers).
 
     The argsort of raw Philox words: numpy keeps bit streams across versions, but not its Generator's methods (NEP 19).
     """

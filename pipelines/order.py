@@ -152,7 +152,7 @@ class Augment:
     """Probability of a horizontal flip, which comes before the rotation."""
 
     def draw(self, seed: int, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Angles float32 (N,) in degrees and flips bool (N,), which depend on (seed, epoch, row) alone."""
+        """Angles float32 (N,) in degrees and flips bool (N,), which depend only on (seed, epoch, row)."""
         key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
         words = _mix(key + rows.astype(np.uint64))
         unit = (words >> np.uint64(40)).astype(np.float64) / 2**24

@@ -33,7 +33,7 @@ class Job:
 
 Supply = AbstractContextManager[Iterator[Any]]
 """An endless iterator over batches, uint8 (n, H, W), (n, 1, H, W) or (n, H, W, 1), each valid until the next one is taken.
-Closing it ends the threads and processes behind it."""
+Closing it ends its threads and processes."""
 
 
 class Peer(NamedTuple):

@@ -25,7 +25,7 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 
 Batches = Callable[[], AbstractContextManager[Iterator[Any]]]
-"""Opens an endless supply of batches; everything behind it ends when it closes."""
+"""Opens an endless supply of batches; closing it ends its threads and processes."""
 
 
 def ours(job: Job, engine: str, device: torch.device, cache: Path | None = None, **options: Any) -> Batches:

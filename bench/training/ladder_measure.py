@@ -82,7 +82,7 @@ def pick_rungs(names: list[str], device: torch.device) -> list[Rung]:
 
 
 class TorchvisionNet(nn.Module):
-    """torchvision's DenseNet121 as users train it, behind our normalisation: uint8 (N, 1, H, W) → logits (N, 14)."""
+    """torchvision's DenseNet121 as users train it, after our normalisation: uint8 (N, 1, H, W) → logits (N, 14)."""
 
     def __init__(self, layout: torch.memory_format) -> None:
         super().__init__()

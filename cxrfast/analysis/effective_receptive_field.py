@@ -18,7 +18,7 @@ THRESHOLD = 1 - 0.9545
 
 
 def draw_shifts(seed: int, rows: np.ndarray, side: int) -> np.ndarray:
-    """Shifts of rows, px down and right: int64 (N, 2), uniform in ±side / 2, a function of (seed, row) alone.
+    """Shifts of rows, px down and right: int64 (N, 2), uniform in ±side / 2, a function of seed and row only.
 
     A row moves by the same fraction of the side at every scale.
     """

@@ -1,7 +1,7 @@
 """Grad-CAM (Selvaraju et al. 2017, section 3): where in a radiograph a finding's logit comes from.
 
 In: a trained run and a finding. Out: one map per image, for a few positives, in the run's maps.zarr, and a figure
-that names images by their id alone. Nothing here changes a weight.
+that names images only by their id. Nothing here changes a weight.
 """
 
 from dataclasses import dataclass

@@ -162,7 +162,7 @@ def _draw(axes: Axes, found: Sequence[Erf]) -> Any:
     side, size = erf_map.shape[0], erf_size(erf_map)
     shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
     shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
-    # A square as large as the image fits only in its middle, wherever the centre of mass lies.
+    # A square as large as the image fits only in its middle, wherever the centre of mass is.
     y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in energy_centre(erf_map))
     axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
     known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""

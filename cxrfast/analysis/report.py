@@ -1,6 +1,6 @@
 """report.html: the tables and figures of a folder of runs in one file that opens anywhere. Needs runs only, no shards.
 
-Images are named by their id alone.
+Images are named only by their id.
 """
 
 import base64

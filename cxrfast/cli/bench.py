@@ -22,7 +22,7 @@ BENCH_MINUTES = 2.0
 
 
 @click.group(invoke_without_command=True)
-@click.option("--full", is_flag=True, help="Without a command: take all the time that `step` needs.")
+@click.option("--full", is_flag=True, help="Without a command: run `step` without a time limit.")
 @click.pass_context
 def bench(ctx: click.Context, full: bool) -> None:
     """Measure speed and memory. Without a command: `step`, in two minutes."""
@@ -106,7 +106,9 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 @click.option(
     "--compile", "with_compile", is_flag=True, help="Also measure torch.compile: takes minutes longer per scale."
 )
-@click.option("--profile", "with_profile", is_flag=True, help="Also time by kind of kernel, at the largest scale.")
+@click.option(
+    "--profile", "with_profile", is_flag=True, help="Also measure time by kind of kernel, at the largest scale."
+)
 @only_option("rung")
 @MINUTES
 @RESULTS

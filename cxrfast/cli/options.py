@@ -207,8 +207,10 @@ def forecast_options(command: Command) -> Command:
     """Options of `study` that look ahead, or leave the work to SLURM."""
     for option in reversed(
         (
-            click.option("--keep-going", is_flag=True, help="After a run that failed, continue with the others."),
-            click.option("--dry-run", is_flag=True, help="Check every run, show what it would take, write nothing."),
+            click.option("--keep-going", is_flag=True, help="Continue with the other runs after one fails."),
+            click.option(
+                "--dry-run", is_flag=True, help="Check every run, estimate its time and space, write nothing."
+            ),
             click.option(
                 "--rate",
                 "rates",

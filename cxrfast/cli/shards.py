@@ -39,7 +39,7 @@ def synth(out: Path, **options: Any) -> None:
     type=click.IntRange(min=1),
     help="Build only the shards of the first N rows; run again without it for the rest.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what it would take, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Estimate size and time, write nothing.")
 @click.option(
     "--codec",
     type=click.Choice(["jpeg", "raw"]),
@@ -97,7 +97,7 @@ def shard(
 @click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
 @click.option("--unmatched", type=FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE.")
 def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
-    """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). No tar is touched."""
+    """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). Tars do not change."""
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
     result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)

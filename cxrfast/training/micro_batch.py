@@ -199,7 +199,7 @@ def gib(n: float) -> str:
 
 @contextmanager
 def memory_explained(config: TrainConfig, ranks: World) -> Iterator[None]:
-    """Turn running out of memory in here into a RunError that says what helps."""
+    """Turn running out of memory inside the block into a RunError that says what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
