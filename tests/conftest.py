@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from sets import REAL
 
+from cxrfast.machine import let_threads_sleep
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
+
+let_threads_sleep()  # two processes of pytest share the cores; before a test imports torch
 
 
 @pytest.fixture(scope="session")

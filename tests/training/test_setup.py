@@ -24,7 +24,7 @@ def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
     config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "global_batch": 1000, "micro_batch": 10})
     with pytest.raises(LoadError, match="do not fill one global batch of 1000"):
         train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu"))
-    with pytest.raises(RunError, match="micro batch 0"):
+    with pytest.raises(RunError, match="micro batch must be above 0, not 0"):
         make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
 
 

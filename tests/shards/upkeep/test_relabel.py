@@ -179,7 +179,7 @@ def test_a_set_behind_a_url_is_refused_as_it_was_typed(other):
         done = CliRunner().invoke(cli, command)
         assert done.exit_code == 2
         message = " ".join(done.stderr.split())
-        assert "s3://bucket/set is a URL, and only local paths are read and written: `cxrfast stage` copies" in message
+        assert "s3://bucket/set is a URL, but this must be a local path: `cxrfast stage` copies" in message
 
 
 def test_the_list_of_unmatched_ids_is_never_written_into_the_set(other, tiny_set, copy):
