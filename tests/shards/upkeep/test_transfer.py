@@ -86,7 +86,9 @@ def test_a_damaged_file_does_not_travel_and_is_named_and_the_others_do(large_set
     to = bucket.url if remote else tmp_path / "to"
     flip_bit(folder / "32/000000.idx", 0)
     flip_bit(folder / "64/000001.tar", -1)
-    with pytest.raises(ShardError, match=r"from is damaged.* SHA256SUMS: 32/000000.idx, 64/000001.tar\. .*cxrfast verify"):
+    with pytest.raises(
+        ShardError, match=r"from is damaged.* SHA256SUMS: 32/000000.idx, 64/000001.tar\. .*cxrfast verify"
+    ):
         stage(folder, to)
     there = bucket.contents() if remote else contents(to)
     assert contents(folder).keys() - there.keys() == {
