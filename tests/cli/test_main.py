@@ -137,6 +137,7 @@ def test_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
     assert "--device cpu" in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system needs root")
 def test_a_full_disk_keeps_what_was_finished(phantoms: Path, tiny_set: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
