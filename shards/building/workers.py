@@ -31,11 +31,21 @@ CRASHES = {int(s) for s in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal
 """Signals of a crashed decoder; anything else that ends a process comes from outside."""
 
 
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As usual; a worker that this starts inherits a blocked SIGINT, so Ctrl-C never meets one that is starting."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def start_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for `run_here`, started on demand; terminated at once if the block raises."""
     before = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=start_worker)
+    pool = _Pool(workers, mp_context=SPAWN, initializer=start_worker)
     try:
         yield pool
         pool.shutdown()

@@ -22,8 +22,9 @@ from cxrfast.pipelines.host import HostEngine
 
 @pytest.mark.slow
 def test_every_scale_is_measured_with_its_real_loop(
-    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "cxrfast")
     result = bench(tiny_set, [], tmp_path, seconds=0.3, micro_batch=8, device="cpu")
     assert (result.failed, result.left_out) == ({}, {})
     assert [line.scale for line in result.lines] == [32, 64]
@@ -37,7 +38,7 @@ def test_every_scale_is_measured_with_its_real_loop(
     assert json.loads((tmp_path / "bench.json").read_text())["provenance"]["torch"]
     assert (tmp_path / "bench.md").read_text().startswith("## Memory and images/s by resolution")
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    said = capsys.readouterr().err
+    said = "\n".join(caplog.messages)
     assert said.startswith("bench step: load, train, cached, bare, validate of densenet121 (cpu)\n  scales: 32, 64 px,")
     assert "32 px × 8 images: 30/30 figures" in said
 
