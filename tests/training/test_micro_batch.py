@@ -87,6 +87,7 @@ def test_shareable_sizes_give_every_rank_equally_many_micro_batches() -> None:
         shareable(48, 5, 48)
 
 
+@pytest.mark.slow
 def test_auto_trains_what_the_number_trains_and_other_folds_and_later_runs_keep_it(
     tiny_set: Path, tmp_path: Path, monkeypatch, caplog
 ) -> None:
