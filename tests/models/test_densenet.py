@@ -62,7 +62,7 @@ def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-same = partial(torch.testing.assert_close, rtol=0, atol=0)
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -99,7 +99,7 @@ def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_ba
     ours = small()
     torch.manual_seed(0)
     oracle = SMALL()
-    same(dict(ours.state_dict()), dict(oracle.state_dict()))
+    assert_same(dict(ours.state_dict()), dict(oracle.state_dict()))
     with torch.no_grad():
         ours.features.conv0.weight.add_(1)
     oracle.load_state_dict(ours.state_dict())
@@ -115,7 +115,7 @@ def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, tr
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
             return step(small(recompute).train(training), images())
 
-    same(one(True), one(False))
+    assert_same(one(True), one(False))
 
 
 def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
@@ -178,7 +178,7 @@ def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient(
 
 def test_a_copy_is_independent_and_equal() -> None:
     net = small(recompute=True)
-    same(step(copy.deepcopy(net), images()), step(net, images()))
+    assert_same(step(copy.deepcopy(net), images()), step(net, images()))
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
         del wrapped
     finally:
         dist.destroy_process_group()
-    same({name.removeprefix("module."): value for name, value in together.items()}, alone)
+    assert_same({name.removeprefix("module."): value for name, value in together.items()}, alone)
 
 
 # Layout

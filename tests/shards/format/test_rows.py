@@ -1,5 +1,3 @@
-import contextlib
-
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -118,8 +116,12 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_a_changed_byte_in_the_footer_is_a_shard_error_or_harmless(tmp_path, read):
     path = tmp_path / "rows.parquet"
     write_rows(path, table())
-    data = path.read_bytes()
+    data, kind = path.read_bytes(), type(read(path))
+    refused = 0
     for position in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data), 7):
         path.write_bytes(data[:position] + b"\xfd" + data[position + 1 :])
-        with contextlib.suppress(ShardError):
-            read(path)
+        try:
+            assert type(read(path)) is kind
+        except ShardError:
+            refused += 1
+    assert refused

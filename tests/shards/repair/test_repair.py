@@ -197,7 +197,7 @@ def looks_unfinished(folder: Path) -> bool:
     return sums.endswith(b"\n") and not any(name.encode() in sums for name in SET_FILES)
 
 
-def damage_and_repair(tree: Path, folder: Path, damages: int) -> None:
+def assert_damages_are_repaired(tree: Path, folder: Path, damages: int) -> None:
     whole, rng = contents(folder), random.Random(11)
     for number in range(damages):
         what = spoil(folder, rng, "byte" if number % 11 else rng.choice(["cut", "swap"]))
@@ -210,10 +210,10 @@ def damage_and_repair(tree: Path, folder: Path, damages: int) -> None:
 
 
 def test_a_changed_byte_a_cut_and_a_swap_are_found_and_repaired(phantoms, folder):
-    damage_and_repair(phantoms, folder, 14)
+    assert_damages_are_repaired(phantoms, folder, 14)
 
 
 @pytest.mark.slow
 def test_every_change_of_a_byte_every_cut_and_every_swap_is_found_and_repaired(real_tree, tmp_path):
     build_set(real_tree, tmp_path / "set", [64, 256])
-    damage_and_repair(real_tree, tmp_path / "set", DAMAGES)
+    assert_damages_are_repaired(real_tree, tmp_path / "set", DAMAGES)
