@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.info import read_info
+from cxrfast.shards.format.info import read_info, read_set
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
 
 
@@ -113,9 +113,9 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("read", [read_rows, read_info])
-def test_a_changed_byte_in_the_footer_is_a_shard_error_or_harmless(tmp_path, read):
+def test_a_changed_byte_in_the_footer_is_a_shard_error_or_harmless(tmp_path, tiny_set, read):
     path = tmp_path / "rows.parquet"
-    write_rows(path, table())
+    write_rows(path, table(), read_set(tiny_set))
     data, kind = path.read_bytes(), type(read(path))
     refused = 0
     for position in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data), 7):
