@@ -18,7 +18,7 @@ from cxrfast.study.pace import Pace, jobs
 from cxrfast.study.plan import Plan
 from cxrfast.study.run_forecast import Outlook, look, other_set, read_scale, refused
 from cxrfast.tables import Cell, Table
-from cxrfast.units import size
+from cxrfast.units import duration, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,16 @@ def projection(plan: Plan, left: list[Outlook]) -> str:
     """One line about the time that the runs `left` will take, at the rates of the runs that are done."""
     runs, pace = plan.runtime.runs, Pace(plan.runtime.runs)
     left = [replace(o, images_per_s=pace.of(runs / o.name, o.config)) for o in left if o.config]
-    hours = sum(o.seconds or 0.0 for o in left) / 3600
-    unknown = sorted({o.scale for o in left if o.seconds is None})
-    scales = ", ".join(map(str, unknown))
-    return f"study: {len(left)} runs left: {hours:,.2f} h at most, {hours * plan.ranks:,.2f} GPU-hours" + (
-        f", without those at {scales} px, whose rate is not known yet" if unknown else ""
+    known = [o.seconds for o in left if o.seconds is not None]
+    unknown = ", ".join(map(str, sorted({o.scale for o in left if o.seconds is None})))
+    hours = sum(known) / 3600 * plan.ranks
+    time = [f"{duration(sum(known))} at most, {hours:,.2f} GPU-hours"] if known else []
+    return "; ".join(
+        [
+            f"study: {len(left)} {'run' if len(left) == 1 else 'runs'} left",
+            *time,
+            *([f"no rate is known yet at {unknown} px"] if unknown else []),
+        ]
     )
 
 

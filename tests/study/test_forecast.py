@@ -14,6 +14,7 @@ from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.forecast import Forecast, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.setup import select_rows
+from cxrfast.units import duration
 
 OPTIONS: dict[str, Any] = {"weights": "none", "epochs": 10, "global_batch": 8, "micro_batch": 4}
 
@@ -166,12 +167,11 @@ def test_finished_runs_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: Pa
     plan = planned(tiny_set, tmp_path, [32, 64], [0, 3], nproc=2)
     started(plan, state="done", epoch=10).add_metrics({"epoch": 0, "images_per_s": 0.1})
     left = forecast(plan).outlooks[1:]
-    hours = left[0].work / 0.1 / 3600
-    assert projection(plan, left) == (
-        f"study: 3 runs left: {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours, without those at 64 px, whose rate is not "
-        "known yet"
-    )
-    assert projection(plan, left[:1]) == f"study: 1 runs left: {hours:,.2f} h at most, {2 * hours:,.2f} GPU-hours"
+    seconds = left[0].work / 0.1
+    time = f"{duration(seconds)} at most, {2 * seconds / 3600:,.2f} GPU-hours"
+    assert projection(plan, left) == f"study: 3 runs left; {time}; no rate is known yet at 64 px"
+    assert projection(plan, left[:1]) == f"study: 1 run left; {time}"
+    assert projection(plan, left[1:]) == "study: 2 runs left; no rate is known yet at 64 px"
 
 
 def test_smaller_sizes_cost_their_area(tiny_set: Path, tmp_path: Path) -> None:

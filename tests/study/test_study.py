@@ -61,7 +61,7 @@ def test_a_study_trains_with_several_processes_and_reports_the_time_left(
     options = {**OPTIONS, "micro_batch": 4, "views": ("AP", "PA")}
     with caplog.at_level("INFO", "cxrfast"):
         study(tiny_set, tmp_path, [32], [1, 2], nproc=2, device="cpu", options=options)
-    assert len(re.findall(r"study: 1 runs left: 0.\d\d h at most, 0.\d\d GPU-hours\n", caplog.text)) == 1
+    assert len(re.findall(r"study: 1 run left; \d+s at most, 0.\d\d GPU-hours\n", caplog.text)) == 1
     runs = Run.find(tmp_path)
     assert [(run.is_done, run.config.views, run.config.fold) for run in runs] == [
         (True, ("AP", "PA"), k) for k in (1, 2)
