@@ -59,7 +59,7 @@ def in_own_process(
                     on_figure(value)
                 elif process.poll() is not None and not ours.poll():
                     raise EOFError
-                elif time.monotonic() > end:
+                if time.monotonic() > end:
                     raise RunError(f"it did not end within {duration(limit)} and was killed")
                 if watch:
                     watch(process)

@@ -109,7 +109,9 @@ class TrainConfig:
     subset: str | None = None
     """Hash of the row numbers in `Runtime.subset`; None: all rows."""
     global_batch: Annotated[int, Option("Images per optimiser step. [default: by scale]", minimum=1)]
-    micro_batch: Annotated[int, Option("Images per forward pass; auto: as many as fit. [default: by scale]", minimum=1)]
+    micro_batch: Annotated[
+        int, Option("Images per forward pass; auto: as many as fit. [default: by scale]", minimum=1, metavar="N|auto")
+    ]
     learning_rate: Annotated[float, Option("[default: 1e-4 · global batch / 32]")]
     epochs: Annotated[int, Option("Maximum number of epochs.")] = 100
     factor: float = 0.5

@@ -56,10 +56,6 @@ class World:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def least(self, value: int) -> int:
-        """Smallest `value` of all ranks, on every rank."""
-        return self.broadcast(min(self.gather(value) or [value]))
-
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 and return its value on every rank.
 

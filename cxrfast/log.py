@@ -28,9 +28,12 @@ def console() -> "Console":
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+            console().print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
         except Exception:
             self.handleError(record)
+
+
+_HANDLER = _Handler()
 
 
 def show(rank: int | None = None) -> None:
@@ -39,10 +42,8 @@ def show(rank: int | None = None) -> None:
     `rank`: default $RANK, which torchrun sets.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    if not any(isinstance(handler, _Handler) for handler in LOGGER.handlers):
-        LOGGER.addHandler(_Handler())
-    for handler in LOGGER.handlers:
-        handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    LOGGER.addHandler(_HANDLER)
+    _HANDLER.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     LOGGER.setLevel(logging.WARNING if rank else logging.INFO)
 
 

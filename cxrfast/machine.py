@@ -4,10 +4,7 @@ import math
 import os
 import platform
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import psutil
 
 
 def usable_cores() -> int:
@@ -42,6 +39,8 @@ def user_sets_threads() -> bool:
     """Whether the user has set OMP_NUM_THREADS. torchrun, too, sets it for several workers: to 1."""
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
         return "OMP_NUM_THREADS" in os.environ
+    import psutil  # not at the top: the command line loads this module
+
     try:
         return "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()  # as torchrun was started
     except psutil.Error:
@@ -50,6 +49,8 @@ def user_sets_threads() -> bool:
 
 def memory_bytes() -> int:
     """Main memory, bytes, limited by the cgroup."""
+    import psutil
+
     total = psutil.virtual_memory().total
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -59,6 +60,8 @@ def memory_bytes() -> int:
 
 def resident_bytes() -> int:
     """Current resident memory of this process and its children."""
+    import psutil
+
     process = psutil.Process()
     total = 0
     for p in (process, *process.children(recursive=True)):
@@ -71,6 +74,8 @@ def resident_bytes() -> int:
 
 def installed(package: str, module: str) -> str | None:
     """Version of a package as pip reports it, else as its module does (copied, or part of another package); None if absent."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

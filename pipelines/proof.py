@@ -88,7 +88,7 @@ class Proof:
                 f"{reader.scale} px: `cxrfast verify --deep {reader.folder}` names the shards and says what to do"
             )
         return (
-            f"{count:,} of {self.compared:,} images decoded by DALI differ from the set, "
+            f"{count:,} of the {self.compared:,} images that were decoded by DALI and compared differ from the set, "
             f"first row {first} of {reader.folder} at {reader.scale} px: the JPEG decoder of {self.device} cannot be "
             "trusted: use --engine host"
         )

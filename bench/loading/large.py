@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from cxrfast.bench.process import in_own_process
+from cxrfast.errors import LoadError, RunError
 from cxrfast.pipelines.order import Augment, TrainOrder
 from cxrfast.pipelines.reader import Reader
 
@@ -49,7 +50,11 @@ def large(folder: Path, scale: int, images: int) -> Large:
         order = TrainOrder(rows=numbers, global_batch=96, micro_batch=8, shard_rows=shard_rows)
         return _median_ms(order.micro_batches)
 
-    seconds, resident = in_own_process(opening, {"folder": folder, "scale": scale})
+    try:
+        seconds, resident = in_own_process(opening, {"folder": folder, "scale": scale})
+        anonymous = in_own_process(passing, {"folder": folder, "scale": scale, "images": images})
+    except (RunError, MemoryError) as error:
+        raise LoadError(f"measuring a large set failed: {error}") from error
     return Large(
         rows=info.images,
         shards=info.shards,
@@ -59,7 +64,7 @@ def large(folder: Path, scale: int, images: int) -> Large:
         open_seconds=seconds,
         open_resident=resident,
         images=images,
-        anonymous=in_own_process(passing, {"folder": folder, "scale": scale, "images": images}),
+        anonymous=anonymous,
     )
 
 

@@ -127,7 +127,7 @@ class LoadingResult:
                 axes.plot([line.scale for line in mine], [line.of_limit for line in mine], "o-", label=way, **style)
             axes.axhline(1, color="0.6", linestyle=":")
             axes.set(title=f"{task}: {TASKS[task]}", ylim=(0, None))
-            side_axis(axes, sorted(self.images))
+            side_axis(axes, sorted({line.scale for line in self.lines}))
         panels[0].set_ylabel("images/s / bare kernels' images/s")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         return figure

@@ -237,12 +237,12 @@ def memory(setup: Setup, rows: int) -> Memory:
     peaks = dict.fromkeys(("worker_rss", "worker_uss", "parent_rss", "parent_uss"), 0)
 
     def watch(process: psutil.Process) -> None:
-        with suppress(psutil.Error):  # one of them has just ended
-            workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
-            for who, one in (("parent", process), *(("worker", worker) for worker in workers)):
-                used = one.memory_full_info()
-                peaks[f"{who}_rss"] = max(peaks[f"{who}_rss"], used.rss)
-                peaks[f"{who}_uss"] = max(peaks[f"{who}_uss"], used.uss)
+        for one in (process, *process.children()):
+            with suppress(psutil.Error):  # it has just ended
+                if one == process or "spawn_main" in " ".join(one.cmdline()):
+                    who, used = "parent" if one == process else "worker", one.memory_full_info()
+                    peaks[f"{who}_rss"] = max(peaks[f"{who}_rss"], used.rss)
+                    peaks[f"{who}_uss"] = max(peaks[f"{who}_uss"], used.uss)
 
     with tempfile.TemporaryDirectory(dir=setup.scratch) as out:
         options = {"data": str(tree), "out": out, "scales": setup.scales, "workers": setup.workers, **SOURCE}

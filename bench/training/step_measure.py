@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -126,76 +127,84 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     return trainer
 
 
+Step = Callable[[], int]
+"""Takes a step and returns its number of images."""
+
+
 def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
     """One measurement for each of FIGURES. A pipeline starts before the clock does, and runs on until it stops."""
-    device = trainer.ranks.device
-    rows = np.resize(trainer.order.rows, micro_batch)
     with closing(endless(trainer.train_loader)) as batches:
         kept = next(batches)
 
-    def timed(start: Callable[[Iterator[Batch]], Callable[[], int]], loader: Loader | None = None) -> Measurement:
+    def timed(start: Callable[[Trainer, Iterator[Batch]], Step], loader: Loader | None = None) -> Measurement:
         """The rate of the steps that `start` makes of a loader's batches, or of the one kept on the device."""
 
         def measure(seconds: float) -> float:
             supply = closing(endless(loader)) if loader else nullcontext(repeat(kept))
             with supply as batches:
-                step = start(batches)
+                step = start(trainer, batches)
                 step()  # to warm up
-                return rate(step, seconds, device)
+                return rate(step, seconds, trainer.ranks.device)
 
         return measure
 
-    def load(batches: Iterator[Batch]) -> Callable[[], int]:
-        next(batches), next(batches)
-        return lambda: len(next(batches).row)
-
-    def train(batches: Iterator[Batch]) -> Callable[[], int]:
-        trainer.model.train()
-        source = Timed(batches, device)
-        trainer.monitor.start_epoch(steps=2**62, images=trainer.counters.consumed)
-
-        def step() -> int:
-            trainer.step(rows, source)
-            trainer.counters.consumed += len(rows)
-            trainer.look(source)
-            trainer.after_step(1)
-            return len(rows)
-
-        return step
-
-    def bare(batches: Iterator[Batch]) -> Callable[[], int]:
-        """Forward pass, loss, backward pass and Adam, on a copy of the model."""
-        model = copy.deepcopy(trainer.model).train()
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        batch = next(batches)
-        target = trainer.targets.target[batch.row]
-
-        def step() -> int:
-            with trainer.autocast():
-                logits = model(batch.image)
-            binary_cross_entropy_with_logits(logits.float(), target).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return len(batch.row)
-
-        return step
-
-    def validate(batches: Iterator[Batch]) -> Callable[[], int]:
-        trainer.model.eval()
-
-        @torch.inference_mode()
-        def step() -> int:
-            batch = next(batches)
-            with trainer.autocast():
-                trainer.model(batch.image)
-            return len(batch.row)
-
-        return step
-
+    train = partial(train_steps, np.resize(trainer.order.rows, micro_batch))
     return {
-        "load": timed(load, trainer.train_loader),
+        "load": timed(load_steps, trainer.train_loader),
         "train": timed(train, trainer.train_loader),
         "cached": timed(train),
-        "bare": timed(bare),
-        "validate": timed(validate, trainer.val_loader),
+        "bare": timed(bare_steps),
+        "validate": timed(validation_steps, trainer.val_loader),
     }
+
+
+def load_steps(trainer: Trainer, batches: Iterator[Batch]) -> Step:
+    next(batches), next(batches)
+    return lambda: len(next(batches).row)
+
+
+def train_steps(rows: np.ndarray, trainer: Trainer, batches: Iterator[Batch]) -> Step:
+    """Steps of the trainer's own loop; `rows` are those of a step."""
+    trainer.model.train()
+    source = Timed(batches, trainer.ranks.device)
+    trainer.monitor.start_epoch(steps=2**62, images=trainer.counters.consumed)
+
+    def step() -> int:
+        trainer.step(rows, source)
+        trainer.counters.consumed += len(rows)
+        trainer.look(source)
+        trainer.after_step(1)
+        return len(rows)
+
+    return step
+
+
+def bare_steps(trainer: Trainer, batches: Iterator[Batch]) -> Step:
+    """Forward pass, loss, backward pass and Adam, on a copy of the model."""
+    model = copy.deepcopy(trainer.model).train()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    batch = next(batches)
+    target = trainer.targets.target[batch.row]
+
+    def step() -> int:
+        with trainer.autocast():
+            logits = model(batch.image)
+        binary_cross_entropy_with_logits(logits.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(batch.row)
+
+    return step
+
+
+def validation_steps(trainer: Trainer, batches: Iterator[Batch]) -> Step:
+    trainer.model.eval()
+
+    @torch.inference_mode()
+    def step() -> int:
+        batch = next(batches)
+        with trainer.autocast():
+            trainer.model(batch.image)
+        return len(batch.row)
+
+    return step

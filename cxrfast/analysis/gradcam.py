@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
-from cxrfast.analysis.maps import batches, frozen, stored
+from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
 from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
-from cxrfast.models.classifier import Classifier
+from cxrfast.models.classifier import Classifier, frozen
 from cxrfast.models.precision import without_tf32
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run

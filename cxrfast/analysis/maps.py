@@ -1,13 +1,11 @@
-"""What maps of a model need: a model left unchanged, batches that fit, and the run's store of maps."""
+"""What maps of a run need: batches that a backward pass can afford, and the run's store of maps."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cxrfast.errors import RunError
 from cxrfast.pipelines.loader import Batch, Loader
@@ -17,21 +15,6 @@ from cxrfast.runs.run import Run
 
 BATCH_PIXELS = 2**18
 """Most pixels in a batch of several images: a backward pass through DenseNet121 holds 3 kB per pixel."""
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of the weights, which saves memory; afterwards everything is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, grad in wanted:
-            p.requires_grad_(grad)
 
 
 def batches(

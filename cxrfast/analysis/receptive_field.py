@@ -16,7 +16,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cxrfast.analysis.effective_receptive_field import (
+from cxrfast.analysis.maps import batches, stored
+from cxrfast.errors import RunError
+from cxrfast.models.effective_receptive_field import (
     draw_shifts,
     effective_receptive_field,
     energy_centre,
@@ -24,8 +26,6 @@ from cxrfast.analysis.effective_receptive_field import (
     erf_size,
     shifted,
 )
-from cxrfast.analysis.maps import batches, stored
-from cxrfast.errors import RunError
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows

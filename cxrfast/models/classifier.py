@@ -1,6 +1,8 @@
 """The classifier: a uint8 grey batch in, logits out. Normalisation is its first layer and part of every checkpoint."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torchvision
@@ -83,3 +85,18 @@ class Classifier(nn.Module):
             layers = list(self.net.children())
             return nn.Sequential(*layers[: layers.index(self.net.layer4) + 1])
         raise RunError(f"no last feature map is known for {self.arch}")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients of the weights, which saves memory; afterwards everything is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, grad in wanted:
+            p.requires_grad_(grad)

@@ -96,7 +96,8 @@ def projection(plan: Plan, left: list[Outlook]) -> str:
     known = [o.seconds for o in left if o.seconds is not None]
     unknown = ", ".join(map(str, sorted({o.scale for o in left if o.seconds is None})))
     hours = sum(known) / 3600 * plan.ranks
-    time = [f"{duration(sum(known))} at most, {hours:,.2f} GPU-hours"] if known else []
+    whose = f"{len(known)} of them " if len(known) < len(left) else ""
+    time = [f"{whose}{duration(sum(known))} at most, {hours:,.2f} GPU-hours"] if known else []
     return "; ".join(
         [
             f"study: {len(left)} {'run' if len(left) == 1 else 'runs'} left",

@@ -11,8 +11,6 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.setup import make_config
 
-DEFAULTS = {"precision": "auto", "micro_batch": None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -40,14 +38,15 @@ class Plan:
 
     def run_name(self, scale: int, fold: int) -> str:
         """`densenet121-2048/fold-0`, even if the options are impossible."""
-        return f"{self.options.get('arch', 'densenet121')}-{scale}/fold-{fold}"
+        return f"{self.options.get('arch', TrainConfig.arch)}-{scale}/fold-{fold}"
 
     def folder(self, scale: int, fold: int) -> Path:
         return RunFolder.of(self.runtime.runs, self.config(scale, fold, "cpu").arch, scale, fold).folder
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """Differences from the configuration of a run on disk, except in what was left for the machine to choose."""
-        left = [name for name in ("precision", "micro_batch") if self.options.get(name, DEFAULTS[name]) == "auto"]
+        options = options_of(TrainConfig)
+        left = [name for name in ("precision", "micro_batch") if self.options.get(name, options[name][2]) == "auto"]
         return [text for text in config.differences(other) if text.partition(":")[0] not in left]
 
     @property

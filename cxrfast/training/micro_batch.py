@@ -59,20 +59,31 @@ def largest_micro_batch(config: TrainConfig, runtime: Runtime, ranks: World, mos
     device, is_gpu = ranks.device, ranks.device.type == "cuda"
     sizes = shareable(config.global_batch, ranks.size, most or (config.global_batch if is_gpu else CPU_LARGEST))
     needed = None if is_gpu else cpu_step_bytes(config, runtime)
-    room = torch.cuda.get_device_properties(device).total_memory if is_gpu else cpu_room(ranks.local_size)
+    room = gpu_room(device) if is_gpu else max(0, cpu_room(ranks.local_size))
     tried: list[int] = []
 
     def fits(size: int) -> bool:
-        if needed is None:
-            found = gpu_step_memory(config, runtime, device, size)
-            is_enough, peak = found is not None, f", peak {gib(found.own)}" if found else ""
-        else:
-            is_enough, peak = needed(size) <= room, f", peak about {gib(needed(size))}"
-        fit = bool(ranks.least(int(is_enough)))
+        is_enough, peak, problem = False, 0, ""
+        try:
+            if needed is None:
+                found = gpu_step_memory(config, runtime, device, size)
+                is_enough, peak = found is not None, found.own if found else 0
+            else:
+                peak = needed(size)
+                is_enough = peak <= room
+        except RunError as error:
+            problem = str(error)
+        votes = ranks.gather((is_enough, problem)) or []  # empty except on rank 0
+
+        def all_fit() -> bool:
+            if problems := [text for _, text in votes if text]:
+                raise RunError(problems[0])
+            return all(enough for enough, _ in votes)
+
+        fit = ranks.on_first(all_fit)
         tried.append(size)
-        log.info(
-            f"--micro-batch auto: {size} × {largest_side(config)} px {'fits' if fit else 'does not fit'} into {gib(room)}{peak}"
-        )
+        what = f"fits into {gib(room)}, peak {gib(peak)}" if fit else f"does not fit into {gib(room)}"
+        log.info(f"--micro-batch auto: {size} × {largest_side(config)} px {what}")
         return fit
 
     if fits(sizes[-1]):
@@ -118,11 +129,8 @@ def largest_side(config: TrainConfig) -> int:
 
 def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device, images: int) -> GpuMemory | None:
     """Memory of a training step over `images` on a GPU; None if it does not fit, less `RESERVE`. Leaves nothing behind."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    room = free + torch.cuda.memory_reserved(device) - RESERVE * total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, room) / total, device)
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(gpu_room(device) / total, device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         _train(config, runtime, device, images, largest_side(config))
@@ -133,12 +141,18 @@ def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device,
             return None
         raise RunError(f"a training step over {images} images failed, give --micro-batch a number: {error}") from error
     finally:
-        if runtime.compile:
-            torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def gpu_room(device: torch.device) -> int:
+    """Bytes that a training step may allocate on a GPU, next to what other processes use."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free + torch.cuda.memory_reserved(device) - RESERVE * total))
 
 
 def cpu_step_bytes(config: TrainConfig, runtime: Runtime) -> Callable[[int], int]:
@@ -181,13 +195,17 @@ def _train(config: TrainConfig, runtime: Runtime, device: torch.device, images: 
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         image = torch.zeros((images, 1, side, side), dtype=torch.uint8, device=device)
         target = torch.zeros((images, outputs), device=device)
-        for _ in range(2):
-            with autocast(device, config.precision):
-                logits = forward(image)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        try:
+            for _ in range(2):
+                with autocast(device, config.precision):
+                    logits = forward(image)
+                loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        finally:
+            if runtime.compile:
+                torch._dynamo.reset()  # else the training is compiled for a batch of any size
 
 
 def gib(n: float) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import world
+from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
@@ -49,12 +50,18 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         for side in {config.scale, *(side for side, _ in config.sizes)}:
             model.check_size(side)
         folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
-        if config.micro_batch == AUTO:
-            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
-            config = replace(config, micro_batch=own or largest_micro_batch(config, runtime, ranks, most=other))
         reader = Reader(runtime.shards, config.scale)
         subset = None if runtime.subset is None else read_subset(runtime.subset)
         rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
+        if config.micro_batch == AUTO:
+            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
+            chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
+            if other and not own and chosen < other:
+                raise RunError(
+                    f"--micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, so they could "
+                    f"not be joined: train them all with --micro-batch {chosen}"
+                )
+            config = replace(config, micro_batch=chosen)
         # refuse sizes that do not fit before anything is written
         train_order(config, rows, ranks, reader.info.rows_per_shard)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from runs import SMALL, make_untrained
 
-from cxrfast.analysis import effective_receptive_field as fields
 from cxrfast.analysis import maps
 from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
+from cxrfast.models import effective_receptive_field as fields
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.runs.run import Run
 

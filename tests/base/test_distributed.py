@@ -31,12 +31,7 @@ def test_a_number_of_threads_that_the_user_set_stays(monkeypatch):
 def test_one_process_is_a_world_of_one_rank() -> None:
     with world("cpu") as ranks:
         assert (ranks.rank, ranks.size, ranks.is_first, ranks.device.type) == (0, 1, True, "cpu")
-        assert (ranks.gather("x"), ranks.broadcast("x"), ranks.least(3), ranks.on_first(lambda: 5)) == (
-            ["x"],
-            "x",
-            3,
-            5,
-        )
+        assert (ranks.gather("x"), ranks.broadcast("x"), ranks.on_first(lambda: 5)) == (["x"], "x", 5)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x"])
@@ -67,7 +62,6 @@ with world("cpu") as ranks:
     before = ranks.gather(scores())
     ranks.broadcast_buffers(trainer.model)
     after = ranks.gather(scores())
-    assert ranks.least(7 - ranks.rank) == 6
     if ranks.is_first:
         print(float((before[0] - before[1]).abs().max()), float((after[0] - after[1]).abs().max()))
     del trainer

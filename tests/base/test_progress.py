@@ -89,7 +89,7 @@ def test_a_bar_fits_one_line_of_a_terminal(columns):
         "import logging\nfrom cxrfast import log\nfrom cxrfast.progress import progress\nlog.show()\n"
         "with progress('gradcam densenet121-2048/fold-0 Edema', 377110) as advance:\n"
         "    advance(300000, note='loss 0.1234, waiting 2 %')\n"
-        "    logging.getLogger('cxrfast.x').info('a [bold]message[/] ' + 'x' * 200)"
+        "    logging.getLogger('cxrfast.x').info('a [bold]message[/] :100: ' + 'x' * 200)"
     )
     master, slave = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "25"}
@@ -102,4 +102,4 @@ def test_a_bar_fits_one_line_of_a_terminal(columns):
     lines = [line for line in re.split(r"[\r\n]+", text) if "a [bold]" not in line]
     assert max(map(len, lines)) <= columns
     assert any("gra" in line and "300,000/377,110" in line and "images/s" in line for line in lines)
-    assert "a [bold]message[/] " + "x" * 200 in text.replace("\r\n", "")
+    assert "a [bold]message[/] :100: " + "x" * 200 in text.replace("\r\n", "")

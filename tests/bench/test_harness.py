@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget, Measured, Pace, in_time, interleave, one_core
 
 
@@ -108,3 +109,11 @@ def test_one_core_is_held_and_given_back() -> None:
         assert os.sched_getaffinity(0) <= before
         raise ZeroDivisionError
     assert os.sched_getaffinity(0) == before
+
+
+def test_a_measurement_is_killed_some_time_after_the_whole_budget(monkeypatch):
+    given = {}
+    monkeypatch.setattr(harness, "in_own_process", lambda work, options, **more: given.update(options, **more))
+    budget = Budget(end=5, last=60, clock=lambda: 0.0)
+    harness.measure_elsewhere(print, {"a": 1}, budget)
+    assert (given["a"], given["budget"], given["limit"]) == (1, budget, 60 + harness.GRACE)

@@ -111,7 +111,7 @@ def test_dali_pixels_that_are_a_little_off_everywhere_or_far_off_anywhere_are_re
 def test_pixels_that_are_not_those_of_the_manifests_are_refused(reader, monkeypatch) -> None:
     compare = Proof.compare
     monkeypatch.setattr(Proof, "compare", lambda self, images, *known: compare(self, images.flip(2), *known))
-    with pytest.raises(LoadError, match=r"images decoded by DALI differ from the set"):
+    with pytest.raises(LoadError, match=r"images that were decoded by DALI and compared differ from the set"):
         proven_pixels(reader, CPU)
 
 

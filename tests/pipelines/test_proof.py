@@ -82,7 +82,7 @@ CORRUPTIONS = {
 )
 def test_a_corrupting_decoder_is_caught_and_a_row_named(request, fixture: str, scale: int, corrupt) -> None:
     loader = load(request.getfixturevalue(fixture), scale, corrupt)
-    says = rf"images decoded by DALI .* first row \d+ of .* at {scale} px: .* --engine host"
+    says = rf"images that were decoded by DALI .* first row \d+ of .* at {scale} px: .* --engine host"
     with pytest.raises(LoadError, match=says):
         read_all(loader)
 
@@ -98,7 +98,7 @@ def test_one_bad_image_among_all_is_found_and_is_the_one_that_is_named(tiny_set:
         compare(images, rows, means)
 
     loader.proof.compare = spoil
-    with pytest.raises(LoadError, match=r"^1 of 150 images .* first row 123 of"):
+    with pytest.raises(LoadError, match=r"^1 of the 150 images .* first row 123 of"):
         read_all(loader)
 
 

@@ -169,7 +169,7 @@ def test_finished_runs_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: Pa
     left = forecast(plan).outlooks[1:]
     seconds = left[0].work / 0.1
     time = f"{duration(seconds)} at most, {2 * seconds / 3600:,.2f} GPU-hours"
-    assert projection(plan, left) == f"study: 3 runs left; {time}; no rate is known yet at 64 px"
+    assert projection(plan, left) == f"study: 3 runs left; 1 of them {time}; no rate is known yet at 64 px"
     assert projection(plan, left[:1]) == f"study: 1 run left; {time}"
     assert projection(plan, left[1:]) == "study: 2 runs left; no rate is known yet at 64 px"
 

@@ -174,7 +174,7 @@ def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
     monkeypatch.setattr(Proof, "compare", corrupted)
     trainer = make_trainer(tiny_set, tmp_path, runtime={"engine": "dali"})
     with pytest.raises(
-        LoadError, match=r"run/fold-0: \d of .* images decoded by DALI .* no checkpoint was written yet"
+        LoadError, match=r"run/fold-0: \d of .* images that were decoded by DALI .* no checkpoint was written yet"
     ):
         trainer.fit()
     state = trainer.run.state()

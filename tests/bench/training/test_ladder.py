@@ -18,12 +18,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.slow
-def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cxrfast")
     only = ["channels-last", "recompute"]  # each takes a process
     result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True, only=only)
     assert [line.rung for line in result.lines] == ["torchvision", *only]
     assert result.left_out == {}
-    said = capsys.readouterr().err
+    said = "\n".join(caplog.messages)
     assert said.startswith("bench ladder: training steps of densenet121 on a synthetic batch (cpu)\n  scales: 32 px")
     assert "rungs: torchvision, channels-last, recompute; ratios refer to torchvision, which is always measured" in said
     assert "left out: autocast, ours, compile, autotune (" in said

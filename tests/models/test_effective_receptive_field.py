@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms import functional as vision
 
-from cxrfast.analysis import effective_receptive_field as fields
 from cxrfast.errors import RunError
+from cxrfast.models import effective_receptive_field as fields
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.theoretical_receptive_field import receptive_field
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from cxrfast.analysis.maps import frozen
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier
+from cxrfast.models.classifier import Classifier, frozen
 from cxrfast.models.precision import without_tf32
 
 THRESHOLD = 1 - 0.9545
