@@ -6,10 +6,12 @@ While a build runs, it lists only the shards that existed before.
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
+from cxrfast.shards.format.info import write_set_json
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.names import NAMES, SET_FILES, shard_files, shard_name
 from cxrfast.shards.format.rows import is_relabelled
@@ -41,7 +43,11 @@ def write_sums(folder: Path, manifests: list[ShardManifest]) -> None:
 
 
 def mark_unfinished(folder: Path, rebuilt: Iterable[str]) -> None:
-    """Remove the set's own files and the files `rebuilt` from SHA256SUMS, until `write_sums`."""
+    """Remove the set's own files and the files `rebuilt` from SHA256SUMS, until `write_sums`.
+
+    quarantine.csv goes too: next to it, a SHA256SUMS without the set's own files is one that lost its end.
+    """
+    (folder / "quarantine.csv").unlink(missing_ok=True)
     sums = listed_sums(folder)
     kept = {name: digest for name, digest in sums.items() if name not in {*SET_FILES, *rebuilt}}
     if not kept:
@@ -60,8 +66,12 @@ def check_undamaged(folder: Path) -> None:
 
 def adopt_earlier(folder: Path) -> None:
     """Rename SHA256SUMS back if an earlier version was killed while it had another name."""
-    for marker in (folder / name for name in MARKERS):
-        if marker.exists():
+    for name in MARKERS:
+        marker = folder / name
+        with suppress(FileNotFoundError):  # another part was quicker
+            if marker.exists() and name.endswith("relabelling"):
+                with suppress(ShardError):
+                    write_set_json(folder)  # which came after rows.parquet
             if (folder / "SHA256SUMS").exists() or not marker.stat().st_size:
                 marker.unlink()
             else:

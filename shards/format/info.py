@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from msgspec import Meta
 
 from cxrfast import __version__
@@ -111,6 +109,9 @@ def write_set_json(folder: Path) -> None:
 
 
 def _description(path: Path) -> bytes:
+    import pyarrow as pa  # here, since it takes longer to import than most commands on a set need
+    import pyarrow.parquet as pq
+
     try:
         return pq.read_schema(path).metadata[COPY]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

@@ -52,17 +52,23 @@ class _Mark:
         """`pid`, `host`, and in SLURM `job`; empty until it is written."""
         return dict(line.split("=", 1) for line in self.text.splitlines() if "=" in line)
 
-    def runs_here(self) -> bool:
-        """Is the holder a living process on this machine?"""
+    def runs_here(self) -> bool | None:
+        """Is the holder a living process? None if it is one of another machine."""
         host, _, namespace = self.holder.get("host", "").partition("?pidns-")
         try:
             ours = f"{os.stat('/proc/self/ns/pid').st_ino:x}"
-            process = psutil.Process(int(self.holder.get("pid", "")))
-            born = process.create_time()
-            alive = process.status() != psutil.STATUS_ZOMBIE
-        except (OSError, ValueError, psutil.Error):
+            pid = int(self.holder.get("pid", ""))
+        except (OSError, ValueError):
+            return None
+        if host != socket.gethostname() or namespace not in ("", ours):
+            return None
+        try:
+            process = psutil.Process(pid)
+            return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < self.time_ns / 1e9 + 1
+        except psutil.NoSuchProcess:
             return False
-        return alive and host == socket.gethostname() and namespace in ("", ours) and born < self.time_ns / 1e9 + 1
+        except psutil.Error:
+            return None
 
 
 class Lease:
@@ -79,6 +85,9 @@ class Lease:
             try:
                 mark = _Mark.read(self.path)
             except FileNotFoundError:
+                continue
+            if mark.runs_here() is False:  # killed, but its parent has not asked for its exit code yet
+                self._set_aside(mark)
                 continue
             holder = mark.holder
             who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine').partition('?')[0]}"
@@ -143,10 +152,10 @@ class Lock(Lease):
         super().__enter__()
         try:
             for path in self._others():
-                if path.suffix != ".lock":
-                    path.unlink(
-                        missing_ok=True
-                    )  # from a killed takeover, or an earlier version, whose process then stops
+                if path.suffix == ".json":
+                    path.unlink(missing_ok=True)  # from an earlier version, whose process then stops
+                elif path.suffix != ".lock":  # of a takeover
+                    _remove_old(path)
                 elif not (self.part and path.name.endswith(f"-of-{self.part[1]}.lock")):
                     with Lease(path, self.doing, self.error):
                         pass
@@ -157,16 +166,26 @@ class Lock(Lease):
 
     def alone(self) -> bool:
         """Is no other part running, as far as this machine knows?"""
-        for path in self._others():
-            other = Lease(path, self.doing, self.error)
-            if not other.take():
-                return False
-            other.__exit__()
-        return True
+        return all(_is_dead_here(path) for path in self._others() if path.suffix == ".lock")
 
     def _others(self) -> list[Path]:
         names = sorted(self.folder.glob("lease*"))
         return [path for path in names if LOCK_FILE.fullmatch(path.name) and path != self.path]
+
+
+def _is_dead_here(path: Path) -> bool:
+    """Was the lease's holder a process of this machine that has ended? Also True if there is no lease any more."""
+    try:
+        return _Mark.read(path).runs_here() is False
+    except FileNotFoundError:
+        return True
+
+
+def _remove_old(path: Path) -> None:
+    """Remove what a killed takeover left; one that runs takes a moment."""
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > 10 * WATCH:
+            path.unlink()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def is_temporary(path: Path) -> bool:
 
 def is_foreign(path: Path) -> bool:
     """Is this something that no build leaves before it has laid out its set?"""
-    ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name) or path.name == "rows.parquet"
+    ours = is_temporary(path) or LOCK_FILE.fullmatch(path.name)
     return not (ours or (path.is_dir() and SCALE.fullmatch(path.name)))
 
 

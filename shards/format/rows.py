@@ -67,11 +67,11 @@ def is_as_written(path: Path) -> bool:
 
 
 def is_relabelled(folder: Path) -> bool:
-    """Is the rows table undamaged, and of the set that set.json describes? If its hash differs from SHA256SUMS, it was written
-    by a `relabel` that was killed before it wrote the rest."""
+    """Is the rows table undamaged, with the description in set.json? If its hash differs from SHA256SUMS, it was written by a
+    `relabel` that was killed before it wrote the rest."""
     path = folder / "rows.parquet"
     try:
-        return is_as_written(path) and read_info(path).id == read_set_json(folder).id
+        return is_as_written(path) and read_info(path) == read_set_json(folder)
     except ShardError:
         return False
 

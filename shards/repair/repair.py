@@ -16,7 +16,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.building.tasks import Blueprint
 from cxrfast.shards.format import manifest
-from cxrfast.shards.format.checksums import parse_sums, sums_bytes
+from cxrfast.shards.format.checksums import adopt_earlier, parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, read_info, read_set, read_set_json
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
@@ -52,6 +52,7 @@ def repair(
         read_set(folder)  # raises
     with Lock(folder):
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
+        adopt_earlier(folder)
         found = {problem.path for problem in verify(folder).problems}
         sums, _ = parse_sums((folder / "SHA256SUMS").read_bytes())
         state = RepairState(

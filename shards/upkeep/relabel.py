@@ -14,7 +14,7 @@ from cxrfast.errors import ShardError
 from cxrfast.files import sha256, write_bytes
 from cxrfast.progress import progress
 from cxrfast.shards.format.checksums import check_undamaged, listed_sums, sums_bytes
-from cxrfast.shards.format.info import SetInfo, read_set, write_set_json
+from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
@@ -166,16 +166,16 @@ def _ids_of_one_side(ids: pd.Series, known: pd.Series) -> pd.DataFrame:
 
 
 def write_labels(folder: Path, info: SetInfo, rows: pd.DataFrame) -> None:
-    """Write rows.parquet, then set.json, and their hashes into SHA256SUMS.
+    """Write set.json, then rows.parquet, and their hashes into SHA256SUMS.
 
-    One rename replaces labels and description together. If it is killed after that, `verify` finds the old hash and the
-    same call writes the rest. Hashes of other files are kept, so damage stays visible. SHA256SUMS of an unfinished set
+    The rename of rows.parquet replaces labels and description together. If it is killed before or after that, `verify` finds
+    the old hash of one of them and the same call writes the rest. Hashes of other files are kept, so damage stays visible. SHA256SUMS of an unfinished set
     stays as it is.
     """
     for stale in filter(is_temporary, list(folder.iterdir())):  # of a killed relabelling
         stale.unlink(missing_ok=True)
+    info.write(folder)
     write_rows(folder / "rows.parquet", rows, info)
-    write_set_json(folder)
     sums = listed_sums(folder)
     if sums.keys() & set(SET_FILES):
         new = {name: sha256(folder / name) for name in ("rows.parquet", "set.json")}

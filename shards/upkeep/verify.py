@@ -20,7 +20,7 @@ from cxrfast.shards.format.codec import decode_member
 from cxrfast.shards.format.info import SetInfo, read_set, read_set_json
 from cxrfast.shards.format.manifest import ShardManifest, quarantine_bytes, read_manifest, read_manifests
 from cxrfast.shards.format.names import files_in, shard_files, shard_name, shard_path
-from cxrfast.shards.format.rows import label_names, read_rows
+from cxrfast.shards.format.rows import is_relabelled, label_names, read_rows
 from cxrfast.shards.format.tar import read_contents, read_index
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
@@ -96,7 +96,7 @@ def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
         sums, wrong = {}, []
     if not sums:
         read_set(folder)
-    if not wrong:
+    if not (wrong or (sums and (folder / "quarantine.csv").exists())):  # which an unfinished set does not have
         check_finished(sums, folder)
     problems = [Problem("SHA256SUMS", what) for what in wrong]
     if "set.json" not in sums:
@@ -109,7 +109,11 @@ def _changed(folder: Path, sums: dict[str, str]) -> Iterator[Problem]:
 
     def look(name: str) -> str:
         try:
-            return "" if sha256(folder / name) == sums[name] else "its bytes have changed"
+            if sha256(folder / name) == sums[name]:
+                return ""
+            if name == "rows.parquet" and is_relabelled(folder):
+                return "relabelled, but its hash is still the old one: run the same `cxrfast relabel` again"
+            return "its bytes have changed"
         except OSError as error:
             return f"cannot be read ({error.strerror})"
 

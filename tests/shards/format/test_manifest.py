@@ -168,7 +168,9 @@ def mutated(draw: st.DrawFn, value: dict) -> bytes:
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_a_mutated_set_json_says_what_it_says_or_is_an_error(tiny_set, data):
-    text = data.draw(mutated(json.loads((tiny_set / "set.json").read_bytes())))
+    whole = (tiny_set / "set.json").read_bytes()
+    assert parse_set(whole, "set.json").to_bytes() == whole
+    text = data.draw(mutated(json.loads(whole)))
     with suppress(ShardError):
         info = parse_set(text, "set.json")
         assert {"labels_from": "", **json.loads(text)} == json.loads(info.to_bytes())
@@ -184,6 +186,8 @@ def test_a_mutated_manifest_says_what_it_says_or_is_an_error(tiny_set, tmp_path,
     text = data.draw(mutated({**short, "quarantined": {"3": "missing"}}))
     path = shard_path(tmp_path, 32, 0, "json")
     path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**short, "quarantined": {"3": "missing"}}))
+    assert read_manifest(tmp_path, 32, 0) is not None
     path.write_bytes(text)
     with suppress(ShardError):
         m = read_manifest(tmp_path, 32, 0, range(64))

@@ -138,6 +138,14 @@ CONTRADICTIONS = {
         lambda folder: change(shard_path(folder, 64, 1, "json"), bytes=512),
         {("64/000001.json", "is the manifest of another tar")},
     ),
+    "a manifest with another hash": (
+        lambda folder: change(shard_path(folder, 64, 1, "json"), sha256="0" * 64),
+        {("64/000001.json", "is the manifest of another tar")},
+    ),
+    "another description": (
+        lambda folder: change(folder / "set.json", labels_from="x"),
+        {("set.json", "differs from its copy in rows.parquet")},
+    ),
     "a shard of another set": (
         lambda folder: change(shard_path(folder, 64, 1, "json"), set="0" * 32),
         {("64/000001.json", "belongs to another set")},
