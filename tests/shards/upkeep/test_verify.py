@@ -144,7 +144,7 @@ CONTRADICTIONS = {
     ),
     "another description": (
         lambda folder: change(folder / "set.json", labels_from="x"),
-        {("set.json", "differs from its copy in rows.parquet")},
+        {("set.json", "differs from its copy in rows.parquet, or from the labels there")},
     ),
     "a shard of another set": (
         lambda folder: change(shard_path(folder, 64, 1, "json"), set="0" * 32),
