@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Try cxrfast on one GPU, in two calls of at most five minutes each; the first needs no DALI.
 #
-#   bench/gpu_trial.sh 1 [OUT]   versions, doctor --deep, the ladder, training with host, compiled, deterministic, in fp16
-#   bench/gpu_trial.sh 2 [OUT]   doctor --deep with DALI, training with dali, bench step and bench load with both engines
+#   bench/gpu_trial.sh 1 [OUT]   versions, the ladder, training with host, deterministic, in fp16, compiled
+#   bench/gpu_trial.sh 2 [OUT]   training with dali, doctor --deep, bench step and bench load with both engines
 #
 # The most valuable steps come first; each has a timeout of its own, and none starts once the call's time is over.
 # OUT (default: the environment's OUT, else bench/results/gpu-trial) gets trial.md, trial.json and all.tar.gz with the output
@@ -60,6 +60,7 @@ bench() { # NAME SECONDS ARGUMENTS…: a benchmark, limited to the time left bec
   shift 2
   ((seconds > end - SECONDS - 45)) && seconds=$((end - SECONDS - 45))
   [[ ${TRIAL_REHEARSAL:-} ]] && seconds=3
+  ((seconds > 0)) || seconds=0
   local minutes limit=$((seconds >= 3 ? seconds + 55 : 0))
   printf -v minutes '%d.%02d' $((seconds / 60)) $((seconds % 60 * 100 / 60))
   step "$name" $limit $(cxrfast bench "$@" --device $device --minutes "$minutes" --out "$results/$name")
@@ -101,35 +102,34 @@ first() {
   rm -rf "$results" "$runs" && mkdir -p "$results" "$runs"
   begin_sets
   step versions 20 "$python" -c "import torch, torchvision, cv2, numpy; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), torchvision.__version__, cv2.__version__, numpy.__version__)"
-  local scales="--scale $small --scale $large"
-  [[ $device == cuda ]] && scales="--scale 256 --scale 512 --scale 1024 --scale 2048"
-  bench ladder 90 ladder $scales --seconds 0.5 --only channels-last --only ours --only recompute
+  local rungs="--seconds 0.5 --only channels-last --only ours"
+  bench ladder-$large 60 ladder --scale $large $rungs --only recompute
   wait_for "$sets/small" || return 1
-  step checkup-host 75 $(cxrfast doctor --deep --shards "$sets/small")
   train train-host 60 $batches --engine host
   train deterministic-1 30 $short --deterministic
   train deterministic-2 30 $short --deterministic
-  [[ $device == cuda ]] && train fp16 30 $short --precision fp16
-  # compiling takes minutes on a CPU
-  [[ $device == cuda ]] && bench compiled-512 75 ladder --scale 512 --seconds 0.5 --only ours --only compile
+  bench ladder-$small 45 ladder --scale $small $rungs
+  if [[ $device == cuda ]]; then # compiling takes minutes on a CPU
+    train fp16 60 $short --precision fp16
+    bench compiled-$small 60 ladder --scale $small --seconds 0.5 --only ours --only compile
+    bench compiled-$large 75 ladder --scale $large --seconds 0.5 --only ours --only compile
+  fi
   bench ladder-large-batch 15 ladder --scale $small --micro-batch 128 --seconds 0.5 --only ours
-  [[ $device == cuda ]] && bench compiled-256 75 ladder --scale 256 --seconds 0.5 --only ours --only compile
-  [[ $device == cuda ]] && bench compiled-2048 75 ladder --scale 2048 --seconds 0.5 --only ours --only compile
   return 0
 }
 
 second() {
   kill -0 "$(cat "$work/sets.pid" 2>/dev/null)" 2>/dev/null || [[ -e $sets/large/SHA256SUMS ]] || begin_sets
   wait_for "$sets/small" || return 1
-  step checkup-dali 75 $(cxrfast doctor --deep --shards "$sets/small")
   train train-dali 60 $batches --engine dali
   wait_for "$sets/large" || return 1
   local loads="--engines --no-peers --only dali --only dali-unproven --rounds 1 --seconds 0.4"
-  bench load-$small 55 load --shards "$sets/small" --scale $small $loads
-  bench load-$large 55 load --shards "$sets/large" --scale $large $loads
+  step checkup-$large 75 $(cxrfast doctor --deep --shards "$sets/large" --scale $large)
   bench step-$large 70 step --shards "$sets/large" --scale $large --each-engine $rounds
   bench step-$small 60 step --shards "$sets/small" --scale $small --each-engine $rounds
-  step checkup-large 45 $(cxrfast doctor --deep --shards "$sets/large" --scale $large)
+  bench load-$large 55 load --shards "$sets/large" --scale $large $loads
+  bench load-$small 55 load --shards "$sets/small" --scale $small $loads
+  step checkup-$small 75 $(cxrfast doctor --deep --shards "$sets/small")
 }
 
 if [[ ${PACKAGES:-} ]]; then

@@ -99,16 +99,17 @@ def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
 
 
 def rates(results: dict[str, Any]) -> list[Rates]:
-    """The figures of this GPU for `pipelines/loader.py`, at each scale where `bench load --engines` and the ladder ran.
+    """The figures of this GPU for `pipelines/loader.py`, at each scale where `bench load --engines` ran and a step was measured.
 
-    The step is the fastest rung's.
+    The step is the fastest of the ladder and of `bench step`.
     """
     steps: dict[int, float] = {}
     for name, result in results.items():
-        if name.startswith(("ladder", "compiled")):
+        if name.startswith(("ladder", "compiled", "step")):
             for line in result["lines"]:
-                if line["rounds"]:
-                    steps[line["scale"]] = max(steps.get(line["scale"], 0), median(line["rounds"]))
+                rounds = line["rounds"]["bare"] if name.startswith("step") else line["rounds"]
+                if rounds:
+                    steps[line["scale"]] = max(steps.get(line["scale"], 0), median(rounds))
     loads = [result for name, result in results.items() if name.startswith("load")]
     return [
         Rates(

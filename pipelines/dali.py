@@ -57,8 +57,8 @@ class DaliEngine:
     """Decode grey (on a GPU with its JPEG engines, `mixed`), resize if the size differs, flip and rotate.
 
     Raw images, and all images if there is a `cache`, are decoded by the CPU and only flipped and rotated here.
-    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines decode; None is DALI's own default. `proof` sees every
-    image at the stored scale as it was decoded. Raises LoadError if DALI is not installed or too old.
+    `hw_decoder_load`: fraction of the images that a GPU's JPEG engines decode, if it has such engines; its cores decode the
+    rest, which takes them from the training step. `proof` sees every image at the stored scale as it was decoded. Raises LoadError if DALI is not installed or too old.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DaliEngine:
         device: torch.device,
         threads: int,
         cache: Path | str | None = None,
-        hw_decoder_load: float | None = None,
+        hw_decoder_load: float = 1.0,
         proof: Proof | None = None,
     ) -> None:
         check_version()
@@ -224,9 +224,11 @@ class DaliEngine:
             return source.gpu() if gpu else source
         options: dict[str, Any] = {}
         if gpu:
-            options = {"preallocate_width_hint": stored, "preallocate_height_hint": stored}
-            if self.hw_decoder_load is not None:
-                options["hw_decoder_load"] = self.hw_decoder_load
+            options = {
+                "preallocate_width_hint": stored,
+                "preallocate_height_hint": stored,
+                "hw_decoder_load": self.hw_decoder_load,
+            }
         return fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.GRAY, **options)
 
 

@@ -42,7 +42,7 @@ class Engines:
 
 def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job, budget: Budget) -> Engines:
     counts, taken = _differences(job, device)  # first, while DALI holds no memory of earlier pipelines
-    loads = {f"{load:g}": load for load in HARDWARE} if device.type == "cuda" else {"-": None}
+    loads = {f"{load:g}": load for load in HARDWARE} if device.type == "cuda" else {"-": 1.0}
     host: dict[str, float] = {}
     dali: dict[str, dict[str, float]] = {}
     for task in "AB":

@@ -55,7 +55,7 @@ def host_pixels(reader: Reader, device: torch.device) -> str:
     return f"{len(rows)} images, decoded and rotated: bitwise the same as on one CPU thread"
 
 
-def dali_pixels(reader: Reader, device: torch.device, hw_decoder_load: float | None = None) -> str:
+def dali_pixels(reader: Reader, device: torch.device, hw_decoder_load: float = 1.0) -> str:
     """DALI's pixels agree with the host's: decoded images everywhere, rotated ones inside a circle.
 
     The circle holds the pixels that no rotation moves out of the image. `hw_decoder_load`: fraction of the images that
