@@ -4,14 +4,13 @@ from pathlib import Path
 
 import click
 
-from cxrfast import config
-from cxrfast.cli.options import FOLDER
+from cxrfast.cli import options as option
 from cxrfast.cli.terminal import show
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, default=config.RUNS)
-@click.option("--part", type=click.Choice(["val", "test"]), default="test", show_default=True, help="Rows to score.")
+@option.RUNS
+@click.option("--part", type=click.Choice(["val", "test"]), default="test", help="Rows to score.")
 def evaluate(runs: Path, part: str) -> None:
     """AUROC per finding and scale, mean ± sd over folds, for all predictions in RUNS."""
     from cxrfast.analysis.evaluate import auroc_table
@@ -22,7 +21,7 @@ def evaluate(runs: Path, part: str) -> None:
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, default=config.RUNS)
+@option.RUNS
 def ensemble(runs: Path) -> None:
     """Stack the scales in RUNS with weights fitted on validation logits; compare with plain voting."""
     from cxrfast.analysis.ensemble import ensemble as stack_scales
@@ -33,10 +32,10 @@ def ensemble(runs: Path) -> None:
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
-@click.option("--images", default=64, show_default=True, help="Validation images to average over.")
-@click.option("--shards", type=FOLDER, help="Where the shard set is now. [default: where it was in training]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@option.EACH_RUN
+@click.option("--images", default=64, help="Validation images to average over.")
+@option.MOVED_SHARDS
+@option.DEVICE
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
     """Effective receptive field of each RUN, next to the theoretical one."""
     from cxrfast.analysis.receptive_field import erf as measure_erf
@@ -48,11 +47,11 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+@option.EACH_RUN
 @click.option("--label", required=True, help="A finding, for instance Cardiomegaly.")
-@click.option("--images", default=8, show_default=True, help="Number of positives, those with the highest logits.")
-@click.option("--shards", type=FOLDER, help="Where the shard set is now. [default: where it was in training]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--images", default=8, help="Number of positives, those with the highest logits.")
+@option.MOVED_SHARDS
+@option.DEVICE
 def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None, device: str) -> None:
     """Grad-CAM maps and a figure of each RUN for a finding."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
@@ -66,7 +65,7 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, default=config.RUNS)
+@option.RUNS
 def report(runs: Path) -> None:
     """Write report.html: tables and figures of RUNS in one file that opens anywhere."""
     from cxrfast.analysis.report import report as write_report

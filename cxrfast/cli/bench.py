@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cxrfast.cli.options import FOLDER, Finite, runtime_options
+from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, show
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ BENCH_MINUTES = 2.0
 
 
 @click.group(invoke_without_command=True)
-@click.option("--full", is_flag=True, help="Without a command: run `step` without a time limit.")
+@option.flag("--full", "Without a command: run `step` without a time limit.")
 @click.pass_context
 def bench(ctx: click.Context, full: bool) -> None:
     """Measure speed and memory. Without a command: `step`, in two minutes."""
@@ -45,32 +45,21 @@ def report(result: "Result", out: Path) -> None:
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 RESULTS = click.option(
-    "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for table, JSON and plot."
+    "--out", type=option.FOLDER, default=Path("bench-results"), help="Folder for table, JSON and plot."
 )
-SHARDS = click.option("--shards", type=FOLDER, help="Shard set of JPEGs. [default: freshly drawn phantoms]")
-ROUNDS = click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds; results are their medians."
-)
+SHARDS = click.option("--shards", type=option.FOLDER, help="Shard set of JPEGs. [default: freshly drawn phantoms]")
+ROUNDS = click.option("--rounds", type=option.COUNT, default=5, help="Rounds; results are their medians.")
 MINUTES = click.option(
     "--minutes",
-    type=Finite(min=0, min_open=True),
+    type=option.Finite(min=0, min_open=True),
     help="Stop after about this long: fewer rounds, and what does not fit is left out. [default: no limit]",
 )
-MICRO_BATCH = click.option("--micro-batch", type=click.IntRange(min=1), help="Images per step. [default: by scale]")
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-
-
-def scales_option(default: str) -> Option:
-    return click.option("--scale", "scales", type=int, multiple=True, help=f"Once per scale. [default: {default}]")
+MICRO_BATCH = click.option("--micro-batch", type=option.COUNT, help="Images per step. [default: by scale]")
 
 
 def seconds_option(default: float, least: float = 0.01, what: str = "figure and round") -> Option:
-    time = Finite(min=least, max=3600)
-    return click.option("--seconds", type=time, default=default, show_default=True, help=f"Measured time per {what}.")
-
-
-def workers_option(what: str) -> Option:
-    return click.option("--workers", type=click.IntRange(min=1), help=f"{what} [default: usable cores]")
+    time = option.Finite(min=least, max=3600)
+    return click.option("--seconds", type=time, default=default, help=f"Measured time per {what}.")
 
 
 def only_option(what: str) -> Option:
@@ -79,15 +68,15 @@ def only_option(what: str) -> Option:
 
 @bench.command()
 @SHARDS
-@scales_option("all of the set")
+@option.scales("Once per scale. [default: all of the set]")
 @RESULTS
-@click.option("--arch", default="densenet121", show_default=True, help="A torchvision classifier.")
+@click.option("--arch", default="densenet121", help="A torchvision classifier.")
 @seconds_option(10.0, 0.1, "figure")
 @ROUNDS
 @MINUTES
 @MICRO_BATCH
-@runtime_options
-@click.option("--each-engine", is_flag=True, help="Measure training with host and with dali, one after the other.")
+@option.runtime_options
+@option.flag("--each-engine", "Measure training with host and with dali, one after the other.")
 def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Memory and images/s of loading, training and validation, by scale."""
     from cxrfast.bench.training.step import bench as measure
@@ -99,16 +88,12 @@ def step(shards: Path | None, scales: tuple[int, ...], out: Path, **options: Any
 
 
 @bench.command()
-@scales_option("by device")
+@option.scales("Once per scale. [default: by device]")
 @seconds_option(2.0)
 @MICRO_BATCH
-@DEVICE
-@click.option(
-    "--compile", "with_compile", is_flag=True, help="Also measure torch.compile: takes minutes longer per scale."
-)
-@click.option(
-    "--profile", "with_profile", is_flag=True, help="Also measure time by kind of kernel, at the largest scale."
-)
+@option.DEVICE
+@option.flag("--compile", "Also measure torch.compile: takes minutes longer per scale.", "with_compile")
+@option.flag("--profile", "Also measure time by kind of kernel, at the largest scale.", "with_profile")
 @only_option("rung")
 @MINUTES
 @RESULTS
@@ -121,14 +106,12 @@ def ladder(scales: tuple[int, ...], out: Path, only: tuple[str, ...], **options:
 
 @bench.command(name="shard")
 @click.option("--data", help="MIMIC-CXR-JPG tree to take images from. [default: freshly drawn phantoms]")
-@click.option("--images", type=click.IntRange(1, 1024), default=24, show_default=True, help="Images to measure on.")
-@scales_option("256, 512, 1024 and 2048")
+@click.option("--images", type=click.IntRange(1, 1024), default=24, help="Images to measure on.")
+@option.scales("Once per scale. [default: 256, 512, 1024 and 2048]")
 @seconds_option(20.0)
 @ROUNDS
-@workers_option("Workers of the build that is compared with one worker's.")
-@click.option(
-    "--memory", "with_memory", is_flag=True, help="Also measure the memory of whole builds: takes minutes longer."
-)
+@option.workers("Workers of the build that is compared with one worker's. [default: usable cores]")
+@option.flag("--memory", "Also measure the memory of whole builds: takes minutes longer.", "with_memory")
 @RESULTS
 def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options: Any) -> None:
     """Images/s per core of sharding compared with Pillow and libvips, by stage, by number of workers."""
@@ -139,15 +122,15 @@ def bench_shard(data: str | None, scales: tuple[int, ...], out: Path, **options:
 
 @bench.command(name="load")
 @SHARDS
-@scales_option("all of the set")
+@option.scales("Once per scale. [default: all of the set]")
 @seconds_option(2.0)
 @ROUNDS
-@workers_option("Threads or processes of each.")
-@DEVICE
-@click.option("--peers/--no-peers", "with_peers", default=True, show_default=True, help="Also measure other loaders.")
-@click.option("--engines", "with_engines", is_flag=True, help="Also compare host with dali on the device, in detail.")
-@click.option("--cold", "with_cold", is_flag=True, help="Also measure passes with an empty page cache.")
-@click.option("--large", "with_large", is_flag=True, help="Also measure a set of 377,110 rows: takes a minute longer.")
+@option.workers("Threads or processes of each. [default: usable cores]")
+@option.DEVICE
+@click.option("--peers/--no-peers", "with_peers", default=True, help="Also measure other loaders.")
+@option.flag("--engines", "Also compare host with dali on the device, in detail.", "with_engines")
+@option.flag("--cold", "Also measure passes with an empty page cache.", "with_cold")
+@option.flag("--large", "Also measure a set of 377,110 rows: takes a minute longer.", "with_large")
 @only_option("way of loading")
 @MINUTES
 @RESULTS
@@ -159,17 +142,17 @@ def bench_load(shards: Path | None, scales: tuple[int, ...], out: Path, only: tu
 
 
 @bench.command()
-@click.option("--shards", type=FOLDER, required=True, help="Shard set with both scales.")
+@click.option("--shards", type=option.FOLDER, required=True, help="Shard set with both scales.")
 @click.option("--scale", type=int, required=True, help="Side, px.")
 @click.option("--from-scale", type=int, required=True, help="Smaller side, px.")
-@click.option("--fold", type=click.IntRange(0, 4), default=0, show_default=True, help="Test fold.")
-@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True, help="Epochs of every run.")
+@click.option("--fold", type=click.IntRange(0, 4), default=0, help="Test fold.")
+@click.option("--epochs", type=option.COUNT, default=6, help="Epochs of every run.")
 @click.option("--target", type=click.FloatRange(0, 1), help="AUROC. [default: the best from scratch]")
-@click.option("--weights", default="none", show_default=True, help="First weights, except from the smaller scale.")
-@click.option("--global-batch", type=click.IntRange(min=1), help="Images per optimiser step. [default: by scale]")
+@click.option("--weights", default="none", help="First weights, except from the smaller scale.")
+@click.option("--global-batch", type=option.COUNT, help="Images per optimiser step. [default: by scale]")
 @MICRO_BATCH
 @click.option("--learning-rate", type=float, help="[default: 1e-4 · global batch / 32]")
-@DEVICE
+@option.DEVICE
 @RESULTS
 def curriculum(shards: Path, scale: int, from_scale: int, out: Path, **options: Any) -> None:
     """Seconds to the same validation AUROC: from scratch, from a smaller scale, with progressive resizing."""

@@ -11,7 +11,7 @@ import click
 
 from cxrfast import __version__, log
 from cxrfast.cli import analysis, bench, shards, study, training
-from cxrfast.cli.options import FOLDER
+from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, show
 from cxrfast.errors import CxrfastError, is_disk_full, is_out_of_memory
 from cxrfast.machine import let_threads_sleep
@@ -49,16 +49,19 @@ class Cli(click.Group):
             fail(f"{error.filename}: {error.strerror}")
 
 
-@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
+@click.group(cls=Cli, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="cxrfast")
 def cli() -> None:
     """Train chest X-ray classifiers at full resolution without waiting for I/O."""
 
 
 @click.command()
-@click.option("--deep", is_flag=True, help="Also check pixels, gradients, streams and memory: about a minute.")
-@click.option("--shards", type=FOLDER, help="With --deep: shard set. [default: freshly drawn phantoms]")
-@click.option("--scale", type=click.IntRange(min=1), help="With --deep: side, px. [default: the smallest of --shards]")
+@option.flag("--deep", "Also check pixels, gradients, streams and memory: about a minute.")
+@click.option("--shards", type=option.FOLDER, help="With --deep: shard set. [default: freshly drawn phantoms]")
+@click.option("--scale", type=option.COUNT, help="With --deep: side, px. [default: the smallest of --shards]")
 def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
     """Show what this machine has, what it lacks, and what to do about it."""
     from cxrfast.doctor.inventory import examine, inventory_table

@@ -30,6 +30,28 @@ class LocalPath(click.Path):
 
 FOLDER = LocalPath(path_type=Path, file_okay=False)
 FILE = LocalPath(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+RUNS = click.argument("runs", type=FOLDER, default=config.RUNS)
+EACH_RUN = click.argument("runs", type=FOLDER, nargs=-1, required=True, metavar="RUN...")
+SET = click.argument("shards", type=FOLDER, metavar="SET")
+MOVED_SHARDS = click.option(
+    "--shards", type=FOLDER, help="Where the shard set is now. [default: where it was in training]"
+)
+DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda.")
+
+
+def flag(name: str, help: str, field: str | None = None) -> Callable[[Command], Command]:
+    """An option without a value; `field`: its argument, if not named like the option."""
+    return click.option(name, *([field] if field else []), is_flag=True, help=help)
+
+
+def scales(help: str, required: bool = False) -> Callable[[Command], Command]:
+    return click.option("--scale", "scales", type=int, multiple=True, required=required, help=help)
+
+
+def workers(help: str) -> Callable[[Command], Command]:
+    return click.option("--workers", type=COUNT, help=help)
 
 
 class Parsed(click.ParamType):
@@ -130,16 +152,12 @@ SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
 """By argument of the sources' functions; `read_source` refuses those that the chosen one does not have."""
 
 
-def source_options(command: Command) -> Command:
+def of_source(command: Command) -> Command:
     """Options of `shard` that say what the source tree is and how its tables are read."""
     for name, settings in reversed(SOURCE_OPTIONS.items()):
         command = click.option(f"--{name.replace('_', '-')}", **{"metavar": "NAME", **settings})(command)
-    command = click.option(
-        "--source", default="mimic", show_default=True, help="mimic, chexpert, nih, table or package.module:name."
-    )(command)
-    return click.option("--data", default=config.DATA, show_default=True, help="Source tree; or set CXRFAST_DATA.")(
-        command
-    )
+    source = click.option("--source", default="mimic", help="mimic, chexpert, nih, table or package.module:name.")
+    return click.option("--data", default=config.DATA, help="Source tree; or set CXRFAST_DATA.")(source(command))
 
 
 def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +183,6 @@ def configuration_options(kind: type, names: Container[str] | None = None) -> Ca
                     is_flag=kind_ is bool,
                     multiple=option.multiple,
                     default=default,
-                    show_default=True,
                     metavar=option.metavar,
                     help=option.help,
                 )(command)
@@ -201,29 +218,3 @@ def configured(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         for kind in (config.TrainConfig, config.Runtime)
     )
     return training, runtime
-
-
-def forecast_options(command: Command) -> Command:
-    """Options of `study` that look ahead, or leave the work to SLURM."""
-    for option in reversed(
-        (
-            click.option("--keep-going", is_flag=True, help="Continue with the other runs after one fails."),
-            click.option(
-                "--dry-run", is_flag=True, help="Check every run, estimate its time and space, write nothing."
-            ),
-            click.option(
-                "--rate",
-                "rates",
-                type=RATE,
-                multiple=True,
-                help="Images/s at a scale, for --dry-run; repeatable. [default: from earlier runs]",
-            ),
-            click.option(
-                "--walltime", metavar="[D-]HH:MM:SS", help="Wall time of one job, for --dry-run and --sbatch."
-            ),
-            click.option("--sbatch", type=FOLDER, metavar="DIR", help="Write SLURM job scripts into DIR instead."),
-            click.option("--slurm", type=FILE, metavar="FILE", help="TOML with account, partition, set-up lines, …"),
-        )
-    ):
-        command = option(command)
-    return command

@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click import Choice
 
 from cxrfast import config
-from cxrfast.cli.options import FILE, FOLDER, PART, chosen_source, source_options
+from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, show
 
 
 @click.command()
-@click.argument("out", type=FOLDER)
-@click.option("--images", default=600, show_default=True, help="Number of images.")
-@click.option("--size", default=1024, show_default=True, help="Longer side, px.")
-@click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn.")
-@click.option("--corrupt", default=0, show_default=True, help="Images to damage: truncated, empty, not a JPEG.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+@click.argument("out", type=option.FOLDER)
+@click.option("--images", default=600, help="Number of images.")
+@click.option("--size", default=1024, help="Longer side, px.")
+@click.option("--seed", default=0, help="Seed of everything that is drawn.")
+@click.option("--corrupt", default=0, help="Images to damage: truncated, empty, not a JPEG.")
+@option.workers("Processes. [default: usable cores]")
 def synth(out: Path, **options: Any) -> None:
     """Draw a phantom MIMIC-CXR-JPG tree in OUT, with findings planted at known sizes."""
     from cxrfast.phantoms.dataset import synth as draw_tree
@@ -26,89 +27,68 @@ def synth(out: Path, **options: Any) -> None:
 
 
 @click.command()
-@source_options
-@click.option("--out", type=FOLDER, default=config.SHARDS, show_default=True, help="Shard set; or set CXRFAST_SHARDS.")
-@click.option("--scale", "scales", type=int, multiple=True, required=True, help="Side, px; repeatable.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+@option.of_source
+@click.option("--out", type=option.FOLDER, default=config.SHARDS, help="Shard set; or set CXRFAST_SHARDS.")
+@option.scales("Side, px; repeatable.", required=True)
+@option.workers("Processes. [default: usable cores]")
 @click.option(
-    "--part", type=PART, metavar="I/N", help="Build only every N-th shard: the share of task I of a job array."
+    "--part", type=option.PART, metavar="I/N", help="Build only every N-th shard: the share of task I of a job array."
 )
 @click.option("--dask", metavar="ADDRESS", help="Build on the workers of this dask scheduler.")
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="Build only the shards of the first N rows; run again without it for the rest.",
+    "--limit", type=option.COUNT, help="Build only the shards of the first N rows; run again without it for the rest."
 )
-@click.option("--dry-run", is_flag=True, help="Estimate size and time, write nothing.")
+@option.flag("--dry-run", "Estimate size and time, write nothing.")
 @click.option(
-    "--codec",
-    type=click.Choice(["jpeg", "raw"]),
-    default="jpeg",
-    show_default=True,
-    help="raw: uncompressed, to be read without decoding.",
+    "--codec", type=Choice(["jpeg", "raw"]), default="jpeg", help="raw: uncompressed, to be read without decoding."
 )
 @click.option("--quality", type=int, help="JPEG quality, 1 to 100. [default: 95]")
 @click.option(
     "--resize",
-    type=click.Choice(["squash", "pad"]),
+    type=Choice(["squash", "pad"]),
     default="squash",
-    show_default=True,
     help="squash: stretch to a square, as in the study; pad: keep the aspect ratio, on black.",
 )
 @click.option(
     "--grey",
-    type=click.Choice(["none", "mimic", "window"]),
+    type=Choice(["none", "mimic", "window"]),
     default="none",
-    show_default=True,
     help="How DICOM and 16-bit PNG become 8-bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the row permutation and the folds.")
-@click.option("--allow-missing", is_flag=True, help="Continue even if more than 0.1 % of the images are missing.")
-@click.option("--retry-quarantined", is_flag=True, help="Retry the images that could not be used before.")
-def shard(
-    data: str,
-    out: Path,
-    scales: tuple[int, ...],
-    codec: str,
-    quality: int | None,
-    resize: str,
-    grey: str,
-    seed: int,
-    **options: Any,
-) -> None:
+@click.option("--seed", default=0, help="Seed of the row permutation and the folds.")
+@option.flag("--allow-missing", "Continue even if more than 0.1 % of the images are missing.")
+@option.flag("--retry-quarantined", "Retry the images that could not be used before.")
+def shard(data: str, out: Path, scales: tuple[int, ...], **options: Any) -> None:
     """Write the source tree as tar shards at every --scale. After an interruption, run it again: it resumes."""
     from cxrfast.shards.build import build
     from cxrfast.shards.format.recipe import ImageRecipe
 
-    recipe = ImageRecipe(seed=seed, codec=codec, quality=quality, resize=resize, grey=grey)
-    report = build(data, out, list(scales), recipe=recipe, source_options=chosen_source(options), **options)
+    recipe = ImageRecipe(**{name: options.pop(name) for name in ("seed", "codec", "quality", "resize", "grey")})
+    report = build(data, out, list(scales), recipe=recipe, source_options=option.chosen_source(options), **options)
     click.echo("\n".join(report.lines(out)))
 
 
 @click.command()
-@click.argument("shards", type=FOLDER, metavar="SET")
+@option.SET
 @click.argument("table", metavar="TABLE")
 @click.option(
-    "--label",
-    "labels",
-    multiple=True,
-    help="Column to use; repeatable. [default: labels of SET or MIMIC, else all]",
+    "--label", "labels", multiple=True, help="Column to use; repeatable. [default: labels of SET or MIMIC, else all]"
 )
 @click.option("--key", help="Column of ids. [default: image_id, dicom_id, Image Index or study_id, else Path]")
-@click.option("--unmatched", type=FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE.")
-def relabel(shards: Path, table: str, labels: tuple[str, ...], key: str | None, unmatched: Path | None) -> None:
+@click.option(
+    "--unmatched", type=option.FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE."
+)
+def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -> None:
     """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). Tars do not change."""
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
-    result = replace_labels(shards, table, labels=list(labels) or None, key=key, unmatched=unmatched)
+    result = replace_labels(shards, table, labels=list(labels) or None, **options)
     click.echo(result.summary(shards))
 
 
 @click.command()
-@click.argument("shards", type=FOLDER, metavar="SET")
-@click.option(
-    "--out", type=FOLDER, default=Path("set-description"), show_default=True, help="Folder for describe.md, sizes.png."
-)
+@option.SET
+@click.option("--out", type=option.FOLDER, default=Path("set-description"), help="Folder for describe.md, sizes.png.")
 def describe(shards: Path, out: Path) -> None:
     """Describe SET: patients, splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as describe_set
@@ -120,39 +100,23 @@ def describe(shards: Path, out: Path) -> None:
 
 
 @click.command()
-@click.argument("shards", type=FOLDER, metavar="SET")
-@click.option("--deep", is_flag=True, help="Also decode every image and compare it with its stored grid.")
-@click.option("--source", is_flag=True, help="Also compare the source tree with its SHA256SUMS.txt.")
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="Restore the original bytes of what is broken and add missing grids; report how.",
-)
+@option.SET
+@option.flag("--deep", "Also decode every image and compare it with its stored grid.")
+@option.flag("--source", "Also compare the source tree with its SHA256SUMS.txt.")
+@option.flag("--repair", "Restore the original bytes of what is broken and add missing grids; report how.")
 @click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
-@click.option(
-    "--accept-new-bytes",
-    is_flag=True,
-    help="With --repair: accept other bytes where the original ones cannot be restored.",
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes for --repair. [default: usable cores]")
-def verify(
-    shards: Path,
-    deep: bool,
-    source: bool,
-    repair: bool,
-    data: str | None,
-    accept_new_bytes: bool,
-    workers: int | None,
-) -> None:
+@option.flag("--accept-new-bytes", "With --repair: accept other bytes where the original ones cannot be restored.")
+@option.workers("Processes for --repair. [default: usable cores]")
+def verify(shards: Path, deep: bool, source: bool, repair: bool, data: str | None, **options: Any) -> None:
     """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
     from cxrfast.shards.repair.repair import repair as restore
     from cxrfast.shards.upkeep.verify import find_source, inspect
 
-    if accept_new_bytes and not repair:
+    if options["accept_new_bytes"] and not repair:
         fail("--accept-new-bytes needs --repair")
     tree = find_source(data, config.DATA, source)
     if repair:
-        for line in restore(shards, tree, accept_new_bytes=accept_new_bytes, workers=workers).lines():
+        for line in restore(shards, tree, **options).lines():
             click.echo(line)
     result = inspect(shards, tree if source else None, deep=deep, is_repaired=repair)
     for line in result.lines:
@@ -166,14 +130,8 @@ def verify(
 @click.command()
 @click.argument("source", metavar="FROM")
 @click.argument("to", metavar="TO")
-@click.option(
-    "--scale", "scales", type=int, multiple=True, help="Side, px; repeatable. [default: all scales of the set]"
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Files copied in parallel. [default: usable cores; 8 from or to a URL]",
-)
+@option.scales("Side, px; repeatable. [default: all scales of the set]")
+@option.workers("Files copied in parallel. [default: usable cores; 8 from or to a URL]")
 def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) -> None:
     """Copy a shard set from FROM to TO, folders or URLs such as s3://bucket/set. Run again, it resumes."""
     from cxrfast.shards.upkeep.stage import stage as copy_set

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cxrfast import config
-from cxrfast.cli.options import FOLDER, configuration_options, configured, forecast_options, options_of
+from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, show
 
 if TYPE_CHECKING:
@@ -16,37 +16,31 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("shards", type=FOLDER, metavar="SET")
-@click.argument("runs", type=FOLDER)
-@click.option("--scale", "scales", type=int, multiple=True, help="Repeatable. [default: all scales of the set]")
+@option.SET
+@click.argument("runs", type=option.FOLDER)
+@option.scales("Repeatable. [default: all scales of the set]")
 @click.option("--fold", "folds", type=int, multiple=True, help="Repeatable. [default: all five]")
+@click.option("--nproc", type=option.COUNT, default=1, help="Processes per training, as torchrun --nproc_per_node.")
+@option.flag("--keep-going", "Continue with the other runs after one fails.")
+@option.flag("--dry-run", "Check every run, estimate its time and space, write nothing.")
 @click.option(
-    "--nproc",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes per training, as torchrun --nproc_per_node.",
+    "--rate",
+    "rates",
+    type=option.RATE,
+    multiple=True,
+    help="Images/s at a scale, for --dry-run; repeatable. [default: from earlier runs]",
 )
-@forecast_options
-@configuration_options(config.TrainConfig)
-@configuration_options(config.Runtime, options_of(config.Runtime).keys() - {"name"})
-def study(
-    shards: Path,
-    runs: Path,
-    scales: tuple[int, ...],
-    folds: tuple[int, ...],
-    nproc: int,
-    keep_going: bool,
-    dry_run: bool,
-    rates: tuple[tuple[int, float], ...],
-    walltime: str | None,
-    sbatch: Path | None,
-    slurm: Path | None,
-    **options: Any,
-) -> None:
+@click.option("--walltime", metavar="[D-]HH:MM:SS", help="Wall time of one job, for --dry-run and --sbatch.")
+@click.option("--sbatch", type=option.FOLDER, metavar="DIR", help="Write SLURM job scripts into DIR instead.")
+@click.option("--slurm", type=option.FILE, metavar="FILE", help="TOML with account, partition, set-up lines, …")
+@option.configuration_options(config.TrainConfig)
+@option.configuration_options(config.Runtime, option.options_of(config.Runtime).keys() - {"name"})
+def study(shards: Path, runs: Path, keep_going: bool, dry_run: bool, **options: Any) -> None:
     """Train, predict and evaluate every scale × fold of SET, then ensemble, ERF, Grad-CAM, report. Run again, it resumes."""
-    training, runtime = configured(options)
-    chosen = {"scales": list(scales), "folds": list(folds), "nproc": nproc, "options": training, **runtime}
+    training, runtime = option.configured(options)
+    scales, folds = list(options["scales"]), list(options["folds"])
+    chosen = {"scales": scales, "folds": folds, "nproc": options["nproc"], "options": training, **runtime}
+    rates, walltime, sbatch, slurm = (options[name] for name in ("rates", "walltime", "sbatch", "slurm"))
     if dry_run or sbatch:
         _look_ahead(shards, runs, chosen, dict(rates), walltime, slurm, None if dry_run else sbatch)
         return
@@ -103,7 +97,7 @@ def _look_ahead(
 
 
 @click.command()
-@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for everything.")
+@click.option("--out", type=option.FOLDER, default=Path("demo"), show_default=True, help="Folder for everything.")
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. On a CPU, in minutes."""
     from cxrfast.study.demo import demo as run_demo
