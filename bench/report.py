@@ -47,28 +47,36 @@ def markdown(tables: Iterable[Table]) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table with one line per object."""
+    """A column of a table with one line per object or dict."""
 
     attribute: str
-    """Attribute of the object."""
+    """Attribute of the object, or key of the dict. A list fills one cell."""
     form: str = ""
     """A format specification, such as `,.1f`."""
     unit: float = 1
     """The value is divided by it."""
     note: str = ""
 
-    def cell(self, line: object) -> str:
-        value = getattr(line, self.attribute)
-        return ABSENT if value is None else format(value if self.unit == 1 else value / self.unit, self.form)
+    def value(self, line: Any) -> Any:
+        return line[self.attribute] if isinstance(line, dict) else getattr(line, self.attribute)
+
+    def cell(self, line: Any) -> str:
+        value = self.value(line)
+        values = value if isinstance(value, list) else [value]
+        return (
+            ABSENT
+            if value is None
+            else " ".join(format(v if self.unit == 1 else v / self.unit, self.form) for v in values)
+        )
 
 
 def table(title: str, columns: Mapping[str, Column], lines: Iterable[object], note: str = "") -> Table:
-    """One row per object. A column without any figure is left out, and so is its note; `note` follows the columns'."""
+    """One row per object or dict. A column without any figure is left out, and so is its note; `note` follows the columns'."""
     lines = list(lines)
     cells = {name: [column.cell(line) for line in lines] for name, column in columns.items()}
     cells = {name: column for name, column in cells.items() if set(column) != {ABSENT}}
     notes = [f"{name}: {columns[name].note}." for name in cells if columns[name].note]
-    text = [name for name in cells if any(isinstance(getattr(line, columns[name].attribute), str) for line in lines)]
+    text = [name for name in cells if any(isinstance(columns[name].value(line), str) for line in lines)]
     rows = list(zip(*cells.values(), strict=True))
     return Table(title, list(cells), rows, "\n".join(notes + [note] * bool(note)), text)
 

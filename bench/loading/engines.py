@@ -4,7 +4,8 @@ These figures of a GPU decide what `auto` means there; without a GPU, the CPU is
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,25 +23,14 @@ COMPARED = 200
 """Images whose pixels are compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engines:
-    """Figures at one scale. Rates are images/s, medians of the rounds, by task (A, B)."""
+def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job, budget: Budget) -> dict[str, Any]:
+    """Figures at one scale.
 
-    scale: int
-    host: dict[str, float]
-    dali: dict[str, dict[str, float]]
-    """By task, then by `hw_decoder_load`; `-` on a CPU."""
-    images: int
-    within_1: float
-    """Share of the pixels that stay in the rotated image whose grey levels differ by at most 1 between the engines."""
-    within_4: float
-    largest: int
-    """Largest difference, grey levels."""
-    gpu_bytes: int | None
-    """GPU memory that the dali engine took, as the driver reports it, torch's left out."""
-
-
-def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job, budget: Budget) -> Engines:
+    `host` and `dali`: images/s, medians of the rounds, by task (A, B), those of dali then by `hw_decoder_load`, `-` on a
+    CPU. `within_1`, `within_4`: share of the pixels that stay in the rotated image whose grey levels differ by at most 1
+    or 4 between the engines; `largest`: largest difference. `gpu_bytes`: GPU memory that the dali engine took, as the
+    driver reports it, torch's left out.
+    """
     counts, taken = _differences(job, device)  # first, while DALI holds no memory of earlier pipelines
     loads = {f"{load:g}": load for load in HARDWARE} if device.type == "cuda" else {"-": 1.0}
     host: dict[str, float] = {}
@@ -55,16 +45,16 @@ def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job,
         host[task] = figures.pop("host").median
         dali[task] = {name: figure.median for name, figure in figures.items()}
     total = int(counts.sum())
-    return Engines(
-        scale=job.scale,
-        host=host,
-        dali=dali,
-        images=min(COMPARED, len(job.rows)),
-        within_1=int(counts[:2].sum()) / total,
-        within_4=int(counts[:5].sum()) / total,
-        largest=int(counts.nonzero().max()),
-        gpu_bytes=taken,
-    )
+    return {
+        "scale": job.scale,
+        "host": host,
+        "dali": dali,
+        "images": min(COMPARED, len(job.rows)),
+        "within_1": int(counts[:2].sum()) / total,
+        "within_4": int(counts[:5].sum()) / total,
+        "largest": int(counts.nonzero().max()),
+        "gpu_bytes": taken,
+    }
 
 
 def _differences(job: Job, device: torch.device) -> tuple[torch.Tensor, int | None]:

@@ -7,9 +7,9 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,28 +20,12 @@ from cxrfast.pipelines.order import Augment, TrainOrder
 from cxrfast.pipelines.reader import Reader
 
 
-@dataclass(frozen=True, kw_only=True)
-class Large:
-    """Figures of a large set of tiny images."""
+def large(folder: Path, scale: int, images: int) -> dict[str, Any]:
+    """Measure a set made by `trees.tiny_images`, with `images` for the pass.
 
-    rows: int
-    shards: int
-    order_ms: float
-    """One epoch's micro-batches of this rank."""
-    block_ms: float
-    """The same in block order."""
-    draws_ms: float
-    open_seconds: float
-    open_resident: int
-    """Resident bytes of a process that has only imported the reader and opened the set."""
-    images: int
-    """Read in one go, rotated."""
-    anonymous: list[int]
-    """Anonymous resident bytes after each tenth of them."""
-
-
-def large(folder: Path, scale: int, images: int) -> Large:
-    """Measure a set made by `trees.tiny_images`, with `images` for the pass."""
+    ms of one epoch's micro-batches and draws; seconds and resident bytes of a process that has only imported the reader and
+    opened the set; anonymous resident bytes of a process after each tenth of the images.
+    """
     with Reader(folder, scale) as reader:
         info = reader.info
     numbers = np.arange(info.images)
@@ -55,17 +39,17 @@ def large(folder: Path, scale: int, images: int) -> Large:
         anonymous = in_own_process(passing, {"folder": folder, "scale": scale, "images": images})
     except (RunError, MemoryError) as error:
         raise LoadError(f"measuring a large set failed: {error}") from error
-    return Large(
-        rows=info.images,
-        shards=info.shards,
-        order_ms=order_ms(None),
-        block_ms=order_ms(info.rows_per_shard),
-        draws_ms=_median_ms(lambda epoch: Augment().draw(0, epoch, numbers)),
-        open_seconds=seconds,
-        open_resident=resident,
-        images=images,
-        anonymous=anonymous,
-    )
+    return {
+        "rows": info.images,
+        "shards": info.shards,
+        "order_ms": order_ms(None),
+        "block_ms": order_ms(info.rows_per_shard),
+        "draws_ms": _median_ms(lambda epoch: Augment().draw(0, epoch, numbers)),
+        "open_seconds": seconds,
+        "open_resident": resident,
+        "images": images,
+        "anonymous": anonymous,
+    }
 
 
 def _median_ms(work: Callable[[int], object]) -> float:

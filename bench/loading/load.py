@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -28,9 +28,9 @@ from cxrfast.bench.harness import (
 )
 from cxrfast.bench.loading.engines import compare_engines
 from cxrfast.bench.loading.job import Job
-from cxrfast.bench.loading.large import Large, large
+from cxrfast.bench.loading.large import large
 from cxrfast.bench.loading.measure import pass_rate
-from cxrfast.bench.loading.result import TASKS, Cold, LoadingLine, LoadingResult
+from cxrfast.bench.loading.result import TASKS, LoadingLine, LoadingResult
 from cxrfast.bench.loading.ways import (
     CACHE,
     HOST,
@@ -60,8 +60,6 @@ MOST_PIXELS = 2**29
 
 LARGE_SECONDS = 60.0
 """Time of `large`, roughly."""
-
-T = TypeVar("T")
 
 
 def bench(
@@ -101,7 +99,7 @@ def bench(
         made = shards or make_phantoms(scratch, scales)
         jobs = [_job(scratch, made, scale, workers) for scale in scales]
         out.mkdir(parents=True, exist_ok=True)
-        measure = partial(_measure, device=chosen, ways=ways, seconds=seconds, rounds=rounds)
+        measure = partial(_measure, chosen, ways, seconds, rounds)
         compare = partial(compare_engines, chosen, seconds, rounds)
         result = LoadingResult(
             source="the given set" if shards else "phantoms",
@@ -215,7 +213,7 @@ def _prepare(job: Job, ways: list[str]) -> None:
 
 
 def _measure(
-    job: Job, task: str, budget: Budget, *, device: torch.device, ways: list[str], seconds: float, rounds: int
+    device: torch.device, ways: list[str], seconds: float, rounds: int, job: Job, task: str, budget: Budget
 ) -> list[LoadingLine]:
     """One task at one scale."""
     each = open_ways(replace(job, turn=task == "B"), device, ways)
@@ -242,32 +240,36 @@ def _lines(scale: int, task: str, figures: dict[str, Measured]) -> list[LoadingL
     return lines
 
 
-def _cold(job: Job, budget: Budget) -> Cold:
-    def median(**how: bool) -> float:
-        return statistics.median(pass_rate(job, **how) for _ in range(3))
+PASSES: dict[str, dict[str, bool]] = {
+    "warm": {"cold": False},
+    "cold": {"cold": True},
+    "cold_block": {"cold": True, "block": True},
+    "cold_unadvised": {"cold": True, "ahead": False},
+}
+"""Options of `pass_rate`."""
 
-    return Cold(
-        scale=job.scale,
-        images=len(job.rows),
-        warm=median(cold=False),
-        cold=median(cold=True),
-        cold_block=median(cold=True, block=True),
-        cold_unadvised=median(cold=True, ahead=False),
-    )
+
+def _cold(job: Job, budget: Budget) -> dict[str, Any]:
+    medians = {name: statistics.median(pass_rate(job, **how) for _ in range(3)) for name, how in PASSES.items()}
+    return {"scale": job.scale, "images": len(job.rows), **medians}
 
 
 def _at_each_scale(
-    what: str, jobs: list[Job], work: Callable[[Job, Budget], T], budget: Budget, left_out: dict[str, str]
-) -> list[T]:
+    what: str,
+    jobs: list[Job],
+    work: Callable[[Job, Budget], dict[str, Any]],
+    budget: Budget,
+    left_out: dict[str, str],
+) -> list[dict[str, Any]]:
     """The result of `work` at every scale that there is time for; the others are added to `left_out`."""
-    found: list[T] = []
+    found: list[dict[str, Any]] = []
 
     def timed(job: Job, share: Budget) -> Pace:
         start = budget.clock()
         found.append(work(job, share))
         return Pace(budget.clock() - start)
 
-    in_time({f"{what}, {job.scale} px": (_pixels(job), job) for job in jobs}, timed, budget, left_out)
+    in_time({f"{what}, {job.scale} px": (1, job) for job in jobs}, timed, budget, left_out)
     return found
 
 
@@ -275,7 +277,7 @@ def _pixels(job: Job) -> int:
     return job.scale**2 * job.batch
 
 
-def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> Large | None:
+def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> dict[str, Any] | None:
     if budget.share([LARGE_SECONDS]) is None:
         left_out["a large set"] = no_time(LARGE_SECONDS, budget.left)
         return None

@@ -7,8 +7,6 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from cxrfast.bench.loading.engines import Engines
-from cxrfast.bench.loading.large import Large
 from cxrfast.bench.loading.ways import CACHE, HOST, LIMIT
 from cxrfast.bench.report import ABSENT, Column, left_out_notes, side_axis, table
 from cxrfast.tables import Table
@@ -34,28 +32,22 @@ class LoadingLine:
     rounds: list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cold:
-    """Passes over all images of a scale, decoding only, images/s; medians of three."""
-
-    scale: int
-    images: int
-    warm: float
-    cold: float
-    """Every page of the tars dropped before."""
-    cold_block: float
-    """The same in block order."""
-    cold_unadvised: float
-    """The same in the global order, without reading ahead."""
-
-
 COLD = {
     "px": Column("scale"),
     "images": Column("images", ","),
     "warm": Column("warm", ",.0f"),
     "cold": Column("cold", ",.0f"),
     "cold, block order": Column("cold_block", ",.0f"),
-    "cold, no readahead": Column("cold_unadvised", ",.0f"),
+    "cold, no readahead": Column("cold_unadvised", ",.0f"),  # in the global order
+}
+
+LARGE = {
+    "order, ms": Column("order_ms", ".1f"),
+    "block order, ms": Column("block_ms", ".1f"),
+    "draws, ms": Column("draws_ms", ".1f"),
+    "opening, s": Column("open_seconds", ".2f"),
+    "resident then, MB": Column("open_resident", ",.0f", 1e6),
+    "anonymous MB by tenths": Column("anonymous", ",.1f", 1e6),
 }
 
 
@@ -70,9 +62,12 @@ class LoadingResult:
     left_out: dict[str, str]
     """Ways that do not run here, and what there was no time for, with the reason."""
     what: dict[str, str]
-    engines: list[Engines] = field(default_factory=list)
-    cold: list[Cold] = field(default_factory=list)
-    large: Large | None = None
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    """By scale, see `compare_engines`."""
+    cold: list[dict[str, Any]] = field(default_factory=list)
+    """Images/s by scale."""
+    large: dict[str, Any] | None = None
+    """See `large`."""
     provenance: dict[str, Any]
 
     def tables(self) -> list[Table]:
@@ -94,8 +89,11 @@ class LoadingResult:
         if self.cold:
             note = "Medians of three passes. Cold: every page of the tars was dropped from the page cache before."
             found.append(table("Cold storage: one pass, decoding only, images/s", COLD, self.cold, note))
-        if self.large:
-            found.append(_large_table(self.large))
+        if found_large := self.large:
+            title = f"A set of {found_large['rows']:,} rows in {found_large['shards']} shards"
+            note = f"each tenth of {found_large['images']:,} images, rotated by the host engine."
+            note = f"Tiny images. Medians of five. Memory: after {note}"
+            found.append(table(title, LARGE, [found_large], note))
         return found
 
     def _rates(self, task: str, pixels: bool) -> Table:
@@ -133,7 +131,7 @@ class LoadingResult:
         return figure
 
 
-def _engines_table(engines: list[Engines]) -> Table:
+def _engines_table(engines: list[dict[str, Any]]) -> Table:
     """What differs between machines with a GPU; see `compare_engines`."""
     return Table(
         "The engines side by side",
@@ -141,7 +139,7 @@ def _engines_table(engines: list[Engines]) -> Table:
             "px",
             "task",
             "host/s",
-            *(f"dali/s, hardware {name}" for name in engines[0].dali["A"]),
+            *(f"dali/s, hardware {name}" for name in engines[0]["dali"]["A"]),
             "within 1",
             "within 4",
             "largest",
@@ -149,39 +147,19 @@ def _engines_table(engines: list[Engines]) -> Table:
         ],
         [
             [
-                str(e.scale),
+                str(e["scale"]),
                 task,
-                f"{e.host[task]:,.0f}",
-                *(f"{rate:,.0f}" for rate in e.dali[task].values()),
-                f"{e.within_1:.5%}",
-                f"{e.within_4:.5%}",
-                str(e.largest),
-                "-" if e.gpu_bytes is None else f"{e.gpu_bytes / 2**30:.2f}",
+                f"{e['host'][task]:,.0f}",
+                *(f"{rate:,.0f}" for rate in e["dali"][task].values()),
+                f"{e['within_1']:.5%}",
+                f"{e['within_4']:.5%}",
+                str(e["largest"]),
+                ABSENT if e["gpu_bytes"] is None else f"{e['gpu_bytes'] / 2**30:.2f}",
             ]
             for e in engines
             for task in TASKS
         ],
         "hardware: hw_decoder_load, the share of a batch that a GPU's JPEG engines get. within: share of the pixels that stay in "
         "the image whose grey levels differ by at most 1 or 4 between the engines, over "
-        f"{engines[0].images} rotated images.",
-    )
-
-
-def _large_table(found: Large) -> Table:
-    mb = [f"{n / 1e6:,.1f}" for n in found.anonymous]
-    return Table(
-        f"A set of {found.rows:,} rows in {found.shards} shards",
-        ["order, ms", "block order, ms", "draws, ms", "opening, s", "resident then, MB", "anonymous MB by tenths"],
-        [
-            [
-                f"{found.order_ms:.1f}",
-                f"{found.block_ms:.1f}",
-                f"{found.draws_ms:.1f}",
-                f"{found.open_seconds:.2f}",
-                f"{found.open_resident / 1e6:,.0f}",
-                " ".join(mb),
-            ]
-        ],
-        "Tiny images. Medians of five. Memory: after each tenth of "
-        f"{found.images:,} images, rotated by the host engine.",
+        f"{engines[0]['images']} rotated images.",
     )

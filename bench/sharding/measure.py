@@ -9,9 +9,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -63,41 +64,8 @@ class Setup:
     """Approximate images/s per core: decides how many images fill a turn."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of `build`."""
-
-    images: int
-    work_seconds: float
-    """From set.json, when the plan is done, to the last manifest; includes the start of the workers."""
-    seconds: float
-    written_bytes: int
-
-
-@dataclass
-class Notes:
-    """Observations besides the rates."""
-
-    stages: list[dict[str, float]] = field(default_factory=list)
-    """ms per image, one entry per run of `ours`."""
-    calls: dict[int, list[Call]] = field(default_factory=dict)
-    """By the number of workers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Peaks during one build in bytes, sampled from outside. USS leaves out what processes share, such as libraries."""
-
-    rows: int
-    full_size: int
-    """Rows with one of the measured images; the others are small."""
-    workers: int
-    worker_rss: int
-    """In the largest worker."""
-    worker_uss: int
-    parent_rss: int
-    parent_uss: int
-    seconds: float
+Notes = dict[str, list[dict[str, float]]]
+"""Observations besides the rates, by measurement, one entry per turn: of `ours` its stages, of a build what `_build` notes."""
 
 
 def prepare(scratch: Path, images: list[Path], scales: list[int], seconds: float, workers: int) -> Setup:
@@ -139,10 +107,11 @@ def measurements(setup: Setup, peers: dict[str, Peer], notes: Notes) -> dict[str
             peer(path, setup.scales, folder)
         return len(setup.images)
 
-    found: dict[str, Measurement] = {"ours": partial(_ours, setup, notes)}
+    found: dict[str, Measurement] = {"ours": partial(_ours, setup, notes.setdefault("ours", []))}
     found |= {name: partial(_passes, setup, partial(write_all, peer)) for name, peer in peers.items()}
     found["kernels"] = partial(_passes, setup, lambda folder: kernels(files, setup.scales))
-    return found | {build_name(n): partial(_build, setup, notes, n) for n in sorted({1, setup.workers})}
+    builds = {build_name(n): n for n in sorted({1, setup.workers})}
+    return found | {name: partial(_build, setup, notes.setdefault(name, []), n) for name, n in builds.items()}
 
 
 def build_name(workers: int) -> str:
@@ -176,7 +145,7 @@ def shard_rows(setup: Setup, seconds: float) -> int:
     return max(1, min(round(seconds * setup.per_second), LARGEST) // n) * n
 
 
-def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
+def _ours(setup: Setup, stages: list[dict[str, float]], seconds: float) -> float:
     """Build one shard as a worker does. The profile adds some hundred calls per image, well under 1 %."""
     with one_core(), _folder(setup) as folder:
         task = replace(setup.task, out=folder, images=setup.task.images[: shard_rows(setup, seconds)])
@@ -184,7 +153,7 @@ def _ours(setup: Setup, notes: Notes, seconds: float) -> float:
         start = time.perf_counter()
         profile.runcall(build_shard, task)
         spent = time.perf_counter() - start
-    notes.stages.append(_stages(profile, len(task.images), spent))
+    stages.append(_stages(profile, len(task.images), spent))
     return len(task.images) / spent
 
 
@@ -204,8 +173,11 @@ def _stages(profile: cProfile.Profile, images: int, spent: float) -> dict[str, f
     return {**found, "rest": 1e3 / images * spent - sum(found.values())}
 
 
-def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
-    """A whole `build` of as many shards per worker as fit into the seconds, at least one."""
+def _build(setup: Setup, calls: list[dict[str, float]], workers: int, seconds: float) -> float:
+    """A whole `build` of as many shards per worker as fit into the seconds, at least one.
+
+    Work lasts from set.json, when the plan is done, to the last manifest; it includes the start of the workers.
+    """
     each = max(1, min(setup.each, round(seconds * setup.per_second / setup.shard_rows)))
     with tempfile.TemporaryDirectory(dir=setup.scratch) as name:
         out = Path(name)
@@ -217,7 +189,8 @@ def _build(setup: Setup, notes: Notes, workers: int, seconds: float) -> float:
         manifests = [path.stat().st_mtime for scale in setup.scales for path in (out / str(scale)).glob("*.json")]
         work = max(manifests) - (out / "set.json").stat().st_mtime
     images = min(report.rows.values())
-    notes.calls.setdefault(workers, []).append(Call(images, work, spent, sum(report.bytes.values())))
+    written = sum(report.bytes.values())
+    calls.append({"images": images, "work_seconds": work, "seconds": spent, "written_bytes": written})
     return images / work
 
 
@@ -231,8 +204,11 @@ def startup_seconds(setup: Setup) -> float:
     return time.perf_counter() - start
 
 
-def memory(setup: Setup, rows: int) -> Memory:
-    """Build a tree of `rows` rows, one in sixteen of full size, in its own process; watch it and its workers."""
+def memory(setup: Setup, rows: int) -> dict[str, Any]:
+    """Build a tree of `rows` rows, one in sixteen of full size, in its own process; watch it and its workers.
+
+    Peaks in bytes, of the largest worker and the parent. USS leaves out what processes share, such as libraries.
+    """
     tree = crowd(setup.images, setup.scratch / f"tree-{rows}", rows, mixed=True)
     peaks = dict.fromkeys(("worker_rss", "worker_uss", "parent_rss", "parent_uss"), 0)
 
@@ -252,4 +228,5 @@ def memory(setup: Setup, rows: int) -> Memory:
         except (RunError, MemoryError) as error:
             raise ShardError(f"the build of {rows:,} rows failed: {error}") from error
         spent = time.perf_counter() - start
-    return Memory(rows=rows, full_size=-(-rows // FULL_SIZE), workers=setup.workers, seconds=spent, **peaks)
+    numbers = {"rows": rows, "full_size": -(-rows // FULL_SIZE), "workers": setup.workers}
+    return {**numbers, **peaks, "seconds": spent}

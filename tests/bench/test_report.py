@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from cxrfast.bench.loading.large import Large
-from cxrfast.bench.loading.result import Cold, LoadingLine, LoadingResult
+from cxrfast.bench.loading.result import LoadingLine, LoadingResult
 from cxrfast.bench.report import Column, Result, table, write_results
-from cxrfast.bench.sharding.measure import Memory
-from cxrfast.bench.sharding.result import Builds, Computed, ShardingResult
+from cxrfast.bench.sharding.shard import ShardingResult
 from cxrfast.bench.training.curriculum import CurriculumResult, Way
 from cxrfast.bench.training.ladder_result import LadderLine, LadderResult
 from cxrfast.bench.training.step import StepResult
@@ -26,17 +24,10 @@ def stored(path: Path) -> Result:
     if path.stem == "curriculum":
         return CurriculumResult(**values | {"ways": [Way(**way) for way in values["ways"]]})
     if path.stem == "shard":
-        kinds = {"builds": Builds, "computed": Computed, "memory": Memory}
-        return ShardingResult(**values | {name: [kind(**v) for v in values[name]] for name, kind in kinds.items()})
+        return ShardingResult(**values)
     assert values["engines"] == []
-    more = {
-        "lines": [LoadingLine(**line) for line in values["lines"]],
-        "cold": [Cold(**line) for line in values["cold"]],
-        "large": Large(**values["large"]) if values["large"] else None,
-        "images": {int(scale): n for scale, n in values["images"].items()},
-        "batch": {int(scale): n for scale, n in values["batch"].items()},
-    }
-    return LoadingResult(**values | more)
+    by_scale = {name: {int(scale): n for scale, n in values[name].items()} for name in ("images", "batch")}
+    return LoadingResult(**values | by_scale | {"lines": [LoadingLine(**line) for line in values["lines"]]})
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ def test_a_set_of_many_tiny_images_is_opened_read_and_measured(tmp_path: Path) -
         assert reader.rows.tolist() == list(range(1000))
         assert len({bytes(reader.read(row)) for row in range(1000)}) == 64
     found = large(folder, 16, images=2000)
-    assert (found.rows, found.shards, found.images, len(found.anonymous)) == (1000, 16, 2000, 10)
-    assert min(found.open_resident, *found.anonymous) > 2**20
-    assert found.open_resident < 2**28, "the process has not loaded torch"
+    assert [found[name] for name in ("rows", "shards", "images")] == [1000, 16, 2000]
+    assert len(found["anonymous"]) == 10
+    assert min(found["open_resident"], *found["anonymous"]) > 2**20
+    assert found["open_resident"] < 2**28, "the process has not loaded torch"
