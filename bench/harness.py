@@ -167,33 +167,25 @@ def interleave(
     seconds: float,
     rounds: int,
     budget: Budget | None = None,
-    on_figure: Callable[[str], object] = tell,
+    label: str = "",
 ) -> dict[str, Measured]:
     """Run every measurement for about `seconds` in turn, `rounds` times, after one shorter burn-in each.
 
-    `on_figure` gets the name of each figure. Rounds that would exceed the budget are left out, except the first.
+    Each figure is told to the process that waits for this one, or shown in a progress bar with the `label`. Rounds that
+    would exceed the budget are left out, except the first.
     """
-    budget = budget or Budget()
-    for name, measure in measurements.items():
-        measure(seconds / 4)
-        on_figure(name)
-    results: dict[str, list[float]] = {name: [] for name in measurements}
-    for _ in range(rounds):
-        start = budget.clock()
-        for name, measure in measurements.items():
-            results[name].append(measure(seconds))
-            on_figure(name)
-        if budget.left < (budget.clock() - start) / 2:
-            break
-    return {name: Measured(values) for name, values in results.items()}
-
-
-def take_turns(
-    label: str, measurements: Mapping[str, Measurement], seconds: float, rounds: int, budget: Budget | None = None
-) -> dict[str, Measured]:
-    """`interleave` with a progress bar."""
-    with progress(label, len(measurements) * (rounds + 1), unit="figures") as advance:
-        return interleave(measurements, seconds, rounds, budget, lambda name: advance(note=name))
+    budget, results = budget or Budget(), {name: list[float]() for name in measurements}
+    figures = len(measurements) * (rounds + 1) if label else 0
+    with progress(label, figures, unit="figures") as advance:
+        for n in range(rounds + 1):
+            start = budget.clock()
+            for name, measure in measurements.items():
+                results[name].append(measure(seconds if n else seconds / 4))
+                tell(name)
+                advance(note=name)
+            if n and budget.left < (budget.clock() - start) / 2:
+                break
+    return {name: Measured(values[1:]) for name, values in results.items()}
 
 
 def measure_elsewhere(
@@ -211,19 +203,18 @@ def measure_elsewhere(
 
 def rate(step: Callable[[], int], seconds: float, device: torch.device) -> float:
     """Images/s of `step`, which handles some images and returns how many, repeated for `seconds`, at least once."""
-    _wait_for(device)  # work that is still queued must not count
-    images, start = 0, time.perf_counter()
-    while True:
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()  # work that is still queued must not count
+    start = time.perf_counter()
+    images = step()
+    while time.perf_counter() - start < seconds:
         images += step()
-        if time.perf_counter() - start >= seconds:
-            break
-    _wait_for(device)
+    wait()
     return images / (time.perf_counter() - start)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # The machine
@@ -265,8 +256,7 @@ def one_core() -> Iterator[None]:
 
 def file_system(folder: Path) -> str | None:
     """Kind of the file system that holds a folder: `ext4`, `nfs4`, `tmpfs`."""
-    here = folder.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if here.is_relative_to(m.mountpoint)]
+    mounts = [m for m in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(m.mountpoint)]
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else None
 
 

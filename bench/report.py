@@ -16,20 +16,15 @@ ABSENT = "-"
 
 
 class Result(Protocol):
-    """What a benchmark found: a dataclass whose fields are the keys of its JSON."""
+    """What a benchmark found, and where: a dataclass whose fields are the keys of its JSON."""
 
     @property
-    def provenance(self) -> dict[str, Any]:
-        """Machine, versions and command."""
-        ...
+    def provenance(self) -> dict[str, Any]: ...
 
-    def tables(self) -> list[Table]:
-        """Tables for the terminal and for Markdown."""
-        ...
+    def tables(self) -> list[Table]: ...
 
     def plot(self) -> Figure | None:
         """None if nothing can be plotted."""
-        ...
 
 
 def write_results(out: Path, name: str, result: Result) -> None:

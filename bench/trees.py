@@ -69,10 +69,8 @@ def crowd(images: list[Path], folder: Path, rows: int, mixed: bool = False) -> P
     # row r is the image at permutation[r] of those sorted by name
     order = permutation(rows, ImageRecipe().seed, ROW_ORDER) if mixed else range(rows)
     for row, index in enumerate(order):
-        full = not mixed or row % FULL_SIZE == 0
-        os.link(
-            images[row // (FULL_SIZE if mixed else 1) % len(images)] if full else small, folder / f"{names[index]}.jpg"
-        )
+        turn, is_small = divmod(row, FULL_SIZE if mixed else 1)
+        os.link(small if is_small else images[turn % len(images)], folder / f"{names[index]}.jpg")
     _write_table(folder, names)
     return folder
 

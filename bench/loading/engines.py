@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cxrfast.bench.harness import Budget, Measurement, gpu_used_bytes, take_turns
+from cxrfast.bench.harness import Budget, Measurement, gpu_used_bytes, interleave
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.measure import measurement, ours
 from cxrfast.pipelines.loader import Loader
@@ -41,7 +41,7 @@ def compare_engines(device: torch.device, seconds: float, rounds: int, job: Job,
         for name, load in loads.items():
             each[name] = measurement(ours(here, "dali", device, hw_decoder_load=load), device)
         share = budget.share([0.0] * (2 if task == "A" else 1))
-        figures = take_turns(f"engines, {job.scale} px, task {task}", each, seconds, rounds, share or budget)
+        figures = interleave(each, seconds, rounds, share or budget, f"engines, {job.scale} px, task {task}")
         host[task] = figures.pop("host").median
         dali[task] = {name: figure.median for name, figure in figures.items()}
     total = int(counts.sum())

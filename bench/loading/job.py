@@ -3,12 +3,14 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 
+from cxrfast.bench.data import LongOrder
 from cxrfast.pipelines.reader import Reader
 
 
@@ -39,8 +41,6 @@ Closing it ends its threads and processes."""
 class Peer(NamedTuple):
     """A way of loading that ours is compared with."""
 
-    what: str
-    """A description in one line."""
     batches: Callable[[Job], Supply]
     prepare: Callable[[Job], object] = lambda job: None
     """Writes its input into the folder of a job, whether or not the job rotates images."""
@@ -52,19 +52,10 @@ class Peer(NamedTuple):
     """Whether it reads uncompressed pixels."""
 
 
-@dataclass(frozen=True)
-class Shuffled:
-    """Endless batches, list[int], of the numbers 0 … images - 1, each time in a new order and without an incomplete batch."""
-
-    images: int
-    batch: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        random, batch = np.random.default_rng(), min(self.batch, self.images)
-        while True:
-            order = random.permutation(self.images)
-            for start in range(0, self.images - batch + 1, batch):
-                yield order[start : start + batch].tolist()
+def shuffled(job: Job) -> Iterator[list[int]]:
+    """Endless full batches of the numbers of the job's rows, in ever new permutations."""
+    order = LongOrder(rows=np.arange(len(job.rows)), micro_batch=min(job.batch, len(job.rows)))
+    return (batch.tolist() for epoch in count() for batch in order.micro_batches(epoch))
 
 
 def endless(epoch: Iterable[Any], pick: Callable[[Any], Any] = lambda batch: batch) -> Supply:

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, suppress
 from functools import lru_cache
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from cxrfast.bench.loading.job import Job, Shuffled, Supply, endless, files, jpegs, pixels
+from cxrfast.bench.loading.job import Job, Supply, endless, files, jpegs, pixels, shuffled
 from cxrfast.bench.loading.torch_loaders import transform, turn_array, turned
 from cxrfast.shards.format.tar import TarWriter
 
@@ -40,10 +41,9 @@ def write_tars(job: Job) -> None:
     if folder.exists():
         return
     (folder / str(job.scale)).mkdir(parents=True)
-    count = min(4 * job.workers, len(job.rows))
-    tars = [TarWriter(folder, job.scale, n, "jpeg") for n in range(count)]
+    tars = [TarWriter(folder, job.scale, n, "jpeg") for n in range(min(4 * job.workers, len(job.rows)))]
     for n, data in enumerate(jpegs(job)):
-        tars[n % count].add(n, data, b"{}")
+        tars[n % len(tars)].add(n, data, b"{}")
     for tar in tars:
         tar.close()
 
@@ -79,13 +79,9 @@ def dali_tars(job: Job) -> Supply:
             image = fn.rotate(image, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
         return image
 
-    def batches() -> Generator[torch.Tensor]:
-        pipe = graph()
-        pipe.build()
-        while True:
-            yield torch.from_dlpack(pipe.run()[0].as_tensor())
-
-    return closing(batches())
+    pipe = graph()
+    pipe.build()
+    return closing(torch.from_dlpack(pipe.run()[0].as_tensor()) for _ in count())
 
 
 # LitData
@@ -95,9 +91,8 @@ def write_litdata(job: Job, raw: bool = False) -> None:
     """Write what `litdata.optimize` writes, without the processes that it starts."""
     from litdata.streaming.writer import BinaryWriter
 
-    writer = BinaryWriter(_litdata_folder(job, raw), chunk_bytes="64MB")
-    samples: Iterator[Any] = pixels(job) if raw else jpegs(job)
-    for n, sample in enumerate(samples):
+    writer = BinaryWriter(str(job.folder / f"litdata-{raw}"), chunk_bytes="64MB")
+    for n, sample in enumerate(pixels(job) if raw else jpegs(job)):
         writer.add_item(n, sample)
     writer.done()
     writer.merge()
@@ -108,17 +103,13 @@ def litdata(job: Job, raw: bool = False) -> Supply:
 
     plain, turning = (torch.from_numpy, turn_array) if raw else (decode_grey, decode_and_turn)
     dataset = StreamingDataset(
-        _litdata_folder(job, raw),
+        str(job.folder / f"litdata-{raw}"),
         shuffle=True,
         drop_last=True,
         transform=turning if job.turn else plain,
         subsample=float(-(-LONG // len(job.rows))),
     )
     return endless(StreamingDataLoader(dataset, batch_size=job.batch, num_workers=job.workers))
-
-
-def _litdata_folder(job: Job, raw: bool) -> str:
-    return str(job.folder / ("litdata-raw" if raw else "litdata"))
 
 
 # Streaming
@@ -158,7 +149,7 @@ def spdl(job: Job) -> Iterator[Iterator[torch.Tensor]]:
     def load(numbers: list[int]) -> torch.Tensor:
         return torch.stack([decode(paths[n].read_bytes()) for n in numbers])
 
-    builder = PipelineBuilder().add_source(Shuffled(len(paths), job.batch)).pipe(load, concurrency=job.workers)
+    builder = PipelineBuilder().add_source(shuffled(job)).pipe(load, concurrency=job.workers)
     pipeline = builder.add_sink(4).build(num_threads=job.workers)
     with pipeline.auto_stop():
         yield iter(pipeline)
@@ -181,13 +172,13 @@ def write_beton(job: Job, raw: bool = False) -> None:
 
     field = NDArrayField(np.dtype("uint8"), (job.scale, job.scale, 1)) if raw else Encoded()
     samples: Iterator[Any] = (image[..., None] for image in pixels(job)) if raw else jpegs(job)
-    writer = DatasetWriter(str(_beton(job, raw)), {"image": field}, num_workers=1)
+    writer = DatasetWriter(str(job.folder / f"{raw}.beton"), {"image": field}, num_workers=1)
     with redirect_stderr(StringIO()):  # its progress bar
         writer.from_indexed_dataset([(sample,) for sample in samples])
 
 
 def ffcv(job: Job, raw: bool = False) -> Supply:
-    loader = _ffcv_loader(_beton(job, raw), min(job.batch, len(job.rows)), job.workers, raw)
+    loader = _ffcv_loader(job.folder / f"{raw}.beton", min(job.batch, len(job.rows)), job.workers, raw)
 
     def batches() -> Generator[torch.Tensor]:
         while True:
@@ -199,10 +190,6 @@ def ffcv(job: Job, raw: bool = False) -> Supply:
                 _end(iterator)
 
     return closing(batches())
-
-
-def _beton(job: Job, raw: bool) -> Path:
-    return job.folder / ("pixels.beton" if raw else "images.beton")
 
 
 def _end(iterator: Any) -> None:

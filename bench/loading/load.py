@@ -22,9 +22,9 @@ from cxrfast.bench.harness import (
     announce,
     file_system,
     in_time,
+    interleave,
     no_time,
     provenance,
-    take_turns,
 )
 from cxrfast.bench.loading.engines import compare_engines
 from cxrfast.bench.loading.job import Job
@@ -99,14 +99,13 @@ def bench(
         made = shards or make_phantoms(scratch, scales)
         jobs = [_job(scratch, made, scale, workers) for scale in scales]
         out.mkdir(parents=True, exist_ok=True)
-        measure = partial(_measure, chosen, ways, seconds, rounds)
         compare = partial(compare_engines, chosen, seconds, rounds)
         result = LoadingResult(
             source="the given set" if shards else "phantoms",
             images={job.scale: len(job.rows) for job in jobs},
             batch={job.scale: job.batch for job in jobs},
             workers=workers,
-            lines=_measure_all(jobs, ways, measure, seconds, budget, left_out),
+            lines=_measure_all(jobs, ways, chosen, seconds, rounds, budget, left_out),
             engines=_at_each_scale("engines", jobs, compare, budget, left_out) if with_engines else [],
             cold=_at_each_scale("cold storage", jobs, _cold, budget, left_out) if with_cold else [],
             large=_large(scratch, budget, left_out) if with_large else None,
@@ -119,18 +118,11 @@ def bench(
 
 
 def _announce(
-    scales: list[int],
-    ways: list[str],
-    extras: dict[str, bool],
-    seconds: float,
-    rounds: int,
-    minutes: float | None,
+    scales: list[int], ways: list[str], extras: dict[str, bool], seconds: float, rounds: int, minutes: float | None
 ) -> None:
-    absent = [typed(way) for way in WHAT if way not in ways]
+    absent = ", ".join(typed(way) for way in WHAT if way not in ways)
     then = [option for option, is_on in extras.items() if is_on]
-    left_out = [f"{', '.join(absent)} (--only NAME)"] * bool(absent) + [
-        option for option in extras if option not in then
-    ]
+    left_out = [f"{absent} (--only NAME)"] * bool(absent) + [option for option in extras if option not in then]
     announce(
         "bench load: images/s of loading",
         minutes,
@@ -170,8 +162,9 @@ def _job(scratch: Path, shards: Path, scale: int, workers: int) -> Job:
 def _measure_all(
     jobs: list[Job],
     ways: list[str],
-    measure: Callable[[Job, str, Budget], list[LoadingLine]],
+    device: torch.device,
     seconds: float,
+    rounds: int,
     budget: Budget,
     left_out: dict[str, str],
 ) -> list[LoadingLine]:
@@ -183,22 +176,26 @@ def _measure_all(
         nonlocal preparing
         job, task = piece
         start = budget.clock()
-        if task == first:
+        if is_first := task == next(iter(TASKS)):
             _prepare(job, ways)
             preparing = budget.clock() - start
-        found = measure(job, task, share)
+        each = open_ways(replace(job, turn=task == "B"), device, ways)
+        figures = interleave(each, seconds, rounds, share, f"bench load, {job.scale} px, task {task}")
+        found = _lines(job.scale, task, figures)
         lines.extend(found)
         wall = budget.clock() - start
-        wall += -preparing if task == first else preparing  # as long as the next piece, which prepares if this did not
+        wall += -preparing if is_first else preparing  # as long as the next piece, which prepares if this did not
         return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
 
-    first = next(iter(TASKS))
-    in_time(
-        {f"{job.scale} px, task {t}": (_pixels(job), (job, t)) for job in jobs for t in TASKS}, work, budget, left_out
-    )
+    pieces = {f"{job.scale} px, task {task}": (_pixels(job), (job, task)) for job in jobs for task in TASKS}
+    in_time(pieces, work, budget, left_out)
     if not lines:
         raise LoadError("the time was up before anything was measured: give more --minutes")
     return lines
+
+
+def _pixels(job: Job) -> int:
+    return job.scale**2 * job.batch
 
 
 def _prepare(job: Job, ways: list[str]) -> None:
@@ -212,32 +209,20 @@ def _prepare(job: Job, ways: list[str]) -> None:
         uncompressed(job.shards, job.scale, job.rows, job.folder)
 
 
-def _measure(
-    device: torch.device, ways: list[str], seconds: float, rounds: int, job: Job, task: str, budget: Budget
-) -> list[LoadingLine]:
-    """One task at one scale."""
-    each = open_ways(replace(job, turn=task == "B"), device, ways)
-    figures = take_turns(f"bench load, {job.scale} px, task {task}", each, seconds, rounds, budget)
-    return _lines(job.scale, task, figures)
-
-
 def _lines(scale: int, task: str, figures: dict[str, Measured]) -> list[LoadingLine]:
-    lines = []
-    for way, figure in figures.items():
-        pixels = reads_pixels(way)
-        lines.append(
-            LoadingLine(
-                scale=scale,
-                task=task,
-                way=way,
-                rate=figure.median,
-                ratio=figures[CACHE if pixels else HOST].ratio(figure),
-                of_limit=None if pixels or LIMIT not in figures else figure.ratio(figures[LIMIT]),
-                pixels=pixels,
-                rounds=figure.rounds,
-            )
+    return [
+        LoadingLine(
+            scale=scale,
+            task=task,
+            way=way,
+            rate=figure.median,
+            ratio=figures[CACHE if reads_pixels(way) else HOST].ratio(figure),
+            of_limit=None if reads_pixels(way) or LIMIT not in figures else figure.ratio(figures[LIMIT]),
+            pixels=reads_pixels(way),
+            rounds=figure.rounds,
         )
-    return lines
+        for way, figure in figures.items()
+    ]
 
 
 PASSES: dict[str, dict[str, bool]] = {
@@ -271,10 +256,6 @@ def _at_each_scale(
 
     in_time({f"{what}, {job.scale} px": (1, job) for job in jobs}, timed, budget, left_out)
     return found
-
-
-def _pixels(job: Job) -> int:
-    return job.scale**2 * job.batch
 
 
 def _large(scratch: Path, budget: Budget, left_out: dict[str, str]) -> dict[str, Any] | None:

@@ -73,17 +73,9 @@ class LoadingResult:
     def tables(self) -> list[Table]:
         found = [self._rates(task, pixels) for pixels in (False, True) for task in TASKS]
         found = [table for table in found if table.rows]
-        ways = dict.fromkeys(line.way for line in self.lines)
+        ways = [(way, self.what[way]) for way in dict.fromkeys(line.way for line in self.lines)]
         notes = "\n".join(left_out_notes(self.left_out))
-        found.append(
-            Table(
-                "The ways",
-                ["way", "what it does"],
-                [[way, self.what[way]] for way in ways],
-                notes,
-                text=["what it does"],
-            )
-        )
+        found.append(Table("The ways", ["way", "what it does"], ways, notes, text=["what it does"]))
         if self.engines:
             found.append(_engines_table(self.engines))
         if self.cold:
@@ -133,18 +125,10 @@ class LoadingResult:
 
 def _engines_table(engines: list[dict[str, Any]]) -> Table:
     """What differs between machines with a GPU; see `compare_engines`."""
+    dali = [f"dali/s, hardware {name}" for name in engines[0]["dali"]["A"]]
     return Table(
         "The engines side by side",
-        [
-            "px",
-            "task",
-            "host/s",
-            *(f"dali/s, hardware {name}" for name in engines[0]["dali"]["A"]),
-            "within 1",
-            "within 4",
-            "largest",
-            "GPU GiB",
-        ],
+        ["px", "task", "host/s", *dali, "within 1", "within 4", "largest", "GPU GiB"],
         [
             [
                 str(e["scale"]),

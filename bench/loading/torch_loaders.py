@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from cxrfast.bench.loading.job import Job, Shuffled, Supply, endless, files, pixels
+from cxrfast.bench.loading.job import Job, Supply, endless, files, pixels, shuffled
 from cxrfast.pipelines.host import WARP, warp_matrix
 from cxrfast.pipelines.order import Augment
 from cxrfast.pipelines.reader import Reader
@@ -59,8 +59,8 @@ class Files(Dataset[torch.Tensor]):
 
 
 def over_files(job: Job) -> Supply:
-    batches: Any = Shuffled(len(job.rows), job.batch)
-    return endless(DataLoader(Files(files(job), transform(job)), batch_sampler=batches, num_workers=job.workers))
+    dataset, batches = Files(files(job), transform(job)), shuffled(job)
+    return endless(DataLoader(dataset, batch_sampler=batches, num_workers=job.workers))
 
 
 # DataLoader over our kernels
@@ -81,19 +81,13 @@ class Kernels(Dataset[torch.Tensor]):
         return batch
 
     def fill(self, items: list[int], batch: torch.Tensor) -> None:
-        rows, out = self.rows[items], batch.numpy()
-        if self.turn:
-            self._turned(rows, out)
-        else:
-            for row, image in zip(rows.tolist(), out[..., None], strict=True):
-                simplejpeg.decode_jpeg(self.reader.read(row, self.jpeg), "GRAY", buffer=image)
-
-    def _turned(self, rows: np.ndarray, out: np.ndarray) -> None:
-        scale, image = self.reader.scale, self.image[..., 0]
-        angles, flips = _draws(rows)
-        for row, angle, flip, turned in zip(rows.tolist(), angles, flips, out, strict=True):
-            simplejpeg.decode_jpeg(self.reader.read(row, self.jpeg), "GRAY", buffer=self.image)
-            cv2.warpAffine(image, warp_matrix(scale, angle, flip), (scale, scale), turned, WARP, borderValue=0)
+        rows = self.rows[items]
+        draws = _draws(rows) if self.turn else [None] * len(rows)
+        for row, draw, out in zip(rows.tolist(), draws, batch.numpy(), strict=True):
+            image = self.image if draw else out[..., None]
+            simplejpeg.decode_jpeg(self.reader.read(row, self.jpeg), "GRAY", buffer=image)
+            if draw:
+                _turn(image[..., 0], draw, out)
 
 
 class Ring(Dataset[int]):
@@ -109,21 +103,15 @@ class Ring(Dataset[int]):
         return items[0]
 
 
-class Numbered:
-    """Batches of `Shuffled`, each preceded by the number of its buffer; buffers take turns."""
-
-    def __init__(self, batches: Shuffled, buffers: int) -> None:
-        self.batches, self.buffers = batches, buffers
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for n, batch in enumerate(self.batches):
-            yield [n % self.buffers, *batch]
-
-
-def _draws(rows: np.ndarray) -> tuple[list[float], list[bool]]:
-    """Angles in degrees, and flips."""
+def _draws(rows: np.ndarray) -> list[tuple[float, bool]]:
+    """Angle in degrees and flip of each row."""
     angles, flips = Augment().draw(int(np.random.default_rng().integers(2**31)), 0, rows)
-    return angles.tolist(), flips.tolist()
+    return list(zip(angles.tolist(), flips.tolist(), strict=True))
+
+
+def _turn(image: np.ndarray, draw: tuple[float, bool], out: np.ndarray) -> None:
+    side = len(image)
+    cv2.warpAffine(image, warp_matrix(side, *draw), (side, side), out, WARP, borderValue=0)
 
 
 def _same(batch: Any) -> Any:
@@ -131,13 +119,13 @@ def _same(batch: Any) -> Any:
 
 
 def over_kernels(job: Job) -> Supply:
-    return endless(_kernels_loader(Kernels(job), Shuffled(len(job.rows), job.batch), job))
+    return endless(_kernels_loader(Kernels(job), shuffled(job), job))
 
 
 def over_ring(job: Job) -> Supply:
     buffers = AHEAD * job.workers + 2  # those under way, the one in use, and a spare one
     dataset = Ring(job, buffers)
-    batches = Numbered(Shuffled(len(job.rows), job.batch), buffers)
+    batches = ([n % buffers, *batch] for n, batch in enumerate(shuffled(job)))
     return endless(_kernels_loader(dataset, batches, job), lambda buffer: dataset.ring[buffer])
 
 
@@ -158,32 +146,21 @@ def write_array(job: Job) -> None:
 
 
 def over_array(job: Job) -> Supply:
-    array, batches = np.load(job.folder / "pixels.npy", mmap_mode="r"), Shuffled(len(job.rows), job.batch)
-    if job.turn:
-        return closing(_turned_in_threads(job, array))
-    return closing(array[rows] for rows in batches)
+    array, batches = np.load(job.folder / "pixels.npy", mmap_mode="r"), shuffled(job)
+    return closing(_turned_in_threads(array, batches, job.workers) if job.turn else (array[rows] for rows in batches))
 
 
-def _turned_in_threads(job: Job, array: np.ndarray) -> Generator[np.ndarray]:
-    side = (job.scale, job.scale)
-
-    def turn(out: np.ndarray, rows: list[int]) -> None:
-        angles, flips = _draws(np.array(rows))
-        for row, angle, flip, image in zip(rows, angles, flips, out, strict=True):
-            cv2.warpAffine(array[row], warp_matrix(job.scale, angle, flip), side, image, WARP, borderValue=0)
-
-    def begin(rows: list[int]) -> tuple[np.ndarray, list[Future[None]]]:
-        out = np.empty((len(rows), *side), np.uint8)
-        step = -(-len(rows) // job.workers)
-        return out, [pool.submit(turn, out[i : i + step], rows[i : i + step]) for i in range(0, len(rows), step)]
+def _turned_in_threads(array: np.ndarray, batches: Iterator[list[int]], workers: int) -> Generator[np.ndarray]:
+    def turned(rows: list[int]) -> np.ndarray:
+        out = np.empty((len(rows), *array.shape[1:]), np.uint8)
+        for row, draw, image in zip(rows, _draws(np.array(rows)), out, strict=True):
+            _turn(array[row], draw, image)
+        return out
 
     cv2.setNumThreads(1)
-    with ThreadPoolExecutor(job.workers) as pool:
-        under_way: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-        for rows in Shuffled(len(job.rows), job.batch):
-            under_way.append(begin(rows))
-            if len(under_way) > AHEAD:
-                out, futures = under_way.popleft()
-                for future in futures:
-                    future.result()
-                yield out
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[np.ndarray]] = deque()
+        for rows in batches:
+            under_way.append(pool.submit(turned, rows))
+            if len(under_way) > AHEAD * workers:
+                yield under_way.popleft().result()

@@ -35,80 +35,46 @@ OURS = {
     LIMIT: "the same decoder, and warpAffine, in bare threads: bytes in memory, no loader",
 }
 
+THEIRS = {
+    "DataLoader, our kernels": "torch's DataLoader over our reader, decoder and warp: whole batches, made in memory that its "
+    "processes share",
+    "DataLoader, our kernels, ring": "the same, but batches use a ring of buffers that are made once; each is overwritten soon "
+    "after the next one",
+    "DataLoader, Pillow": 'torch\'s DataLoader over files: Pillow open, convert("L"), torchvision RandomHorizontalFlip and '
+    "RandomRotation",
+    "memmap": "one np.memmap of all images, indexed by batches of a permutation; rotated by our warp in threads",
+    "webdataset": "WebDataset(tars, resampled=True).shuffle(1000).decode(…, grey).map(…).batched(…) in a WebLoader; rotated as "
+    '"Pillow"',
+    "DALI's tar reader": "fn.readers.webdataset(random_shuffle=True), decoders.image(GRAY), flip, rotate: on the CPU",
+    "LitData": "StreamingDataset of JPEG bytes, torchvision decode_jpeg(GRAY), StreamingDataLoader; rotated as Pillow",
+    "LitData, raw": "StreamingDataset of arrays, StreamingDataLoader; rotated as Pillow",
+    "Streaming": "MDS shards of JPEGs (they come as Pillow images), torch's DataLoader; rotated as Pillow",
+    "SPDL": "PipelineBuilder: files, torchvision decode_jpeg(GRAY), batches in a pool of threads; rotated as Pillow",
+    "FFCV": "Loader of a beton of JPEGs, os_cache, RANDOM; decodes to colour, inexactly (up to 11 grey levels off), and cannot "
+    "rotate",
+    "FFCV, raw": "Loader of a beton of grey arrays, os_cache, RANDOM; cannot rotate",
+}
+
+WHAT = OURS | THEIRS
+
+litdata_raw = partial(libraries.litdata, raw=True)
+write_litdata_raw = partial(libraries.write_litdata, raw=True)
+ffcv_raw = partial(libraries.ffcv, raw=True)
+write_beton_raw = partial(libraries.write_beton, raw=True)
+
 PEERS = {
-    "DataLoader, our kernels": Peer(
-        "torch's DataLoader over our reader, decoder and warp: whole batches, made in memory that its processes share",
-        batches=torch_loaders.over_kernels,
-    ),
-    "DataLoader, our kernels, ring": Peer(
-        "the same, but batches use a ring of buffers that are made once; each is overwritten soon after the next one",
-        batches=torch_loaders.over_ring,
-    ),
-    "DataLoader, Pillow": Peer(
-        'torch\'s DataLoader over files: Pillow open, convert("L"), torchvision RandomHorizontalFlip and RandomRotation',
-        batches=torch_loaders.over_files,
-        prepare=files,
-    ),
-    "memmap": Peer(
-        "one np.memmap of all images, indexed by batches of a permutation; rotated by our warp in threads",
-        batches=torch_loaders.over_array,
-        prepare=torch_loaders.write_array,
-        pixels=True,
-    ),
-    "webdataset": Peer(
-        "WebDataset(tars, resampled=True).shuffle(1000).decode(…, grey).map(…).batched(…) in a WebLoader; "
-        'rotated as "Pillow"',
-        batches=libraries.webdataset,
-        prepare=libraries.write_tars,
-        needs="webdataset",
-    ),
-    "DALI's tar reader": Peer(
-        "fn.readers.webdataset(random_shuffle=True), decoders.image(GRAY), flip, rotate: on the CPU",
-        batches=libraries.dali_tars,
-        prepare=libraries.write_tars,
-        needs="nvidia.dali",
-    ),
-    "LitData": Peer(
-        "StreamingDataset of JPEG bytes, torchvision decode_jpeg(GRAY), StreamingDataLoader; rotated as Pillow",
-        batches=libraries.litdata,
-        prepare=libraries.write_litdata,
-        needs="litdata",
-    ),
-    "LitData, raw": Peer(
-        "StreamingDataset of arrays, StreamingDataLoader; rotated as Pillow",
-        batches=partial(libraries.litdata, raw=True),
-        prepare=partial(libraries.write_litdata, raw=True),
-        needs="litdata",
-        pixels=True,
-    ),
-    "Streaming": Peer(
-        "MDS shards of JPEGs (they come as Pillow images), torch's DataLoader; rotated as Pillow",
-        batches=libraries.streaming,
-        prepare=libraries.write_mds,
-        needs="streaming",
-    ),
-    "SPDL": Peer(
-        "PipelineBuilder: files, torchvision decode_jpeg(GRAY), batches in a pool of threads; rotated as Pillow",
-        batches=libraries.spdl,
-        prepare=files,
-        needs="spdl.pipeline",
-    ),
-    "FFCV": Peer(
-        "Loader of a beton of JPEGs, os_cache, RANDOM; "
-        "decodes to colour, inexactly (up to 11 grey levels off), and cannot rotate",
-        batches=libraries.ffcv,
-        prepare=libraries.write_beton,
-        needs="ffcv",
-        turns=False,
-    ),
-    "FFCV, raw": Peer(
-        "Loader of a beton of grey arrays, os_cache, RANDOM; cannot rotate",
-        batches=partial(libraries.ffcv, raw=True),
-        prepare=partial(libraries.write_beton, raw=True),
-        needs="ffcv",
-        turns=False,
-        pixels=True,
-    ),
+    "DataLoader, our kernels": Peer(torch_loaders.over_kernels),
+    "DataLoader, our kernels, ring": Peer(torch_loaders.over_ring),
+    "DataLoader, Pillow": Peer(torch_loaders.over_files, files),
+    "memmap": Peer(torch_loaders.over_array, torch_loaders.write_array, pixels=True),
+    "webdataset": Peer(libraries.webdataset, libraries.write_tars, "webdataset"),
+    "DALI's tar reader": Peer(libraries.dali_tars, libraries.write_tars, "nvidia.dali"),
+    "LitData": Peer(libraries.litdata, libraries.write_litdata, "litdata"),
+    "LitData, raw": Peer(litdata_raw, write_litdata_raw, "litdata", pixels=True),
+    "Streaming": Peer(libraries.streaming, libraries.write_mds, "streaming"),
+    "SPDL": Peer(libraries.spdl, files, "spdl.pipeline"),
+    "FFCV": Peer(libraries.ffcv, libraries.write_beton, "ffcv", turns=False),
+    "FFCV, raw": Peer(ffcv_raw, write_beton_raw, "ffcv", turns=False, pixels=True),
 }
 
 ADVICE = {
@@ -118,9 +84,6 @@ ADVICE = {
 """How to install a library outside the `bench` extra. FFCV must be compiled, and would bring a second OpenCV."""
 
 PACKAGES = ("webdataset", "litdata", "mosaicml-streaming", "spdl-core", "ffcv", "pillow", "simplejpeg")
-
-
-WHAT = OURS | {name: peer.what for name, peer in PEERS.items()}
 
 
 def typed(way: str) -> str:

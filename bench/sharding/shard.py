@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cxrfast.bench.data import MIMIC_IMAGES
-from cxrfast.bench.harness import Measured, file_system, provenance, take_turns
+from cxrfast.bench.harness import Measured, file_system, interleave, provenance
 from cxrfast.bench.report import Column, left_out_notes, table, write_results
 from cxrfast.bench.sharding.measure import (
     Notes,
@@ -70,7 +70,7 @@ def bench(
         setup = prepare(scratch, files, scales, seconds, workers or usable_cores())
         notes: Notes = {}
         others, left_out = peers()
-        figures = take_turns("bench shard", measurements(setup, others, notes), seconds, rounds)
+        figures = interleave(measurements(setup, others, notes), seconds, rounds, label="bench shard")
         rates = {name: figures[name] for name in ("ours", *others, "kernels")}
         builds = [_builds(workers, figures, notes, rounds) for workers in sorted({1, setup.workers})]
         stages, last = notes["ours"][-rounds:], notes[build_name(setup.workers)][-1]

@@ -15,15 +15,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cxrfast.bench.harness import (
-    Budget,
-    gpu_used_bytes,
-    interleave,
-    limit_memory,
-    no_time,
-    peak_resident_bytes,
-    rate,
-)
+from cxrfast.bench.harness import Budget, gpu_used_bytes, interleave, limit_memory, no_time, peak_resident_bytes, rate
 from cxrfast.bench.process import tell
 from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.distributed import pick_device
@@ -209,15 +201,11 @@ def largest(make: Callable[[int], Callable[[], int]], start: int) -> int | None:
         return True
 
     size = start
-    if fits(size):
-        while fits(2 * size):
-            size *= 2
-        return size
-    while size > 1:
+    while size and not fits(size):
         size //= 2
-        if fits(size):
-            return size
-    return None
+    while size >= start and fits(2 * size):
+        size *= 2
+    return size or None
 
 
 # Kinds of kernels

@@ -105,23 +105,14 @@ class LadderResult:
         notes = "\n".join(failed + left_out_notes(self.left_out))
         found = [
             table(f"Ladder of training {ARCH} ({where(self.provenance)})", COLUMNS, self.lines, notes),
-            Table(
-                "The rungs",
-                ["rung", "what it does"],
-                [[rung, what] for rung, what in self.what.items()],
-                text=["what it does"],
-            ),
+            Table("The rungs", ["rung", "what it does"], list(self.what.items()), text=["what it does"]),
         ]
         if profiled := {line.rung: line.kinds for line in self.lines if line.kinds}:
+            title = f"Time by kind of kernel, µs per image, at {self.lines[-1].scale} px"
             kinds = [*KINDS, "other"]
-            found.append(
-                Table(
-                    f"Time by kind of kernel, µs per image, at {self.lines[-1].scale} px",
-                    ["rung", *kinds],
-                    [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()],
-                    "Summed over kernels, which may overlap; Triton's: see KINDS.",
-                )
-            )
+            rows = [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()]
+            note = "Summed over kernels, which may overlap; Triton's: see KINDS."
+            found.append(Table(title, ["rung", *kinds], rows, note))
         return found
 
     def plot(self) -> Figure:

@@ -14,14 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cxrfast.bench.data import make_phantoms
-from cxrfast.bench.harness import (
-    Budget,
-    Pace,
-    announce,
-    in_time,
-    measure_elsewhere,
-    provenance,
-)
+from cxrfast.bench.harness import Budget, Pace, announce, in_time, measure_elsewhere, provenance
 from cxrfast.bench.report import Column, left_out_notes, side_axis, table, where, write_results
 from cxrfast.bench.training.step_measure import FIGURES, StepLine, measure
 from cxrfast.config import preset
@@ -112,13 +105,10 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
         pixels = line.scale**2 * line.micro_batch
         return Pace(budget.clock() - start, len(line.rounds["train"]), steps, options["seconds"], pixels)
 
-    pieces = {
-        f"{one['scale']} px{'' if one['engine'] == 'auto' else ', ' + one['engine']}": (
-            one["scale"] ** 2 * one["micro_batch"],
-            one,
-        )
-        for one in todo
-    }
+    pieces = {}
+    for one in todo:
+        name = f"{one['scale']} px{'' if one['engine'] == 'auto' else ', ' + one['engine']}"
+        pieces[name] = (one["scale"] ** 2 * one["micro_batch"], one)
     in_time(pieces, work, budget, result.left_out)
 
 

@@ -27,12 +27,13 @@ class Clock:
         return measure
 
 
-def test_measurements_take_turns() -> None:
+def test_measurements_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     clock = Clock()
     each = {name: clock.measurement(name, rate, 1, calls) for name, rate in (("a", 6.0), ("b", 3.0))}
     heard: list[str] = []
-    figures = interleave(each, 1.0, 3, on_figure=heard.append)
+    monkeypatch.setattr(harness, "tell", heard.append)
+    figures = interleave(each, 1.0, 3)
     assert calls == heard == ["a", "b"] * 4, "a burn-in each, then three rounds"
     assert figures["a"].ratio(figures["b"]) == 2.0
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cxrfast.bench.data import LONG, LongOrder
 from cxrfast.bench.harness import Budget, Measured
+from cxrfast.bench.loading import load
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.large import large
-from cxrfast.bench.loading.load import _lines, _measure_all
-from cxrfast.bench.loading.result import LoadingLine
 from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.cli.main import cli
 from cxrfast.pipelines import dali
@@ -60,20 +60,8 @@ def test_every_way_is_measured_at_every_scale_for_both_tasks_and_reported(tiny_s
 @pytest.mark.slow
 def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set: Path, tmp_path: Path) -> None:
     """The time is over after a burn-in and one round of two ways at the first scale."""
-    options = [
-        "--only",
-        "limit",
-        "--seconds",
-        "1.5",
-        "--minutes",
-        "0.05",
-        "--device",
-        "cpu",
-        "--workers",
-        "2",
-        "--cold",
-    ]
-    done = run("--shards", tiny_set, "--out", tmp_path, *options)
+    options = "--only limit --seconds 1.5 --minutes 0.05 --device cpu --workers 2 --cold"
+    done = run("--shards", tiny_set, "--out", tmp_path, *options.split())
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads((tmp_path / "load.json").read_text())
     assert [(line["scale"], line["task"], len(line["rounds"])) for line in result["lines"]] == [(32, "A", 1)] * 2
@@ -84,9 +72,8 @@ def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set: Pat
 
 
 def test_the_plan_is_shown_and_one_way_is_measured(tiny_set: Path, tmp_path: Path) -> None:
-    done = run(
-        "--shards", tiny_set, "--out", tmp_path, "--scale", 32, "--only", "host", "--engines", "--minutes", 1, *QUICK
-    )
+    options = "--scale 32 --only host --engines --minutes 1"
+    done = run("--shards", tiny_set, "--out", tmp_path, *options.split(), *QUICK)
     assert done.exit_code == 0, (done.output, done.exception)
     plan = done.stderr.splitlines()
     assert plan[0].startswith("bench load: ")
@@ -103,39 +90,33 @@ def test_the_plan_is_shown_and_one_way_is_measured(tiny_set: Path, tmp_path: Pat
 
 def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels() -> None:
     rates = {"host": 10.0, "host, cache": 40.0, "limit": 20.0, "host, raw": 80.0, "memmap": 160.0, "LitData": 5.0}
-    lines = {line.way: line for line in _lines(64, "A", {way: Measured([rate]) for way, rate in rates.items()})}
-    assert {way: line.ratio for way, line in lines.items()} == {
-        "host": 1,
-        "host, cache": 1,
-        "limit": 0.5,
-        "host, raw": 0.5,
-        "memmap": 0.25,
-        "LitData": 2,
+    lines = {line.way: line for line in load._lines(64, "A", {way: Measured([rate]) for way, rate in rates.items()})}
+    assert {way: (line.ratio, line.of_limit) for way, line in lines.items()} == {
+        "host": (1, 0.5),
+        "host, cache": (1, None),
+        "limit": (0.5, 1),
+        "host, raw": (0.5, None),
+        "memmap": (0.25, None),
+        "LitData": (2, 0.25),
     }
-    assert {way: line.of_limit for way, line in lines.items() if not line.pixels} == {
-        "host": 0.5,
-        "limit": 1,
-        "LitData": 0.25,
-    }
-    assert {line.of_limit for line in lines.values() if line.pixels} == {None}
+    assert [way for way, line in lines.items() if line.pixels] == ["host, cache", "host, raw", "memmap"]
 
 
-def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path: Path) -> None:
+def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
-    def job(scale: int) -> Job:
-        folder = tmp_path / str(scale)
-        return Job(folder=folder, shards=tmp_path, scale=scale, rows=np.arange(9), batch=8, workers=1, turn=False)
-
-    def measure(job: Job, task: str, share: Budget) -> list[LoadingLine]:
+    def figures(job: Job, seconds: float, rounds: int, share: Budget, label: str) -> dict[str, Measured]:
         nonlocal now
         now += 20 * (job.scale / 32) ** 2
-        figure = {"scale": job.scale, "task": task, "way": "host", "ratio": 1, "of_limit": None, "pixels": False}
-        return [LoadingLine(**figure, rate=8 / (5 * (job.scale / 32) ** 2), rounds=[1.0])]  # type: ignore[arg-type]
+        return {"host": Measured([8 / (5 * (job.scale / 32) ** 2)])}
 
+    monkeypatch.setattr(load, "open_ways", lambda job, device, ways: job)
+    monkeypatch.setattr(load, "interleave", figures)
+    given = {"shards": tmp_path, "rows": np.arange(9), "batch": 8, "workers": 1, "turn": False}
+    jobs = [Job(folder=tmp_path / str(scale), scale=scale, **given) for scale in (32, 64)]  # type: ignore[arg-type]
     left_out: dict[str, str] = {}
     budget = Budget.of(1, clock=lambda: now)
-    lines = _measure_all([job(32), job(64)], ["host"], measure, 0.1, budget, left_out)
+    lines = load._measure_all(jobs, ["host"], torch.device("cpu"), 0.1, 1, budget, left_out)
     assert [(line.scale, line.task) for line in lines] == [(32, "A"), (32, "B")]
     assert list(left_out) == ["64 px, task A", "64 px, task B"]
     assert "about 1m20s needed, 20s left" in left_out["64 px, task A"]

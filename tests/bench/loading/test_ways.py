@@ -3,8 +3,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from cxrfast.bench.loading.job import Job, Peer, Shuffled, files, pixels
-from cxrfast.bench.loading.ways import OURS, PEERS, missing, peer_versions, pick_ways, typed
+from cxrfast.bench.loading.job import Job, Peer, files, pixels
+from cxrfast.bench.loading.ways import OURS, PEERS, WHAT, missing, peer_versions, pick_ways, typed
 from cxrfast.bench.trees import SOURCE, crowd
 from cxrfast.cli.main import cli
 from cxrfast.pipelines.reader import Reader
@@ -29,8 +28,8 @@ QUICK = ("DataLoader, our kernels", "memmap")
 def make_job(shards: Path, folder: Path, **changes: Any) -> Job:
     with Reader(shards, 64) as reader:
         rows = reader.rows
-    job = Job(folder=folder, shards=shards, scale=64, rows=rows, batch=16, workers=2, turn=False)
-    return replace(job, **changes)
+    given = {"folder": folder, "shards": shards, "scale": 64, "rows": rows, "batch": 16, "workers": 2, "turn": False}
+    return Job(**given | changes)
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PEERS])
@@ -117,15 +116,6 @@ def test_a_set_smaller_than_a_batch_is_loaded(peer: Peer, tiny_set: Path, tmp_pa
         assert all(5 <= len(batch) <= 16 for batch in islice(supply, 3))
 
 
-def test_batches_are_drawn_from_ever_new_permutations() -> None:
-    batches = iter(Shuffled(10, 3))
-    rounds = [[next(batches) for _ in range(3)] for _ in range(20)]
-    assert all(len(set(chain.from_iterable(three))) == 9 for three in rounds)
-    assert len({str(three) for three in rounds}) == 20
-    assert {number for three in rounds for batch in three for number in batch} == set(range(10))
-    assert sorted(next(iter(Shuffled(2, 3)))) == [0, 1]
-
-
 def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for peer in PEERS.values():
         if peer.needs:
@@ -165,7 +155,7 @@ def test_the_report_compares_with_those_that_are_there_and_names_the_others(
     assert {line["way"] for line in result["lines"] if line["pixels"]} == {"host, cache", "memmap"}
     assert result["left_out"].keys() == {"FFCV"}
     assert "Left out: FFCV (" in text
-    assert f"| webdataset | {PEERS['webdataset'].what} |" in text
+    assert f"| webdataset | {WHAT['webdataset']} |" in text
 
 
 def test_all_versions_are_reported() -> None:
