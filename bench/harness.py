@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,12 +86,11 @@ class Budget:
 
         Those that fit, in this order, get their least and equal parts of the rest. None if not even the first fits.
         """
-        left, needed, fitting = self.left, 0.0, 0
-        for seconds in least:
-            if left <= 0 or needed + seconds > left:
-                break
-            needed, fitting = needed + seconds, fitting + 1
-        return replace(self, end=self.clock() + least[0] + (left - needed) / fitting) if fitting else None
+        left = self.left
+        needed = [seconds for seconds in accumulate(least) if seconds <= left]
+        if not (left and needed):
+            return None
+        return replace(self, end=self.clock() + least[0] + (left - needed[-1]) / len(needed))
 
 
 @dataclass(frozen=True)

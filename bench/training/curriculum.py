@@ -57,27 +57,17 @@ class CurriculumResult:
 
     def tables(self) -> list[Table]:
         first = self.ways[0].reached
-        lines = [
-            [
-                way.name,
-                str(len(way.seconds)),
-                f"{way.before:,.1f}",
-                f"{way.seconds[-1]:,.1f}",
-                f"{way.best:.4f}",
-                "never" if way.reached is None else f"{way.reached:,.1f}",
-                ABSENT if way.reached is None or first is None else f"{first / way.reached:.2f}",
-            ]
-            for way in self.ways
-        ]
-        return [
-            Table(
-                f"Seconds to a validation AUROC of {self.target:.4f} at {self.scale} px, fold {self.fold}",
-                ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"],
-                lines,
-                "Mean AUROC over findings, checked once per epoch. Seconds before: spent on the run at "
-                f"{self.from_scale} px; they count. One run per way: the spread between seeds is not measured.",
-            )
-        ]
+        title = f"Seconds to a validation AUROC of {self.target:.4f} at {self.scale} px, fold {self.fold}"
+        head = ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"]
+        lines = []
+        for way in self.ways:
+            seconds = [f"{way.before:,.1f}", f"{way.seconds[-1]:,.1f}"]
+            reached = "never" if way.reached is None else f"{way.reached:,.1f}"
+            ratio = ABSENT if way.reached is None or first is None else f"{first / way.reached:.2f}"
+            lines.append([way.name, str(len(way.seconds)), *seconds, f"{way.best:.4f}", reached, ratio])
+        note = f"Seconds before: spent on the run at {self.from_scale} px; they count."
+        note = f"Mean AUROC over findings, checked once per epoch. {note} One run per way: the spread between seeds is not measured."
+        return [Table(title, head, lines, note)]
 
     def plot(self) -> Figure:
         """Validation AUROC against the seconds since the start of everything, one line per way."""

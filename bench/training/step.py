@@ -17,7 +17,7 @@ from cxrfast.bench.data import make_phantoms
 from cxrfast.bench.harness import Budget, Pace, announce, in_time, measure_elsewhere, provenance
 from cxrfast.bench.report import Column, left_out_notes, side_axis, table, where, write_results
 from cxrfast.bench.training.step_measure import FIGURES, StepLine, measure
-from cxrfast.config import preset
+from cxrfast.config import Runtime, preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import check_arch
@@ -72,18 +72,14 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     result = StepResult([], {}, provenance(chosen))
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as scratch:
-        options = {
-            "shards": shards or make_phantoms(Path(scratch), scales),
-            "scratch": Path(scratch),
-            "arch": arch,
-            "seconds": seconds / rounds,
-            "rounds": rounds,
-            "device": device,
-            "threads": threads,
-        }
+        shards = shards or make_phantoms(Path(scratch), scales)
+        runtimes = [
+            Runtime(shards=shards, runs=Path(scratch), device=device, engine=one, threads=threads) for one in engines
+        ]
+        given = {"arch": arch, "seconds": seconds / rounds, "rounds": rounds}
         todo = [
-            {**options, "scale": scale, "engine": one, "micro_batch": micro_batch or preset(scale).micro_batch}
-            for scale, one in product(scales, engines)
+            {**given, "runtime": runtime, "scale": scale, "micro_batch": micro_batch or preset(scale).micro_batch}
+            for scale, runtime in product(scales, runtimes)
         ]
         _measure_all(todo, result, budget)
     write_results(out, "bench", result)
@@ -107,7 +103,8 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
 
     pieces = {}
     for one in todo:
-        name = f"{one['scale']} px{'' if one['engine'] == 'auto' else ', ' + one['engine']}"
+        engine = one["runtime"].engine
+        name = f"{one['scale']} px{'' if engine == 'auto' else ', ' + engine}"
         pieces[name] = (one["scale"] ** 2 * one["micro_batch"], one)
     in_time(pieces, work, budget, result.left_out)
 

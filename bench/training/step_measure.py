@@ -7,7 +7,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -73,23 +73,12 @@ class StepLine:
 
 
 def measure(
-    shards: Path,
-    scratch: Path,
-    scale: int,
-    arch: str,
-    seconds: float,
-    rounds: int,
-    device: str,
-    engine: str,
-    threads: int | None,
-    micro_batch: int,
-    budget: Budget,
+    runtime: Runtime, scale: int, arch: str, micro_batch: int, seconds: float, rounds: int, budget: Budget
 ) -> StepLine:
-    """Measure one scale in this process, with `seconds` per turn. `scratch`: folder for the run."""
-    ranks = World(pick_device(device))
+    """Measure one scale in this process, with `seconds` per turn. The run gets a new folder in `runtime.runs`."""
+    ranks = World(pick_device(runtime.device))
     limit_memory(ranks.device)
-    runs = Path(tempfile.mkdtemp(dir=scratch))
-    runtime = Runtime(shards=shards, runs=runs, device=device, engine=engine, threads=threads)
+    runtime = replace(runtime, runs=Path(tempfile.mkdtemp(dir=runtime.runs)))
     trainer = make_trainer(runtime, scale, arch, micro_batch, ranks)
     figures = interleave(measurements(trainer, micro_batch), seconds, rounds, budget)
     gpu_used, process = gpu_used_bytes(ranks.device), peak_resident_bytes()
@@ -140,8 +129,7 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
         """The rate of the steps that `start` makes of a loader's batches, or of the one kept on the device."""
 
         def measure(seconds: float) -> float:
-            supply = closing(endless(loader)) if loader else nullcontext(repeat(kept))
-            with supply as batches:
+            with closing(endless(loader)) if loader else nullcontext(repeat(kept)) as batches:
                 step = start(trainer, batches)
                 step()  # to warm up
                 return rate(step, seconds, trainer.ranks.device)

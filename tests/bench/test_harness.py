@@ -36,10 +36,7 @@ def test_measurements_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = interleave(each, 1.0, 3)
     assert calls == heard == ["a", "b"] * 4, "a burn-in each, then three rounds"
     assert figures["a"].ratio(figures["b"]) == 2.0
-
-
-def test_a_ratio_is_taken_round_by_round() -> None:
-    assert Measured([10.0, 1.0, 4.0]).ratio(Measured([5.0, 0.5, 2.0])) == 2.0
+    assert Measured([10.0, 1.0, 4.0]).ratio(Measured([5.0, 0.5, 2.0])) == 2.0, "round by round"
 
 
 @pytest.mark.parametrize(("minutes", "rounds"), [(0.1, 1), (40 / 60, 1), (65 / 60, 2), (80 / 60, 3), (None, 5)])
@@ -57,25 +54,19 @@ def test_time_is_shared_by_what_fits() -> None:
     budget = Budget.of(2, clock)
     assert budget.left == 120
 
-    def share(*least: float) -> float | None:
-        part = budget.share(list(least))
-        return None if part is None else part.left
+    def share(*least: float, of: Budget = budget) -> tuple[float, float] | None:
+        part = of.share(list(least))
+        return None if part is None else (part.left, part.left_of_all)
 
-    assert share(0, 0, 0) == 40
-    assert share(30, 60) == 30 + 15
-    part = budget.share([0, 0])
-    assert part is not None
-    assert (part.left, part.left_of_all) == (60, 120)
-    assert share(30, 60, 100) == 30 + 15, "the third does not fit and takes nothing"
+    assert share(0, 0, 0) == (40, 120)
+    assert share(30, 60) == share(30, 60, 100) == (30 + 15, 120), "what does not fit takes nothing"
     assert share(130) is None
+    assert share(1e9, 1e9, of=Budget.of(None, clock)) == (float("inf"), float("inf"))
     clock.now += 100
-    assert share(10) == 20
+    assert share(10) == (20, 20)
     clock.now += 100
     assert budget.left == 0
     assert share(0) is None, "nothing starts once the time is over"
-    endless = Budget.of(None, clock).share([1e9, 1e9])
-    assert endless is not None
-    assert endless.left == float("inf")
 
 
 def test_what_does_not_fit_is_left_out_and_named() -> None:

@@ -3,13 +3,12 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import bench_jobs
 import psutil
 import pytest
+from bench_jobs import within_20_seconds
 
 from cxrfast.bench.process import in_own_process
 from cxrfast.errors import LoadError, RunError
@@ -27,7 +26,7 @@ def test_a_process_answers_reports_figures_and_loads_only_what_its_function_need
 
 
 @pytest.mark.parametrize(
-    ("raised", "error", "message"),
+    ("how", "error", "message"),
     [
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] not enough memory: you"), MemoryError, "not enough"),
         (MemoryError("std::bad_alloc"), MemoryError, "^out of memory: std::bad_alloc$"),
@@ -37,14 +36,9 @@ def test_a_process_answers_reports_figures_and_loads_only_what_its_function_need
         (signal.SIGABRT, RunError, "^exit code -6$"),
     ],
 )
-def test_a_process_that_fails_says_why(
-    raised: Exception | signal.Signals, error: type[Exception], message: str
-) -> None:
+def test_a_process_that_fails_says_why(how: Exception | signal.Signals, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        if isinstance(raised, signal.Signals):
-            in_own_process(bench_jobs.die, {"signal": int(raised)})
-        else:
-            in_own_process(bench_jobs.fail, {"error": raised})
+        in_own_process(bench_jobs.fail, {"how": how})
 
 
 def has_ended(pid: str) -> bool:
@@ -52,13 +46,6 @@ def has_ended(pid: str) -> bool:
         return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def within_20_seconds(is_so: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return is_so()
 
 
 def test_a_process_over_its_limit_is_killed_with_everything_it_started(tmp_path: Path) -> None:

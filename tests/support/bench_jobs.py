@@ -1,10 +1,12 @@
-"""Functions that tests of benchmarks call in a process of their own."""
+"""Functions that tests of benchmarks call in a process of their own, and a wait for such processes to end."""
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from signal import Signals
 
 from cxrfast.bench.process import tell
 
@@ -16,12 +18,11 @@ def report_three(a: int) -> list[object]:
     return [a, "torch" in sys.modules]
 
 
-def fail(error: Exception) -> None:
-    raise error
-
-
-def die(signal: int) -> None:
-    os.kill(os.getpid(), signal)
+def fail(how: Exception | Signals) -> None:
+    if isinstance(how, Signals):
+        os.kill(os.getpid(), how)
+    else:
+        raise how
 
 
 def hang(folder: Path) -> None:
@@ -30,3 +31,11 @@ def hang(folder: Path) -> None:
     (folder / "new").write_text(f"{os.getpid()} {started.pid}")
     (folder / "new").rename(folder / "pids")
     time.sleep(600)
+
+
+def within_20_seconds(is_so: Callable[[], bool]) -> bool:
+    """Whether it comes true in time."""
+    deadline = time.monotonic() + 20
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return is_so()

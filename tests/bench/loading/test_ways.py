@@ -1,8 +1,6 @@
 import json
 import sys
 import threading
-import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from bench_jobs import within_20_seconds
 from click.testing import CliRunner
 
 from cxrfast.bench.loading.job import Job, Peer, files, pixels
@@ -70,16 +69,8 @@ def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_runn
                 if len(seen) == 40:
                     break
     assert seen == set(range(40))
-    assert ended(lambda: set(threading.enumerate()) <= threads)
-    assert ended(lambda: not any(map(is_at_work, psutil.Process().children())))
-
-
-def ended(is_so: Callable[[], bool]) -> bool:
-    """Whether it comes true within 20 seconds: queues of torch's DataLoader take a while to end their threads."""
-    deadline = time.monotonic() + 20
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return is_so()
+    assert within_20_seconds(lambda: set(threading.enumerate()) <= threads), "queues of torch's DataLoader end late"
+    assert within_20_seconds(lambda: not any(map(is_at_work, psutil.Process().children())))
 
 
 def is_at_work(process: psutil.Process) -> bool:

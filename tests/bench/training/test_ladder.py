@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget
 from cxrfast.bench.training.ladder import bench
-from cxrfast.bench.training.ladder_measure import RUNGS, kind, largest, make_step, pick_rungs, rates, rungs_of
+from cxrfast.bench.training.ladder_measure import RUNGS, alone, kind, largest, make_step, pick_rungs, rates, rungs_of
 from cxrfast.bench.training.ladder_result import LadderLine, bound
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
@@ -31,20 +32,16 @@ def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, capl
     assert "32 px: 21/21 figures" in said
     for line in result.lines:
         assert line.failed is None
-        assert line.rounds is not None
-        assert min(line.rounds) > 0
-        assert line.peak_bytes is not None
-        assert 2**27 < line.peak_bytes < 2**34
-        assert line.kinds is not None
-        assert max(line.kinds, key=lambda name: line.kinds[name]) in ("convolution", "other")  # type: ignore[index]
-        assert min(line.kinds.values()) > 0
+        assert min(line.rounds or [0]) > 0
+        assert 2**27 < (line.peak_bytes or 0) < 2**34
+        kinds = line.kinds or {"none": 0}
+        assert max(kinds, key=lambda name: kinds[name]) in ("convolution", "other")
+        assert min(kinds.values()) > 0
         assert (line.largest, line.bound, line.gpu_used_bytes) == (None, None, None), "of GPUs"
     _, theirs, checkpointed = (line.saved_bytes or 0 for line in result.lines)
     assert 0 < checkpointed < 0.6 * theirs
     assert result.lines[0].ratio == 1
     assert json.loads((tmp_path / "ladder.json").read_text())["provenance"]["torch"]
-    assert (tmp_path / "ladder.md").read_text().startswith("## Ladder of training densenet121")
-    assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus() -> None:
@@ -92,24 +89,17 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.
     assert "Left out: memory at 32 px (torchvision: " in text
 
 
-def elsewhere(monkeypatch: pytest.MonkeyPatch, run: Callable[[str, dict], dict]) -> None:
-    """Have `run` answer in place of the processes."""
-    monkeypatch.setattr(harness, "in_own_process", lambda work, options, **more: run(work.__name__, options))
-
-
 def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = "autocast"
-
-    def run(what: str, options: dict) -> dict:
-        if what == "alone":
+    def run(work: Callable, options: dict, **more: object) -> dict:
+        if work is alone:
             return {"peak_bytes": 1, "saved_bytes": 1, "kinds": None, "largest": 8}
-        if second in options["rungs"]:
+        if "autocast" in options["rungs"]:
             raise RunError("exit code -11")
         return {rung: {"rounds": [2.0] if rung == RUNGS[0].name else [6.0]} for rung in options["rungs"]}
 
-    elsewhere(monkeypatch, run)
+    monkeypatch.setattr(harness, "in_own_process", run)
     lines = bench([64], tmp_path, device="cpu").lines
     assert [line.failed for line in lines] == [None, "exit code -11", None, None, None]
     assert [line.ratio for line in lines] == [1, None, 3, 3, 3]
@@ -117,10 +107,7 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
 
 
 def test_nothing_measured_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(what: str, options: dict) -> dict:
-        raise MemoryError("out of memory")
-
-    elsewhere(monkeypatch, run)
+    monkeypatch.setattr(harness, "in_own_process", Mock(side_effect=MemoryError("out of memory")))
     with pytest.raises(RunError, match="no rung could be measured; first: out of memory"):
         bench([64], tmp_path, device="cpu")
 
