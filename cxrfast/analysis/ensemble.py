@@ -14,19 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cxrfast import metrics
+from cxrfast.analysis import mixture
 from cxrfast.analysis.join import check_same_study, choose_scales, join_logits
-from cxrfast.analysis.mixture import (
-    DECAY,
-    EPOCHS,
-    LEARNING_RATE,
-    combine,
-    fit_weights,
-    fit_weights_by_em,
-    has_both_classes,
-    mixture_bce,
-    uniform,
-    vote,
-)
 from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, split_defined, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
@@ -127,10 +116,15 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
     of_fold = {"fold": runs[0].config.fold, "label": runs[0].config.labels}
     logits, targets, mask = join_logits(runs, "val")
-    fitted, optimum = fit_weights(logits, targets, mask), fit_weights_by_em(logits, targets, mask)  # (L, S)
-    can_fit = has_both_classes(targets, mask)
-    compared = {"voting": uniform(logits), "stacked": fitted, "optimum": optimum}
-    bce = {name: np.where(can_fit, mixture_bce(logits, targets, mask, w), np.nan) for name, w in compared.items()}
+    fitted, optimum = (
+        mixture.fit_weights(logits, targets, mask),
+        mixture.fit_weights_by_em(logits, targets, mask),
+    )  # (L, S)
+    can_fit = mixture.has_both_classes(targets, mask)
+    compared = {"voting": mixture.uniform(logits), "stacked": fitted, "optimum": optimum}
+    bce = {
+        name: np.where(can_fit, mixture.mixture_bce(logits, targets, mask, w), np.nan) for name, w in compared.items()
+    }
     weights = [
         pd.DataFrame(
             {
@@ -147,7 +141,7 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     ]
     logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
-    scores |= {"voting": vote(logits), "stacked": combine(logits, fitted)}
+    scores |= {"voting": mixture.vote(logits), "stacked": mixture.combine(logits, fitted)}
     auroc = [
         pd.DataFrame({**of_fold, "method": method, "auroc": metrics.auroc(score, targets, mask)})
         for method, score in scores.items()
@@ -199,7 +193,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         "The best single scale has the highest mean test AUROC, a choice that favours it; gains over it are taken fold by fold.",
         mean_note(result.labels, columns),
         f"The best single scale has the largest weight for {top} of {len(both)} findings.",
-        f"Cross-entropy of the validation rows: stacking ({EPOCHS} epochs, learning rate {LEARNING_RATE:g}, × {DECAY:g} per "
+        f"Cross-entropy of the validation rows: stacking ({mixture.EPOCHS} epochs, learning rate {mixture.LEARNING_RATE:g}, × {mixture.DECAY:g} per "
         f"epoch) ends {gap.mean():.4f} nats above the optimum that EM finds, at most {gap.max():.4f}; voting is "
         f"{voting.mean():.4f} above it."
         if len(fitted)

@@ -18,14 +18,7 @@ from matplotlib.patches import Rectangle
 
 from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
-from cxrfast.models.effective_receptive_field import (
-    draw_shifts,
-    effective_receptive_field,
-    energy_centre,
-    energy_radius,
-    erf_size,
-    shifted,
-)
+from cxrfast.models import effective_receptive_field as fields
 from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
@@ -85,11 +78,11 @@ def erf(
         )
     model, scale = run.load(device), run.config.scale
     moved = (
-        shifted(batch.image, draw_shifts(seed, batch.row.cpu().numpy(), scale))
+        fields.shifted(batch.image, fields.draw_shifts(seed, batch.row.cpu().numpy(), scale))
         for batch in batches(run, rows, shards, device, f"erf {run.name}")
     )
-    found = effective_receptive_field(model, moved).astype(np.float32)
-    size = erf_size(found)
+    found = fields.effective_receptive_field(model, moved).astype(np.float32)
+    size = fields.erf_size(found)
     result = Erf(
         run=run.name,
         map=found,
@@ -97,8 +90,8 @@ def erf(
         seed=seed,
         size=size,
         fraction=size / scale,
-        radius_50=energy_radius(found, 0.5),
-        radius_95=energy_radius(found, 0.95),
+        radius_50=fields.energy_radius(found, 0.5),
+        radius_95=fields.energy_radius(found, 0.95),
         theoretical=_theoretical_or_none(run.config.arch),
         config_hash=run.config.hash,
     )
@@ -159,11 +152,11 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
 def _draw(axes: Axes, found: Sequence[Erf]) -> Any:
     """One scale: the mean of the folds' maps, each with maximum 1."""
     erf_map = np.mean([e.map for e in found], axis=0)
-    side, size = erf_map.shape[0], erf_size(erf_map)
+    side, size = erf_map.shape[0], fields.erf_size(erf_map)
     shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
     shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
     # A square as large as the image fits only in its middle, wherever the centre of mass is.
-    y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in energy_centre(erf_map))
+    y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in fields.energy_centre(erf_map))
     axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
     known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
     many = f"{len(found)} folds × " if len(found) > 1 else ""

@@ -5,20 +5,85 @@ Uses no GPU: a login node can answer for the machines that train.
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cxrfast.config import AUTO
+import numpy as np
+import pandas as pd
+import torch
+
+from cxrfast.config import AUTO, TrainConfig
+from cxrfast.distributed import World
 from cxrfast.errors import CxrfastError, RunError
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.weights import imagenet_file
+from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
+from cxrfast.runs.status import SILENT_SECONDS
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.splits import PARTS
 from cxrfast.study.pace import Pace, jobs
 from cxrfast.study.plan import Plan
-from cxrfast.study.run_forecast import Outlook, look, other_set, read_scale, refused
 from cxrfast.tables import Cell, Table
+from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
 from cxrfast.units import duration, size
+
+CHECKPOINT_COPIES = 7
+"""Copies of the weights on disk: last.pt with Adam's two moments (3), the next one while it is written (3), the best (1)."""
+
+
+@dataclass(kw_only=True)
+class Outlook:
+    """What the training command of one run would do."""
+
+    name: str
+    scale: int
+    fold: int
+    what: str = "refused"
+    """done, start, `resume in epoch 3` or refused."""
+    refusals: list[str] = field(default_factory=list)
+    config: TrainConfig | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows in each part."""
+    images: int = 0
+    """Training images per epoch."""
+    weights: str = ""
+    """Where the first weights come from."""
+    work: float = 0.0
+    """Cost of the epochs that are left, in training images; see `TrainConfig.work`."""
+    images_per_s: float | None = None
+    """Images/s of all ranks together."""
+    room: int = 0
+    """Bytes that its checkpoints will take on top of those on disk."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.what == "done"
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for the epochs that are left, at most, since early stopping may end it before. None if the rate is not known."""
+        if not self.work:
+            return 0.0
+        return self.work / self.images_per_s if self.images_per_s else None
+
+
+@dataclass(frozen=True)
+class ScaleData:
+    """Data that all runs of one scale share."""
+
+    scale: int
+    table: pd.DataFrame
+    """rows.parquet of the set."""
+    rows_per_shard: int
+    held: np.ndarray
+    """int64: rows in the set at this scale."""
+    weight_bytes: int
+    """Size of the model's weights, float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +119,10 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
         try:
             data = read_scale(plan, scale, shards, table)
         except CxrfastError as error:
-            outlooks += [refused(plan, scale, fold, str(error)) for fold in plan.folds]
+            outlooks += [
+                Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=[str(error)])
+                for fold in plan.folds
+            ]
         else:
             outlooks += [look(plan, data, fold, pace) for fold in plan.folds]
     room, free = sum(o.room for o in outlooks), shutil.disk_usage(_existing_parent(plan.runtime.runs)).free
@@ -89,6 +157,111 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
+# One run
+
+
+def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) -> ScaleData:
+    """Raises LoadError if the set does not hold the scale, RunError if the model cannot be trained at it."""
+    with Reader(plan.runtime.shards, scale) as reader:
+        held = reader.rows
+    config = plan.config(scale, plan.folds[0], "cpu")
+    with torch.device("meta"):  # shapes only, no numbers: quick
+        model = Classifier(config.arch, len(shards.info.labels))
+        for side in {scale, *(side for side, _ in config.sizes)}:
+            model.check_size(side)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)
+
+
+def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
+    """Outlook of one run."""
+    outlook = Outlook(name=plan.run_name(data.scale, fold), scale=data.scale, fold=fold)
+    with _collected(outlook.refusals):
+        outlook.config = plan.config(data.scale, fold, "cpu")
+    if (config := outlook.config) is None:
+        return outlook
+    folder = RunFolder.of(plan.runtime.runs, config.arch, config.scale, config.fold)
+    with _collected(outlook.refusals):
+        subset = plan.runtime.subset
+        selected = select_rows(data.table, config, data.held, None if subset is None else read_subset(subset))
+        outlook.rows = {part: int((selected["part"] == part).sum()) for part in PARTS}
+        outlook.images = _images_per_epoch(plan, data, config, selected)
+    what, epochs, weights = "refused", 0, ""
+    with _collected(outlook.refusals):
+        what, epochs = _find(plan, config, folder)
+    with _collected(outlook.refusals):
+        weights = folder.checkpoint_path.name if what not in ("refused", "start") else _first_weights(config)
+    if not outlook.refusals:
+        outlook.what, outlook.weights, outlook.images_per_s = what, weights, pace.of(folder.folder, config)
+        if not outlook.is_done:
+            outlook.room = max(0, CHECKPOINT_COPIES * data.weight_bytes - folder.checkpoint_bytes)
+            outlook.work = config.work(epochs, outlook.images, outlook.rows["val"])
+    return outlook
+
+
+@contextmanager
+def _collected(refusals: list[str]) -> Iterator[None]:
+    """Turn an error into a refusal, so that the others are found too."""
+    try:
+        yield
+    except CxrfastError as error:
+        refusals.append(str(error))
+
+
+def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd.DataFrame) -> int:
+    """Raises LoadError if the rows do not fill a global batch, or if the ranks cannot share one."""
+    if config.micro_batch == AUTO:
+        config = replace(config, micro_batch=1)  # any other possible size takes as many images
+    order = train_order(config, rows, World(torch.device("cpu"), 0, plan.ranks), data.rows_per_shard)
+    return order.steps * order.global_batch
+
+
+def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> tuple[str, int]:
+    """What a run will do, as in Outlook, and its finished epochs. Raises RunError if it cannot be resumed."""
+    if not folder.is_started:
+        return "start", 0
+    run = Run.open(folder.folder)
+    if run.config.set_id != config.set_id:
+        raise RunError(other_set(run, plan, config.set_id))
+    differences = plan.differences(config, run.config)
+    if differences and run.has_nothing_to_lose:
+        return "start", 0
+    if differences:
+        raise RunError(
+            f"{run.folder} holds a run of another configuration ({'; '.join(differences)}): choose another RUNS, or give the "
+            "same options to resume it"
+        )
+    state = run.state()
+    epochs = int(state.get("epoch") or 0)
+    if state.get("state") == "done":
+        return "done", epochs
+    if not folder.has_checkpoint:
+        return "start", 0
+    is_alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
+    return f"resume in epoch {epochs + 1}{', runs now' if is_alive else ''}", epochs
+
+
+def other_set(run: Run, plan: Plan, set_id: str) -> str:
+    """Message about a run that was trained on another set than the plan's."""
+    return (
+        f"{run.folder} was trained on set {run.config.set_id}, {plan.runtime.shards} is {set_id}: choose another RUNS"
+    )
+
+
+def _first_weights(config: TrainConfig) -> str:
+    """Where the first weights come from. Raises RunError if they are missing or may not be used for this fold."""
+    if config.weights == "none":
+        return "none"
+    if config.weights == "imagenet":
+        return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
+    refuse_other_fold(config)
+    weights_file(config)
+    return Path(config.weights).name
+
+
+# Texts
+
+
 def projection(plan: Plan, left: list[Outlook]) -> str:
     """One line about the time that the runs `left` will take, at the rates of the runs that are done."""
     runs, pace = plan.runtime.runs, Pace(plan.runtime.runs)
@@ -97,11 +270,11 @@ def projection(plan: Plan, left: list[Outlook]) -> str:
     unknown = ", ".join(map(str, sorted({o.scale for o in left if o.seconds is None})))
     hours = sum(known) / 3600 * plan.ranks
     whose = f"{len(known)} of them " if len(known) < len(left) else ""
-    time = [f"{whose}{duration(sum(known))} at most, {hours:,.2f} GPU-hours"] if known else []
+    cost = [f"{whose}{duration(sum(known))} at most, {hours:,.2f} GPU-hours"] if known else []
     return "; ".join(
         [
             f"study: {len(left)} {'run' if len(left) == 1 else 'runs'} left",
-            *time,
+            *cost,
             *([f"no rate is known yet at {unknown} px"] if unknown else []),
         ]
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 from cxrfast.config import Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
-from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.setup import make_config
@@ -39,9 +38,6 @@ class Plan:
     def run_name(self, scale: int, fold: int) -> str:
         """`densenet121-2048/fold-0`, even if the options are impossible."""
         return f"{self.options.get('arch', TrainConfig.arch)}-{scale}/fold-{fold}"
-
-    def folder(self, scale: int, fold: int) -> Path:
-        return RunFolder.of(self.runtime.runs, self.config(scale, fold, "cpu").arch, scale, fold).folder
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """Differences from the configuration of a run on disk, except in what was left for the machine to choose."""

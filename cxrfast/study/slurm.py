@@ -15,9 +15,9 @@ from msgspec import Meta
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.runs.folder import RunFolder
+from cxrfast.study.forecast import Outlook
 from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
 from cxrfast.study.plan import Plan
-from cxrfast.study.run_forecast import Outlook
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 
 PORT = 29400

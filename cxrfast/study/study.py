@@ -20,9 +20,8 @@ from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.study.forecast import forecast, projection
+from cxrfast.study.forecast import Outlook, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
-from cxrfast.study.run_forecast import Outlook
 from cxrfast.tables import Table
 from cxrfast.training.predict import predict
 from cxrfast.training.signals import TORCHRUN_SIGNALS, Stopped, call

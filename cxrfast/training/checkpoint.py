@@ -49,7 +49,8 @@ def save(
 
     `stateful`: objects with a state_dict, by name. `loss`: this rank's share of the epoch's loss. `spent`: seconds in the epoch.
     """
-    losses, rng = ranks.gather(loss.item()), ranks.gather(generator_states(ranks.device))
+    cuda = torch.cuda.get_rng_state(ranks.device) if ranks.device.type == "cuda" else None
+    losses, rng = ranks.gather(loss.item()), ranks.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
 
     def write() -> None:
         states = {name: part.state_dict() for name, part in stateful.items()}
@@ -73,23 +74,13 @@ def restore(
         part.load_state_dict(checkpoint[name])
     for name in vars(counters):
         setattr(counters, name, checkpoint[name])
-    losses, states = checkpoint["losses"], checkpoint["rng"]
+    losses, rng = checkpoint["losses"], checkpoint["rng"]
     if len(losses) == ranks.size:
         loss.fill_(losses[ranks.rank])
     else:  # resuming is bitwise with the same number of ranks; with another one only the sum counts
         loss.fill_(sum(losses) if ranks.is_first else 0.0)
-    set_generator_states(ranks.device, states[ranks.rank % len(states)])
+    states = rng[ranks.rank % len(rng)]
+    torch.set_rng_state(states["cpu"])
+    if ranks.device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], ranks.device)
     return checkpoint["spent"]
-
-
-def generator_states(device: torch.device) -> dict[str, torch.Tensor | None]:
-    """States of this rank's generators, which dropout and stochastic depth draw from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_generator_states(device: torch.device, states: dict[str, torch.Tensor | None]) -> None:
-    cpu, cuda = states["cpu"], states["cuda"]
-    assert cpu is not None
-    torch.set_rng_state(cpu)
-    if device.type == "cuda" and cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)

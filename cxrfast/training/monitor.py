@@ -71,14 +71,6 @@ class Monitor:
         self.warm_since, self.warm_images = self.begun, images
         """End of the warm-up steps, and images used until then."""
 
-    def rate(self, images: int) -> float:
-        """Images/s since `start_epoch`; `images`: used in the epoch so far."""
-        return (images - self.first_images) / (time.monotonic() - self.begun)
-
-    def waiting_share(self, waited: float) -> float:
-        """`waited` seconds as a fraction of the time since `start_epoch`."""
-        return waited / (time.monotonic() - self.begun)
-
     def is_look_due(self) -> bool:
         """Whether to read the losses on the device now; if so, not again for LOOK_SECONDS."""
         now = time.monotonic()
@@ -148,15 +140,10 @@ class Heartbeat:
 
         `area`: of the images whose rate this is, see `TrainConfig.area_at`; default: this epoch's.
         """
-        rate = images_per_s * (area or self.run.config.area_at(self.counters.epoch))
-        seconds = self.seconds_left(rate)
-        self.write("running", images_per_s=images_per_s, images_per_s_at_scale=rate, eta_seconds=seconds)
-        return seconds
-
-    def seconds_left(self, rate: float) -> float:
-        """Seconds until the last epoch is done, at most; `rate`: images/s at the run's scale."""
         config, epoch = self.run.config, self.counters.epoch
+        rate = images_per_s * (area or config.area_at(epoch))
         work = config.work(epoch, self.images, self.validated) - self.counters.consumed * config.area_at(epoch)
+        self.write("running", images_per_s=images_per_s, eta_seconds=work / rate)
         return work / rate
 
     def write(self, state: str, **more: Any) -> None:

@@ -47,7 +47,7 @@ def make_config(
         given["micro_batch"] = presets.AUTO
     given.setdefault("learning_rate", presets.learning_rate(global_batch))
     if subset is not None:
-        given["subset"] = subset_hash(read_subset(subset))
+        given["subset"] = hashlib.sha256(read_subset(subset).astype("<i8").tobytes()).hexdigest()[:16]
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
     return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
 
@@ -109,10 +109,6 @@ def read_subset(path: Path) -> np.ndarray:
     if not len(rows):
         raise RunError(f"--rows {path} is empty: give a text file with one row number per line")
     return rows
-
-
-def subset_hash(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def staged(shards: Path, folder: Path, scale: int) -> Path:

@@ -19,16 +19,8 @@ from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
+from cxrfast.training import setup
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
-from cxrfast.training.setup import (
-    earlier_micro_batch,
-    read_subset,
-    refuse_other_fold,
-    select_rows,
-    staged,
-    train_order,
-    weights_file,
-)
 from cxrfast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -40,7 +32,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
     Raises Stopped (a SystemExit), with everything saved, after a signal.
     """
     if runtime.stage:
-        runtime = replace(runtime, shards=staged(runtime.shards, runtime.stage, config.scale))
+        runtime = replace(runtime, shards=setup.staged(runtime.shards, runtime.stage, config.scale))
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -51,10 +43,10 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
             model.check_size(side)
         folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
         reader = Reader(runtime.shards, config.scale)
-        subset = None if runtime.subset is None else read_subset(runtime.subset)
-        rows = select_rows(reader.shard_set.rows(), config, reader.rows, subset)
+        subset = None if runtime.subset is None else setup.read_subset(runtime.subset)
+        rows = setup.select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         if config.micro_batch == AUTO:
-            own, other = ranks.on_first(lambda: earlier_micro_batch(folder, config))
+            own, other = ranks.on_first(lambda: setup.earlier_micro_batch(folder, config))
             chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
             if other and not own and chosen < other:
                 raise RunError(
@@ -63,12 +55,12 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
                 )
             config = replace(config, micro_batch=chosen)
         # refuse sizes that do not fit before anything is written
-        train_order(config, rows, ranks, reader.info.rows_per_shard)
+        setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 
         def start() -> Run:
             if not folder.has_checkpoint:  # a checkpoint has its own weights
-                refuse_other_fold(config)
-                if file := weights_file(config):
+                setup.refuse_other_fold(config)
+                if file := setup.weights_file(config):
                     load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
             return Run.start(folder.folder, config, runtime.shards, rows)
 

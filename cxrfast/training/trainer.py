@@ -7,7 +7,7 @@ stay on the device; the host reads the losses every few seconds and before it sa
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,8 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=config.factor, patience=config.patience
         )
+        names = ("model", "optimizer", "scaler", "schedule")
+        self.stateful = {name: getattr(self, name) for name in names}
         self.counters = Counters()
         self.begun, self.spent = time.monotonic(), 0.0
         """When this process began the epoch, and seconds spent on it by earlier ones."""
@@ -93,24 +95,22 @@ class Trainer:
         if self.ranks.is_first:
             self.heartbeat.write("running")
         self._log_engine()
-        if self.runtime.tensorboard and self.ranks.is_first:
-            self.board = Board(self.run.tensorboard_path, self.counters.epoch)
-        try:
-            with self.stop:  # until the final state is written: torchrun sends SIGTERM when another rank has ended
-                try:
-                    with memory_explained(self.config, self.ranks):
-                        while not is_over(self.config, self.counters):
-                            self.end_epoch(*self.train_epoch())
-                except Stopped as end:
-                    if self.ranks.is_first:
-                        self.heartbeat.write("preempted", signal=end.signal)
-                    raise
-                except BaseException as error:
-                    self._failed(error)
-                    raise
-        finally:
-            if self.board:
-                self.board.close()
+        with ExitStack() as stack:
+            if self.runtime.tensorboard and self.ranks.is_first:
+                self.board = stack.enter_context(closing(Board(self.run.tensorboard_path, self.counters.epoch)))
+            # until the final state is written: torchrun sends SIGTERM when another rank has ended
+            stack.enter_context(self.stop)
+            try:
+                with memory_explained(self.config, self.ranks):
+                    while not is_over(self.config, self.counters):
+                        self.end_epoch(*self.train_epoch())
+            except Stopped as end:
+                if self.ranks.is_first:
+                    self.heartbeat.write("preempted", signal=end.signal)
+                raise
+            except BaseException as error:
+                self._failed(error)
+                raise
         if self.ranks.is_first:
             self.heartbeat.write("done")
 
@@ -165,14 +165,13 @@ class Trainer:
         if not self.monitor.is_look_due():
             return ""
         self.is_bad = int(self.loss.bad_step) != NEVER or self._wrong_pixels() is not None
-        images = self.counters.consumed
+        images, seconds = self.counters.consumed, time.monotonic() - self.monitor.begun
         memory = (self.gpu_peak() or resident_bytes()) / 2**30
         # rank 0's share of all steps since the epoch began
         loss = float(self.loss.total) * self.ranks.size * self.config.global_batch / images
         if self.ranks.is_first and self.heartbeat.is_due():
-            self.heartbeat.beat(self.monitor.rate(images))
-        waiting = self.monitor.waiting_share(batches.waited)
-        return f"loss {loss:.4f}, waiting {waiting:.0%}, {memory:.1f} GiB"
+            self.heartbeat.beat((images - self.monitor.first_images) / seconds)
+        return f"loss {loss:.4f}, waiting {batches.waited / seconds:.0%}, {memory:.1f} GiB"
 
     def after_step(self, done: int) -> None:
         """Save, stop or continue after step `done` of this epoch. Raises Stopped, or RunError for a bad loss."""
@@ -268,20 +267,15 @@ class Trainer:
 
     # Checkpoints
 
-    @property
-    def _stateful(self) -> dict[str, Any]:
-        names = ("model", "optimizer", "scaler", "schedule")
-        return {name: getattr(self, name) for name in names}
-
     def save(self) -> None:
         """Write a checkpoint; all ranks call it. For a bad loss or bad weights, raises RunError and writes nothing."""
         self.refuse_bad()
         self.ranks.on_first(self._refuse_bad_weights)
-        checkpoint.save(self.run, self.ranks, self.counters, self._stateful, self.loss.total, self._seconds())
+        checkpoint.save(self.run, self.ranks, self.counters, self.stateful, self.loss.total, self._seconds())
 
     def restore(self) -> None:
         """Resume from the last checkpoint, if there is one."""
-        spent = checkpoint.restore(self.run, self.ranks, self.counters, self._stateful, self.loss.total)
+        spent = checkpoint.restore(self.run, self.ranks, self.counters, self.stateful, self.loss.total)
         if spent is None:
             return
         self.spent = spent

@@ -28,7 +28,7 @@ def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
     config = plan.config(scale, fold, "cpu")
     table = read_rows(plan.runtime.shards / "rows.parquet")
     rows = select_rows(table, config, table["row"].to_numpy())
-    run = Run.start(plan.folder(scale, fold), config, plan.runtime.shards, rows)
+    run = Run.start(plan.runtime.runs / plan.run_name(scale, fold), config, plan.runtime.shards, rows)
     if state:
         run.set_state(**state)
         (run.folder / "last.pt").write_bytes(b"x")

@@ -73,7 +73,9 @@ def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
     plan = make_plan(shards, runs, [32], [fold], device="cpu", options=OPTIONS)
     config = plan.config(32, fold, "cpu")
     table = read_rows(shards / "rows.parquet")
-    run = Run.start(plan.folder(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy()))
+    run = Run.start(
+        plan.runtime.runs / plan.run_name(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy())
+    )
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
     return run.folder
 
