@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from cxrfast.errors import RunError
-from cxrfast.labels import POLICIES
-from cxrfast.splits import FOLDS
 
 DATA = os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg")  # text: it may be a URL
 SHARDS = Path(os.environ.get("CXRFAST_SHARDS", "data/shards"))
@@ -144,6 +142,9 @@ class TrainConfig:
     seed: Annotated[int, Option("Seed of the weights, the order and the augmentation.")] = 0
 
     def __post_init__(self) -> None:
+        from cxrfast.labels import POLICIES  # not at the top: numpy would slow down `cxrfast --help`
+        from cxrfast.splits import FOLDS
+
         for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")

@@ -111,18 +111,12 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
             dist.destroy_process_group()
 
 
-SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)  # its name before torch 2.14
-
-
 def parallel(model: nn.Module) -> DistributedDataParallel:
     """`model` with gradients averaged over the ranks. Buffers are not synchronised, see `World.broadcast_buffers`."""
     # gradients of 1×1 convolutions in channels last have unexpected strides, which is harmless (pytorch#157862)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    apart = {SYNC_BUFFERS: False}
+    is_new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # since torch 2.14
+    apart = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **apart)  # type: ignore[arg-type]
 
 

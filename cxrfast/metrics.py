@@ -75,13 +75,8 @@ def mean_sd(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     values: (K, L); NaN entries do not count. The mean is NaN without any entry, the deviation with fewer than two.
     """
-    values = np.asarray(values, np.float64)
-    known = ~np.isnan(values)
-    n = known.sum(axis=0)
-    mean = np.where(n > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
-    squares = np.where(known, values - mean, 0.0) ** 2
-    sd = np.where(n > 1, np.sqrt(squares.sum(axis=0) / np.maximum(n - 1, 1)), np.nan)
-    return mean, sd
+    known = np.ma.masked_array(values, np.isnan(values), np.float64)
+    return known.mean(axis=0).filled(np.nan), known.std(axis=0, ddof=1).filled(np.nan)
 
 
 def over_findings(columns: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:

@@ -42,9 +42,9 @@ class Evaluation:
     skipped: tuple[str, ...]
     """Runs without predictions."""
 
-    def matrix(self, name: str, metric: str = "auroc") -> np.ndarray:
-        """float64 (K, L) of one group, folds ascending, NaN where undefined."""
-        return by_fold(self.table[self.table["name"] == name], self.labels, metric)
+    def matrix(self, name: str) -> np.ndarray:
+        """AUROC of one group, float64 (K, L), folds ascending, NaN where undefined."""
+        return by_fold(self.table[self.table["name"] == name], self.labels, "auroc")
 
     @property
     def origins(self) -> dict[str, str]:

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
@@ -64,6 +63,8 @@ def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.
         hook.remove()
 
 
+PART = "test"
+
 ARRAYS = ("rows", "maps", "logits")
 """Fields of `Maps`, as they are called in maps.zarr."""
 
@@ -86,11 +87,10 @@ def gradcam_run(
     run: Run,
     label: str,
     images: int = 8,
-    part: str = "test",
     shards: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Maps:
-    """Maps of the `images` positives of `part` with the highest logits, stored in the run's maps.zarr.
+    """Maps of the `images` positives among the test rows with the highest logits, stored in the run's maps.zarr.
 
     Without predictions, the first positives. Raises RunError for an unknown finding, without positives, for a run
     without weights and for another shard set.
@@ -98,14 +98,14 @@ def gradcam_run(
     index = _index(run, label)
     if images < 1:
         raise RunError(f"Grad-CAM needs at least one image, not {images}")
-    rows = positives(run, label, part)[:images]
+    rows = positives(run, label, PART)[:images]
     model = run.load(device)
     loaded = batches(run, rows, shards, device, f"gradcam {run.name} {label}")
     found = [[tensor.float().cpu() for tensor in gradcam(model, batch.image, index)] for batch in loaded]
     maps, logits = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    result = Maps(rows, maps, logits, part)
+    result = Maps(rows, maps, logits, PART)
     arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
-    run.add_maps(arrays, {_group(label): {"part": part, "config_hash": run.config.hash}})
+    run.add_maps(arrays, {_group(label): {"part": PART, "config_hash": run.config.hash}})
     return result
 
 
@@ -152,7 +152,7 @@ def _group(label: str) -> str:
 
 
 def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
-    """Each image next to the same image under its map; titled with the start of its id and its probability.
+    """Each image next to the same image under its map, two pairs per line; titled with the start of its id and its probability.
 
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """
@@ -160,8 +160,14 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
     images = np.concatenate([batch.image[:, 0].numpy() for batch in batches(run, found.rows, shards)])
     ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
     probabilities = sigmoid(found.logits)
-    result, pairs = _pairs(len(ids))
-    for i, (alone, under) in enumerate(pairs):
+    columns = min(2, len(ids))
+    lines = -(-len(ids) // columns)
+    result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")
+    widths = [1, 1, 0.1] * columns  # the narrow column keeps pairs apart
+    grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
+    for i in range(len(ids)):
+        y, x = i // columns, 3 * (i % columns)
+        alone, under = result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])
         for axes in (alone, under):
             axes.imshow(images[i], cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()
@@ -181,14 +187,3 @@ def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
     path = run.gradcam_path(label)
     write_figure(path, figure(run, label, shards), dpi=150)
     return path
-
-
-def _pairs(n: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure with n pairs of axes, two pairs per line."""
-    columns = min(2, n)
-    lines = -(-n // columns)
-    result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")
-    widths = [1, 1, 0.1] * columns  # the narrow column keeps pairs apart
-    grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
-    places = [(i // columns, 3 * (i % columns)) for i in range(n)]
-    return result, [(result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])) for y, x in places]

@@ -34,12 +34,7 @@ def uniform(logits: np.ndarray) -> np.ndarray:
 
 
 def fit_weights(
-    logits: np.ndarray,
-    targets: np.ndarray,
-    mask: np.ndarray | None = None,
-    epochs: int = EPOCHS,
-    lr: float = LEARNING_RATE,
-    decay: float = DECAY,
+    logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None, epochs: int = EPOCHS
 ) -> np.ndarray:
     """The study's stacking (Haque et al. 2023): weights float64 (L, S), rows summing to one.
 
@@ -55,8 +50,8 @@ def fit_weights(
         return weights
     ratio, share = (torch.from_numpy(a[..., defined]) for a in _ratios(logits, targets, mask))
     v = torch.zeros((int(defined.sum()), len(logits)), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([v], lr=lr)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, decay)
+    optimiser = torch.optim.Adam([v], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, DECAY)
     for _ in range(epochs):
         optimiser.zero_grad()
         mixture = torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1))
@@ -99,8 +94,7 @@ def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None
         terms = np.log(weights).T[:, None, :] + _log_likelihood(logits, targets)
     losses = -np.logaddexp.reduce(terms, axis=0)
     counted = np.ones(losses.shape, bool) if mask is None else mask
-    n = counted.sum(axis=0)
-    return np.where(n > 0, np.where(counted, losses, 0.0).sum(axis=0) / np.maximum(n, 1), np.nan)
+    return np.ma.masked_array(losses, ~counted).mean(axis=0).filled(np.nan)
 
 
 def _log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -5,13 +5,12 @@ numbers that summarise it, and a figure with one panel per scale. Nothing here c
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -82,7 +81,9 @@ def erf(
         for batch in batches(run, rows, shards, device, f"erf {run.name}")
     )
     found = fields.effective_receptive_field(model, moved).astype(np.float32)
-    size = fields.erf_size(found)
+    size, theoretical = fields.erf_size(found), None
+    with suppress(RunError):  # none is known for some architectures
+        theoretical = theoretical_receptive_field(run.config.arch)[0]
     result = Erf(
         run=run.name,
         map=found,
@@ -92,19 +93,12 @@ def erf(
         fraction=size / scale,
         radius_50=fields.energy_radius(found, 0.5),
         radius_95=fields.energy_radius(found, 0.95),
-        theoretical=_theoretical_or_none(run.config.arch),
+        theoretical=theoretical,
         config_hash=run.config.hash,
     )
     numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
     run.add_maps({"erf": found}, {"erf": numbers})
     return result
-
-
-def _theoretical_or_none(arch: str) -> int | None:
-    try:
-        return theoretical_receptive_field(arch)[0]
-    except RunError:
-        return None
 
 
 def read_erf(run: Run) -> Erf:
@@ -141,29 +135,21 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
     panels = result.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    for axes, ((_, name), found) in zip(panels, groups.items(), strict=False):
-        shown = _draw(axes, found)
+    for axes, ((side, name), found) in zip(panels, groups.items(), strict=False):
+        erf_map = np.mean([e.map for e in found], axis=0)
+        size = fields.erf_size(erf_map)
+        shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
+        shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
+        # A square as large as the image fits only in its middle, wherever the centre of mass is.
+        y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in fields.energy_centre(erf_map))
+        axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
+        known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
+        many = f"{len(found)} folds × " if len(found) > 1 else ""
+        area = f"{side} px: ERF {size:.0f} px, {100 * size / side:.0f} % of the side"
+        axes.set_title(f"{area}\n{known}{many}{found[0].images} images", fontsize="small")
+        axes.set_xticks([0, side // 2, side])
+        axes.set_yticks([0, side // 2, side])
         axes.set_xlabel(f"px, {name}")
     bar = result.colorbar(shown, ax=panels.tolist(), shrink=0.8, extend="min")
     bar.set_label("squared gradient / maximum")
     return result
-
-
-def _draw(axes: Axes, found: Sequence[Erf]) -> Any:
-    """One scale: the mean of the folds' maps, each with maximum 1."""
-    erf_map = np.mean([e.map for e in found], axis=0)
-    side, size = erf_map.shape[0], fields.erf_size(erf_map)
-    shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
-    shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
-    # A square as large as the image fits only in its middle, wherever the centre of mass is.
-    y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in fields.energy_centre(erf_map))
-    axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
-    known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
-    many = f"{len(found)} folds × " if len(found) > 1 else ""
-    axes.set_title(
-        f"{side} px: ERF {size:.0f} px, {100 * size / side:.0f} % of the side\n{known}{many}{found[0].images} images",
-        fontsize="small",
-    )
-    axes.set_xticks([0, side // 2, side])
-    axes.set_yticks([0, side // 2, side])
-    return shown

@@ -41,12 +41,17 @@ class Chapter:
     """(caption, data URL)"""
 
 
-def report(runs: Path) -> Path:
-    """Write RUNS/report.html from what the runs hold; a chapter whose results are missing names the command for them."""
+def report(
+    runs: Path, evaluation: evaluate.Evaluation | None = None, stacked: ensemble.EnsembleResult | None = None
+) -> Path:
+    """Write RUNS/report.html from what the runs hold; a chapter whose results are missing names the command for them.
+
+    `evaluation`, `stacked`: of these runs' test rows, if they are known already.
+    """
     found = Run.find(runs)
     chapters = [_summary(found)]
     if any(run.has_predictions for run in found):
-        chapters += [_auroc(runs), _ensemble(runs, found)]
+        chapters += [_auroc(runs, evaluation or evaluate.evaluate(runs)), _ensemble(runs, found, stacked)]
     else:
         chapters.append(Chapter("AUROC", "Nothing predicted yet:", f"cxrfast predict {found[0].folder}"))
     chapters += [_learning(runs, found), _erf(runs, found), _gradcam(found), _resources(found), _configuration(found)]
@@ -103,8 +108,7 @@ def _summary(runs: list[Run]) -> Chapter:
     return Chapter("Runs", tables=[_table(records, f"{note} {_footnote(runs)}", ["State"])])
 
 
-def _auroc(runs: Path) -> Chapter:
-    evaluation = evaluate.evaluate(runs)
+def _auroc(runs: Path, evaluation: evaluate.Evaluation) -> Chapter:
     chapter = Chapter("AUROC on the test rows", tables=[evaluate.auroc_table(evaluation)])
     if len(evaluation.names) > 1:
         caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
@@ -143,12 +147,12 @@ def auroc_figure(evaluation: evaluate.Evaluation) -> Figure:
     return figure
 
 
-def _ensemble(runs: Path, found: list[Run]) -> Chapter:
+def _ensemble(runs: Path, found: list[Run], result: ensemble.EnsembleResult | None) -> Chapter:
     title = "Ensemble of scales"
     if len({run.config.scale for run in found if run.has_predictions}) < 2:
         return Chapter(title, "Needs predictions at two scales or more.")
     try:
-        result = ensemble.ensemble(runs)
+        result = result or ensemble.ensemble(runs)
     except RunError as error:
         return Chapter(title, str(error))
     tables = [ensemble.ensemble_table(result, brief=False), ensemble.weights_table(result)]

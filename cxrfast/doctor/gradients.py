@@ -53,7 +53,10 @@ def gradients(reader: Reader, device: torch.device) -> str:
     recomputed, and fp32 runs on one thread, so that it is not compared with itself.
     """
     gpu = device.type == "cuda"
-    image = _eight(reader, 256 if gpu else 64)
+    order = EvalOrder(rows=reader.rows[:IMAGES], micro_batch=IMAGES)
+    side = 256 if gpu else 64  # at 32 px BatchNorm sees too few pixels for bf16 to be near float32
+    with closing(Loader(reader, order, scale=side, engine="host")) as loader:
+        image = next(iter(loader)).image
     precisions = ["fp32", "tf32"] if gpu else ["fp32"]
     if (lower := resolve_precision("auto", device)) != "fp32":
         precisions.append(lower)
@@ -83,13 +86,6 @@ def _errors(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tens
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of `expected`; NaN if either is not finite."""
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def _eight(reader: Reader, side: int) -> torch.Tensor:
-    """uint8 (8, 1, side, side) on the CPU; at 32 px BatchNorm sees too few pixels for bf16 to be near float32."""
-    order = EvalOrder(rows=reader.rows[:IMAGES], micro_batch=IMAGES)
-    with closing(Loader(reader, order, scale=side, engine="host")) as loader:
-        return next(iter(loader)).image
 
 
 def _loss_and_gradient(

@@ -67,7 +67,8 @@ def _machine() -> Iterator[Item]:
 
 
 def _dali() -> Iterator[Item]:
-    driver = _branch(nvidia_driver())
+    branch = (nvidia_driver() or "").split(".")[0]  # `580.65.06` → 580
+    driver = int(branch) if branch.isdecimal() else None
     try:
         dali = find_dali(load=True)
     except DeviceError as error:
@@ -117,12 +118,6 @@ def about_cuda(torch_cuda: str | None, dali: Dali | None, driver: int | None, to
 
 def _major(version: str) -> int:
     return int(version.split(".")[0])
-
-
-def _branch(driver: str | None) -> int | None:
-    """`580.65.06` → 580; None if there is no driver or its version is unknown."""
-    number = (driver or "").split(".")[0]
-    return int(number) if number.isdecimal() else None
 
 
 def _device() -> Iterator[Item]:

@@ -73,7 +73,8 @@ def dali_pixels(reader: Reader, device: torch.device, hw_decoder_load: float = 1
     if not HOST_TURNS_EXACTLY and device.type == "cpu":
         return f"{words}not compared: {inexact}"
     oracle, name = ("host", "host") if HOST_TURNS_EXACTLY else ("dali", f"DALI's CPU engine ({inexact})")
-    inside = _disc(reader.scale)
+    offset = torch.arange(reader.scale) - (reader.scale - 1) / 2
+    inside = torch.hypot(offset[:, None], offset) < reader.scale / 2 - 2
     return words + agreement(turned[..., inside], _images(reader, rows, CPU, oracle, Augment())[..., inside], name)
 
 
@@ -185,9 +186,3 @@ def _refuse_differences(one: torch.Tensor, other: torch.Tensor, rows: np.ndarray
         raise LoadError(
             f"{len(differ)} of {len(rows)} images differ, {what}: first row {differ[0]}, by up to {apart.max()} grey levels"
         )
-
-
-def _disc(size: int) -> torch.Tensor:
-    """Pixels that stay inside the image at any rotation: bool (size, size)."""
-    offset = torch.arange(size) - (size - 1) / 2
-    return torch.hypot(offset[:, None], offset) < size / 2 - 2

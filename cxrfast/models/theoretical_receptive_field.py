@@ -46,14 +46,15 @@ def receptive_field(layers: nn.Module) -> Field:
     for node in graph.graph.nodes:
         before = [f for n in node.all_input_nodes if (f := fields[n])]
         widest = (max(r for r, _ in before), max(j for _, j in before)) if before else None
+        name = getattr(node.target, "__name__", node.target)
         if node.op == "placeholder":
             fields[node] = (1, 1)
         elif node.op == "call_module":
             fields[node] = _after(graph.get_submodule(str(node.target)), widest)
-        elif node.op in ("get_attr", "output") or _is_pointwise(node.target):
+        elif node.op in ("get_attr", "output") or node.target in _POINTWISE or name in _POINTWISE_NAMES:
             fields[node] = widest
         else:
-            raise RunError(f"what {getattr(node.target, '__name__', node.target)} does to it is unknown")
+            raise RunError(f"what {name} does to it is unknown")
     field = fields[node]
     if field is None:
         raise RunError("the layers end in a global pool")
@@ -73,10 +74,6 @@ def _after(module: nn.Module, field: Field | None) -> Field | None:
     if isinstance(module, _POINTWISE_MODULES):
         return field
     raise RunError(f"what a {type(module).__name__} does to it is unknown")
-
-
-def _is_pointwise(target: Any) -> bool:
-    return target in _POINTWISE or getattr(target, "__name__", target) in _POINTWISE_NAMES
 
 
 def _largest(value: Any) -> int:

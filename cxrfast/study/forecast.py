@@ -125,7 +125,9 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
             ]
         else:
             outlooks += [look(plan, data, fold, pace) for fold in plan.folds]
-    room, free = sum(o.room for o in outlooks), shutil.disk_usage(_existing_parent(plan.runtime.runs)).free
+    runs = plan.runtime.runs.absolute()
+    disk = next(folder for folder in (runs, *runs.parents) if os.path.isdir(folder))
+    room, free = sum(o.room for o in outlooks), shutil.disk_usage(disk).free
     refusals = [f"{o.name}: {text}" for o in outlooks for text in o.refusals]
     refusals += _other_runs(plan, shards.info.id, {o.name for o in outlooks})
     if room > free:
@@ -148,13 +150,6 @@ def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
         if run.name not in names and run.config.set_id != set_id:
             refusals.append(other_set(run, plan, set_id))
     return refusals
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not os.path.isdir(path):
-        path = path.parent
-    return path
 
 
 # One run

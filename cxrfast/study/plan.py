@@ -56,10 +56,6 @@ class Plan:
         """Arguments of `cxrfast train` that all runs have in common."""
         return [f"--shards={self.runtime.shards}", f"--runs={self.runtime.runs}", *self.shared_arguments]
 
-    def train_options(self, scale: int, fold: int) -> list[str]:
-        """Arguments of `cxrfast train` for one run."""
-        return [f"--scale={scale}", f"--fold={fold}", *self.train_arguments]
-
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs, one process each."""
         runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
@@ -88,11 +84,5 @@ def make_plan(
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
     folds = sorted(set(folds or ([0] if options.get("split") == "official" else range(FOLDS))))
-    return Plan(
-        runtime=Runtime(shards=shards, runs=runs, **runtime),
-        scales=scales,
-        folds=folds,
-        options=options,
-        nproc=nproc,
-        nodes=nodes,
-    )
+    where = Runtime(shards=shards, runs=runs, **runtime)
+    return Plan(runtime=where, scales=scales, folds=folds, options=options, nproc=nproc, nodes=nodes)

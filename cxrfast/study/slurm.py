@@ -113,10 +113,6 @@ def head(slurm: Slurm, name: str, folder: Path, nodes: int, gpus: int, cpus: int
         "mem": slurm.memory,
         **more,
     }
-    lines = [f"--{option}={_quoted(value)}" for option, value in asked.items() if value != ""]
+    given = {option: str(value) for option, value in asked.items() if value != ""}
+    lines = [f'--{option}="{value}"' if " " in value else f"--{option}={value}" for option, value in given.items()]
     return "\n".join(["#!/usr/bin/env bash", *(f"#SBATCH {line}" for line in [*lines, "--requeue", *slurm.extra])])
-
-
-def _quoted(value: Any) -> str:
-    """As sbatch reads it in a script."""
-    return f'"{value}"' if " " in str(value) else str(value)

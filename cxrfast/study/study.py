@@ -90,12 +90,11 @@ def _results(plan: Plan, done: list[Run], failures: list[str]) -> Study:
     """Tables, ensemble, maps and report of the runs that are done."""
     runs = plan.runtime.runs
     evaluation = evaluate.evaluate(runs)
-    tables = [evaluate.auroc_table(evaluation)]
-    if len({run.config.scale for run in done}) > 1:
-        tables.append(ensemble.ensemble_table(ensemble.ensemble(runs)))
+    stacked = ensemble.ensemble(runs) if len({run.config.scale for run in done}) > 1 else None
+    tables = [evaluate.auroc_table(evaluation), *([ensemble.ensemble_table(stacked)] if stacked else [])]
     first = min(run.config.fold for run in done)
     _maps([run for run in done if run.config.fold == first], evaluation, plan.runtime.shards, plan.runtime.device)
-    return Study(tables, report(runs), failures)
+    return Study(tables, report(runs, evaluation, stacked), failures)
 
 
 def _run(plan: Plan, outlook: Outlook) -> Run:
@@ -106,7 +105,10 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
     elif plan.nproc > 1:
         _torchrun(plan, outlook, folder)
     else:
-        _in_this_process(plan, outlook)
+        try:
+            train(plan.config(outlook.scale, outlook.fold, runtime.device), runtime)
+        except CxrfastError as error:
+            raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
     run = Run.open(folder)
     if not run.is_done:
         raise RunError(f"{folder} exited without finishing and without an error: run the study again")
@@ -116,18 +118,11 @@ def _run(plan: Plan, outlook: Outlook) -> Run:
     return run
 
 
-def _in_this_process(plan: Plan, outlook: Outlook) -> None:
-    try:
-        train(plan.config(outlook.scale, outlook.fold, plan.runtime.device), plan.runtime)
-    except CxrfastError as error:
-        raise error if outlook.name in str(error) else type(error)(f"{outlook.name}: {error}") from error
-
-
 def _torchrun(plan: Plan, outlook: Outlook, folder: Path) -> None:
     """Raises Stopped if a signal ended it, RunError if it failed."""
     options = ["--standalone", f"--nproc_per_node={plan.nproc}", f"--signals-to-handle={TORCHRUN_SIGNALS}"]
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")  # seconds to save in; older torchrun gives 30
-    training = ["-m", "cxrfast.train", *plan.train_options(outlook.scale, outlook.fold)]
+    training = ["-m", "cxrfast.train", f"--scale={outlook.scale}", f"--fold={outlook.fold}", *plan.train_arguments]
     started = time.time()
     code, received = call([sys.executable, "-m", "torch.distributed.run", *options, *training])
     if received is not None:

@@ -158,7 +158,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     with patch.object(
         cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
     ):
-        done = CliRunner().invoke(cli, ["train", *plan.train_options(32, 1)])
+        done = CliRunner().invoke(cli, ["train", "--scale=32", "--fold=1", *plan.train_arguments])
     assert done.exit_code == 0, done.output
     assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
     changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
