@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from cxrfast import metrics
 from cxrfast.analysis import mixture
 from cxrfast.analysis.join import check_same_study, choose_scales, join_logits
-from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, split_defined, undefined_note
+from cxrfast.analysis.scores import by_fold, folds_text, is_defined, mean_note, score_rows, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
@@ -45,10 +45,6 @@ class EnsembleResult:
     """fold, label, method (a name, voting or stacked), auroc of the test rows; NaN where undefined."""
     bce: pd.DataFrame
     """fold, label, voting, stacked, optimum: cross-entropy of the validation rows; NaN as in `weights`."""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return (*self.names, "voting", "stacked")
 
     @property
     def short_names(self) -> tuple[str, ...]:
@@ -157,7 +153,7 @@ def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
 
     `brief`, for a terminal: means and the gain of stacking alone, without deviations.
     """
-    columns = [result.matrix(method) for method in result.methods]
+    columns = [result.matrix(method) for method in (*result.names, "voting", "stacked")]
     gains = {"Stacked − best": result.gains("stacked")}
     if not brief:
         gains = {"Voting − best": result.gains("voting"), **gains}
@@ -211,7 +207,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
 def weights_table(result: EnsembleResult) -> Table:
     """Mean weights of the stacked ensemble."""
     weights = result.mean_weights()
-    shown, _ = split_defined(result.labels, [weights.T])
+    shown = np.flatnonzero(is_defined([weights.T]))
     return Table(
         f"Weights of the stacked ensemble, mean over {folds_text(result.folds)}",
         ["Finding", *result.short_names],
@@ -223,7 +219,7 @@ def weights_table(result: EnsembleResult) -> Table:
 def weights_figure(result: EnsembleResult) -> Figure:
     """Mean weights as one stacked bar per finding that has any, scales ascending from left to right; 900 px wide."""
     weights = result.mean_weights()
-    shown, _ = split_defined(result.labels, [weights.T])
+    shown = np.flatnonzero(is_defined([weights.T]))
     figure = Figure(figsize=(9.0, 1.3 + 0.32 * len(shown)), dpi=100, layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.2, 0.9, len(result.names)))

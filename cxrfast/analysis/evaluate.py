@@ -75,8 +75,6 @@ class Evaluation:
 def evaluate(runs: Path, part: str = "test") -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
 
-    Tables of the test part are auroc.*, tables of another part auroc-<part>.*.
-
     Raises RunError if no run has predictions, if runs cannot be joined, or if a run predicted other rows than
     the part's.
     """
@@ -162,7 +160,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent."""
+    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent; auroc-<part>.* if not of the test part."""
     folder.mkdir(exist_ok=True)
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
     table = auroc_table(evaluation)

@@ -23,7 +23,7 @@ def score_rows(
 
     columns, gains: float64 (K, L) each, NaN where undefined. Gains have a sign and are not compared.
     """
-    shown, _ = split_defined(labels, columns)
+    shown = np.flatnonzero(is_defined(columns))
     overall, _ = metrics.over_findings([*columns, *gains])
     both = [np.hstack(pair) for pair in zip([*columns, *gains], overall, strict=True)]  # findings, then their mean
     rows = []
@@ -48,15 +48,14 @@ def _cell(values: np.ndarray, sign: str, deviations: bool, is_best: bool = False
     return Cell(text, "bold" if is_best else "")
 
 
-def split_defined(labels: Sequence[str], columns: Sequence[np.ndarray]) -> tuple[list[int], list[str]]:
-    """Indices of the findings that some column (K, L) defines, and the names of the others."""
-    known = ~np.isnan(np.concatenate(columns)).all(axis=0)
-    return np.flatnonzero(known).tolist(), [label for label, k in zip(labels, known, strict=True) if not k]
+def is_defined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """bool (L,): findings that some column (K, L) defines."""
+    return ~np.isnan(np.concatenate(columns)).all(axis=0)
 
 
 def undefined_note(labels: Sequence[str], columns: Sequence[np.ndarray], part: str) -> str:
     """Names the findings that no column defines; empty if there are none."""
-    _, others = split_defined(labels, columns)
+    others = [label for label, known in zip(labels, is_defined(columns), strict=True) if not known]
     return f"Undefined everywhere: {', '.join(others)} (no positive or no negative {part} row)." if others else ""
 
 

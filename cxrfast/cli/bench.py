@@ -3,7 +3,6 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +41,6 @@ def report(result: "Result", out: Path) -> None:
     click.echo(f"tables, JSON and plot: {out}")
 
 
-Option = Callable[[Callable[..., None]], Callable[..., None]]
-
 RESULTS = click.option(
     "--out", type=option.FOLDER, default=Path("bench-results"), help="Folder for table, JSON and plot."
 )
@@ -57,12 +54,12 @@ MINUTES = click.option(
 MICRO_BATCH = click.option("--micro-batch", type=option.COUNT, help="Images per step. [default: by scale]")
 
 
-def seconds_option(default: float, least: float = 0.01, what: str = "figure and round") -> Option:
+def seconds_option(default: float, least: float = 0.01, what: str = "figure and round") -> option.Decorator:
     time = option.Finite(min=least, max=3600)
     return click.option("--seconds", type=time, default=default, help=f"Measured time per {what}.")
 
 
-def only_option(what: str) -> Option:
+def only_option(what: str) -> option.Decorator:
     return click.option("--only", metavar="NAME", multiple=True, help=f"Only this {what}; repeatable.")
 
 

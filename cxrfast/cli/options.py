@@ -12,6 +12,7 @@ from cxrfast import config
 from cxrfast.config import options_of
 
 Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
 
 
 class LocalPath(click.Path):
@@ -41,16 +42,16 @@ MOVED_SHARDS = click.option(
 DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda.")
 
 
-def flag(name: str, help: str, field: str | None = None) -> Callable[[Command], Command]:
+def flag(name: str, help: str, field: str | None = None) -> Decorator:
     """An option without a value; `field`: its argument, if not named like the option."""
     return click.option(name, *([field] if field else []), is_flag=True, help=help)
 
 
-def scales(help: str, required: bool = False) -> Callable[[Command], Command]:
+def scales(help: str, required: bool = False) -> Decorator:
     return click.option("--scale", "scales", type=int, multiple=True, required=required, help=help)
 
 
-def workers(help: str) -> Callable[[Command], Command]:
+def workers(help: str) -> Decorator:
     return click.option("--workers", type=COUNT, help=help)
 
 
@@ -170,7 +171,7 @@ TYPES = {"micro_batch": MicroBatch(), "sizes": SIZES, "label_policies": LABEL_PO
 """Options whose help differs from the text in the field's type."""
 
 
-def configuration_options(kind: type, names: Container[str] | None = None) -> Callable[[Command], Command]:
+def configuration_options(kind: type, names: Container[str] | None = None) -> Decorator:
     """Add the options of TrainConfig or Runtime to a command: all, or only the fields `names`."""
 
     def add(command: Command) -> Command:

@@ -39,17 +39,18 @@ def study(shards: Path, runs: Path, keep_going: bool, dry_run: bool, **options: 
     """Train, predict and evaluate every scale × fold of SET, then ensemble, ERF, Grad-CAM, report. Run again, it resumes."""
     training, runtime = option.configured(options)
     scales, folds = list(options["scales"]), list(options["folds"])
-    chosen = {"scales": scales, "folds": folds, "nproc": options["nproc"], "options": training, **runtime}
+    where = {"shards": shards, "runs": runs, "scales": scales, "folds": folds, "nproc": options["nproc"], **runtime}
+    chosen = {**where, "options": training}
     rates, walltime, sbatch, slurm = (options[name] for name in ("rates", "walltime", "sbatch", "slurm"))
     if dry_run or sbatch:
-        _look_ahead(shards, runs, chosen, dict(rates), walltime, slurm, None if dry_run else sbatch)
+        _look_ahead(chosen, dict(rates), walltime, slurm, None if dry_run else sbatch)
         return
     if slurm or walltime or rates:
         fail("--slurm, --walltime and --rate need --dry-run or --sbatch")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
 
-    result = _carried_out(carry_out, shards, runs, keep_going=keep_going, **chosen)
+    result = _carried_out(carry_out, keep_going=keep_going, **chosen)
     if result.failures:
         fail(failed(result.failures))
 
@@ -69,13 +70,7 @@ def _carried_out(study: Callable[..., "Study"], *arguments: Any, **options: Any)
 
 
 def _look_ahead(
-    shards: Path,
-    runs: Path,
-    chosen: dict[str, Any],
-    rates: dict[int, float],
-    walltime: str | None,
-    slurm: Path | None,
-    sbatch: Path | None,
+    chosen: dict[str, Any], rates: dict[int, float], walltime: str | None, slurm: Path | None, sbatch: Path | None
 ) -> None:
     """Show what a study would do; write its job scripts into the folder `sbatch`, if one is given."""
     from msgspec.structs import replace
@@ -87,7 +82,7 @@ def _look_ahead(
 
     asked = read_slurm(slurm) if slurm else Slurm()
     asked = replace(asked, time=walltime or asked.time)
-    plan = make_plan(shards, runs, nodes=asked.nodes, **chosen)
+    plan = make_plan(nodes=asked.nodes, **chosen)
     result = forecast(plan, rates)
     show(forecast_table(result, parse_walltime(asked.time) if walltime or slurm or sbatch else None))
     result.check()

@@ -59,8 +59,8 @@ def load_weights(model: Classifier, path: Path, option: str | None = None) -> No
     own = model.state_dict()
     usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     # older files have no num_batches_tracked, which nothing reads
-    optional = re.compile(r"normalise\.|.*num_batches_tracked$")
-    missing = [name for name in own if name not in usable and not optional.match(name)]
+    optional = r"normalise\.|.*num_batches_tracked$"
+    missing = [name for name in own if name not in usable and not re.match(optional, name)]
     last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
     if set(missing) - last:
         raise RunError(

@@ -85,8 +85,3 @@ class RunFolder:
     @property
     def has_predictions(self) -> bool:
         return self.predictions_path.is_dir()
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of the checkpoint and the best weights, as far as they exist."""
-        return sum(path.stat().st_size for path in (self.checkpoint_path, self.weights_path) if path.exists())

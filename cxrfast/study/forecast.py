@@ -189,7 +189,9 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
     if not outlook.refusals:
         outlook.what, outlook.weights, outlook.images_per_s = what, weights, pace.of(folder.folder, config)
         if not outlook.is_done:
-            outlook.room = max(0, CHECKPOINT_COPIES * data.weight_bytes - folder.checkpoint_bytes)
+            there = [path for path in (folder.checkpoint_path, folder.weights_path) if path.exists()]
+            there_bytes = sum(path.stat().st_size for path in there)
+            outlook.room = max(0, CHECKPOINT_COPIES * data.weight_bytes - there_bytes)
             outlook.work = config.work(epochs, outlook.images, outlook.rows["val"])
     return outlook
 
