@@ -2,12 +2,10 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from cxrfast.tables import Table
+from cxrfast.tables import Table
 
 
 def fail(message: str) -> None:
@@ -16,7 +14,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def show(*tables: "Table") -> None:
+def show(*tables: Table) -> None:
     """Print tables on stdout, as wide as the terminal; 120 columns if stdout is not one."""
     from rich.console import Console
 
