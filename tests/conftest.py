@@ -1,5 +1,6 @@
 """Sets that several tests use: phantoms, and real radiographs where they are at hand (tests that need them skip else)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ from cxrfast.machine import let_threads_sleep
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
+
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"  # of the processes that tests start
 
 let_threads_sleep()  # two processes of pytest share the cores; before a test imports torch
 

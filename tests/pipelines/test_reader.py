@@ -149,6 +149,7 @@ def take_another_set(path: Path) -> None:
         ("idx", lambda path: path.write_text("v1.2 1\n"), "000001.idx is damaged"),
         ("idx", take_index_of_another, "the index of .*64/000001.tar belongs to another tar"),
         ("json", take_another_set, "64/000001.tar belongs to another set"),
+        ("json", lambda path: path.write_text("{"), "000001.json is damaged"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_when_the_set_is_opened(folder, kind, spoil, says):

@@ -1,8 +1,10 @@
-"""Trees with damaged images, and their sets."""
+"""Trees with damaged images, their sets, and copies to damage."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from damage import copy_set
 from sets import build
 
 from cxrfast.phantoms.dataset import synth
@@ -38,3 +40,15 @@ def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """The set of the damaged tree, at 32 px."""
     out = tmp_path_factory.mktemp("corrupt-set") / "set"
     return out, build(corrupt, out, [32])
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny set to damage."""
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.fixture
+def tree(phantoms: Path, tmp_path: Path) -> Path:
+    """A copy of the phantoms to damage."""
+    return Path(shutil.copytree(phantoms, tmp_path / "mimic"))

@@ -1,12 +1,9 @@
-import functools
-import http.server
 import multiprocessing
 import operator
 import pickle
 import posixpath
 import subprocess
 import sys
-import threading
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import s3_server
+from staging import s3_server, web_server
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.storage import FEW, Tree, relative
@@ -86,54 +83,51 @@ def test_every_kind_of_tree_lists_what_a_folder_lists(tree, folder):
         assert not tree.exists(path)
         assert not tree.is_dir(path)
         assert tree.files(path) == tree.folders(path) == []
+    assert str(tree) == tree.location
+    assert tree.is_local == (tree.location.startswith(("file://", "/")))
+    if not tree.location.startswith("zip"):
+        assert tree.name in (folder.name, "mimic")
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["*", "*.csv", "files/p1?/*/*.jpg", "files/*/s1", "batch*", "none*", "files/p10", "*/p[!1]*", "?[e-z]*.csv"],
-)
-def test_patterns_find_what_pathlib_finds(tree, folder, pattern):
-    assert tree.glob(pattern) == sorted(str(p.relative_to(folder)) for p in folder.glob(pattern))
+def test_patterns_find_what_pathlib_finds(tree, folder):
+    for pattern in (
+        "*",
+        "*.csv",
+        "files/p1?/*/*.jpg",
+        "files/*/s1",
+        "batch*",
+        "none*",
+        "files/p10",
+        "*/p[!1]*",
+        "?[e-z]*.csv",
+    ):
+        assert tree.glob(pattern) == sorted(str(p.relative_to(folder)) for p in folder.glob(pattern)), pattern
 
 
-def test_every_kind_of_tree_gives_the_bytes_of_its_files(tree):
+def test_every_kind_of_tree_gives_the_bytes_and_sizes_of_its_files_and_os_errors_where_there_is_none(tree):
     for path, data in FILES.items():
         assert tree.read(path) == data
         with tree.open(path) as file:
             assert file.read() == data
-
-
-def test_a_file_that_is_missing_and_a_folder_are_os_errors(tree):
     for read in (tree.read, tree.open):
         with pytest.raises(FileNotFoundError):
             read("files/p10/s1/absent.jpg")
     with pytest.raises(OSError, match="files"):
         tree.read("files")
-
-
-def test_sizes_are_those_of_the_files_and_minus_one_where_there_is_none(tree):
     asked = [*FILES, "absent", "files/p10/s1/absent.jpg", "files/p99/s1/a.jpg", "nowhere/x"] * 2
-    expected = [len(FILES[path]) if path in FILES else -1 for path in asked]
     sizes = tree.sizes(asked)
     assert sizes.dtype == np.int64
-    assert sizes.tolist() == expected
+    assert sizes.tolist() == [len(FILES[path]) if path in FILES else -1 for path in asked]
     assert tree.sizes([]).shape == (0,)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "files/../../secret", "s3://other/x", "a\0b", "/"])
-def test_no_path_leads_out_of_a_tree(tree, path):
-    for use in (tree.read, tree.open, tree.exists, tree.is_dir, tree.files, tree.folders, tree.glob):
+def test_no_path_leads_out_of_a_tree(tree):
+    for path in ("/etc/passwd", "../secret", "files/../../secret", "s3://other/x", "a\0b", "/"):
+        for use in (tree.read, tree.open, tree.exists, tree.is_dir, tree.files, tree.folders, tree.glob):
+            with pytest.raises(ShardError, match="not a path below the source tree"):
+                use(path)
         with pytest.raises(ShardError, match="not a path below the source tree"):
-            use(path)
-    with pytest.raises(ShardError, match="not a path below the source tree"):
-        tree.sizes(["train.csv", path])
-
-
-def test_a_tree_says_where_it_is(tree, folder):
-    assert str(tree) == tree.location
-    assert tree.is_local == (tree.location.startswith(("file://", "/")))
-    if not tree.location.startswith("zip"):
-        assert tree.name in (folder.name, "mimic")
+            tree.sizes(["train.csv", path])
 
 
 def test_relative_locations_and_links_are_folders_like_others(folder, tmp_path, monkeypatch):
@@ -150,12 +144,9 @@ def test_relative_locations_and_links_are_folders_like_others(folder, tmp_path, 
     assert tree.folders("") == ["files"]
     assert len(tree.glob("files/*/*/*.jpg")) == 3
     assert tree.sizes(["gone", "files/p10/s1/a.jpg"]).tolist() == [-1, 6]
-
-
-def test_absolute_paths_of_a_tree_begin_with_its_roots(folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    assert set(Tree("link").roots) == {f"{tmp_path}/link/", f"{folder}/"}
+    assert set(Tree("link").roots) == {f"{tmp_path}/link/", f"{folder}/"}, "absolute paths begin with one"
     assert Tree("memory://box/mimic/").roots == ("memory://box/mimic/",)
 
 
@@ -197,18 +188,6 @@ def test_a_relative_path_is_tidied_as_posix_says_or_refused(path):
 # What cannot be reached
 
 
-@pytest.mark.parametrize(
-    ("location", "message"),
-    [
-        ("nope://x", "Protocol not known: nope.*give a folder, or a URL that fsspec knows"),
-        ("zip://::/nowhere/x.zip", "cannot be opened.*No such file"),
-    ],
-)
-def test_a_location_that_cannot_be_opened_is_named(location, message):
-    with pytest.raises(ShardError, match=message):
-        Tree(location)
-
-
 def test_a_driver_that_is_not_installed_is_named():
     code = (
         "import sys; sys.modules['s3fs'] = sys.modules['gcsfs'] = None\n"
@@ -227,10 +206,15 @@ def test_a_driver_that_is_not_installed_is_named():
     assert "cxrfast[remote]" not in gs
 
 
-def test_an_archive_that_is_none_or_is_damaged_is_an_error_and_never_wrong_bytes(tmp_path):
+def test_what_cannot_be_opened_is_named_and_a_damaged_archive_never_gives_wrong_bytes(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
-    with pytest.raises(ShardError, match=r"cannot be opened.*not a zip file"):
-        Tree(f"zip://::{tmp_path / 'a.zip'}")
+    for location, message in (
+        ("nope://x", "Protocol not known: nope.*give a folder, or a URL that fsspec knows"),
+        ("zip://::/nowhere/x.zip", "cannot be opened.*No such file"),
+        (f"zip://::{tmp_path / 'a.zip'}", "cannot be opened.*not a zip file"),
+    ):
+        with pytest.raises(ShardError, match=message):
+            Tree(location)
     data = bytearray(pack(tmp_path / "b.zip").read_bytes())
     start = data.index(b"train.csv") + len("train.csv")
     data[start + 1] ^= 0xFF
@@ -253,19 +237,11 @@ def test_a_server_that_does_not_answer_is_named():
 
 def test_a_web_server_gives_tables_and_says_that_images_must_be_copied(folder):
     pytest.importorskip("aiohttp")
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        tree = Tree(f"http://127.0.0.1:{server.server_port}")
+    with web_server(folder) as (url, _):
+        tree = Tree(url)
         assert tree.read("train.csv") == FILES["train.csv"]
         with pytest.raises(ShardError, match=r"does not report the size of train.csv: copy it to a local disk"):
             tree.sizes(["train.csv"])
-        server.shutdown()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
 
 
 # An object store, where nothing is a folder
@@ -309,20 +285,16 @@ def test_a_bucket_is_a_tree_and_sizes_take_a_few_listings_not_a_request_a_file(s
 
 
 @pytest.mark.slow
-def test_what_was_added_to_a_bucket_since_is_seen_by_a_new_tree(store):
+def test_what_was_added_to_a_bucket_since_is_seen_by_a_new_tree_and_one_out_of_reach_is_named(store, monkeypatch):
     url, _ = store
     assert Tree(url).sizes(["new/x.jpg"]).tolist() == [-1]
     assert "new" not in Tree(url).folders("")
     fsspec.filesystem("s3", skip_instance_cache=True).pipe_file("trees/mimic/new/x.jpg", b"123")
     assert Tree(url).sizes(["new/x.jpg"]).tolist() == [3]
     assert "new" in Tree(url).folders("")
-
-
-@pytest.mark.slow
-def test_a_bucket_that_is_not_ours_is_named(store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ShardError, match=r"s3://trees/mimic cannot be reached \("):
-        Tree("s3://trees/mimic").is_dir("")
+        Tree(url).is_dir("")
     fsspec.get_filesystem_class("s3").clear_instance_cache()

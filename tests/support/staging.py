@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -58,14 +61,14 @@ def stage(source: Path | str, to: Path | str, scales: list[int] | None = None, *
 
 
 class Bucket:
-    """A bucket of an S3 server on this machine, or a folder of fsspec's memory."""
+    """A bucket of an S3 server on this machine, a folder of fsspec's memory, or a folder of this machine."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
         self.fs, self.name = fs, name
-        self.is_s3 = "s3" in fs.protocol
-        self.root = f"{'s3' if self.is_s3 else 'memory'}://{name}"
+        self.is_s3, self.is_folder = "s3" in fs.protocol, "file" in fs.protocol
+        self.root = f"/{name}" if self.is_folder else f"{'s3' if self.is_s3 else 'memory'}://{name}"
         self.url = f"{self.root}/some/set"
-        fs.mkdir(name)
+        fs.mkdir(self.root)
 
     def contents(self) -> dict[str, bytes]:
         """Every object of the set, by its relative name."""
@@ -98,13 +101,8 @@ def of_scale(files: dict[str, bytes], *scales: int) -> dict[str, bytes]:
 
 
 def start(source: Path | str, to: Path | str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cxrfast", "stage", str(source), str(to), "--workers", "2"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "cxrfast", "stage", str(source), str(to), "--workers", "2"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def signal_when(source: Path | str, to: Path | str, ready: Callable[[], bool], which: signal.Signals) -> int:
@@ -115,3 +113,22 @@ def signal_when(source: Path | str, to: Path | str, ready: Callable[[], bool], w
         child.send_signal(which)
         child.communicate()
     return child.returncode
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder served by HTTP on this machine: its URL, and the paths that were asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()

@@ -1,7 +1,6 @@
 """Who builds: a dask cluster."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,18 +16,12 @@ from sets import build
 from cxrfast.errors import ShardError
 from cxrfast.shards.building import dask_workers
 
-ROOT = Path(__file__).parents[3]
-
 
 @contextmanager
 def dask(*words: str) -> Iterator[subprocess.Popen]:
     """A dask process of its own."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "dask", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    command = [sys.executable, "-m", "dask", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             yield process
         finally:

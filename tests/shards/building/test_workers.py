@@ -1,6 +1,5 @@
 """Who builds: processes that die of outside causes or of an image, and parts of a job array."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
 
-ROOT = Path(__file__).parents[3]
 MARK = b"this image leads the decoder astray"
 
 build = partial(build_set, workers=2)
@@ -70,13 +68,8 @@ if __name__ == "__main__":
 
 def crash(tree: Path, out: Path, script: Path, how: str) -> subprocess.CompletedProcess[str]:
     script.write_text(CRASHING.replace("HOW", how))
-    return subprocess.run(
-        [sys.executable, script, tree, out, MARK.decode()],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, script, tree, out, MARK.decode()]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -122,51 +115,27 @@ def test_a_crash_at_an_image_that_was_fine_at_another_scale_fails_its_shard(astr
 # Parts
 
 
-def test_parts_build_the_same_set_in_any_order(phantoms, either_set, tmp_path):
-    out, recipe = tmp_path / "set", read_set(either_set).recipe
+def test_parts_build_the_same_set_in_any_order(phantoms, raw_set, tmp_path):
+    out, recipe = tmp_path / "set", read_set(raw_set).recipe
     assert not build(phantoms, out, [32, 64], part=(2, 2), recipe=recipe).complete
     assert not (out / "SHA256SUMS").exists(), "a part of a set is not a set"
     assert build(phantoms, out, [32, 64], part=(1, 2), recipe=recipe).complete
-    assert contents(out) == contents(either_set)
+    assert contents(out) == contents(raw_set)
+    assert build(phantoms, tmp_path / "other", [8], part=(5, 5)).rows == {}, "a part beyond the shards"
+    for options in ({"dask": "tcp://127.0.0.1:1"}, {"retry_quarantined": True}):
+        with pytest.raises(ShardError, match="--part cannot be combined"):
+            build(phantoms, tmp_path / "other", [8], part=(1, 2), **options)
 
 
 @pytest.mark.slow
 def test_parts_at_the_same_time_build_the_same_set(noisy, noisy_set, tmp_path):
     out = tmp_path / "set"
-    command = [
-        sys.executable,
-        "-m",
-        "cxrfast",
-        "shard",
-        "--data",
-        noisy,
-        "--out",
-        out,
-        "--scale",
-        "256",
-        "--scale",
-        "512",
-    ]
+    options = ["--scale", "256", "--scale", "512", "--workers", "1", "--part"]
+    command = [sys.executable, "-m", "cxrfast", "shard", "--data", noisy, "--out", out, *options]
     parts = [
-        subprocess.Popen(
-            [*command, "--workers", "1", "--part", f"{i}/3"],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen([*command, f"{i}/3"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for i in (1, 2, 3)
     ]
     errors = [part.communicate()[1] for part in parts]
     assert [part.returncode for part in parts] == [0, 0, 0], errors
     assert contents(out) == contents(noisy_set)
-
-
-def test_a_part_beyond_the_shards_has_nothing_to_do(phantoms, tmp_path):
-    assert build(phantoms, tmp_path / "set", [8], part=(5, 5)).rows == {}
-
-
-@pytest.mark.parametrize("options", [{"dask": "tcp://127.0.0.1:1"}, {"retry_quarantined": True}])
-def test_parts_exclude_other_ways(phantoms, tmp_path, options):
-    with pytest.raises(ShardError, match="--part cannot be combined"):
-        build(phantoms, tmp_path / "set", [8], part=(1, 2), **options)

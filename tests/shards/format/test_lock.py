@@ -31,12 +31,8 @@ except ShardError:
 
 def hold(folder: Path, host: str = "", seconds: float = 60) -> subprocess.Popen:
     """A process that holds the lock of `folder`, or is refused; `host`: the machine it takes itself to run on."""
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder, host, str(seconds)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", HOLD, folder, host, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def holder(folder: Path) -> int | None:
@@ -67,12 +63,17 @@ def test_a_second_process_is_refused_and_its_message_names_the_first_and_its_job
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lease_is_for_any_folder(tmp_path):
+def test_a_lease_is_for_any_folder_and_is_given_back_after_an_error(tmp_path):
     def lease() -> Lease:
         return Lease(tmp_path / "lease.lock", "the run is being trained", RunError)
 
-    with lease(), pytest.raises(RunError, match=f"the run is being trained by process {os.getpid()} on "), lease():
+    threads = threading.active_count()
+    with pytest.raises(RunError, match=f"the run is being trained by process {os.getpid()} on "), lease(), lease():
         pass
+    with pytest.raises(KeyError), Lock(tmp_path):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    assert threading.active_count() == threads, "its thread ends"
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
@@ -176,11 +177,3 @@ def test_a_lost_lock_is_noticed_and_that_of_the_new_holder_stays(tmp_path):
             lock.check()
         (tmp_path / "lease.lock").write_text("of the other")
     assert (tmp_path / "lease.lock").read_text() == "of the other"
-
-
-def test_a_lock_is_given_back_after_an_error_and_its_thread_ends(tmp_path):
-    threads = threading.active_count()
-    with pytest.raises(KeyError), Lock(tmp_path):
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-    assert threading.active_count() == threads

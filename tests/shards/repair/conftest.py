@@ -1,17 +1,10 @@
 from pathlib import Path
 
 import pytest
-from damage import copy_set
 
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.format.recipe import ImageRecipe
-
-
-@pytest.fixture
-def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set to damage."""
-    return copy_set(tiny_set, tmp_path / "set")
 
 
 @pytest.fixture(scope="session", params=["jpeg", "raw"])

@@ -55,20 +55,17 @@ def test_those_of_raw_images_are_the_very_ones(raw_set, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "json"])
-def test_a_damaged_old_set_is_repaired_first(old, phantoms, tmp_path, suffix):
+def test_a_damaged_old_set_is_repaired_first_or_keeps_its_manifests(old, phantoms, tmp_path, suffix):
     whole = copy_set(old, tmp_path / "whole")
     repair(whole)
     flip_bit(shard_path(old, 64, 1, suffix), 60)
+    if suffix == "tar":
+        before = contents(old)
+        assert list(repair(old).failed) == ["64/000001.tar"]
+        assert contents(old) == before
     work = repair(old, Tree(phantoms) if suffix == "tar" else None, workers=1)
     assert contents(old) == contents(whole)
     assert [problem.path for problem in work.done] == [f"64/000001.{suffix}", "32/", "64/"]
-
-
-def test_a_set_that_could_not_be_repaired_keeps_its_manifests(old):
-    flip_bit(shard_path(old, 64, 1, "tar"), 700)
-    before = contents(old)
-    assert list(repair(old).failed) == ["64/000001.tar"]
-    assert contents(old) == before
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_the_other_shards_get_their_grids(old):
@@ -117,7 +114,7 @@ def test_a_repair_that_is_killed_while_it_adds_grids_is_finished_by_the_same_com
 def run(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "cxrfast", "verify", "--repair", folder],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "CXRFAST_DATA": "nowhere"},
+        env={**os.environ, "CXRFAST_DATA": "nowhere"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

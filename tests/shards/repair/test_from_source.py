@@ -3,7 +3,6 @@ import shutil
 import pytest
 from damage import contents, copy_set, flip_bit, problems, repair, requantise, swap
 
-from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.relabel import relabel
@@ -24,19 +23,13 @@ def test_tars_and_the_rows_table_need_the_source_and_say_so(either_set, phantoms
     assert contents(folder) == contents(either_set)
 
 
-def test_rows_that_were_left_out_stay_left_out_for_the_same_reasons(corrupt, tmp_path):
+def test_rows_made_again_remember_what_was_missing_and_what_was_left_out_stays_so(corrupt, tmp_path):
     tree, whole = corrupt
     folder = copy_set(whole, tmp_path / "set")
-    for scale in ("16", "32"):
-        for path in (folder / scale).iterdir():
-            path.unlink()
+    for path in [*folder.glob("16/*"), *folder.glob("32/*")]:
+        path.unlink()
     repair(folder, tree)
     assert contents(folder) == contents(whole)
-
-
-def test_the_rows_table_made_again_remembers_what_was_missing(corrupt, tmp_path):
-    tree, whole = corrupt
-    folder = copy_set(whole, tmp_path / "set")
     (folder / "rows.parquet").unlink()
     found = shutil.copytree(tree, tmp_path / "found")
     rows = read_rows(whole / "rows.parquet")
@@ -46,10 +39,8 @@ def test_the_rows_table_made_again_remembers_what_was_missing(corrupt, tmp_path)
     assert contents(folder) == contents(whole)
 
 
-def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unasked(phantoms, folder, tiny_set, tmp_path):
-    tree = shutil.copytree(phantoms, tmp_path / "mimic")
-    rows = read_rows(folder / "rows.parquet")
-    requantise(tree / rows["path"][3])
+def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unasked(tree, folder, tiny_set):
+    requantise(tree / read_rows(folder / "rows.parquet")["path"][3])
     flip_bit(shard_path(folder, 32, 0, "tar"), 5000)
     before = contents(folder)
     work = repair(folder, tree)
@@ -61,15 +52,11 @@ def test_an_image_that_has_changed_is_not_put_in_the_place_of_the_old_one_unaske
     assert contents(folder)["32/000000.tar"] != contents(tiny_set)["32/000000.tar"]
 
 
-def test_another_tree_is_refused_for_the_rows_table(folder, tmp_path):
-    other = tmp_path / "other"
-    synth(other, images=40, size=64, seed=5, workers=1)
+def test_another_tree_is_refused_for_the_rows_table_and_the_right_one_puts_swapped_shards_right(
+    folder, sound, phantoms, tiny_set
+):
     (folder / "rows.parquet").unlink()
-    work = repair(folder, other)
-    assert "list other images" in work.failed["rows.parquet"]
-
-
-def test_a_set_of_two_shards_swapped_whole_is_put_right(folder, phantoms, tiny_set):
+    assert "list other images" in repair(folder, sound).failed["rows.parquet"]
     swap(folder, "tar", "idx", "json")
     repair(folder, phantoms)
     assert contents(folder) == contents(tiny_set)

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 from damage import assert_same_but_for_grids, contents, copy_set, flip_bit, problems, repair, requantise
 
@@ -19,9 +18,8 @@ def test_with_the_source_a_manifest_has_its_very_bytes_again(corrupt, tmp_path):
 
 
 def test_where_the_source_has_changed_a_manifest_is_made_from_its_tar_and_the_tar_stays(
-    phantoms, folder, tiny_set, tmp_path
+    tree, folder, tiny_set, tmp_path
 ):
-    tree = shutil.copytree(phantoms, tmp_path / "mimic")
     requantise(tree / read_rows(folder / "rows.parquet")["path"][3])
     shard_path(folder, 32, 0, "json").unlink()
     gone = copy_set(folder, tmp_path / "gone")

@@ -126,7 +126,13 @@ def test_chexpert_s_test_table_has_no_views_but_those_in_the_names(small):
     )
 
 
-def test_two_chexperts_in_one_folder_are_refused_unless_the_tables_lie_in_it(small):
+def test_two_chexperts_in_one_folder_are_refused_unless_the_tables_lie_in_it_and_so_is_none(small):
+    (small.parent / "none").mkdir()
+    (small.parent / "none" / "labels.csv").write_text("Path\n")
+    with pytest.raises(
+        ShardError, match=r"none of train.csv, valid.csv, .*its tables: labels.csv.*give --data the folder"
+    ):
+        read_source("chexpert", small.parent / "none")
     other = small.parent / "CheXpert-v1.0"
     write_chexpert(other, {part: other / part for part in PART}, "CheXpert-v1.0")
     with pytest.raises(ShardError, match=r"has CheXpert-v1.0/train.csv and CheXpert-v1.0-small/train.csv: give --data"):
@@ -150,14 +156,6 @@ def test_a_chexpert_table_that_is_wrong_is_named_with_its_line(small, old, new, 
     (small / "train.csv").write_text(text.replace(old, new, 1))
     with pytest.raises(ShardError, match=message):
         read_source("chexpert", small)
-
-
-def test_a_folder_without_chexpert_tables_is_refused(tmp_path):
-    (tmp_path / "labels.csv").write_text("Path\n")
-    with pytest.raises(
-        ShardError, match=r"none of train.csv, valid.csv, .*its tables: labels.csv.*give --data the folder"
-    ):
-        read_source("chexpert", tmp_path)
 
 
 @pytest.mark.slow

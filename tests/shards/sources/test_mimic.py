@@ -1,7 +1,6 @@
 import gzip
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,8 @@ import pytest
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
-from cxrfast.shards.building.layout import assign_rows
-from cxrfast.shards.format.rows import REFERENCE, read_rows, reference_names, write_rows
+from cxrfast.shards.format.rows import REFERENCE, reference_names
 from cxrfast.shards.sources.read import read_source
-from cxrfast.shards.storage import Tree
 
 
 def name(kind: str, packed: bool = True) -> str:
@@ -46,10 +43,13 @@ def test_every_published_image_is_listed_with_the_path_it_has(phantoms):
         assert (patient, study, file) == (f"p{row['patient_id']}", f"s{row['study_id']}", f"{row['image_id']}.jpg")
 
 
-def test_labels_views_sizes_and_splits_are_those_of_the_tables(phantoms):
-    images = read_source("mimic", phantoms).images.set_index("image_id")
+def test_labels_views_sizes_and_splits_are_those_of_the_tables_and_blank_ones_are_counted(phantoms):
+    source = read_source("mimic", phantoms)
+    images = source.images.set_index("image_id")
     labels = pd.read_csv(phantoms / name("chexpert")).set_index("study_id")
     metadata = pd.read_csv(phantoms / name("metadata")).set_index("dicom_id").loc[images.index]
+    assert source.counts["studies without a label row"] == len(set(metadata["study_id"]) - set(labels.index)) > 0
+    assert source.counts["label rows that are all blank"] == labels[list(MIMIC)].isna().all(axis=1).sum() > 0
     split = pd.read_csv(phantoms / name("split")).set_index("dicom_id").loc[images.index]
     assert images["view"].tolist() == metadata["ViewPosition"].tolist()
     assert images["height"].tolist() == metadata["Rows"].tolist()
@@ -62,40 +62,25 @@ def test_labels_views_sizes_and_splits_are_those_of_the_tables(phantoms):
     assert images[list(MIMIC)].isna().all(axis=1).any(), "studies without labels stay, blank"
 
 
-def test_studies_without_labels_and_blank_ones_are_counted(phantoms):
-    counts = read_source("mimic", phantoms).counts
-    labels = pd.read_csv(phantoms / name("chexpert"))
-    studies = set(pd.read_csv(phantoms / name("metadata"))["study_id"])
-    assert counts["studies without a label row"] == len(studies - set(labels["study_id"])) > 0
-    assert counts["label rows that are all blank"] == labels[list(MIMIC)].isna().all(axis=1).sum() > 0
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(
-        ShardError, match=r"absent does not exist or is not a folder: give --data DIR or set CXRFAST_DATA"
-    ):
-        read_source("mimic", tmp_path / "absent")
-
-
-def test_a_tree_without_images_is_refused(tree):
+def test_a_folder_that_does_not_exist_and_a_tree_without_images_are_refused(tree):
     (tree / "files").rmdir()
     with pytest.raises(ShardError, match="has no folder files/"):
         read_source("mimic", tree)
+    with pytest.raises(
+        ShardError, match=r"absent does not exist or is not a folder: give --data DIR or set CXRFAST_DATA"
+    ):
+        read_source("mimic", tree / "absent")
 
 
 @pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
-def test_a_table_that_is_missing_or_renamed_is_named_with_those_that_are_there(tree, kind):
+def test_an_entry_listed_twice_and_a_table_missing_or_renamed_are_refused(tree, kind):
+    change(tree, kind, lambda lines: [*lines, lines[5]])
+    with pytest.raises(ShardError, match="twice"):
+        read_source("mimic", tree)
     (tree / name(kind)).rename(tree / f"{kind}.csv.gz")
     with pytest.raises(
         ShardError, match=rf"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in .*its tables: .*\b{kind}.csv.gz"
     ):
-        read_source("mimic", tree)
-
-
-@pytest.mark.parametrize("kind", ["chexpert", "metadata", "split"])
-def test_an_entry_that_is_listed_twice_is_refused(tree, kind):
-    change(tree, kind, lambda lines: [*lines, lines[5]])
-    with pytest.raises(ShardError, match="twice"):
         read_source("mimic", tree)
 
 
@@ -195,18 +180,6 @@ def test_the_radiologist_s_labels_stand_next_to_the_others_for_all_images_of_a_s
     assert source.counts["studies read by a radiologist, without an image"] == 2
 
 
-def test_the_radiologist_s_labels_reach_the_rows_table(tree, tmp_path):
-    read_by_radiologist(tree, read_source("mimic", tree).images["study_id"].unique()[:30].tolist())
-    source = read_source("mimic", tree)
-    rows = assign_rows(source.images, source.labels, 0)
-    rows["bytes"] = 1
-    write_rows(tmp_path / "rows.parquet", rows)
-    back = read_rows(tmp_path / "rows.parquet").set_index("image_id")
-    expected = source.images.set_index("image_id").loc[back.index, list(reference_names(source.images))]
-    assert expected.notna().any(axis=None)
-    pd.testing.assert_frame_equal(back[list(reference_names(back))], expected)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -222,13 +195,3 @@ def test_a_radiologist_s_table_that_is_wrong_is_named(tree, text, message):
     (tree / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
     with pytest.raises(ShardError, match=rf"test-set-labeled.csv.*{message}"):
         read_source("mimic", tree)
-
-
-def test_a_tree_in_an_archive_reads_as_the_folder_does(phantoms, tmp_path):
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        for path in [*phantoms.glob("*.csv.gz"), next(phantoms.glob("files/*/*/*/*.jpg"))]:
-            archive.write(path, f"mimic/{path.relative_to(phantoms)}")
-    packed = read_source("mimic", f"zip://mimic::{tmp_path / 'all.zip'}")
-    folder = read_source("mimic", Tree(phantoms))
-    pd.testing.assert_frame_equal(packed.images, folder.images)
-    assert packed.counts == folder.counts

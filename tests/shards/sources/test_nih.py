@@ -57,7 +57,9 @@ def test_nih_s_findings_are_one_where_named_and_zero_elsewhere(tmp_path, table, 
     assert source.counts == {}
 
 
-def test_the_newer_nih_table_is_read_where_both_are(tmp_path):
+def test_the_newer_nih_table_is_read_where_both_are_and_a_folder_without_any_is_refused(tmp_path):
+    with pytest.raises(ShardError, match=r"no Data_Entry_2017_v2020.csv or Data_Entry_2017.csv .*its tables: none"):
+        read_source("nih", tmp_path)
     write_nih(tmp_path)
     (tmp_path / "Data_Entry_2017.csv").write_text("not this one")
     assert len(read_source("nih", tmp_path).images) == 4
@@ -121,11 +123,6 @@ def test_an_nih_table_that_is_wrong_is_named_with_its_line(tmp_path, old, new, m
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ShardError, match=message):
-        read_source("nih", tmp_path)
-
-
-def test_a_folder_without_an_nih_table_is_refused(tmp_path):
-    with pytest.raises(ShardError, match=r"no Data_Entry_2017_v2020.csv or Data_Entry_2017.csv .*its tables: none"):
         read_source("nih", tmp_path)
 
 

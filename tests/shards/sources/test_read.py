@@ -1,6 +1,7 @@
 import re
 import tarfile
 import uuid
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,15 @@ from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.storage import Tree
 
 
-def test_a_tree_may_be_given_as_text_path_or_tree(phantoms):
-    frames = [
-        read_source("mimic", tree).images for tree in (str(phantoms), phantoms, Tree(phantoms), f"file://{phantoms}")
-    ]
-    for frame in frames[1:]:
-        pd.testing.assert_frame_equal(frame, frames[0])
+def test_a_tree_may_be_given_as_text_path_or_tree_and_lie_in_an_archive(phantoms, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in [*phantoms.glob("*.csv.gz"), next(phantoms.glob("files/*/*/*/*.jpg"))]:
+            archive.write(path, f"mimic/{path.relative_to(phantoms)}")
+    first = read_source("mimic", str(phantoms))
+    for tree in (phantoms, Tree(phantoms), f"file://{phantoms}", f"zip://mimic::{tmp_path / 'all.zip'}"):
+        source = read_source("mimic", tree)
+        pd.testing.assert_frame_equal(source.images, first.images)
+        assert source.counts == first.counts
 
 
 @pytest.mark.parametrize(
@@ -47,19 +51,17 @@ def test_a_source_or_an_option_that_does_not_exist_is_named(phantoms, source, op
 
 
 def test_the_command_line_passes_the_options_that_were_given_to_the_source(phantoms, tmp_path):
-    def run(*arguments: str) -> tuple[int, str]:
-        places = ["--data", str(phantoms), "--out", str(tmp_path / "set"), "--scale", "32", "--dry-run"]
+    places = ["--data", str(phantoms), "--out", str(tmp_path / "set"), "--scale", "32", "--dry-run"]
+    for arguments, code, message in (
+        (("--source", "nih", "--labels", "negbio"), 2, "--labels is not an option of source nih"),
+        (("--split-column", "split"), 2, "--split-column is not an option of source mimic"),
+        (("--source", "x"), 2, "source 'x' is unknown"),
+        (("--source", "table"), 2, "source table needs --table and --label"),
+        (("--labels", "negbio"), 0, "150 images"),
+    ):
         done = CliRunner().invoke(cli, ["shard", *places, *arguments])
-        return done.exit_code, done.output
-
-    assert run("--source", "nih", "--labels", "negbio")[0] == 2
-    assert "--labels is not an option of source nih" in run("--source", "nih", "--labels", "negbio")[1]
-    assert "--split-column is not an option of source mimic" in run("--split-column", "split")[1]
-    assert "source 'x' is unknown" in run("--source", "x")[1]
-    assert "source table needs --table and --label" in run("--source", "table")[1]
-    code, output = run("--labels", "negbio")
-    assert code == 0, output
-    assert "150 images" in output
+        assert done.exit_code == code, done.output
+        assert message in done.output
 
 
 # Functions of others

@@ -19,20 +19,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fsspec.Abstract
         yield fs
 
 
-def _bucket(fs: fsspec.AbstractFileSystem, request: pytest.FixtureRequest) -> Bucket:
+def _bucket(kind: str, request: pytest.FixtureRequest) -> Bucket:
+    fs = fsspec.filesystem("memory") if kind == "memory" else request.getfixturevalue("server")
     return Bucket(fs, f"bucket-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]}")
 
 
 @pytest.fixture
-def s3_bucket(server: fsspec.AbstractFileSystem, request: pytest.FixtureRequest) -> Bucket:
-    return _bucket(server, request)
+def s3_bucket(request: pytest.FixtureRequest) -> Bucket:
+    return _bucket("s3", request)
 
 
 @pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
     """An object store: fsspec's memory, and an S3 server where the slow tests run."""
-    fs = fsspec.filesystem("memory") if request.param == "memory" else request.getfixturevalue("server")
-    return _bucket(fs, request)
+    return _bucket(request.param, request)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,11 @@ def large_set(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         change(path.with_suffix(".json"), sha256=sha256(path), bytes=size)
     sign(folder)
     return folder
+
+
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
+    """A folder of this machine, or an object store."""
+    if request.param == "folder":
+        return Bucket(fsspec.filesystem("file"), str(tmp_path / "place").removeprefix("/"))
+    return _bucket(request.param, request)

@@ -13,19 +13,12 @@ from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.format.rows import (
-    write_rows,
-)
+from cxrfast.shards.format.rows import write_rows
 from cxrfast.shards.upkeep.id_matching import match_ids, shared_tail
 
 
-@pytest.fixture
-def copy(tiny_set: Path, tmp_path: Path) -> Path:
-    return copy_set(tiny_set, tmp_path / "set")
-
-
 def set_of_ids(tiny_set: Path, to: Path, study: Callable[[int], str]) -> Path:
-    """A copy whose studies have the ids that `study` gives their numbers."""
+    """A folder whose studies have the ids that `study` gives their numbers."""
     copy_set(tiny_set, to)
     rows = rows_of(to)
     rows["study_id"] = [study(n) for n in pd.factorize(rows["study_id"])[0]]
@@ -41,37 +34,26 @@ def test_a_study_is_found_whatever_a_spreadsheet_made_of_its_number(number, form
     assert match_ids(ids, known, 0, "t").tolist() == [str(number), str(number + 1)]
 
 
-def test_leading_zeros_count_and_are_never_guessed(tiny_set, tmp_path):
-    folder = set_of_ids(tiny_set, tmp_path / "set", lambda n: f"{n:04d}")
-    n = rows_of(folder)["study_id"].nunique()
-    pd.DataFrame({"study_id": [f"{i:04d}" for i in range(n)], "ill": 1}).to_csv(tmp_path / "text.csv", index=False)
+@pytest.mark.parametrize("form", ["{:04d}", "1.{}"])
+def test_ids_of_the_set_itself_that_look_like_numbers_are_matched_as_they_are(form, tiny_set, tmp_path):
+    folder = set_of_ids(tiny_set, tmp_path / "set", form.format)
+    ids = [form.format(i) for i in range(rows_of(folder)["study_id"].nunique())]
+    pd.DataFrame({"study_id": ids, "ill": 1}).to_csv(tmp_path / "text.csv", index=False)
     assert relabel(folder, tmp_path / "text.csv").matched == 150
+    if form == "1.{}":
+        return
     before = contents(folder)
-    pd.DataFrame({"study_id": range(n), "ill": 0}).to_parquet(tmp_path / "numbers.parquet")
+    pd.DataFrame({"study_id": range(len(ids)), "ill": 0}).to_parquet(tmp_path / "numbers.parquet")
     with pytest.raises(ShardError, match=r"only in leading zeros \(0 is 0000 there\): write them as text"):
         relabel(folder, tmp_path / "numbers.parquet")
     assert contents(folder) == before
 
 
-def test_ids_that_end_in_a_point_and_zero_in_the_set_itself_are_matched_as_they_are(tiny_set, tmp_path):
-    folder = set_of_ids(tiny_set, tmp_path / "set", lambda n: f"1.{n}")
-    n = rows_of(folder)["study_id"].nunique()
-    table = pd.DataFrame({"study_id": [f"1.{i}" for i in range(n)], "ill": 1})
-    table.to_csv(tmp_path / "t.csv", index=False)
-    assert relabel(folder, tmp_path / "t.csv").matched == 150
-
-
-# Files and paths
-
-
-@pytest.mark.parametrize("form", ["{}.png", "{}", "{}.dcm"])
-def test_an_image_s_id_may_have_the_suffix_of_its_file(form):
+def test_an_image_s_id_may_have_the_suffix_of_its_file_unless_the_set_itself_has_such_ids():
     stems = [f"{patient:08d}_{visit:03d}" for patient in (1, 2, 27426, 30805) for visit in range(2)]
-    ids = pd.Series([form.format(stem) for stem in stems])
-    assert match_ids(ids, pd.Series(stems, name="image_id"), 0, "t").tolist() == stems
-
-
-def test_ids_that_end_like_files_in_the_set_itself_are_matched_as_they_are():
+    for form in ("{}.png", "{}", "{}.dcm"):
+        ids = pd.Series([form.format(stem) for stem in stems])
+        assert match_ids(ids, pd.Series(stems, name="image_id"), 0, "t").tolist() == stems
     known = pd.Series(["a.png", "a", "b"], name="image_id")
     assert match_ids(pd.Series(["a.png", "b.jpg", "c.png"]), known, 0, "t").tolist() == ["a.png", "b", "c.png"]
     with pytest.raises(ShardError, match=r"t lists b more than once"):
@@ -105,16 +87,16 @@ def test_chexpert_s_images_are_found_by_the_ends_of_their_paths(train, valid, ta
     assert match_ids(ids, column, tail, "t").tolist() == known
 
 
-def test_paths_count_only_where_the_table_has_no_other_ids(tiny_set, copy, tmp_path):
+def test_paths_count_only_where_the_table_has_no_other_ids(tiny_set, folder, tmp_path):
     rows = rows_of(tiny_set)
     table = rows[["image_id", *MIMIC]].assign(path="mimic-cxr-jpg/" + rows["path"])
     table.assign(path="nowhere.jpg").to_csv(tmp_path / "t.csv", index=False)
-    assert relabel(copy, tmp_path / "t.csv").by == "image_id"
+    assert relabel(folder, tmp_path / "t.csv").by == "image_id"
     table.drop(columns="image_id").to_csv(tmp_path / "t.csv", index=False)
-    assert relabel(copy, tmp_path / "t.csv").by == "path"
-    assert is_as_planned(copy, tiny_set, tmp_path / "t.csv")
+    assert relabel(folder, tmp_path / "t.csv").by == "path"
+    assert is_as_planned(folder, tiny_set, tmp_path / "t.csv")
     table.rename(columns={"path": "location"}).drop(columns="image_id").to_csv(tmp_path / "t.csv", index=False)
-    done = CliRunner().invoke(cli, ["relabel", str(copy), str(tmp_path / "t.csv"), "--key", "location"])
+    done = CliRunner().invoke(cli, ["relabel", str(folder), str(tmp_path / "t.csv"), "--key", "location"])
     assert "150 of 150 images found" in done.stdout, done.output
     assert "by location (by the last 5 parts of each path)" in done.stdout
 

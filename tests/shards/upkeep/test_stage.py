@@ -3,11 +3,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from damage import contents, copy_set, flip_bit, sign
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import change, of_scale, stage, start, sums
+from staging import change, of_scale, stage, sums
 
+from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
@@ -15,13 +17,6 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.upkeep.problem import Problem
 from cxrfast.shards.upkeep.verify import verify
-
-
-@pytest.fixture
-def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set to damage."""
-    return copy_set(tiny_set, tmp_path / "from")
-
 
 # There and back
 
@@ -37,73 +32,65 @@ def test_a_set_comes_back_from_an_object_store_with_the_same_bytes(either_set, b
         assert (done.scales, done.files, done.bytes, done.kept) == ([32, 64], 21, size, 0)
 
 
-def test_a_second_time_everything_is_kept_and_nothing_written(tiny_set, bucket, tmp_path):
-    for to in (bucket.url, tmp_path / "to"):
-        stage(tiny_set, to)
-    when = "LastModified" if bucket.is_s3 else "created"
-    objects = {path: info[when] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()}
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*.*")}
-    for to in (bucket.url, tmp_path / "to"):
-        done = stage(tiny_set, to)
-        assert (done.files, done.bytes, done.kept) == (0, 0, 21)
-    assert {path: info[when] for path, info in bucket.fs.find(bucket.at(""), detail=True).items()} == objects
-    assert {path: path.stat().st_mtime_ns for path in files} == files
+def test_a_second_time_everything_is_kept_and_nothing_written(tiny_set, place):
+    stage(tiny_set, place.url)
+    when = "mtime" if place.is_folder else "LastModified" if place.is_s3 else "created"
+    before = {path: info[when] for path, info in place.fs.find(place.at(""), detail=True).items()}
+    done = stage(tiny_set, place.url)
+    assert (done.files, done.bytes, done.kept) == (0, 0, 21)
+    assert {path: info[when] for path, info in place.fs.find(place.at(""), detail=True).items()} == before
 
 
-def test_between_two_places_of_an_object_store_and_two_folders_alike(large_set, bucket, tmp_path):
+def test_a_set_travels_between_any_two_places_and_out_of_an_archive(large_set, tiny_set, bucket, tmp_path):
     stage(large_set, bucket.url)
     stage(bucket.url, f"{bucket.root}/other/", workers=3)
     stage(large_set, tmp_path / "a" / "b" / "set", workers=3)
     stage(f"{bucket.root}/other", tmp_path / "back")
     assert contents(tmp_path / "a" / "b" / "set") == contents(tmp_path / "back") == contents(large_set)
     assert bucket.uploads() == []
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tiny_set)
+    stage(f"zip://::{archive}", tmp_path / "to")
+    assert contents(tmp_path / "to") == contents(tiny_set)
 
 
 def test_the_command_says_what_it_did(tiny_set, tmp_path):
-    with start(tiny_set, tmp_path / "to") as child:
-        out, _ = child.communicate()
-    assert child.returncode == 0
-    assert out.startswith(f"to {tmp_path / 'to'}: 2 scales, 21 files, ")
-    assert " copied, 0 kept, " in out
+    done = CliRunner().invoke(cli, ["stage", str(tiny_set), str(tmp_path / "to"), "--workers", "2"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"to {tmp_path / 'to'}: 2 scales, 21 files, ")
+    assert " copied, 0 kept, " in done.stdout
 
 
-def test_only_what_the_sums_list_travels(folder, tiny_set, bucket, tmp_path):
+def test_only_what_the_sums_list_travels(folder, tiny_set, place):
     for name in ("lease.lock", "notes.txt", "32/000000.tar.host-1.tmp", "64/000009.tar"):
         (folder / name).write_text("no part of the set")
-    for to in (bucket.url, tmp_path / "to"):
-        stage(folder, to)
-    assert contents(tmp_path / "to") == bucket.contents() == contents(tiny_set)
+    stage(folder, place.url)
+    assert place.contents() == contents(tiny_set)
 
 
 # Scales
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_scales_staged_one_at_a_time_make_the_whole_set(tiny_set, bucket, tmp_path, remote):
-    to = bucket.url if remote else tmp_path / "to"
-    look = bucket.contents if remote else lambda: contents(tmp_path / "to")
-    assert stage(tiny_set, to, [64]).scales == [64]
-    first = look()
+def test_scales_staged_one_at_a_time_make_the_whole_set(tiny_set, place):
+    assert stage(tiny_set, place.url, [64]).scales == [64]
+    first = place.contents()
     assert of_scale(first, 64) == of_scale(contents(tiny_set), 64)
     assert first["SHA256SUMS"].decode() == "".join(f"{h}  {n}\n" for n, h in sorted(sums(first).items()))
-    if not remote:
-        assert verify(to).rows == {64: 150}
-    done = stage(tiny_set, to, [32])
+    if place.is_folder:
+        assert verify(Path(place.url)).rows == {64: 150}
+    done = stage(tiny_set, place.url, [32])
     assert (done.scales, done.files, done.kept) == ([32], 9, 3)
-    assert look() == contents(tiny_set)
+    assert place.contents() == contents(tiny_set)
 
 
-@pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_a_scale_that_came_from_another_copy_stays_and_stays_listed(tiny_set, bucket, tmp_path, remote, forgotten):
-    to = bucket.url if remote else tmp_path / "to"
+def test_a_scale_that_came_from_another_copy_stays_and_stays_listed(tiny_set, place, tmp_path, forgotten):
     for scale in (32, 64):
         stage(tiny_set, tmp_path / str(scale), [scale])
-    stage(tmp_path / "32", to)
+    stage(tmp_path / "32", place.url)
     if forgotten:  # killed while another scale was staged
-        bucket.fs.rm_file(bucket.at("SHA256SUMS")) if remote else (to / "SHA256SUMS").unlink()
-    stage(tmp_path / "64", to)
-    assert (bucket.contents() if remote else contents(to)) == contents(tiny_set)
+        place.fs.rm_file(place.at("SHA256SUMS"))
+    stage(tmp_path / "64", place.url)
+    assert place.contents() == contents(tiny_set)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -119,28 +106,17 @@ def test_damage_to_a_scale_that_came_earlier_is_not_signed_as_right(tiny_set, tm
     assert verify(to).problems == [Problem("32/000001.idx", "its bytes have changed")]
 
 
-def test_a_scale_that_is_not_there_is_an_error_that_names_those_that_are(tiny_set, tmp_path):
-    with pytest.raises(ShardError, match=r"has no 128, 512 px: it holds 32, 64 px"):
-        stage(tiny_set, tmp_path / "to", [512, 32, 128])
-    assert not (tmp_path / "to").exists()
-
-
-@pytest.mark.parametrize("remote", [False, True])
-def test_shards_built_again_are_not_mixed_with_other_scales_of_before(folder, bucket, tmp_path, remote):
-    to = bucket.url if remote else tmp_path / "to"
-    stage(folder, to)
-    before = bucket.contents() if remote else contents(to)
+def test_shards_built_again_are_not_mixed_with_other_scales_of_before(folder, place):
+    stage(folder, place.url)
+    before = place.contents()
     for scale in (32, 64):
         change(folder / f"{scale}/000001.json", grids="")
     sign(folder)
     with pytest.raises(ShardError, match=r"holds 32 px from before .* stage it too \(--scale 32\)"):
-        stage(folder, to, [64])
-    assert (bucket.contents() if remote else contents(to)) == before
-    stage(folder, to)
-    assert (bucket.contents() if remote else contents(to)) == contents(folder)
-
-
-# Another writer
+        stage(folder, place.url, [64])
+    assert place.contents() == before
+    stage(folder, place.url)
+    assert place.contents() == contents(folder)
 
 
 def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path):
@@ -187,55 +163,37 @@ def test_whatever_became_of_a_local_copy_only_what_differs_is_copied_again(tiny_
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "copied"),
+    ("name", "data", "gone", "copied"),
     [
-        ("32/000001.tar", lambda data: data[:-512], 2),
-        ("32/000001.idx", lambda data: b"", 2),
-        ("32/000001.json", lambda data: data.replace(b"32", b"23", 1), 3),
-        ("rows.parquet", lambda data: data[::-1], 1),
-        ("SHA256SUMS", lambda data: data[:-1], 0),
+        ("32/000001.tar", lambda data: data[:-512], None, 2),
+        ("32/000001.idx", lambda data: b"", None, 2),
+        ("32/000001.json", lambda data: data.replace(b"32", b"23", 1), None, 3),
+        ("rows.parquet", lambda data: data[::-1], None, 1),
+        ("SHA256SUMS", lambda data: data[:-1], None, 0),
+        ("64/000000.tar", lambda data: data[::-1], "64/000000.json", 3),  # the right size, but no manifest
     ],
 )
-def test_objects_that_differ_are_replaced(tiny_set, bucket, name, data, copied):
+def test_objects_that_differ_are_replaced(tiny_set, bucket, name, data, gone, copied):
     stage(tiny_set, bucket.url)
     bucket.fs.pipe_file(bucket.at(name), data((tiny_set / name).read_bytes()))
+    if gone:
+        bucket.fs.rm_file(bucket.at(gone))
     assert stage(tiny_set, bucket.url).files == copied
     assert bucket.contents() == contents(tiny_set)
 
 
-def test_a_tar_of_the_right_size_without_its_manifest_is_not_relied_on(tiny_set, bucket):
-    stage(tiny_set, bucket.url)
-    data = (tiny_set / "64/000000.tar").read_bytes()
-    bucket.fs.pipe_file(bucket.at("64/000000.tar"), data[::-1])
-    bucket.fs.rm_file(bucket.at("64/000000.json"))
-    assert stage(tiny_set, bucket.url).files == 3
-    assert bucket.contents() == contents(tiny_set)
-
-
-@pytest.mark.parametrize("remote", [False, True])
-def test_other_labels_reach_a_copy_and_no_tar_is_copied_again(folder, bucket, tmp_path, remote):
-    to = bucket.url if remote else tmp_path / "to"
-    stage(folder, to)
+def test_other_labels_reach_a_copy_and_no_tar_is_copied_again(folder, place):
+    stage(folder, place.url)
     info, rows = read_set(folder), read_rows(folder / "rows.parquet")
     label, renamed = info.labels[0], info.labels[0][::-1]
     write_rows(folder / "rows.parquet", rows.rename(columns={label: renamed}))
     change(folder / "set.json", labels=[renamed, *info.labels[1:]])
     sign(folder)
-    assert stage(folder, to, [32]).files == 2
-    assert (bucket.contents() if remote else contents(to)) == contents(folder)
+    assert stage(folder, place.url, [32]).files == 2
+    assert place.contents() == contents(folder)
 
 
-# Damaged
-
-
-def test_a_damaged_rows_table_stops_before_any_shard_is_copied(folder, bucket):
-    flip_bit(folder / "rows.parquet", 50)
-    with pytest.raises(ShardError, match=r"damaged.*differ from its SHA256SUMS: rows.parquet"):
-        stage(folder, bucket.url)
-    assert bucket.contents() == {}
-
-
-def test_a_source_that_lacks_a_file_is_refused(folder, bucket, tmp_path):
+def test_a_source_that_lacks_a_file_or_has_a_damaged_rows_table_is_refused(folder, bucket, tmp_path):
     (folder / "64/000002.idx").unlink()
     with pytest.raises(ShardError, match=r"is damaged: it lacks 64/000002.idx"):
         stage(folder, bucket.url)
@@ -243,46 +201,44 @@ def test_a_source_that_lacks_a_file_is_refused(folder, bucket, tmp_path):
     bucket.fs.rm_file(bucket.at("32/000000.tar"))
     with pytest.raises(ShardError, match=r"is damaged: it lacks 32/000000.tar"):
         stage(bucket.url, tmp_path / "to")
-    assert not (tmp_path / "to").exists()
+    flip_bit(folder / "rows.parquet", 50)
+    with pytest.raises(ShardError, match=r"damaged.*differ from its SHA256SUMS: rows.parquet"):
+        stage(folder, tmp_path / "to", [32])
+    assert not list((tmp_path / "to").rglob("*.*"))
 
 
 # Refused
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_another_set_and_anything_that_is_no_set_are_refused_and_nothing_is_touched(folder, bucket, tmp_path, remote):
+def test_another_set_and_anything_that_is_no_set_are_refused_and_nothing_is_touched(folder, place, tmp_path):
     other, notes = copy_set(folder, tmp_path / "other"), tmp_path / "notes"
     change(other / "set.json", id="0" * 32)
     notes.mkdir()
     (notes / "thesis.tex").write_text("all of it")
-    for place, message in ((other, "holds another set"), (notes, "is not empty and not a shard set")):
-        to, before = place, contents(place)
-        if remote:
-            to = f"{bucket.root}/{place.name}"
-            bucket.fs.put(f"{place}/", to, recursive=True)
+    for there, message in ((other, "holds another set"), (notes, "is not empty and not a shard set")):
+        to = f"{place.root}/{there.name}"
+        place.fs.put(f"{there}/", to, recursive=True)
         with pytest.raises(ShardError, match=message):
             stage(folder, to)
-        assert contents(place) == before
-    if remote:
-        assert bucket.fs.cat_file(f"{bucket.name}/notes/thesis.tex") == b"all of it"
-        assert len(bucket.fs.find(f"{bucket.name}/notes")) == 1
+        left = [place.fs.cat_file(path) for path in place.fs.find(to)]
+        assert sorted(left) == sorted(contents(there).values())
 
 
-def test_an_unfinished_source_is_refused(folder, bucket, tmp_path):
-    stage(folder, bucket.url)
-    bucket.fs.rm_file(bucket.at("SHA256SUMS"))
+def test_what_is_no_set_or_unfinished_an_absent_scale_a_file_and_the_same_place_are_refused(
+    tiny_set, folder, bucket, tmp_path
+):
+    for source in (tmp_path / "absent", bucket.url):
+        with pytest.raises(ShardError, match=r"is not a shard set \(no set.json\)"):
+            stage(source, tmp_path / "to")
+    with pytest.raises(ShardError, match=r"has no 128, 512 px: it holds 32, 64 px"):
+        stage(tiny_set, tmp_path / "to", [512, 32, 128])
+    unfinished = f"{bucket.root}/unfinished"
     (folder / "SHA256SUMS").unlink()
-    for source in (folder, bucket.url):
+    bucket.fs.put(f"{folder}/", unfinished, recursive=True)
+    for source in (folder, unfinished):
         with pytest.raises(ShardError, match=r"is not finished \(no SHA256SUMS\)"):
             stage(source, tmp_path / "to")
     assert not (tmp_path / "to").exists()
-
-
-def test_what_is_no_set_a_file_or_the_same_place_is_refused(tiny_set, bucket, tmp_path):
-    with pytest.raises(ShardError, match=r"is not a shard set \(no set.json\)"):
-        stage(tmp_path / "absent", tmp_path / "to")
-    with pytest.raises(ShardError, match=r"is not a shard set \(no set.json\)"):
-        stage(bucket.url, tmp_path / "to")
     with pytest.raises(ShardError, match=r"set\.json is a file"):
         stage(tiny_set, tiny_set / "set.json")
     (tmp_path / "link").symlink_to(tiny_set)
@@ -298,12 +254,6 @@ def test_what_is_no_set_a_file_or_the_same_place_is_refused(tiny_set, bucket, tm
     if bucket.is_s3:
         with pytest.raises(ShardError, match=r"s3:// cannot be reached|s3:// is not empty"):
             stage(tiny_set, "s3://")
-
-
-def test_a_set_in_an_archive_is_unpacked(tiny_set, tmp_path):
-    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tiny_set)
-    stage(f"zip://::{archive}", tmp_path / "to")
-    assert contents(tmp_path / "to") == contents(tiny_set)
 
 
 def test_what_a_killed_call_left_in_a_folder_is_cleared_away(tiny_set, tmp_path):

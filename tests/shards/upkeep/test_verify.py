@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from damage import copy_set, flip_bit, image_bytes, replace_image, sign, swap, without_grids
+from staging import change
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
@@ -21,38 +22,23 @@ from cxrfast.shards.images.cell_means import STEPS, pack, tolerance, unpack
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
-from cxrfast.shards.upkeep.verify import Verdict, find_source, inspect, verify
+from cxrfast.shards.upkeep.verify import find_source, inspect, verify
 
 
-def check(folder: Path, deep: bool = False) -> Verdict:
-    return verify(folder, deep=deep)
-
-
-def change(path: Path, **fields) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}) + "\n")
-
-
-@pytest.fixture
-def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set to damage."""
-    return copy_set(tiny_set, tmp_path / "set")
-
-
-def test_a_set_as_it_was_built_has_no_problems_and_is_not_written_to(tiny_set):
-    before = {path: path.stat().st_mtime_ns for path in tiny_set.rglob("*")}
-    verdict = check(tiny_set)
+def test_a_set_as_it_was_built_has_no_problems_and_is_not_written_to(either_set, phantoms):
+    before = {path: path.stat().st_mtime_ns for path in either_set.rglob("*")}
+    verdict = verify(either_set)
     assert verdict.problems == []
     assert verdict.rows == {32: 150, 64: 150}
     assert verdict.quarantined == 0
     assert verdict.bytes == sum(p.stat().st_size for p in before if p.is_file() and p.name != "SHA256SUMS")
-    assert {path: path.stat().st_mtime_ns for path in tiny_set.rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_every_real_radiograph_decodes(real_set):
-    verdict = check(real_set, deep=True)
-    assert verdict.problems == []
-    assert verdict.rows == {64: 237, 256: 237, 1024: 237}
+    result = inspect(either_set, Tree(phantoms), deep=True)
+    assert not result.problems
+    source, whole = result.lines
+    assert source.endswith("as listed in SHA256SUMS.txt")
+    assert whole.startswith(f"{either_set}: 150 rows at 32 px, 150 rows at 64 px; 150 planned, 0 quarantined; ")
+    assert whole.endswith(" MB/s, every image decoded: whole")
+    assert {path: path.stat().st_mtime_ns for path in either_set.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -64,17 +50,17 @@ def test_a_single_flipped_bit_anywhere_in_a_file_is_found(folder, name):
     for position in {0, len(data) - 1, *rng.integers(len(data), size=6).tolist()}:
         flip_bit(folder / name, position, 1 << int(rng.integers(8)))
         try:
-            assert Problem(name, "its bytes have changed") in check(folder).problems, f"byte {position}"
+            assert Problem(name, "its bytes have changed") in verify(folder).problems, f"byte {position}"
         except ShardError:
             assert name == "set.json", "only without it there is nothing to compare"
         (folder / name).write_bytes(data)
-    assert check(folder).problems == []
+    assert verify(folder).problems == []
 
 
 def test_files_that_are_missing_foreign_swapped_or_not_regular_are_found(folder):
     for name in ("64/000000.tar", "64/000000.idx", "64/000002.json", "rows.parquet", "quarantine.csv"):
         (folder / name).rename(folder.parent / "aside")
-        assert check(folder).problems == [Problem(name, "missing")]
+        assert verify(folder).problems == [Problem(name, "missing")]
         (folder.parent / "aside").rename(folder / name)
     swap(folder, "tar")
     (folder / "32/000001.idx").unlink()
@@ -85,7 +71,7 @@ def test_files_that_are_missing_foreign_swapped_or_not_regular_are_found(folder)
     (folder / "32/000009.tar").symlink_to("nowhere")
     for name in ("64/000003.tar", "32/000001.tar.1.tmp", "notes.txt"):
         (folder / name).touch()
-    assert {(p.path, p.what) for p in check(folder).problems} == {
+    assert {(p.path, p.what) for p in verify(folder).problems} == {
         *((f"32/00000{n}.tar", "its bytes have changed") for n in (0, 1)),
         *((f"32/00000{n}.idx", "is not a regular file") for n in (1, 2)),
         *((name, "not part of the set") for name in ("512/", "32/000009.tar", "64/000003.tar")),
@@ -185,134 +171,112 @@ CONTRADICTIONS = {
 def test_files_that_contradict_each_other_are_found_although_every_hash_is_right(folder, damage, found):
     damage(folder)
     sign(folder)
-    assert {(p.path, p.what) for p in check(folder).problems} == found
+    assert {(p.path, p.what) for p in verify(folder).problems} == found
 
 
-@pytest.mark.parametrize(
-    ("name", "image", "what"),
-    [
-        ("tiny_set", lambda jpeg: b"no picture", "not an image"),
-        ("tiny_set", lambda jpeg: jpeg[: len(jpeg) // 2], "truncated"),
-        ("tiny_set", lambda jpeg: encode(np.zeros((16, 16), np.uint8), 95), "16 × 16 px"),
-        ("raw_set", lambda pgm: b"no picture", "not an image"),
-        ("raw_set", lambda pgm: pgm_header(33, 32) + pgm[15:], "truncated"),
-        ("raw_set", lambda pgm: pgm_header(31, 32) + pgm[15:], "corrupt"),
-        ("raw_set", lambda pgm: pgm_header(16, 64) + pgm[15:], "64 × 16 px"),
-    ],
-)
-def test_deep_finds_an_image_that_was_written_wrong(request, tmp_path, name, image, what):
-    folder = copy_set(request.getfixturevalue(name), tmp_path / "set")
-    replace_image(folder, 32, 70, image(image_bytes(folder, 32, 70)))
-    assert check(folder).problems == []
-    problems = check(folder, deep=True).problems
-    assert [(p.path, p.what.split(": ")[-1].split(" is ")[-1]) for p in problems] == [("32/000001.tar", what)]
-    assert "row 70" in problems[0].what
+# The hashes agree, but the images are wrong
 
 
-def test_deep_finds_a_checksum_of_another_image(either_set, tmp_path):
-    folder = copy_set(either_set, tmp_path / "set")
-    assert check(folder, deep=True).problems == []
-    path = shard_path(folder, 64, 0, "json")
+def change_checksum(folder: Path) -> None:
+    path = shard_path(folder, 32, 1, "json")
     crc32 = json.loads(path.read_bytes())["crc32"]
-    change(path, crc32=[*crc32[:5], crc32[5] ^ 1, *crc32[6:]])
-    sign(folder)
-    assert check(folder, deep=True).problems == [
-        Problem("64/000000.tar", "row 5 differs from its crc32", is_signed=True)
-    ]
+    change(path, crc32=[*crc32[:6], crc32[6] ^ 1, *crc32[7:]])
 
 
-def test_deep_finds_an_image_that_decodes_and_is_another(either_set, tmp_path):
-    folder = copy_set(either_set, tmp_path / "set")
-    codec = read_set(folder).codec
-    replace_image(
-        folder, 32, 70, encode_member(np.full((32, 32), 90, np.uint8), codec, 95 if codec == "jpeg" else None)
-    )
-    assert check(folder).problems == []
-    (problem,) = check(folder, deep=True).problems
-    assert problem.path == "32/000001.tar"
-    assert re.fullmatch(r"row 70 differs from its grid, by up to \d+\.\d grey levels", problem.what)
-
-
-def test_deep_finds_a_grid_that_is_off_by_more_than_decoding_may_be(folder):
-    path = shard_path(folder, 64, 1, "json")
+def shift_grid(folder: Path) -> None:
+    """By more than decoding may."""
+    path = shard_path(folder, 32, 1, "json")
     grids = unpack(json.loads(path.read_bytes())["grids"], 64).copy()
-    grids[6, 3, 0] += np.int16(1.5 * STEPS * tolerance("jpeg", 95, 64))
+    grids[6, 3, 0] += np.int16(1.5 * STEPS * tolerance("jpeg", 95, 32))
     change(path, grids=pack(grids))
-    sign(folder)
-    assert [p.what[:28] for p in check(folder, deep=True).problems] == ["row 70 differs from its grid"]
 
 
-def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no_grids(folder):
-    assert "grids" not in check(folder).summary(folder)
-    without_grids(folder, [(64, 1)])
-    verdict = check(folder, deep=True)
-    assert (verdict.problems, verdict.without_grids) == ([], 1)
-    assert "whole; shards without grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
-
-
-def test_deep_finds_images_in_each_other_s_place(folder):
-    """A tar of the right rows, with all hashes right, whose samples are of other images."""
+def exchange_images(folder: Path) -> None:
+    """The rows stay, the samples are of one another."""
     tar = shard_path(folder, 32, 1, "tar")
     data = tar.read_bytes()
     a, b = re.findall(rb'"image_id": "(.*?)"', data)[:2]
     tar.write_bytes(data.replace(a, b"x" * len(a)).replace(b, a).replace(b"x" * len(a), b))
     change(shard_path(folder, 32, 1, "json"), sha256=sha256(tar))
+
+
+def written(image: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: replace_image(folder, 32, 70, image(image_bytes(folder, 32, 70)))
+
+
+FLAT = np.full((32, 32), 90, np.uint8)
+OFF = r"row 70 differs from its grid, by up to \d+\.\d grey levels"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("tiny_set", written(lambda jpeg: b"no picture"), "row 70: not an image"),
+        ("tiny_set", written(lambda jpeg: jpeg[: len(jpeg) // 2]), "row 70: truncated"),
+        ("tiny_set", written(lambda jpeg: encode(np.zeros((16, 16), np.uint8), 95)), "row 70 is 16 × 16 px"),
+        ("tiny_set", written(lambda jpeg: encode(FLAT, 95)), OFF),
+        ("raw_set", written(lambda pgm: b"no picture"), "row 70: not an image"),
+        ("raw_set", written(lambda pgm: pgm_header(33, 32) + pgm[15:]), "row 70: truncated"),
+        ("raw_set", written(lambda pgm: pgm_header(31, 32) + pgm[15:]), "row 70: corrupt"),
+        ("raw_set", written(lambda pgm: pgm_header(16, 64) + pgm[15:]), "row 70 is 64 × 16 px"),
+        ("raw_set", written(lambda pgm: encode_member(FLAT, "raw", None)), OFF),
+        ("tiny_set", change_checksum, "row 70 differs from its crc32"),
+        ("raw_set", change_checksum, "row 70 differs from its crc32"),
+        ("tiny_set", shift_grid, OFF),
+        ("tiny_set", exchange_images, "holds other images than planned"),
+    ],
+)
+def test_deep_finds_an_image_that_was_written_wrong_or_is_another(request, tmp_path, name, damage, what):
+    folder = copy_set(request.getfixturevalue(name), tmp_path / "set")
+    damage(folder)
     sign(folder)
-    assert check(folder).problems == []
-    assert [p.what for p in check(folder, deep=True).problems] == ["holds other images than planned"]
+    assert verify(folder).problems == []
+    (problem,) = verify(folder, deep=True).problems
+    assert (problem.path, problem.is_signed) == ("32/000001.tar", True)
+    assert re.fullmatch(what, problem.what)
 
 
-# Nothing can be compared
+def test_a_set_of_an_earlier_version_is_whole_and_its_line_says_that_it_holds_no_grids(folder):
+    assert "grids" not in verify(folder).summary(folder)
+    without_grids(folder, [(64, 1)])
+    verdict = verify(folder, deep=True)
+    assert (verdict.problems, verdict.without_grids) == ([], 1)
+    assert "whole; shards without grids: 1 (`cxrfast verify --repair` adds them)" in verdict.summary(folder)
 
 
 def test_a_set_that_was_never_finished_and_one_of_another_version_and_a_folder_that_is_not_a_set_are_refused(folder):
     sums = (folder / "SHA256SUMS").read_bytes()
     (folder / "SHA256SUMS").unlink()
-    with pytest.raises(ShardError, match="not finished"):
-        check(folder)
+    with pytest.raises(ShardError, match=r"is not finished \(no SHA256SUMS\): run the same `cxrfast shard`"):
+        verify(folder)
     (folder / "SHA256SUMS").write_bytes(sums)
     change(folder / "set.json", schema=99)
     write_rows(folder / "rows.parquet", read_rows(folder / "rows.parquet"), replace(read_set(folder), schema=99))
     sign(folder)
     with pytest.raises(ShardError, match="schema version 99"):
-        check(folder)
-    with pytest.raises(ShardError, match="not a shard set"):
-        check(folder.parent)
+        verify(folder)
+    with pytest.raises(ShardError, match=r"is not a shard set \(no set.json\): give the folder that"):
+        verify(folder.parent)
 
 
 # What the command says
 
 
-def test_a_whole_set_and_its_source_are_one_line_each(tiny_set, phantoms):
-    result = inspect(tiny_set, Tree(phantoms), deep=True)
-    source, whole = result.lines
-    assert source.endswith("as listed in SHA256SUMS.txt")
-    assert whole.startswith(f"{tiny_set}: 150 rows at 32 px, 150 rows at 64 px; 150 planned, 0 quarantined; ")
-    assert whole.endswith(" MB/s, every image decoded: whole")
-    assert not result.problems
-
-
-@pytest.mark.parametrize(
-    ("repaired", "advice"), [(False, "; `cxrfast verify --repair` repairs what it can"), (True, "")]
-)
-def test_a_repair_is_advised_unless_it_was_tried(repaired, advice, folder):
-    (folder / "32" / "000001.idx").unlink()
-    result = inspect(folder, None, is_repaired=repaired)
-    assert result.lines == []
-    assert result.advice == f"{folder}: 1 problems, named above{advice}"
-
-
-def test_damage_that_was_signed_is_said_to_need_a_copy(folder):
+def test_a_repair_is_advised_unless_it_was_tried_and_damage_that_was_signed_needs_a_copy(folder):
     replace_image(folder, 32, 70, b"no picture")
     assert "restore these shards from a copy" in inspect(folder, None, deep=True).advice
+    (folder / "32" / "000001.idx").unlink()
+    for repaired, advice in ((False, "; `cxrfast verify --repair` repairs what it can"), (True, "")):
+        result = inspect(folder, None, is_repaired=repaired)
+        assert result.lines == []
+        assert result.advice == f"{folder}: 1 problems, named above{advice}"
 
 
-def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(folder, phantoms, tmp_path):
-    tree = Path(shutil.copytree(phantoms, tmp_path / "tree"))
-    (tree / read_rows(folder / "rows.parquet")["path"].iloc[0]).unlink()
-    result = inspect(folder, Tree(tree))
+def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(tiny_set, tree):
+    (tree / read_rows(tiny_set / "rows.parquet")["path"].iloc[0]).unlink()
+    result = inspect(tiny_set, Tree(tree))
     assert [line.endswith(": 1 problems") for line in result.lines] == [True]
-    assert result.advice == f"{folder}: 1 problems, named above"
+    assert result.advice == f"{tiny_set}: 1 problems, named above"
 
 
 def test_the_default_source_counts_where_it_is_needed_is_a_url_or_is_there(tmp_path):
