@@ -41,12 +41,28 @@ def repair(tree: Path, path: str, sound: Path) -> None:
 # The same bytes
 
 
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob("*")]}
+
+
 def test_two_workers_and_scales_in_another_order_give_the_same_bytes(phantoms, either_set, tmp_path):
-    report = build(phantoms, tmp_path / "set", [64, 32, 64], workers=2, recipe=read_set(either_set).recipe)
-    assert contents(tmp_path / "set") == contents(either_set)
+    out, recipe, source = tmp_path / "set", read_set(either_set).recipe, states(phantoms)
+    processes = set(psutil.Process().children(recursive=True))
+    report = build(phantoms, out, [64, 32, 64], workers=2, recipe=recipe)
+    left = set(psutil.Process().children(recursive=True)) - processes
+    assert not [p.cmdline() for p in left if "spawn_main" in " ".join(p.cmdline())]
+    assert states(phantoms) == source, "nothing is written into the source"
+    assert contents(out) == contents(either_set)
     assert report.complete
     assert report.rows == {32: 150, 64: 150}
     assert report.bytes == {s: sum(p.stat().st_size for p in (either_set / str(s)).glob("*.tar")) for s in (32, 64)}
+
+    before = {scale: states(out / scale) for scale in ("32", "64")}
+    report = build(phantoms, out, [32, 64], recipe=recipe)
+    assert report.complete
+    assert report.estimate.images == {}
+    assert contents(out) == contents(either_set)
+    assert {scale: states(out / scale) for scale in ("32", "64")} == before, "a whole set is left alone"
 
 
 def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, tiny_set, tmp_path):
@@ -63,15 +79,6 @@ def test_scales_added_one_at_a_time_in_parts_give_the_same_bytes(phantoms, tiny_
     assert contents(out) == contents(tiny_set)
 
 
-def test_a_whole_set_is_left_alone(phantoms, tiny_set, folder):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
-    report = build(phantoms, folder, [32, 64])
-    assert report.complete
-    assert report.estimate.images == {}
-    assert contents(folder) == contents(tiny_set)
-    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items() if path.parent != folder)
-
-
 def test_a_set_holds_the_pixels_of_its_source_resized_and_their_grids_in_either_codec(phantoms, tiny_set, raw_set):
     for scale in (32, 64):
         with Reader(tiny_set, scale) as jpegs, Reader(raw_set, scale) as raws:
@@ -82,15 +89,6 @@ def test_a_set_holds_the_pixels_of_its_source_resized_and_their_grids_in_either_
                 assert bytes(jpegs.read(row)) == encode(picture, 95)
                 assert bytes(raws.read(row)) == encode_member(picture, "raw", None)
                 np.testing.assert_array_equal(jpegs.grids[row], grid(picture))
-
-
-def test_nothing_is_written_into_the_source_and_no_process_is_left(phantoms, tmp_path):
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [phantoms, *phantoms.rglob("*")]}
-    processes = set(psutil.Process().children(recursive=True))
-    build(phantoms, tmp_path / "set", [8], workers=2)
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [phantoms, *phantoms.rglob("*")]} == before
-    left = set(psutil.Process().children(recursive=True)) - processes
-    assert not [p.cmdline() for p in left if "spawn_main" in " ".join(p.cmdline())]
 
 
 def test_a_dry_run_writes_nothing_and_its_estimate_is_near(phantoms, either_set, tmp_path):
@@ -134,6 +132,11 @@ def test_a_row_left_out_once_is_left_out_at_scales_added_later_until_asked_to_tr
     report = build(corrupt, out, [32], retry_quarantined=True)
     assert report.quarantined == corrupt_set[1].quarantined
     assert contents(out) == contents(corrupt_set[0]), "trying again in vain changes nothing"
+    shutil.copytree(corrupt, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
+    (tmp_path / "empty" / "files").mkdir(exist_ok=True)
+    with pytest.raises(ShardError, match="give --data the tree that the set was built from"):
+        build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
+    assert contents(out) == contents(corrupt_set[0])
     tree = copy_set(corrupt, tmp_path / "mimic")
     for row in corrupt_set[1].quarantined:
         repair(tree, paths(out)[row], sound)
@@ -284,15 +287,6 @@ def test_a_retry_that_was_killed_is_finished_by_the_same_command(corrupt_set, so
     assert done.returncode == -9
     build(sound, out, [32], retry_quarantined=True)
     assert contents(out) == contents(sound_set)
-
-
-def test_retrying_with_another_tree_changes_nothing(corrupt, corrupt_set, tmp_path):
-    out = copy_set(corrupt_set[0], tmp_path / "set")
-    shutil.copytree(corrupt, tmp_path / "empty", ignore=shutil.ignore_patterns("p1*"))
-    (tmp_path / "empty" / "files").mkdir(exist_ok=True)
-    with pytest.raises(ShardError, match="give --data the tree that the set was built from"):
-        build(tmp_path / "empty", out, [32], retry_quarantined=True, allow_missing=True)
-    assert contents(out) == contents(corrupt_set[0])
 
 
 def test_a_retry_never_loses_a_row_that_was_fine_and_touches_the_scales_that_its_shards_have(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
+from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import COLUMNS
 from cxrfast.shuffle import permutation
@@ -134,11 +134,3 @@ def test_scales_are_sorted_and_unique_and_one_out_of_range_is_named():
 def test_a_recipe_that_means_nothing_is_refused(recipe, message):
     with pytest.raises(ShardError, match=message):
         ImageRecipe(**recipe)
-
-
-def test_missing_images_are_counted_by_folder():
-    rows = assign_rows(images(), (), 0)
-    rows["bytes"] = np.where(rows["path"].isin(["files/p0/3.jpg", "files/p1/20.jpg", "files/p1/39.jpg"]), -1, 100)
-    counted = missing_by_folder(rows)
-    assert counted["listed"].to_dict() == {"files/p0": 20, "files/p1": 20}
-    assert counted["missing"].to_dict() == {"files/p0": 1, "files/p1": 2}

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,16 @@ def hold(folder: Path, host: str = "", seconds: float = 60) -> subprocess.Popen:
     """A process that holds the lock of `folder`, or is refused; `host`: the machine it takes itself to run on."""
     command = [sys.executable, "-c", HOLD, folder, host, str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def held(folder: Path, host: str = "") -> Iterator[subprocess.Popen]:
+    with hold(folder, host) as other:
+        assert other.stdout.readline() == "held\n"
+        try:
+            yield other
+        finally:
+            other.kill()
 
 
 def holder(folder: Path) -> int | None:
@@ -77,34 +89,25 @@ def test_a_lease_is_for_any_folder_and_is_given_back_after_an_error(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
-    with hold(tmp_path) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ShardError, match=f"process {other.pid} "), Lock(tmp_path):
-            pass
-        other.kill()
-        other.wait()
+    with held(tmp_path) as other, pytest.raises(ShardError, match=f"process {other.pid} "), Lock(tmp_path):
+        pass
     with Lock(tmp_path):
         assert holder(tmp_path) == os.getpid()
     assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_of_a_process_that_is_stopped_here_is_left_alone(tmp_path, quick):
-    with hold(tmp_path) as other:
-        assert other.stdout.readline() == "held\n"
+    with held(tmp_path) as other:
         other.send_signal(signal.SIGSTOP)
         time.sleep(0.3)
-        try:
-            with pytest.raises(ShardError, match=f"process {other.pid} "), Lock(tmp_path):
-                pass
-        finally:
-            other.kill()
+        with pytest.raises(ShardError, match=f"process {other.pid} "), Lock(tmp_path):
+            pass
 
 
 @pytest.mark.slow
 def test_of_many_that_take_over_a_dead_lock_one_gets_it(tmp_path):
-    with hold(tmp_path) as dead:
-        assert dead.stdout.readline() == "held\n"
-        dead.kill()
+    with held(tmp_path):
+        pass
     others = [hold(tmp_path, seconds=8) for _ in range(4)]
     answers = [other.communicate()[0] for other in others]
     assert sorted(answers) == ["held\n"] + ["refused\n"] * 3
@@ -114,11 +117,12 @@ def test_of_many_that_take_over_a_dead_lock_one_gets_it(tmp_path):
 def test_a_holder_on_another_machine_is_left_alone_while_it_beats_and_taken_over_when_it_is_silent(
     tmp_path, quick, caplog
 ):
-    with hold(tmp_path, "another") as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ShardError, match=f"process {other.pid} on another"), Lock(tmp_path):
-            pass
-        other.kill()
+    with (
+        held(tmp_path, "another") as other,
+        pytest.raises(ShardError, match=f"process {other.pid} on another"),
+        Lock(tmp_path),
+    ):
+        pass
     caplog.clear()
     with Lock(tmp_path):
         assert holder(tmp_path) == os.getpid()
@@ -129,8 +133,7 @@ def test_a_holder_on_another_machine_is_left_alone_while_it_beats_and_taken_over
 @pytest.mark.parametrize("host", ["another", "killed and not reaped"])
 def test_a_dead_holder_is_taken_over_where_names_cannot_be_exchanged(tmp_path, host):
     """The second one is a zombie here until this process asks for its exit code."""
-    with hold(tmp_path, "" if " " in host else host) as other:
-        assert other.stdout.readline() == "held\n"
+    with held(tmp_path, "" if " " in host else host) as other:
         other.kill()
         while other.poll() is None and Path(f"/proc/{other.pid}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)

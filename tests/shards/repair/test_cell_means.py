@@ -33,7 +33,10 @@ def grids(folder: Path, scale: int) -> np.ndarray:
         return reader.grids.astype(int)
 
 
-def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set):
+def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_changes(old, tiny_set, raw_set, tmp_path):
+    raw = without_grids(copy_set(raw_set, tmp_path / "raw"), [(32, 0), (64, 2)])
+    repair(raw)
+    assert contents(raw) == contents(raw_set), "those of raw images are the very ones"
     before = contents(old)
     work = repair(old)
     assert work.lines() == [f"repaired: {scale}/: grids added to 3 manifests" for scale in (32, 64)]
@@ -46,12 +49,6 @@ def test_an_old_set_gets_the_grids_of_its_decoded_images_and_nothing_else_change
         assert 0 < off < STEPS * tolerance("jpeg", 95, scale)
     assert repair(old).lines() == []
     assert contents(old) == after
-
-
-def test_those_of_raw_images_are_the_very_ones(raw_set, tmp_path):
-    folder = without_grids(copy_set(raw_set, tmp_path / "set"), [(32, 0), (64, 2)])
-    repair(folder)
-    assert contents(folder) == contents(raw_set)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx", "json"])

@@ -47,12 +47,8 @@ def test_nih_s_findings_are_one_where_named_and_zero_elsewhere(tmp_path, table, 
         image, fields = images.loc[file.removesuffix(".png")], line.split(",")
         assert {label for label in NIH if image[label] == 1} == set(fields[0].split("|"))
         assert sum(image[label] == 0 for label in NIH) == 15 - len(fields[0].split("|"))
-        assert (image["patient_id"], image["study_id"], image["view"]) == (
-            fields[2],
-            f"{fields[2]}_{fields[1]}",
-            fields[5],
-        )
-        assert (image["width"], image["height"]) == (int(fields[6]), int(fields[7]))
+        assert (image["patient_id"], image["study_id"]) == (fields[2], f"{fields[2]}_{fields[1]}")
+        assert (image["view"], image["width"], image["height"]) == (fields[5], int(fields[6]), int(fields[7]))
     assert images["split"].isna().all()
     assert source.counts == {}
 
@@ -76,9 +72,8 @@ def test_nih_s_images_are_found_in_twelve_folders_in_one_or_in_none(tmp_path):
     for place, name_ in zip(places, NIH_ROWS, strict=True):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / place / name_).write_bytes(b"an image")
-    assert read_source("nih", tmp_path).images["path"].tolist() == [
-        f"{p}/{n}" for p, n in zip(places, NIH_ROWS, strict=True)
-    ]
+    found = read_source("nih", tmp_path).images["path"].tolist()
+    assert found == [f"{place}/{name}" for place, name in zip(places, NIH_ROWS, strict=True)]
     (tmp_path / places[-1] / "00030805_000.png").unlink()
     assert read_source("nih", tmp_path).images["path"].iloc[-1] == "images/00030805_000.png"
     for flat in ("images", "."):

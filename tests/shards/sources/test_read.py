@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from sets import REAL
+from sets import REAL, build
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
-from cxrfast.shards.build import build
 from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.rows import read_rows
@@ -118,19 +117,14 @@ def test_a_function_of_one_s_own_is_a_source(tmp_path, monkeypatch):
         ("{own}.more:good", {}, r"cannot be imported \(ModuleNotFoundError.*name its folder in PYTHONPATH"),
         ("no_such_package:good", {}, r"cannot be imported \(ModuleNotFoundError: No module named 'no_such_package'\)"),
         ("{own} :good", {}, r"cannot be imported \(ValueError"),
+        ("{mistaken}:good", {}, r"cannot be imported \(SyntaxError"),
         ("{own}:good", {"m": 1}, r"--m is not an option of source {own}:good \(its options: --n\)"),
     ],
 )
 def test_a_function_that_fails_is_a_message_that_says_where(tmp_path, monkeypatch, function, options, message):
-    own = module(tmp_path, GOOD, monkeypatch)
+    own, mistaken = (module(tmp_path, text, monkeypatch) for text in (GOOD, "def good(tree:\n"))
     with pytest.raises(ShardError, match=message.format(own=own)):
-        read_source(function.format(own=own), tmp_path, options)
-
-
-def test_a_module_with_a_mistake_is_a_message(tmp_path, monkeypatch):
-    own = module(tmp_path, "def good(tree:\n", monkeypatch)
-    with pytest.raises(ShardError, match=r"cannot be imported \(SyntaxError"):
-        read_source(f"{own}:good", tmp_path)
+        read_source(function.format(own=own, mistaken=mistaken), tmp_path, options)
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -155,23 +149,13 @@ def test_the_example_of_the_docs_works(tmp_path, monkeypatch, real):
         for file in table["file"]:
             (data / "images" / file).write_bytes(encode(np.full((32, 32), 90, np.uint8), 95))
     table.to_csv(data / "2024.csv", index=False)
-    build(
-        data,
-        tmp_path / "set",
-        [32],
-        source=f"{own}:clinic",
-        source_options={"readings": "2024.csv"},
-        workers=1,
-    )
+    build(data, tmp_path / "set", [32], source=f"{own}:clinic", source_options={"readings": "2024.csv"})
     rows = read_rows(tmp_path / "set" / "rows.parquet").set_index("image_id")
     assert len(rows) == len(table)
     for line in table.to_dict("records"):
         row = rows.loc[line["file"].removesuffix(".jpg")]
-        assert (row["patient_id"], row["view"], row["path"]) == (
-            line["patient_id"],
-            line["view"],
-            f"images/{line['file']}",
-        )
+        assert row[["patient_id", "view"]].tolist() == [line["patient_id"], line["view"]]
+        assert row["path"] == f"images/{line['file']}"
         assert row["Pneumonia"] == {"COVID-19": 1, "No finding": 0, "inconclusive": -1}[line["finding"]]
         assert row["No Finding"] == (line["finding"] == "No finding")
     assert not read_manifest(tmp_path / "set", 32, 0).quarantined

@@ -119,18 +119,6 @@ def test_shards_built_again_are_not_mixed_with_other_scales_of_before(folder, pl
     assert place.contents() == contents(folder)
 
 
-def test_a_folder_that_another_command_writes_into_is_refused(tiny_set, tmp_path):
-    to = tmp_path / "to"
-    stage(tiny_set, to, [32])
-    before = contents(to)
-    with Lock(to):
-        with pytest.raises(ShardError, match=f"to is being built by process {os.getpid()} on "):
-            stage(tiny_set, to)
-        assert {name: data for name, data in contents(to).items() if name != "lease.lock"} == before
-    stage(tiny_set, to)
-    assert contents(to) == contents(tiny_set)
-
-
 # What is there already
 
 
@@ -256,13 +244,16 @@ def test_what_is_no_set_or_unfinished_an_absent_scale_a_file_and_the_same_place_
             stage(tiny_set, "s3://")
 
 
-def test_what_a_killed_call_left_in_a_folder_is_cleared_away(tiny_set, tmp_path):
+def test_what_a_killed_call_left_in_a_folder_is_cleared_away_unless_another_command_writes_there(tiny_set, tmp_path):
     to = tmp_path / "to"
-    (to / "32").mkdir(parents=True)
-    for name in ("rows.parquet.host-1.tmp", "32/000000.tar.host-1.tmp"):
-        (to / name).write_text("half")
-    (to / "rows.parquet").write_text("an earlier state")
-    (to / "32").rename(to.parent / "32")  # a killed call leaves no scale before its set.json
+    to.mkdir()
+    for name in ("rows.parquet.host-1.tmp", "rows.parquet"):
+        (to / name).write_text("half, or of an earlier state")
+    before = contents(to)
+    with Lock(to):
+        with pytest.raises(ShardError, match=f"to is being built by process {os.getpid()} on "):
+            stage(tiny_set, to)
+        assert {name: data for name, data in contents(to).items() if name != "lease.lock"} == before
     stage(tiny_set, to)
     assert contents(to) == contents(tiny_set)
     assert read_sums(to) == sums(contents(to))
