@@ -90,8 +90,11 @@ def bench(
         )
         with_engines = False
     scales = sorted(scales or (ShardSet(shards).scales if shards else PHANTOM_SCALES))
-    if shards:
-        _check(shards, scales)
+    if shards:  # a problem is reported before anything is measured
+        if ShardSet(shards).info.codec != "jpeg":
+            raise LoadError(f"{shards} holds no JPEGs: give the set that its raw images were made from")
+        for scale in scales:
+            Reader(shards, scale).close()
     extras = {"--engines": with_engines, "--cold": with_cold, "--large": with_large}
     _announce(scales, ways, extras, seconds, rounds, minutes)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
@@ -133,13 +136,6 @@ def _announce(
         *([f"then {' '.join(then)}"] if then else []),
         *([f"left out: {'; '.join(left_out)}"] if left_out else []),
     )
-
-
-def _check(shards: Path, scales: list[int]) -> None:
-    if ShardSet(shards).info.codec != "jpeg":
-        raise LoadError(f"{shards} holds no JPEGs: give the set that its raw images were made from")
-    for scale in scales:
-        Reader(shards, scale).close()  # a problem is reported before anything is measured
 
 
 def _job(scratch: Path, shards: Path, scale: int, workers: int) -> Job:

@@ -65,7 +65,10 @@ def bench(
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(prefix="cxrfast-bench-") as folder:
         scratch = Path(folder)
-        files = _files(scratch, data, images)
+        if data is None:
+            synth(scratch / "phantoms", images=images, size=SIZE)
+        (scratch / "images").mkdir()  # on the disk that builds write to
+        files = sample(Tree(data or scratch / "phantoms"), scratch / "images", images)
         out.mkdir(parents=True, exist_ok=True)
         setup = prepare(scratch, files, scales, seconds, workers or usable_cores())
         notes: Notes = {}
@@ -98,14 +101,6 @@ def bench(
         )
     write_results(out, "shard", result)
     return result
-
-
-def _files(scratch: Path, data: str | None, images: int) -> list[Path]:
-    """The JPEGs to measure on, copied to the disk that builds write to."""
-    if data is None:
-        synth(scratch / "phantoms", images=images, size=SIZE)
-    (scratch / "images").mkdir()
-    return sample(Tree(data or scratch / "phantoms"), scratch / "images", images)
 
 
 def _builds(workers: int, figures: dict[str, Measured], notes: Notes, rounds: int) -> dict[str, Any]:

@@ -27,44 +27,26 @@ SCRATCH, SMALLER, RESIZED = "from scratch", "from the smaller scale", "progressi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """A way to train at the scale. Seconds cover training and validation, not start-up."""
-
-    name: str
-    before: float
-    """Seconds of the run at the smaller scale; 0 for ways without one."""
-    seconds: list[float]
-    """Since the start of everything, at the end of each epoch at the scale, ascending."""
-    auroc: list[float | None]
-    """On the validation rows at the scale, by epoch; None where it is undefined."""
-    reached: float | None
-    """Seconds at the end of the first epoch that has the target or more; None if none does."""
-
-    @property
-    def best(self) -> float:
-        return max((value for value in self.auroc if value is not None), default=float("nan"))
-
-
-@dataclass(frozen=True, kw_only=True)
 class CurriculumResult:
     scale: int
     from_scale: int
     fold: int
     target: float
     """The mean AUROC over findings that counts as reached."""
-    ways: list[Way]
+    ways: list[dict[str, Any]]
+    """See `way`."""
     provenance: dict[str, Any]
 
     def tables(self) -> list[Table]:
-        first = self.ways[0].reached
+        first = self.ways[0]["reached"]
         title = f"Seconds to a validation AUROC of {self.target:.4f} at {self.scale} px, fold {self.fold}"
         head = ["way", "epochs", "seconds before", "seconds in all", "best AUROC", "seconds to it", f"{SCRATCH} / it"]
         lines = []
         for way in self.ways:
-            seconds = [f"{way.before:,.1f}", f"{way.seconds[-1]:,.1f}"]
-            reached = "never" if way.reached is None else f"{way.reached:,.1f}"
-            ratio = ABSENT if way.reached is None or first is None else f"{first / way.reached:.2f}"
-            lines.append([way.name, str(len(way.seconds)), *seconds, f"{way.best:.4f}", reached, ratio])
+            seconds = [f"{way['before']:,.1f}", f"{way['seconds'][-1]:,.1f}"]
+            reached = "never" if way["reached"] is None else f"{way['reached']:,.1f}"
+            ratio = ABSENT if way["reached"] is None or first is None else f"{first / way['reached']:.2f}"
+            lines.append([way["name"], str(len(way["seconds"])), *seconds, f"{best(way):.4f}", reached, ratio])
         note = f"Seconds before: spent on the run at {self.from_scale} px; they count."
         note = f"Mean AUROC over findings, checked once per epoch. {note} One run per way: the spread between seeds is not measured."
         return [Table(title, head, lines, note)]
@@ -74,8 +56,8 @@ class CurriculumResult:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for way in self.ways:
-            values = [float("nan") if value is None else value for value in way.auroc]
-            axes.plot(way.seconds, values, "o-", markersize=4, label=way.name)
+            values = [float("nan") if value is None else value for value in way["auroc"]]
+            axes.plot(way["seconds"], values, "o-", markersize=4, label=way["name"])
         axes.axhline(self.target, color="0.5", linestyle=":")
         axes.set(xlabel="seconds since the start", ylabel=f"validation AUROC at {self.scale} px", xlim=(0, None))
         axes.legend(frameon=False)
@@ -117,7 +99,7 @@ def bench(
     if epochs > 1:
         runs[RESIZED] = run(f"resized-{scale}", scale, sizes=((from_scale, epochs // 2),))
     metrics = {name: one.metrics() for name, one in runs.items()}
-    target = target or way(SCRATCH, metrics[SCRATCH], 0.0, 0.0).best
+    target = target or best(way(SCRATCH, metrics[SCRATCH], 0.0, 0.0))
     before = {SMALLER: sum(line["seconds"] for line in small.metrics())}
     result = CurriculumResult(
         scale=scale,
@@ -131,9 +113,19 @@ def bench(
     return result
 
 
-def way(name: str, metrics: list[dict[str, Any]], before: float, target: float) -> Way:
-    """A way from its run's metrics; `before`: seconds that were spent first."""
+def way(name: str, metrics: list[dict[str, Any]], before: float, target: float) -> dict[str, Any]:
+    """A way to train at the scale, from its run's metrics; `before`: seconds that were spent first, at the smaller scale.
+
+    `seconds`: of training and validation, without start-up, since the start of everything, at the end of each epoch, where
+    `auroc` is that on the validation rows, None where it is undefined. `reached`: seconds at the end of the first epoch
+    that has the target or more; None if none does.
+    """
     seconds = list(accumulate((line["seconds"] for line in metrics), initial=before))[1:]
     auroc = [line["val_auroc"] for line in metrics]
     reached = (s for s, value in zip(seconds, auroc, strict=True) if value is not None and value >= target)
-    return Way(name=name, before=before, seconds=seconds, auroc=auroc, reached=next(reached, None))
+    return {"name": name, "before": before, "seconds": seconds, "auroc": auroc, "reached": next(reached, None)}
+
+
+def best(way: dict[str, Any]) -> float:
+    """The best AUROC of a way; NaN if all are undefined."""
+    return max((value for value in way["auroc"] if value is not None), default=float("nan"))

@@ -172,17 +172,14 @@ def alone(
         "kinds": by_kind(step, where) if with_profile else None,
     }
     del step  # and its memory
-    found["saved_bytes"] = None if climbed.compile else saved_by(climbed, scale, where)
+    found["saved_bytes"] = None
+    if not climbed.compile:
+        with autocast(where, resolve_precision(climbed.precision, where)):  # without it nothing needs to be computed
+            net = make_net(climbed, where if climbed.precision == "auto" else torch.device("meta"))
+            found["saved_bytes"] = saved_bytes(net, scale)
     is_sought = is_gpu and not climbed.compile and budget.left > 0
     found["largest"] = largest(lambda n: make_step(climbed, scale, n, where), start) if is_sought else None
     return found
-
-
-def saved_by(rung: Rung, scale: int, device: torch.device) -> int:
-    """Bytes autograd keeps per image. Without autocast, which needs real tensors, nothing is computed."""
-    precision = resolve_precision(rung.precision, device)
-    with autocast(device, precision):
-        return saved_bytes(make_net(rung, device if rung.precision == "auto" else torch.device("meta")), scale)
 
 
 def largest(make: Callable[[int], Callable[[], int]], start: int) -> int | None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from cxrfast.bench.data import make_phantoms
 from cxrfast.bench.harness import Budget, Pace, announce, in_time, measure_elsewhere, provenance
 from cxrfast.bench.report import Column, left_out_notes, side_axis, table, where, write_results
-from cxrfast.bench.training.step_measure import FIGURES, StepLine, measure
+from cxrfast.bench.training.step_measure import FIGURES, measure
 from cxrfast.config import Runtime, preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
@@ -97,9 +97,9 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
             result.failed[options["scale"]] = str(error)
             return None
         result.lines.append(line)
-        steps = [line.micro_batch / getattr(line, name) for name in FIGURES]
-        pixels = line.scale**2 * line.micro_batch
-        return Pace(budget.clock() - start, len(line.rounds["train"]), steps, options["seconds"], pixels)
+        steps = [line["micro_batch"] / line[name] for name in FIGURES]
+        pixels = line["scale"] ** 2 * line["micro_batch"]
+        return Pace(budget.clock() - start, len(line["rounds"]["train"]), steps, options["seconds"], pixels)
 
     pieces = {}
     for one in todo:
@@ -109,7 +109,7 @@ def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budge
     in_time(pieces, work, budget, result.left_out)
 
 
-def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:
+def _measure_scale(options: dict[str, Any], budget: Budget) -> dict[str, Any]:
     """Measure one scale in a new process, halving the micro-batch until it fits."""
     scale, micro_batch = options["scale"], options["micro_batch"]
     figures = len(FIGURES) * (options["rounds"] + 1)
@@ -130,17 +130,20 @@ def _measure_scale(options: dict[str, Any], budget: Budget) -> StepLine:
 COLUMNS = {
     "px": Column("scale"),
     "micro-batch": Column("micro_batch"),
-    "load/s": Column("load", ",.1f"),
-    "train/s": Column("train", ",.1f"),
-    "cached/s": Column("cached", ",.1f"),
-    "bare/s": Column("bare", ",.1f"),
+    "load/s": Column("load", ",.1f"),  # the loader alone, with rotation and flip
+    "train/s": Column("train", ",.1f"),  # the training loop with real loading
+    "cached/s": Column("cached", ",.1f"),  # the same loop with one batch that is already on the device
+    "bare/s": Column("bare", ",.1f"),  # forward pass, loss, backward pass and Adam on that batch, and nothing else
+    # train / cached and train / bare, round by round: 1 where the loop never waits for data, and where all but the step
+    # itself costs nothing
     "fed": Column("fed", ".2f"),
     "loop": Column("loop", ".2f"),
     "validate/s": Column("validate", ",.1f"),
+    # kept by autograd between forward and backward, in the run's precision: what limits the micro-batch
     "saved MiB/image": Column("saved_bytes_per_image", ",.1f", 2**20),
-    "process GiB": Column("process_bytes", ".1f", 2**30),
-    "torch GiB": Column("torch_peak_bytes", ".1f", 2**30),
-    "GPU GiB": Column("gpu_used_bytes", ".1f", 2**30),
+    "process GiB": Column("process_bytes", ".1f", 2**30),  # peak of resident memory
+    "torch GiB": Column("torch_peak_bytes", ".1f", 2**30),  # peak of torch's allocator on the GPU
+    "GPU GiB": Column("gpu_used_bytes", ".1f", 2**30),  # in use at the end, DALI's included, as the driver reports it
     "engine": Column("engine"),
     "precision": Column("precision"),
 }
@@ -150,7 +153,7 @@ PLOTTED = {"load": "loading", "train": "training", "cached": "training, cached b
 
 @dataclass(frozen=True)
 class StepResult:
-    lines: list[StepLine]
+    lines: list[dict[str, Any]]
     failed: dict[int, str]
     """Scales that could not be measured, and why."""
     provenance: dict[str, Any]
@@ -168,25 +171,25 @@ class StepResult:
             return None
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         rates, memory = figure.subplots(1, 2)
-        engines = list(dict.fromkeys(line.engine for line in self.lines))
+        engines = list(dict.fromkeys(line["engine"] for line in self.lines))
         for engine, (n, (name, what)) in product(engines, enumerate(PLOTTED.items())):
-            mine = [line for line in self.lines if line.engine == engine]
+            mine = [line for line in self.lines if line["engine"] == engine]
             rates.plot(
-                [line.scale for line in mine],
-                [getattr(line, name) for line in mine],
+                [line["scale"] for line in mine],
+                [line[name] for line in mine],
                 "o--" if name == "cached" else "o-",
                 color=f"C{n}",
                 fillstyle="full" if engine == engines[0] else "none",
                 label=f"{what}, {engine}" if len(engines) > 1 else what,
             )
         rates.set(yscale="log", ylabel="images/s")
-        lines = [line for line in self.lines if line.engine == engines[0]]
-        scales = [line.scale for line in lines]
-        memory.plot(scales, [line.process_bytes / 2**30 for line in lines], "o-", label="process, main memory")
-        if all(line.gpu_used_bytes is not None for line in lines):
-            memory.plot(scales, [(line.gpu_used_bytes or 0) / 2**30 for line in lines], "s-", label="GPU")
+        lines = [line for line in self.lines if line["engine"] == engines[0]]
+        scales = [line["scale"] for line in lines]
+        memory.plot(scales, [line["process_bytes"] / 2**30 for line in lines], "o-", label="process, main memory")
+        if all(line["gpu_used_bytes"] is not None for line in lines):
+            memory.plot(scales, [line["gpu_used_bytes"] / 2**30 for line in lines], "s-", label="GPU")
         memory.set(ylabel="GiB", ylim=(0, None))
         for axes in (rates, memory):
-            side_axis(axes, scales, [f"{line.scale}\n×{line.micro_batch}" for line in lines])
+            side_axis(axes, scales, [f"{line['scale']}\n×{line['micro_batch']}" for line in lines])
             axes.legend(frameon=False)
         return figure

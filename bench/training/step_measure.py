@@ -7,10 +7,11 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,42 +41,13 @@ from cxrfast.training.trainer import Trainer
 FIGURES = ("load", "train", "cached", "bare", "validate")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepLine:
-    """Measured at one scale. Rates are images/s, medians of the rounds."""
-
-    scale: int
-    micro_batch: int
-    load: float
-    """The loader alone, with rotation and flip."""
-    train: float
-    """The training loop with real loading."""
-    cached: float
-    """The same loop with one batch that is already on the device."""
-    bare: float
-    """Forward pass, loss, backward pass and Adam on that batch, and nothing else."""
-    fed: float
-    """train / cached, round by round: 1 where the loop never waits for data."""
-    loop: float
-    """train / bare, round by round: 1 where loading and everything else in the loop cost nothing."""
-    validate: float
-    saved_bytes_per_image: int
-    """Kept by autograd between forward and backward, in the run's precision: what limits the micro-batch."""
-    process_bytes: int
-    """Peak resident memory of the whole process."""
-    torch_peak_bytes: int | None
-    """Peak of torch's allocator on the GPU; None on a CPU."""
-    gpu_used_bytes: int | None
-    """GPU memory in use at the end, DALI's included, as the driver reports it; None on a CPU."""
-    engine: str
-    precision: str
-    rounds: dict[str, list[float]]
-
-
 def measure(
     runtime: Runtime, scale: int, arch: str, micro_batch: int, seconds: float, rounds: int, budget: Budget
-) -> StepLine:
-    """Measure one scale in this process, with `seconds` per turn. The run gets a new folder in `runtime.runs`."""
+) -> dict[str, Any]:
+    """A line of `step.COLUMNS`, measured in this process with `seconds` per turn.
+
+    The run gets a new folder in `runtime.runs`. Rates are images/s, medians of the rounds; bytes of the GPU are None on a CPU.
+    """
     ranks = World(pick_device(runtime.device))
     limit_memory(ranks.device)
     runtime = replace(runtime, runs=Path(tempfile.mkdtemp(dir=runtime.runs)))
@@ -85,20 +57,21 @@ def measure(
     peak = torch.cuda.max_memory_allocated(ranks.device) if gpu_used else None
     with trainer.autocast():  # after the peaks, to which it would add
         saved = saved_bytes(trainer.model, scale)
-    return StepLine(
-        scale=scale,
-        micro_batch=micro_batch,
-        **{name: figure.median for name, figure in figures.items()},
-        fed=figures["train"].ratio(figures["cached"]),
-        loop=figures["train"].ratio(figures["bare"]),
-        saved_bytes_per_image=saved,
-        process_bytes=process,
-        torch_peak_bytes=peak,
-        gpu_used_bytes=gpu_used,
-        engine=trainer.train_loader.engine,
-        precision=trainer.config.precision,
-        rounds={name: figure.rounds for name, figure in figures.items()},
-    )
+    return {
+        "scale": scale,
+        "micro_batch": micro_batch,
+        **{name: figures[name].median for name in FIGURES[:-1]},
+        "fed": figures["train"].ratio(figures["cached"]),
+        "loop": figures["train"].ratio(figures["bare"]),
+        "validate": figures["validate"].median,
+        "saved_bytes_per_image": saved,
+        "process_bytes": process,
+        "torch_peak_bytes": peak,
+        "gpu_used_bytes": gpu_used,
+        "engine": trainer.train_loader.engine,
+        "precision": trainer.config.precision,
+        "rounds": {name: figure.rounds for name, figure in figures.items()},
+    }
 
 
 def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, ranks: World) -> Trainer:

@@ -9,22 +9,17 @@ import pytest
 from cxrfast.bench.loading.result import LoadingLine, LoadingResult
 from cxrfast.bench.report import Column, Result, table, write_results
 from cxrfast.bench.sharding.shard import ShardingResult
-from cxrfast.bench.training.curriculum import CurriculumResult, Way
+from cxrfast.bench.training.curriculum import CurriculumResult
 from cxrfast.bench.training.ladder_result import LadderLine, LadderResult
 from cxrfast.bench.training.step import StepResult
-from cxrfast.bench.training.step_measure import StepLine
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def stored(path: Path) -> Result:
     values: dict[str, Any] = json.loads(path.read_bytes())
-    if path.stem == "bench":
-        return StepResult(**values | {"lines": [StepLine(**line) for line in values["lines"]]})
-    if path.stem == "curriculum":
-        return CurriculumResult(**values | {"ways": [Way(**way) for way in values["ways"]]})
-    if path.stem == "shard":
-        return ShardingResult(**values)
+    if kind := {"bench": StepResult, "curriculum": CurriculumResult, "shard": ShardingResult}.get(path.stem):
+        return kind(**values)
     assert values["engines"] == []
     by_scale = {name: {int(scale): n for scale, n in values[name].items()} for name in ("images", "batch")}
     return LoadingResult(**values | by_scale | {"lines": [LoadingLine(**line) for line in values["lines"]]})
