@@ -173,6 +173,11 @@ class TrainConfig:
         """The policy of each label, in the order of `labels`."""
         return tuple(dict(self.label_policies).get(label, self.policy) for label in self.labels)
 
+    @property
+    def sides(self) -> set[int]:
+        """Sides of the training images over all epochs, px."""
+        return {self.scale, *(side for side, _ in self.sizes)}
+
     def size_at(self, epoch: int) -> int:
         """Side of the training images in this epoch (from 0), px."""
         for side, epochs in self.sizes:

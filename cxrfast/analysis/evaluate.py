@@ -51,9 +51,6 @@ class Evaluation:
         """By name: where the first weights came from."""
         return group_origins(zip(self.table["name"], self.table["start"], strict=True))
 
-    def folds(self, name: str) -> list[int]:
-        return sorted(int(fold) for fold in self.table.loc[self.table["name"] == name, "fold"].unique())
-
     def summary(self) -> pd.DataFrame:
         """One line per group and finding: name, scale, start, label, part, folds, folds_defined, auroc_mean, auroc_sd,
         auprc_mean, auprc_sd, positives.
@@ -139,7 +136,8 @@ def distinct_positives(answers: Iterable[Answers]) -> list[int]:
 def auroc_table(evaluation: Evaluation) -> Table:
     """Findings × groups, AUROC as mean ± sd over folds, the best group of each finding bold."""
     labels, columns = evaluation.labels, [evaluation.matrix(name) for name in evaluation.names]
-    folds = {name: folds_text(evaluation.folds(name)) for name in evaluation.names}
+    by_group = evaluation.table.groupby("name")["fold"]
+    folds = {name: folds_text(sorted(by_group.get_group(name).unique())) for name in evaluation.names}
     same = len(set(folds.values())) == 1
     over = folds[evaluation.names[0]] if same else "; ".join(f"{name}: {text}" for name, text in folds.items())
     notes = (

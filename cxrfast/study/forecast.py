@@ -162,7 +162,7 @@ def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) ->
     config = plan.config(scale, plan.folds[0], "cpu")
     with torch.device("meta"):  # shapes only, no numbers: quick
         model = Classifier(config.arch, len(shards.info.labels))
-        for side in {scale, *(side for side, _ in config.sizes)}:
+        for side in config.sides:
             model.check_size(side)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)

@@ -83,7 +83,7 @@ def largest_micro_batch(config: TrainConfig, runtime: Runtime, ranks: World, mos
         fit = ranks.on_first(all_fit)
         tried.append(size)
         what = f"fits into {gib(room)}, peak {gib(peak)}" if fit else f"does not fit into {gib(room)}"
-        log.info(f"--micro-batch auto: {size} × {largest_side(config)} px {what}")
+        log.info(f"--micro-batch auto: {size} × {max(config.sides)} px {what}")
         return fit
 
     if fits(sizes[-1]):
@@ -98,7 +98,7 @@ def largest_micro_batch(config: TrainConfig, runtime: Runtime, ranks: World, mos
             return sizes[low]
         helps = "use a smaller scale" if runtime.recompute else "give --recompute, or use a smaller scale"
         raise RunError(
-            f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {largest_side(config)} px on {device}, "
+            f"--micro-batch auto: tried {', '.join(map(str, tried))} images of {max(config.sides)} px on {device}, "
             f"none fits into {gib(room)}: {helps}"
         )
 
@@ -119,11 +119,6 @@ def shareable(global_batch: int, world: int, most: int) -> list[int]:
     return [size for size in range(1, min(share, most) + 1) if share % size == 0]
 
 
-def largest_side(config: TrainConfig) -> int:
-    """Side of the largest training images, px."""
-    return max([config.scale, *(side for side, _ in config.sizes)])
-
-
 # Measuring
 
 
@@ -133,7 +128,7 @@ def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device,
     torch.cuda.set_per_process_memory_fraction(gpu_room(device) / total, device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        _train(config, runtime, device, images, largest_side(config))
+        _train(config, runtime, device, images, max(config.sides))
         torch.cuda.synchronize(device)
         return GpuMemory(torch.cuda.max_memory_allocated(device), total - torch.cuda.mem_get_info(device)[0])
     except (RuntimeError, MemoryError) as error:
@@ -160,7 +155,7 @@ def cpu_step_bytes(config: TrainConfig, runtime: Runtime) -> Callable[[int], int
 
     Linear in images and in their area, from steps over 2 and 4 images of at most `CPU_SIDE`.
     """
-    scale = largest_side(config)
+    scale = max(config.sides)
     side = min(scale, CPU_SIDE)
     two, four = (_allocated(config, runtime, images, side) for images in (2, 4))
     return lambda images: int(two + (images * (scale / side) ** 2 - 2) * (four - two) / 2)

@@ -39,7 +39,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
     with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks:
         torch.manual_seed(config.seed)
         model = Classifier(config.arch, len(config.labels), recompute=runtime.recompute)
-        for side in {config.scale, *(side for side, _ in config.sizes)}:
+        for side in config.sides:
             model.check_size(side)
         folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
         reader = Reader(runtime.shards, config.scale)
