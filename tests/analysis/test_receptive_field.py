@@ -33,6 +33,10 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
     assert f"ERF {stored.size:.0f} px" in stored.in_words()
     np.testing.assert_array_equal(erf(run, images=3).map, first.map)
     assert not np.array_equal(erf(run, images=3, seed=1).map, first.map)
+    other = replace(run, config=replace(run.config, seed=1))
+    assert not has_erf(other)
+    with pytest.raises(RunError, match="another run"):
+        read_erf(other)
 
 
 def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,30 +47,17 @@ def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, mo
     assert whole.images == 4  # all there are
 
 
-def test_another_shard_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     run = make_untrained(tmp_path, tiny_set, PARTS)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
     with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
         erf(other, shards=tiny_set)
-    assert not (run.folder / "maps.zarr").exists()
-
-
-def test_a_run_without_validation_images_or_weights_says_so(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_untrained(tmp_path, tiny_set, PARTS)
     with pytest.raises(RunError, match="at least one validation image, not 0 of 4"):
         erf(run, images=0)
     (run.folder / "best.safetensors").unlink()
     with pytest.raises(RunError, match="train it first"):
         erf(run)
-
-
-def test_another_configurations_field_is_not_read(tiny_set: Path, tmp_path: Path) -> None:
-    run = make_untrained(tmp_path, tiny_set, PARTS)
-    erf(run, images=1)
-    other = replace(run, config=replace(run.config, seed=1))
-    assert not has_erf(other)
-    with pytest.raises(RunError, match="another run"):
-        read_erf(other)
+    assert not (run.folder / "maps.zarr").exists()
 
 
 def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:

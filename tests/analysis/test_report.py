@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import make_run
+from runs import make_run, metrics_line
 
 from cxrfast.analysis.evaluate import evaluate
 from cxrfast.analysis.report import auroc_figure, learning_figure, report
@@ -19,22 +19,8 @@ def make_runs(runs: Path, predicted: bool = True, curriculum: bool = False) -> l
         for fold in (0, 1):
             weights = str(runs / "densenet121-32" / f"fold-{fold}") if curriculum and scale == 64 else "none"
             run = make_run(runs, scale, fold, quality=scale / 32 if predicted else None, weights=weights)
-            for epoch in range(3):
-                run.add_metrics(
-                    {
-                        "epoch": epoch,
-                        "train_loss": 0.5 - 0.1 * epoch,
-                        "val_loss": 0.6 - 0.1 * epoch,
-                        "val_auroc": None,
-                        "val_auroc_by_label": {},
-                        "learning_rate": 1e-4 if epoch < 2 else 5e-5,
-                        "seconds": 600.0 * scale / 32,
-                        "images_per_s": 100.0,
-                        "waiting_share": 0.01,
-                        "resident_bytes": 2**30,
-                        "gpu_peak_bytes": None,
-                    }
-                )
+            for epoch, rate in enumerate((1e-4, 1e-4, 5e-5)):
+                run.add_metrics(metrics_line(epoch, learning_rate=rate, seconds=600.0 * scale / 32))
             run.set_state("done", epoch=3)
             made.append(run)
     return made
@@ -71,17 +57,15 @@ def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path: Path)
             assert bar[:, 1].max() <= 1
 
 
-def test_an_epoch_that_has_no_rate_is_left_out_of_the_median(tmp_path: Path) -> None:
+def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_is_left_out_of_the_median(
+    tmp_path: Path,
+) -> None:
     first, *_ = make_runs(tmp_path, predicted=False)
     first.add_metrics({**first.metrics()[-1], "epoch": 3, "images_per_s": None})
-    assert '<td class="number">100.0</td>' in report(tmp_path).read_text()
-
-
-def test_parts_that_were_not_made_name_the_command_that_makes_them(tmp_path: Path) -> None:
-    make_runs(tmp_path, predicted=False)
     html = report(tmp_path).read_text()
     for command in ("predict", "erf", "gradcam"):
         assert f"<code>cxrfast {command} {tmp_path}" in html
+    assert '<td class="number">100.0</td>' in html
 
 
 def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rate(tmp_path: Path) -> None:

@@ -15,26 +15,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):
+def test_a_file_is_replaced_whole_or_if_the_block_raises_not_at_all_and_no_other_file_stays(tmp_path):
     path = tmp_path / "file"
     write_bytes(path, b"old")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), replacing(path) as file:
+            file.write(b"half")
+            raise error
+        assert (path.read_bytes(), names(tmp_path)) == (b"old", ["file"])
     with replacing(path) as file:
         file.write(b"new and ")
         assert path.read_bytes() == b"old"
         file.write(b"longer")
-    assert path.read_bytes() == b"new and longer"
-    assert names(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-    write_bytes(path, b"old")
-    with pytest.raises(error), replacing(path) as file:
-        file.write(b"half")
-        raise error
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["file"]
+    assert (path.read_bytes(), names(tmp_path)) == (b"new and longer", ["file"])
 
 
 def test_a_writer_killed_half_way_leaves_the_old_file(tmp_path):
@@ -53,13 +46,15 @@ def test_a_writer_killed_half_way_leaves_the_old_file(tmp_path):
     assert left[0].endswith(TEMPORARY)
 
 
-def test_files_honour_the_umask_of_a_shared_folder(tmp_path):
+def test_files_honour_the_umask_and_a_folder_that_does_not_exist_is_the_system_s_own_error(tmp_path):
     before = os.umask(0o007)
     try:
         write_bytes(tmp_path / "file", b"")
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
+    with pytest.raises(FileNotFoundError):
+        write_bytes(tmp_path / "absent" / "file", b"")
 
 
 def test_temporary_names_lie_in_the_same_folder_and_are_never_the_same(tmp_path):
@@ -73,11 +68,6 @@ def test_temporary_names_lie_in_the_same_folder_and_are_never_the_same(tmp_path)
     mine = temporary_name(tmp_path / "a.tar")
     assert len({Path(other.stdout.strip()), mine, temporary_name(tmp_path / "a.tar")}) == 3
     assert Path(other.stdout.strip()).parent == mine.parent == tmp_path
-
-
-def test_a_folder_that_does_not_exist_is_the_system_s_own_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        write_bytes(tmp_path / "absent" / "file", b"")
 
 
 def test_json_is_read_back_and_the_same_value_gives_the_same_bytes(tmp_path):

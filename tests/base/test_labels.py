@@ -41,11 +41,8 @@ def test_every_entry_becomes_what_its_policy_says(raw, policy):
         assert value is None or target[i, j] == value
 
 
-def test_uncertain_findings_are_negative_unless_said_otherwise():
+def test_uncertain_findings_are_negative_unless_said_otherwise_and_an_unknown_policy_is_refused():
     np.testing.assert_array_equal(targets(np.array([[-1.0, 1.0]]))[0], targets(np.array([[-1.0, 1.0]]), "u_zeros")[0])
-
-
-def test_an_unknown_policy_is_refused():
     with pytest.raises(RunError, match="'u_maybe' is unknown: use one of u_zeros, u_ones, u_ignore"):
         targets(np.zeros((1, 1)), "u_maybe")
 

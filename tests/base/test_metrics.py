@@ -47,13 +47,9 @@ def test_masked_entries_change_nothing(case):
     assert metrics.bce(*other, mask) == pytest.approx(metrics.bce(scores, targets, mask), nan_ok=True)
 
 
-def test_auroc_never_hides_a_nan_score():
-    scores = np.array([[0.1], [np.nan], [0.3]])
-    assert np.isnan(metrics.auroc(scores, np.array([[0], [1], [1]]))).all()
-
-
-def test_auroc_takes_infinite_scores_and_perfect_ranks():
+def test_auroc_takes_infinite_scores_and_perfect_ranks_and_never_hides_a_nan():
     targets = np.array([[0], [0], [1], [1]])
+    assert np.isnan(metrics.auroc(np.array([[0.1], [0.2], [np.nan], [0.3]]), targets)).all()
     assert metrics.auroc(np.array([[-np.inf], [0], [1], [np.inf]]), targets)[0] == 1.0
     assert metrics.auroc(np.array([[np.inf], [1], [0], [-np.inf]]), targets)[0] == 0.0
     assert metrics.auroc(np.zeros((4, 1)), targets)[0] == 0.5

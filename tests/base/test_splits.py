@@ -104,17 +104,14 @@ def test_another_seed_deals_otherwise():
         assert (block != other_block).mean() > 0.6
 
 
-@pytest.mark.parametrize("k", [-1, 5])
-def test_a_fold_that_does_not_exist_is_refused(k):
-    with pytest.raises(RunError, match=f"fold {k} does not exist: folds are 0 to 4"):
-        part_masks(np.zeros(3, np.int8), np.zeros(3, np.int8), k)
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_an_empty_part_is_an_error_that_names_it(part):
-    masks = {name: np.array([name != part, False]) for name in PARTS}
-    with pytest.raises(RunError, match=rf"fold 2: the {part} part has no rows"):
-        check_parts(masks, "fold 2")
+def test_a_fold_that_does_not_exist_and_an_empty_part_are_errors_that_name_them():
+    for k in (-1, 5):
+        with pytest.raises(RunError, match=f"fold {k} does not exist: folds are 0 to 4"):
+            part_masks(np.zeros(3, np.int8), np.zeros(3, np.int8), k)
+    for part in PARTS:
+        masks = {name: np.array([name != part, False]) for name in PARTS}
+        with pytest.raises(RunError, match=rf"fold 2: the {part} part has no rows"):
+            check_parts(masks, "fold 2")
 
 
 def test_the_official_split_is_taken_as_it_is_and_rows_without_one_are_in_no_part():

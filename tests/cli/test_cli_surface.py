@@ -9,6 +9,8 @@ import click
 
 from cxrfast.cli.main import cli
 
+FLAGS = ("required", "multiple", "is_flag")
+
 
 def commands(group: click.Group = cli, before: str = "") -> dict[str, click.Command]:
     """Every command by its full name, such as `bench load`."""
@@ -26,20 +28,9 @@ def surface() -> str:
     for name, command in commands().items():
         lines.append(name)
         for parameter in sorted(command.params, key=lambda p: (p.param_type_name, p.name or "")):
-            kind = (
-                parameter.type.name
-                if not isinstance(parameter.type, click.Choice)
-                else "|".join(map(str, parameter.type.choices))
-            )
-            flags = [
-                f
-                for f, on in (
-                    ("required", parameter.required),
-                    ("multiple", getattr(parameter, "multiple", False)),
-                    ("flag", getattr(parameter, "is_flag", False)),
-                )
-                if on
-            ]
+            choices = getattr(parameter.type, "choices", None)
+            kind = "|".join(map(str, choices)) if choices else parameter.type.name
+            flags = [f.removeprefix("is_") for f in FLAGS if getattr(parameter, f, False)]
             names = "/".join(parameter.opts) if isinstance(parameter, click.Option) else parameter.name
             lines.append(" ".join(["   ", names or "", kind, *flags]))
     return "\n".join(lines) + "\n"

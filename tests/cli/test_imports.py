@@ -26,8 +26,17 @@ def test_every_folder_was_found():
     }
 
 
-def test_the_command_line_loads_nothing_heavy():
-    assert not loaded_by("cxrfast.cli.main") & HEAVY
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("cxrfast.cli.main", HEAVY),
+        ("cxrfast.runs.status", {"torch", "pandas", "numpy"}),
+        ("cxrfast.tables", {"rich", "numpy", "pandas"}),
+        ("cxrfast.analysis.evaluate", {"nvidia", "torchvision", "cv2"}),
+    ],
+)
+def test_a_module_loads_nothing_that_it_does_not_need(module, without):
+    assert not loaded_by(module) & without
 
 
 def test_shards_load_neither_torch_nor_dali():

@@ -1,8 +1,6 @@
 """Bad input on the command line: one message with what, where and what to do; exit code 2; no traceback."""
 
 import gzip
-import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from damage import copy_set, flip_bit, mounted
 
 from cxrfast.cli.main import cli
 
@@ -46,10 +45,8 @@ def tree(phantoms: Path, tmp_path: Path) -> Path:
     ("command", "messages"),
     [
         ("shard --data none --out set --scale 64", ["none does not exist", "--data"]),
-        *(
-            (f"shard --data TREE --out set --scale {scale}", [f"--scale {scale} is not between"])
-            for scale in (0, 100000)
-        ),
+        ("shard --data TREE --out set --scale 0", ["--scale 0 is not between"]),
+        ("shard --data TREE --out set --scale 100000", ["--scale 100000 is not between"]),
         ("shard --data TREE --out set --scale 32 --codec raw --quality 90", ["--quality 90 is for JPEG"]),
         ("train --shards SET --scale 48 --weights none --device cpu", ["no shards at 48 px (scales there: 32, 64)"]),
         ("verify none", ["is not a shard set (no set.json)"]),
@@ -69,30 +66,17 @@ def test_what_is_not_there(
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_a_missing_table_and_an_absent_column(tree: Path, tmp_path: Path) -> None:
-    arguments = ("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 64)
-    metadata = tree / "mimic-cxr-2.0.0-metadata.csv.gz"
-    renamed = metadata.rename(tree / "metadata.csv.gz")
-    message = refused(*arguments)
-    assert "no mimic-cxr-2.0.0-metadata.csv or .csv.gz" in message
-    assert "metadata.csv.gz" in message
-    renamed.rename(metadata)
+def test_an_absent_column(tree: Path, tmp_path: Path) -> None:
     labels = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
     labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes()).replace(b"Pneumothorax", b"pneumo", 1)))
-    assert "lacks the columns Pneumothorax" in refused(*arguments)
+    said = refused("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 64)
+    assert "lacks the columns Pneumothorax" in said
     assert not (tmp_path / "set").exists()
-
-
-def test_a_set_of_another_schema_version(tiny_set: Path, tmp_path: Path) -> None:
-    value = json.loads((tiny_set / "set.json").read_text())
-    (tmp_path / "set.json").write_text(json.dumps({**value, "schema": 99}))
-    assert "has schema version 99, this cxrfast reads 2" in refused("verify", tmp_path)
 
 
 def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path: Path) -> None:
     accepted("synth", tmp_path / "mimic", "--images", 70, "--size", 96, "--corrupt", 3, "--workers", 1)
-    victim = next((tmp_path / "mimic" / "files").rglob("*.jpg"))
-    victim.unlink()
+    next((tmp_path / "mimic" / "files").rglob("*.jpg")).unlink()
     arguments = ("shard", "--data", tmp_path / "mimic", "--out", tmp_path / "set", "--scale", 32, "--workers", 1)
     message = refused(*arguments)
     assert "1 of 70 images are missing" in message
@@ -104,27 +88,21 @@ def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path: Path) 
     assert "whole" in accepted("verify", "--deep", tmp_path / "set")
 
 
-def test_a_set_of_uncompressed_images(tree: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_and_says_what_it_would_take_and_uncompressed_images_are_whole(
+    tree: Path, tmp_path: Path
+) -> None:
     arguments = ("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 32, "--workers", 1, "--codec", "raw")
+    output = accepted(*arguments, "--dry-run")
+    for text in ("to do at 32 px: 150 rows", "free in", "estimated time"):
+        assert text in output
+    assert not (tmp_path / "set").exists()
     assert "complete" in accepted(*arguments)
     assert "every image decoded: whole" in accepted("verify", "--deep", tmp_path / "set")
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_would_take(tree: Path, tmp_path: Path) -> None:
-    output = accepted("shard", "--data", tree, "--out", tmp_path / "set", "--scale", 32, "--scale", 64, "--dry-run")
-    assert "to do at 32 px: 150 rows" in output
-    assert "free in" in output
-    assert "estimated time" in output
-    assert not (tmp_path / "set").exists()
-
-
 def test_damage_is_listed_by_verify(tiny_set: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "set"
-    shutil.copytree(tiny_set, copy)
-    tar = copy / "64" / "000001.tar"
-    data = bytearray(tar.read_bytes())
-    data[5000] ^= 1
-    tar.write_bytes(data)
+    copy = copy_set(tiny_set, tmp_path / "set")
+    flip_bit(copy / "64" / "000001.tar", 5000)
     message = refused("verify", copy)
     assert "64/000001.tar: its bytes have changed" in message
     assert "1 problems" in message
@@ -138,21 +116,11 @@ def test_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system needs root")
-def test_a_full_disk_keeps_what_was_finished(phantoms: Path, tiny_set: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
-        options = (
-            "--scale 32 --device cpu --arch shufflenet_v2_x0_5 --weights none --epochs 1 --limit 16 --global-batch 8"
-        )
+def test_a_full_disk_keeps_what_was_finished(tiny_set: Path, tmp_path: Path) -> None:
+    options = "--scale 32 --device cpu --arch shufflenet_v2_x0_5 --weights none --epochs 1 --limit 16 --global-batch 8"
+    with mounted(tmp_path / "small", "size=3m") as small:
         arguments = ("train", "--shards", tiny_set, *options.split(), "--runs", small)
-        message = refused(*arguments)
-        assert "no space or quota left" in message
+        assert "no space or quota left" in refused(*arguments)
         assert not list(small.rglob("*.tmp")), "nothing half-written stays behind"
         subprocess.run(["mount", "-o", "remount,size=512m", small], check=True)
         accepted(*arguments)
-    finally:
-        subprocess.run(["umount", small], check=True)

@@ -65,13 +65,9 @@ def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
     plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, recompute=True)
     checkpointed.load_state_dict(plain.state_dict())
     assert torch.equal(checkpointed(images()), plain(images()))
-    with pytest.raises(
-        RunError, match="resnet50 does not support activation checkpointing: use densenet121, densenet161"
-    ):
+    message = "resnet50 does not support activation checkpointing: use densenet121, densenet161"
+    with pytest.raises(RunError, match=message):
         Classifier("resnet50", 3, recompute=True)
-
-
-def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(RunError, match="densenet999"):
         Classifier("densenet999", 2)
 
@@ -92,19 +88,15 @@ def test_a_torchvision_file_loads_except_its_last_layer(tmp_path: Path) -> None:
     assert model.net.classifier.out_features == 5
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "resnet.pth"
-    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), path)
+def test_a_checkpoint_of_another_architecture_and_a_file_that_is_not_one_are_refused(tmp_path: Path) -> None:
+    model = Classifier("resnet18", 5)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), tmp_path / "other.pth")
     with pytest.raises(RunError, match="does not fit resnet18"):
-        load_weights(Classifier("resnet18", 5), path)
-
-
-@pytest.mark.parametrize(("suffix", "content"), [(".pth", b""), (".pth", b"not one"), (".safetensors", b"not one")])
-def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(RunError, match="is not a checkpoint"):
-        load_weights(Classifier("resnet18", 5), path)
+        load_weights(model, tmp_path / "other.pth")
+    for name, content in (("empty.pth", b""), ("bad.pth", b"not one"), ("bad.safetensors", b"not one")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RunError, match="is not a checkpoint"):
+            load_weights(model, tmp_path / name)
 
 
 def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,14 +64,6 @@ def test_the_map_of_one_kernel_is_that_kernel_summed_over_channels_then_squared(
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
-def test_channels_are_summed_before_they_are_squared_behind_normalisation() -> None:
-    conv = nn.Conv2d(3, 1, 1, bias=False)
-    conv.weight.data = torch.tensor([1.0, 2.0, -5.0]).view(1, 3, 1, 1)  # whatever the channels' deviations
-    found = fields.squared_gradients(with_features(conv), noise(1, 3))[0]
-    assert found.nonzero().tolist() == [[1, 1]]
-    assert found[1, 1].item() == 4.0
-
-
 def random_stack(activation: type[nn.Module]) -> Classifier:
     torch.manual_seed(1)
     return with_features(

@@ -26,9 +26,12 @@ def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set: Pa
     assert not (tmp_path / "densenet121-32").exists()
 
 
-def test_an_unknown_mode_names_those_that_there_are() -> None:
+def test_an_unknown_mode_and_tf32_on_a_cpu_are_refused() -> None:
     with pytest.raises(RunError, match="--compile fast is unknown: use default or max-autotune-no-cudagraphs"):
         Runtime(shards=Path(), runs=Path(), compile="fast")
+    with pytest.raises(RunError, match="--precision tf32 works on NVIDIA GPUs only"):
+        resolve_precision("tf32", torch.device("cpu"))
+    assert resolve_precision("tf32", CUDA) == "tf32"
 
 
 @needs_gpu
@@ -61,27 +64,17 @@ def tf32() -> tuple[bool, bool]:
 
 
 @pytest.mark.usefixtures("_tf32_as_before")
-def test_only_the_precision_tf32_computes_in_tf32(tiny_set: Path, tmp_path: Path) -> None:
-    for precision, expected in (("tf32", (True, True)), ("fp32", (False, False)), ("bf16", (False, False))):
+def test_only_the_precision_tf32_computes_in_tf32_unless_float32_is_asked_for_a_while(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    for precision, expected in (("fp32", (False, False)), ("bf16", (False, False)), ("tf32", (True, True))):
         use_tf32(precision)
         assert tf32() == expected
-    use_tf32("tf32")
-    make_trainer(tiny_set, tmp_path, precision="fp32")
-    assert tf32() == (False, False)
-
-
-@pytest.mark.usefixtures("_tf32_as_before")
-def test_float32_is_exact_for_a_while_and_then_all_is_as_it_was() -> None:
-    use_tf32("tf32")
     with without_tf32():
         assert tf32() == (False, False)
-    assert tf32() == (True, True)
-
-
-def test_tf32_on_a_cpu_is_refused() -> None:
-    with pytest.raises(RunError, match="--precision tf32 works on NVIDIA GPUs only"):
-        resolve_precision("tf32", torch.device("cpu"))
-    assert resolve_precision("tf32", CUDA) == "tf32"
+    assert tf32() == (True, True), "all is as it was"
+    make_trainer(tiny_set, tmp_path, precision="fp32")
+    assert tf32() == (False, False)
 
 
 @needs_gpu

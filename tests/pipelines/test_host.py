@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 from batches import CPU, decoded, disc, oracle, plain
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cxrfast.pipelines import host
-from cxrfast.pipelines.host import HostEngine, warp_matrix
+from cxrfast.pipelines.host import HostEngine
 from cxrfast.pipelines.order import Augment, Work
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.images.resize import resize
@@ -59,16 +57,6 @@ def test_a_flip_alone_is_exact_and_a_quarter_turn_is_counter_clockwise_about_the
     np.testing.assert_array_equal(batch[1, 0], images[1][:, ::-1])
     assert abs(batch[2, 0].numpy().astype(int) - np.rot90(images[2])).max() <= 1
     assert abs(batch[3, 0].numpy().astype(int) - np.rot90(images[3][:, ::-1])).max() <= 1
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(2, 4096), st.floats(-180, 180), st.booleans())
-def test_the_warp_keeps_the_centre_and_all_distances_and_mirrors_only_when_asked(size, angle, flip):
-    matrix = warp_matrix(size, angle, flip)
-    centre = (size - 1) / 2
-    np.testing.assert_allclose(matrix @ [centre, centre, 1], [centre, centre], atol=1e-7 * size)
-    np.testing.assert_allclose(matrix[:, :2] @ matrix[:, :2].T, np.eye(2), atol=1e-12)
-    assert np.linalg.det(matrix[:, :2]) == pytest.approx(-1 if flip else 1)
 
 
 @pytest.mark.parametrize("size", [24, 48, 100])

@@ -33,34 +33,19 @@ def order(reader: Reader) -> TrainOrder:
     return TrainOrder(rows=reader.rows, global_batch=40, micro_batch=10)
 
 
-def test_ten_lines_train_on_a_set(tiny_set):
-    labels = torch.rand(150, 3)
-    reader = Reader(tiny_set, scale=64)
-    order = TrainOrder(rows=reader.rows, global_batch=48, micro_batch=8, seed=0)
-    loader = Loader(reader, order, scale=64, augment=Augment(), device="cpu")
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    losses = []
-    for epoch in range(2):
-        for batch in loader.epoch(epoch):
-            target = labels[batch.row]
-            losses.append(torch.nn.functional.mse_loss(model(batch.image / 255), target).item())
-    reader.close()
-    assert len(losses) == 2 * 3 * 6
-    assert np.isfinite(losses).all()
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_batches_hold_the_rows_of_the_order_and_the_images_of_those_rows(reader, engine):
-    order = TrainOrder(rows=reader.rows[::2], global_batch=20, micro_batch=5, seed=4, rank=1, world=2)
-    loader = Loader(reader, order, engine=engine, threads=2)
-    for epoch in (0, 3):
-        batches = list(loader.epoch(epoch))
-        assert [batch.row.tolist() for batch in batches] == [rows.tolist() for rows in order.micro_batches(epoch)]
-        for batch in batches:
-            assert batch.row.dtype == torch.int64
-            assert batch.image.dtype == torch.uint8
-            assert batch.image.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(batch.image, plain(reader, batch.row.numpy()))
+    training = TrainOrder(rows=reader.rows[::2], global_batch=20, micro_batch=5, seed=4, rank=1, world=2)
+    for order in (training, EvalOrder(rows=reader.rows, micro_batch=32)):
+        loader = Loader(reader, order, engine=engine, threads=2)
+        for epoch in (0, 3):
+            batches = list(loader.epoch(epoch))
+            assert [batch.row.tolist() for batch in batches] == [rows.tolist() for rows in order.micro_batches(epoch)]
+            for batch in batches:
+                assert batch.row.dtype == torch.int64
+                assert batch.image.dtype == torch.uint8
+                assert batch.image.is_contiguous(memory_format=torch.channels_last)
+                assert torch.equal(batch.image, plain(reader, batch.row.numpy()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -85,20 +70,10 @@ def test_a_run_that_stopped_goes_on_with_the_same_images(reader, order, engine):
     assert equal((batch.image for batch in whole[8:]), (batch.image for batch in resumed))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_evaluation_passes_every_row_once_and_unchanged(reader, engine):
-    batches = list(Loader(reader, EvalOrder(rows=reader.rows, micro_batch=32), engine=engine, threads=2))
-    assert torch.cat([batch.row for batch in batches]).tolist() == list(range(150))
-    assert torch.equal(torch.cat([batch.image for batch in batches]), plain(reader, reader.rows))
-
-
-def test_an_unknown_engine_is_refused_and_the_known_ones_are_named(reader):
+def test_auto_takes_the_host_on_a_cpu_and_an_unknown_engine_is_refused_and_the_known_ones_are_named(reader):
+    assert Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4)).engine == "host"
     with pytest.raises(LoadError, match=f"engine 'spdl' is unknown: use one of {', '.join(module.ENGINES)}"):
         Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4), engine="spdl")
-
-
-def test_auto_takes_the_host_on_a_cpu(reader):
-    assert Loader(reader, EvalOrder(rows=reader.rows, micro_batch=4)).engine == "host"
 
 
 # Epochs of one loader
@@ -143,18 +118,23 @@ def test_draws_are_the_same_whatever_the_engine_the_codec_and_the_cache(
             assert difference.max() < 3, "quality 95, and nothing more"
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_epoch_that_was_left_in_the_middle_may_be_begun_again(either_set, order, engine):
+def test_an_epoch_that_was_left_in_the_middle_leaves_no_thread_and_may_be_begun_again(
+    either_set, order, tmp_path, engine, cached
+):
     with Reader(either_set, 64) as reader:
         expected = images(Loader(reader, order, augment=Augment(), engine=engine, threads=2), 1)
-        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
-        for stop in (0, 5, 11):
+        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=3, cache=tmp_path if cached else None)
+        for taken in (0, 1, 7, 12):
             left = loader.epoch(1)
-            for batch, image in zip(itertools.islice(left, stop + 1), expected, strict=False):
-                assert torch.equal(batch.image, image)
+            assert equal([batch.image for batch in itertools.islice(left, taken)], expected[:taken])
+            assert bool(threads_of_ours()) == (taken > 0)
             left.close()
             assert threads_of_ours() == []
             assert equal(images(loader, 1), expected)
+        loader.close()
+        loader.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -163,13 +143,9 @@ def test_two_epochs_at_a_time_are_not_mixed(either_set, order, engine):
     with Reader(either_set, 64) as reader:
         loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
         expected = images(loader, 0), images(loader, 1)
-        first, second = loader.epoch(0), loader.epoch(1)
-        got: tuple[list, list] = ([], [])
-        for one, two in zip(first, second, strict=True):
-            got[0].append(one.image)
-            got[1].append(two.image)
-        assert equal(got[0], expected[0])
-        assert equal(got[1], expected[1])
+        together = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
+    for epoch in (0, 1):
+        assert equal([pair[epoch].image for pair in together], expected[epoch])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -186,22 +162,6 @@ def test_a_loader_closed_or_rescaled_in_the_middle_of_an_epoch_finishes_it_uncha
             got += [batch.image for batch in running]
             assert equal(got, expected)
             loader.close()
-
-
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_closing_an_epoch_leaves_no_thread_of_ours(either_set, order, tmp_path, engine, cached):
-    with Reader(either_set, 64) as reader:
-        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=3, cache=tmp_path if cached else None)
-        for taken in (0, 1, 7, 12):
-            running = loader.epoch(0)
-            for _ in range(taken):
-                next(running)
-            assert bool(threads_of_ours()) == (taken > 0)
-            running.close()
-            assert threads_of_ours() == []
-        loader.close()
-        loader.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

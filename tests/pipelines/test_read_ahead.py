@@ -141,12 +141,8 @@ def never_came(path: Path, pages: np.ndarray) -> list[int]:
 
 
 def pages_of(reader: Reader, rows: list[int]) -> np.ndarray:
-    return np.concatenate(
-        [
-            np.arange(start // mmap.PAGESIZE, (start + size - 1) // mmap.PAGESIZE + 1)
-            for start, size in zip(reader._offset[rows].tolist(), reader._size[rows].tolist(), strict=True)
-        ]
-    )
+    places = zip(reader._offset[rows].tolist(), reader._size[rows].tolist(), strict=True)
+    return np.concatenate([np.arange(a // mmap.PAGESIZE, (a + n - 1) // mmap.PAGESIZE + 1) for a, n in places])
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,8 @@ from cxrfast.runs.lineage import marked_name, origin_footnote, origin_of, shared
 
 
 def config(weights: str, fold: int = 0) -> TrainConfig:
-    return TrainConfig(
-        set_id="a1",
-        scale=64,
-        labels=("Edema",),
-        global_batch=8,
-        micro_batch=8,
-        learning_rate=1e-4,
-        weights=weights,
-        fold=fold,
-    )
+    given = {"set_id": "a1", "scale": 64, "labels": ("Edema",), "learning_rate": 1e-4}
+    return TrainConfig(**given, global_batch=8, micro_batch=8, weights=weights, fold=fold)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +28,16 @@ def test_the_start_is_told_without_looking_for_the_files(weights: str, start: st
 
 
 def test_folds_that_each_started_from_their_own_fold_share_a_start() -> None:
-    assert (
-        shared_origin(origin_of(config(f"runs/densenet121-64/fold-{k}", k)) for k in range(5)) == "from densenet121-64"
-    )
+    origins = [origin_of(config(f"runs/densenet121-64/fold-{k}", k)) for k in range(5)]
+    assert shared_origin(origins) == "from densenet121-64"
     assert shared_origin(["none", "ImageNet", "none"]) == "none; ImageNet"
 
 
 def test_the_footnote_names_those_it_marks_and_stays_away_without_any() -> None:
     starts = {"densenet121-64": "ImageNet", "densenet121-128": "from densenet121-64"}
     assert [marked_name(name, start) for name, start in starts.items()] == ["densenet121-64", "densenet121-128†"]
-    assert (
-        origin_footnote(starts)
-        == "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
-    )
+    expected = "† weights started from the run of a smaller scale: densenet121-128 from densenet121-64."
+    assert origin_footnote(starts) == expected
     assert origin_footnote({"densenet121-64": "ImageNet"}) == ""
 
 

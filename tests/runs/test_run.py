@@ -23,14 +23,8 @@ CONFIG = TrainConfig(
     set_id="abc", scale=64, labels=("A", "B"), views=("AP",), global_batch=8, micro_batch=4, learning_rate=1e-4
 )
 ROWS = pd.DataFrame(
-    {
-        "row": [3, 5],
-        "image_id": ["x", "y"],
-        "patient_id": ["p", "q"],
-        "part": ["val", "test"],
-        "A": [1.0, np.nan],
-        "B": [0.0, -1.0],
-    }
+    [[3, "x", "p", "val", 1.0, 0.0], [5, "y", "q", "test", np.nan, -1.0]],
+    columns=["row", "image_id", "patient_id", "part", "A", "B"],
 )
 
 
@@ -92,23 +86,6 @@ def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run:
         changed.read_predictions("val")
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"fold": 5},
-        {"policy": "maybe"},
-        {"precision": "int4"},
-        {"split": "none"},
-        {"epochs": 0},
-        {"learning_rate": 0.0},
-        {"global_batch": -1},
-    ],
-)
-def test_values_that_make_no_sense_are_refused(field: dict[str, object]) -> None:
-    with pytest.raises(RunError):
-        replace(CONFIG, **field)  # type: ignore[arg-type]
-
-
 def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> None:
     for scale, sizes in PRESETS.items():
         assert preset(scale) == sizes
@@ -121,19 +98,15 @@ def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> Non
     assert preset(4096) == PRESETS[2048]
 
 
-def test_new_best_weights_take_what_was_made_of_the_old_ones_with_them(run: Run) -> None:
+def test_a_lost_chunk_is_not_read_as_zeros_and_new_best_weights_remove_what_was_made_of_the_old_ones(run: Run) -> None:
     run.write_predictions({"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
     (run.folder / "gradcam-A.png").write_bytes(b"")
-    run.write_weights({"w": torch.zeros(1)})
-    assert not run.has_predictions
-    assert not (run.folder / "gradcam-A.png").exists()
-
-
-def test_a_lost_chunk_of_predictions_is_not_read_as_zeros(run: Run) -> None:
-    run.write_predictions({"val": Predictions(np.array([3]), np.zeros((1, 2), np.float32))})
     (run.folder / "predictions.zarr" / "val" / "logits" / "c" / "0" / "0").unlink()
     with pytest.raises(RunError, match="has lost values"):
         run.read_predictions("val")
+    run.write_weights({"w": torch.zeros(1)})
+    assert not run.has_predictions
+    assert not (run.folder / "gradcam-A.png").exists()
 
 
 @pytest.mark.parametrize(

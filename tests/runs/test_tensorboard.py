@@ -2,28 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from runs import metrics_line
 
 from cxrfast.errors import RunError
 from cxrfast.runs.tensorboard import Board
-
-
-def line(epoch: int, loss: float) -> dict[str, Any]:
-    return {
-        "epoch": epoch,
-        "train_loss": loss,
-        "val_loss": loss + 0.1,
-        "val_auroc": 0.75,
-        "val_auroc_by_label": {"Edema": 0.75, "Pleural Effusion": None},
-        "learning_rate": 1e-4,
-        "seconds": 3.0,
-        "images_per_s": 120.0,
-        "waiting_share": 0.02,
-        "resident_bytes": 3 * 2**30,
-        "gpu_peak_bytes": None,
-    }
 
 
 def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -37,8 +21,9 @@ def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_an_epoch_is_shown_with_all_that_is_defined(tmp_path: Path) -> None:
     board = Board(tmp_path / "tensorboard")
+    aurocs = {"val_auroc": 0.75, "val_auroc_by_label": {"Edema": 0.75, "Pleural Effusion": None}}
     for epoch in range(2):
-        board.add(line(epoch, 0.5 - 0.1 * epoch), epoch)
+        board.add(metrics_line(epoch, resident_bytes=3 * 2**30, **aurocs), epoch)
     board.close()
     tags = shown(tmp_path)
     assert tags["loss/training"] == [(0, 0.5), (1, 0.4)]
@@ -55,7 +40,7 @@ def test_a_run_that_resumes_earlier_or_starts_again_hides_its_old_epochs(tmp_pat
     for epochs, loss in ((range(3), 0.5), (range(resumed, 2), 0.3)):
         board = Board(tmp_path / "tensorboard", epochs[0])
         for epoch in epochs:
-            board.add(line(epoch, loss), epoch)
+            board.add(metrics_line(epoch, train_loss=loss), epoch)
         board.close()
     assert shown(tmp_path)["loss/training"] == [(0, 0.5 if resumed else 0.3), (1, 0.3)]
 

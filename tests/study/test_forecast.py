@@ -63,27 +63,23 @@ def test_a_study_not_begun(tiny_set: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_taken_up(tiny_set: Path, tmp_path: Path) -> None:
-    plan = planned(tiny_set, tmp_path, [32], [0, 1, 2, 3])
+    plan = planned(tiny_set, tmp_path, [32], [0, 1, 2, 3, 4])
     started(plan, fold=0, state="done", epoch=10).add_metrics({"epoch": 0, "images_per_s": 50.0})
     resumed = started(plan, fold=1, state="preempted", epoch=4)
     resumed.add_metrics({"epoch": 0, "images_per_s": 25.0})
     started(plan, fold=2)
+    started(plan, fold=4, state="running", epoch=0)
     before = everything_in(tmp_path)
     result = forecast(plan)
     result.check()
     assert everything_in(tmp_path) == before
-    done, resume, begun, fresh = result.outlooks
-    assert [o.what for o in result.outlooks] == ["done", "resume in epoch 5", "start", "start"]
+    done, resume, begun, fresh, alive = result.outlooks
+    assert [o.what for o in (done, resume, begun, fresh)] == ["done", "resume in epoch 5", "start", "start"]
+    assert alive.what == "resume in epoch 1, runs now"
     assert (done.seconds, done.room) == (0.0, 0)
     assert resume.seconds == pytest.approx(6 * (resume.images + resume.rows["val"] / 3) / 25.0), "its own rate"
     assert resume.weights == "last.pt"
     assert begun.images_per_s == fresh.images_per_s, "that of another run of the scale"
-
-
-def test_a_run_that_is_alive_says_so(tiny_set: Path, tmp_path: Path) -> None:
-    plan = planned(tiny_set, tmp_path, [32], [0])
-    started(plan, state="running", epoch=0)
-    assert forecast(plan).outlooks[0].what == "resume in epoch 1, runs now"
 
 
 def test_every_reason_is_listed(tiny_set: Path, tmp_path: Path) -> None:
@@ -101,19 +97,16 @@ def test_every_reason_is_listed(tiny_set: Path, tmp_path: Path) -> None:
     assert {o.what for o in result.outlooks} == {"refused"}
 
 
-def test_ranks_that_cannot_share_a_batch(tiny_set: Path, tmp_path: Path) -> None:
-    assert "3 ranks cannot share the 2 micro-batches" in refusals(
-        forecast(planned(tiny_set, tmp_path, [32], [0], nproc=3))
-    )
-    assert "training rows do not fill one global batch" in refusals(
-        forecast(planned(tiny_set, tmp_path, [32], [0], global_batch=512))
-    )
-
-
-def test_a_small_scale_and_an_unknown_architecture(tiny_set: Path, tmp_path: Path) -> None:
-    assert "architecture 'densenet' is unknown" in refusals(
-        forecast(planned(tiny_set, tmp_path, [32], [0], arch="densenet"))
-    )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nproc": 3}, "3 ranks cannot share the 2 micro-batches"),
+        ({"global_batch": 512}, "training rows do not fill one global batch"),
+        ({"arch": "densenet"}, "architecture 'densenet' is unknown"),
+    ],
+)
+def test_what_cannot_train_is_refused(tiny_set: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in refusals(forecast(planned(tiny_set, tmp_path, [32], [0], **options)))
 
 
 def test_runs_of_another_set_are_refused(tiny_set: Path, tmp_path: Path) -> None:
@@ -176,10 +169,9 @@ def test_finished_runs_tell_what_the_rest_will_take(tiny_set: Path, tmp_path: Pa
 
 def test_smaller_sizes_cost_their_area(tiny_set: Path, tmp_path: Path) -> None:
     whole = forecast(planned(tiny_set, tmp_path, [64], [0])).outlooks[0]
-    resized = forecast(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))).outlooks[0]
+    plan = planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))
+    resized = forecast(plan).outlooks[0]
     assert whole.work == pytest.approx(10 * whole.images + 10 * whole.rows["val"] / 3)
     assert resized.work == pytest.approx(7 * whole.images + 10 * whole.rows["val"] / 3)
-    run = started(planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),)), scale=64)
-    run.add_metrics({"epoch": 3, "size": 32, "images_per_s": 400.0})
-    plan = planned(tiny_set, tmp_path, [64], [0], sizes=((32, 4),))
+    started(plan, scale=64).add_metrics({"epoch": 3, "size": 32, "images_per_s": 400.0})
     assert forecast(plan).outlooks[0].images_per_s == 100.0, "what 400 at half the side are worth at the whole one"

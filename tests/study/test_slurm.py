@@ -55,10 +55,12 @@ def test_one_task_per_run_and_a_job_for_the_tables(tiny_set: Path, tmp_path: Pat
     assert "array" not in texts["report.sh"]
 
 
-def test_several_nodes_meet_at_the_first(tiny_set: Path, tmp_path: Path) -> None:
-    text = scripts(tiny_set, tmp_path, Slurm(nodes=2))["train.sh"]
+def test_several_nodes_meet_at_the_first_and_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
+    text = scripts(tiny_set, tmp_path / "a b", Slurm(nodes=2))["train.sh"]
     for part in ("#SBATCH --nodes=2\n", "srun ", '--nnodes="$SLURM_NNODES"', "--rdzv_backend=c10d"):
         assert part in text
+    assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
+    assert f"state_file='{tmp_path}/a b/runs'/$name/state.json" in text
 
 
 def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
@@ -66,12 +68,6 @@ def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_pa
     assert "torchrun --" not in text
     assert "gpus" not in text
     assert "#SBATCH --cpus-per-task=3\n" in text
-
-
-def test_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
-    text = scripts(tiny_set, tmp_path / "a b", Slurm())["train.sh"]
-    assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
-    assert f"state_file='{tmp_path}/a b/runs'/$name/state.json" in text
 
 
 @pytest.mark.parametrize(
@@ -201,35 +197,23 @@ def job(tiny_set: Path, tmp_path: Path) -> Job:
     return Job(tiny_set, tmp_path)
 
 
-def test_a_job_whose_training_is_done_is_done(job: Job) -> None:
-    code, output = job.run("done")
-    assert code == 0
-    assert "scontrol" not in output
-
-
-def test_a_job_whose_time_is_up_is_queued_again(job: Job) -> None:
-    code, output = job.run("wait", signal.SIGUSR1)
-    assert code == 0
-    assert json.loads(job.state.read_text())["state"] == "preempted"
-    assert "scontrol requeue 17_1\n" in output, "this task, not the whole array"
-
-
-def test_a_job_whose_training_was_stopped_from_elsewhere_is_queued_again(job: Job) -> None:
-    assert "scontrol requeue 17_1\n" in job.run("preempted")[1]
-
-
-def test_a_cancelled_job_saves_and_is_not_queued_again(job: Job) -> None:
-    code, output = job.run("wait", signal.SIGTERM)
-    assert code == 143
-    assert json.loads(job.state.read_text())["state"] == "preempted"
-    assert "scontrol" not in output
-
-
-def test_a_failed_training_fails_the_job(job: Job) -> None:
-    code, output = job.run("failed")
-    assert code == 1
-    assert "failed with exit code 1" in output
-    assert "scontrol" not in output
+@pytest.mark.parametrize(
+    ("wanted", "number", "code", "state", "says"),
+    [
+        ("done", None, 0, "done", "--scale=32 --fold=1 --shards="),
+        ("failed", None, 1, "failed", "failed with exit code 1"),
+        ("wait", signal.SIGTERM, 143, "preempted", ""),  # cancelled
+        ("wait", signal.SIGUSR1, 0, "preempted", "scontrol requeue 17_1\n"),  # the time is up
+        ("preempted", None, 0, "preempted", "scontrol requeue 17_1\n"),  # stopped from elsewhere
+    ],
+)
+def test_a_task_trains_its_own_run_and_is_queued_again_if_it_was_preempted_but_not_cancelled(
+    job: Job, wanted: str, number: int | None, code: int, state: str, says: str
+) -> None:
+    found, output = job.run(wanted, number)
+    assert (found, json.loads(job.state.read_text())["state"]) == (code, state)
+    assert says in output
+    assert ("scontrol" in output) == says.startswith("scontrol")
 
 
 def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job: Job) -> None:
@@ -237,10 +221,6 @@ def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job: Job) 
     code, output = job.run("crash")
     assert code == 9
     assert "scontrol" not in output, "else a task that cannot start would be queued again and again"
-
-
-def test_a_task_trains_its_own_run(job: Job) -> None:
-    assert "--scale=32 --fold=1 --shards=" in job.run("done")[1]
 
 
 def test_submit_queues_the_report_after_the_array(job: Job) -> None:

@@ -16,28 +16,22 @@ from cxrfast.study.plan import make_plan
 from cxrfast.study.study import study
 from cxrfast.training.setup import select_rows
 
-OPTIONS = {
-    "arch": "shufflenet_v2_x0_5",
-    "weights": "none",
-    "epochs": 1,
-    "global_batch": 8,
-    "micro_batch": 8,
-    "limit": 16,
-}
+FAST = "shufflenet_v2_x0_5"
 """The fastest network; it has no receptive field and no Grad-CAM."""
-NAME = "shufflenet_v2_x0_5-32"
+NAME = f"{FAST}-32"
+OPTIONS = {"arch": FAST, "weights": "none", "epochs": 1, "global_batch": 8, "micro_batch": 8, "limit": 16}
 
 
 @pytest.mark.slow
 def test_a_study_has_maps_of_its_networks(tiny_set: Path, tmp_path: Path) -> None:
-    result = study(tiny_set, tmp_path, [32], [0], device="cpu", options={**OPTIONS, "arch": "densenet121"})
-    html = result.report.read_text()
+    options, maps = {**OPTIONS, "arch": "densenet121"}, tmp_path / "densenet121-32" / "fold-0" / "maps.zarr"
+    html = study(tiny_set, tmp_path, [32], [0], device="cpu", options=options).report.read_text()
     for part in ("Effective receptive fields", "Grad-CAM", "Theoretical, px", ">2071<"):
         assert part in html
     assert list(tmp_path.glob("*/fold-0/gradcam-*.png"))
-    maps = (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns
-    study(tiny_set, tmp_path, [32], [0], device="cpu", options={**OPTIONS, "arch": "densenet121"})
-    assert (tmp_path / "densenet121-32" / "fold-0" / "maps.zarr").stat().st_mtime_ns == maps
+    before = maps.stat().st_mtime_ns
+    study(tiny_set, tmp_path, [32], [0], device="cpu", options=options)
+    assert maps.stat().st_mtime_ns == before
 
 
 def test_a_study_trains_what_is_missing_and_repeats_nothing(
@@ -68,35 +62,25 @@ def test_a_study_trains_with_several_processes_and_reports_the_time_left(
     ]
 
 
-def damaged_run(shards: Path, runs: Path, fold: int) -> Path:
-    """Folder of a run that no training can resume."""
-    plan = make_plan(shards, runs, [32], [fold], device="cpu", options=OPTIONS)
-    config = plan.config(32, fold, "cpu")
-    table = read_rows(shards / "rows.parquet")
-    run = Run.start(
-        plan.runtime.runs / plan.run_name(32, fold), config, shards, select_rows(table, config, table["row"].to_numpy())
-    )
+def command(shards: Path, runs: Path, *more: str, **options: int) -> list[str]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in {**OPTIONS, **options}.items()]
+    return ["study", str(shards), str(runs), "--scale=32", "--device=cpu", "--fold=0", *given, *more]
+
+
+def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(tiny_set, tmp_path, [32], [0], device="cpu", options=OPTIONS)
+    config, table = plan.config(32, 0, "cpu"), read_rows(tiny_set / "rows.parquet")
+    run = Run.start(tmp_path / plan.run_name(32, 0), config, tiny_set, select_rows(table, config, table["row"].to_numpy()))
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
-    return run.folder
-
-
-def arguments(shards: Path, runs: Path, *more: object) -> list[str]:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    return ["study", str(shards), str(runs), "--scale", "32", "--device", "cpu", *options, *map(str, more)]
-
-
-def test_a_run_that_fails_is_named_and_ends_the_study(tiny_set: Path, tmp_path: Path) -> None:
-    damaged_run(tiny_set, tmp_path, 0)
-    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1))
+    done = CliRunner().invoke(cli, command(tiny_set, tmp_path, "--fold=1"))
     assert done.exit_code == 2
     assert f"{NAME}/fold-0" in done.stderr
     assert "last.pt is damaged" in done.stderr
     assert not (tmp_path / NAME / "fold-1").exists()
 
-
-def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set: Path, tmp_path: Path) -> None:
-    damaged_run(tiny_set, tmp_path, 0)
-    done = CliRunner().invoke(cli, arguments(tiny_set, tmp_path, "--fold", 0, "--fold", 1, "--keep-going"))
+    done = CliRunner().invoke(cli, command(tiny_set, tmp_path, "--fold=1", "--keep-going"))
     assert done.exit_code == 2, done.output
     assert "AUROC, test rows" in done.stdout
     assert (tmp_path / "report.html").exists()
@@ -106,10 +90,8 @@ def test_keep_going_carries_out_the_rest_and_reports_the_failures_last(tiny_set:
 
 @pytest.mark.slow
 def test_a_stopped_study_leaves_no_process_behind(tiny_set: Path, tmp_path: Path) -> None:
-    fields = {**OPTIONS, "epochs": 50, "micro_batch": 4}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
-    command = ["study", tiny_set, tmp_path, "--scale", "32", "--fold", "0", "--device", "cpu", "--nproc", "2", *options]
-    process = subprocess.Popen([sys.executable, "-m", "cxrfast", *map(str, command)], stderr=subprocess.DEVNULL)
+    given = command(tiny_set, tmp_path, "--nproc=2", epochs=50, micro_batch=4)
+    process = subprocess.Popen([sys.executable, "-m", "cxrfast", *given], stderr=subprocess.DEVNULL)
     metrics = tmp_path / NAME / "fold-0" / "metrics.jsonl"
     while not metrics.exists():
         assert process.poll() is None

@@ -64,6 +64,15 @@ def predict(run: Run, quality: float, drop: int = 0) -> None:
     run.write_predictions(parts)
 
 
+def metrics_line(epoch: int, **values: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl as a training writes it; `values` replace those made up here."""
+    losses = {"train_loss": 0.5 - 0.1 * epoch, "val_loss": 0.6 - 0.1 * epoch}
+    scores = {"val_auroc": None, "val_auroc_by_label": {}}
+    speed = {"seconds": 600.0, "images_per_s": 100.0, "waiting_share": 0.01}
+    memory = {"resident_bytes": 2**30, "gpu_peak_bytes": None}
+    return {"epoch": epoch, "learning_rate": 1e-4, **losses, **scores, **speed, **memory, **values}
+
+
 def make_untrained(
     runs: Path, shards: Path, parts: list[str], scale: int = 64, fold: int = 0, **labels: list[float]
 ) -> Run:

@@ -12,9 +12,7 @@ from cxrfast.labels import MIMIC
 from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.format.rows import (
-    read_rows,
-)
+from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.relabel import Relabelled
 from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 from cxrfast.shards.upkeep.verify import verify

@@ -26,6 +26,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 OPTIONS = {"weights": "none", "epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32"}
+FAST = {**OPTIONS, "arch": "shufflenet_v2_x0_5"}
+"""The fastest network."""
 SHORT = {**OPTIONS, "epochs": 1, "limit": 16}
 """One epoch of two steps."""
 
@@ -63,19 +65,17 @@ def run_ranks(code: str, nproc: int, *arguments: Path) -> str:
     return done.stdout
 
 
-def start(arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
-    with open(log, "wb") as file:
-        return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
-
-
 @contextlib.contextmanager
 def started(arguments: list[str], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
     """A process in a session of its own, none of which is left afterwards."""
-    process = start(arguments, log)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
     try:
         yield process
     finally:
-        kill_group(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def is_in_second_epoch(run: Path) -> bool:
@@ -94,26 +94,15 @@ def wait_for(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]", seco
         time.sleep(0.02)
 
 
-def kill_group(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "last.pt", weights_only=True)["model"]
-
-
 def assert_same(a: Path, b: Path) -> None:
     """Two run folders hold bitwise the same last weights, and the same metrics except for time and memory."""
-    one, other = last_weights(a), last_weights(b)
+    one, other = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (a, b))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert metrics_without_timing(Run.open(a)) == metrics_without_timing(Run.open(b))
-
-
-def metrics_without_timing(run: Run) -> list[dict[str, object]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in run.metrics()]
+    untimed = [
+        [{k: v for k, v in line.items() if k not in TIMING} for line in Run.open(run).metrics()] for run in (a, b)
+    ]
+    assert untimed[0] == untimed[1]
 
 
 def make_trainer(

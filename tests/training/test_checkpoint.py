@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from trainings import (
-    SHORT,
-    assert_same,
-    command,
-    is_in_second_epoch,
-    run_to_the_end,
-    started,
-    wait_for,
-)
+from trainings import FAST, SHORT, assert_same, command, is_in_second_epoch, run_to_the_end, started, wait_for
 
 from cxrfast.config import Runtime
 from cxrfast.errors import RunError
@@ -40,8 +32,9 @@ def test_a_damaged_checkpoint_is_refused(trained: Run, tiny_set: Path, tmp_path:
 def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set: Path, tmp_path: Path) -> None:
     weights = tmp_path / "first.safetensors"
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    save_file({k: v.contiguous() for k, v in Classifier("densenet121", 14).state_dict().items()}, weights)
-    config = make_config(tiny_set, 32, device="cpu", **{**SHORT, "weights": str(weights)})
+    save_file({k: v.contiguous() for k, v in Classifier(FAST["arch"], 14).state_dict().items()}, weights)
+    options = {**SHORT, "arch": FAST["arch"], "weights": str(weights)}
+    config = make_config(tiny_set, 32, device="cpu", **options)
     run = train(config, runtime)
     weights.unlink()
     (run.folder / "state.json").unlink()

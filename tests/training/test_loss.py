@@ -56,9 +56,8 @@ def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path)
     logits = torch.zeros((len(row), len(plain.config.labels)))
     positives = (plain.targets.target[row] * plain.targets.mask[row]).sum(dim=0)
     negatives = ((1 - plain.targets.target[row]) * plain.targets.mask[row]).sum(dim=0)
-    more = torch.where(positives > 0, negatives - positives, 0).sum() * np.log(
-        2
-    )  # each positive counts negatives / positives
+    # each positive counts negatives / positives
+    more = torch.where(positives > 0, negatives - positives, 0).sum() * np.log(2)
     assert more > 0
     difference = weighed.targets.loss_sum(logits, row) - plain.targets.loss_sum(logits, row)
     assert float(difference) == pytest.approx(float(more), rel=1e-4)

@@ -37,9 +37,8 @@ def test_memory_on_a_cpu_is_extrapolated_from_small_steps(needed) -> None:
     state = torch.get_rng_state()
     assert needed(10) == pytest.approx(micro_batch._allocated(config(1), RUNTIME, 10, 32), rel=0.05)
     large = cpu_step_bytes(config(1, scale=32, sizes=((160, 1),)), RUNTIME)
-    assert large(3) == pytest.approx(micro_batch._allocated(config(1), RUNTIME, 3, 160), rel=0.05), (
-        "the largest side counts"
-    )
+    # the largest side counts
+    assert large(3) == pytest.approx(micro_batch._allocated(config(1), RUNTIME, 3, 160), rel=0.05)
     thrifty = cpu_step_bytes(config(1, scale=160), replace(RUNTIME, recompute=True))
     assert thrifty(20) < 0.6 * large(20)
     assert torch.equal(torch.get_rng_state(), state), "other random numbers stay what they were"
@@ -55,27 +54,19 @@ def test_the_largest_micro_batch_that_fits_is_chosen_and_said(needed, monkeypatc
     assert "12 × 32 px fits into 0." in caplog.messages[2]
     assert largest_micro_batch(config(48), RUNTIME, ONE, most=8) == 8
     assert largest_micro_batch(config(22), RUNTIME, ONE) == 11
-
-
-def test_a_cpu_takes_64_images_at_most(needed, monkeypatch) -> None:
-    monkeypatch.setattr(micro_batch, "cpu_step_bytes", lambda config, runtime: needed)
-    assert largest_micro_batch(config(256), RUNTIME, ONE) == 64
+    monkeypatch.setattr(micro_batch, "cpu_room", lambda local_ranks: needed(1000))
+    assert largest_micro_batch(config(256), RUNTIME, ONE) == 64, "at most, on a CPU"
     assert largest_micro_batch(config(96), RUNTIME, ONE) == 48
+    monkeypatch.setattr(micro_batch, "cpu_room", lambda local_ranks: 0)
+    says = r"tried 2, 1 images of 32 px on cpu, none fits into .* GiB: give --recompute, or"
+    with pytest.raises(RunError, match=says):
+        largest_micro_batch(config(2), RUNTIME, ONE)
 
 
 def test_local_ranks_share_the_memory_that_is_left() -> None:
     used = resident_bytes()
     assert cpu_room(1) + used == pytest.approx(0.9 * 0.85 * memory_bytes(), rel=0.05)
     assert cpu_room(4) + used == pytest.approx(0.9 * 0.85 * memory_bytes() / 4, rel=0.05)
-
-
-def test_where_not_one_image_fits_the_error_says_what_to_do(needed, monkeypatch) -> None:
-    monkeypatch.setattr(micro_batch, "cpu_step_bytes", lambda config, runtime: needed)
-    monkeypatch.setattr(micro_batch, "memory_bytes", lambda: 2**20)
-    with pytest.raises(
-        RunError, match=r"tried 2, 1 images of 32 px on cpu, none fits into .* GiB: give --recompute, or"
-    ):
-        largest_micro_batch(config(2), RUNTIME, ONE)
 
 
 def test_shareable_sizes_give_every_rank_equally_many_micro_batches() -> None:

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import (
-    CUDA,
-    make_trainer,
-    needs_gpu,
-)
+from trainings import CUDA, make_trainer, needs_gpu
 
 from cxrfast.config import TrainConfig
 from cxrfast.distributed import World
@@ -101,27 +97,24 @@ def monitor(minutes: float = 10.0, steps: int | None = None) -> Monitor:
     return made
 
 
-def test_without_a_reason_training_goes_on() -> None:
-    one = monitor()
-    assert {one.after_step(done, 0, False) for done in range(1, 7)} == {Action.CONTINUE}
-    assert one.after_validation_batch(0) is Action.CONTINUE
-
-
-def test_a_checkpoint_is_due_after_some_steps_but_not_where_the_epoch_ends() -> None:
-    one = monitor(steps=2)
-    decisions = [one.after_step(done, 0, False) for done in range(1, 7)]
-    assert [done for done, decision in enumerate(decisions, 1) if decision is Action.SAVE] == [2, 4]
-
-
-def test_a_checkpoint_is_due_when_the_last_one_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [
+        ({}, []),
+        ({"steps": 2}, [2, 4]),  # not where the epoch ends
+        ({"minutes": 1.0}, [3]),  # when the last one is old
+    ],
+)
+def test_a_checkpoint_is_due_after_some_steps_or_minutes_but_not_where_the_epoch_ends(
+    monkeypatch: pytest.MonkeyPatch, given: dict, saved: list[int]
+) -> None:
     now = 0.0
     monkeypatch.setattr("cxrfast.training.monitor.time.monotonic", lambda: now)
-    one = monitor(minutes=1.0)
-    decisions = []
-    for done in range(1, 6):
+    one = monitor(**given)
+    for done in range(1, 7):
         now += 25.0
-        decisions.append(one.after_step(done, 0, False))
-    assert [done for done, decision in enumerate(decisions, 1) if decision is Action.SAVE] == [3]
+        assert one.after_step(done, 0, False) is (Action.SAVE if done in saved else Action.CONTINUE)
+    assert one.after_validation_batch(0) is Action.CONTINUE
 
 
 def test_early_stopping_counts_epochs_without_a_lower_loss() -> None:

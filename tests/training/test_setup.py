@@ -1,12 +1,13 @@
 """What a training starts from: configuration, rows, staged shards, first weights; wrong options are named."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
-from trainings import OPTIONS, SHORT, command, run_to_the_end
+from trainings import FAST, OPTIONS, SHORT, run_ranks
 
 import cxrfast.training.train
 from cxrfast.cli.main import cli
@@ -16,22 +17,29 @@ from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
+from cxrfast.training import setup
 from cxrfast.training.setup import make_config, refuse_other_fold, select_rows, staged, weights_file
 from cxrfast.training.train import train
 
 
-def test_sizes_that_do_not_fit_are_named(tiny_set: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "global_batch": 1000, "micro_batch": 10})
-    with pytest.raises(LoadError, match="do not fill one global batch of 1000"):
+@pytest.mark.parametrize(
+    ("scale", "options", "error", "message"),
+    [
+        (32, {"global_batch": 1000, "micro_batch": 10}, LoadError, "do not fill one global batch of 1000"),
+        (2048, {}, LoadError, r"no shards at 2048 px \(scales there: 32, 64\)"),
+        (32, {**SHORT, "sync_bn": True}, RunError, "--sync-bn works only on GPUs"),
+        (16, {}, RunError, "densenet121 cannot be trained on images of 16 px"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(tiny_set: Path, scale: int, options: dict, error: type, message: str) -> None:
+    config = make_config(tiny_set, scale, device="cpu", **{**OPTIONS, **options})
+    with pytest.raises(error, match=message):
         train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu"))
+
+
+def test_a_micro_batch_of_no_images_and_an_absent_set_are_named(tiny_set: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="micro batch must be above 0, not 0"):
         make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
-
-
-def test_an_absent_scale_or_set_is_named(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 2048, device="cpu", **OPTIONS)
-    with pytest.raises(LoadError, match=r"no shards at 2048 px \(scales there: 32, 64\)"):
-        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     with pytest.raises(ShardError, match=r"no set\.json"):
         make_config(tmp_path, 32, device="cpu", **OPTIONS)
 
@@ -68,20 +76,17 @@ def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the
         refuse_other_fold(replace(other, weights=str(trained.folder)))
 
 
-def test_a_path_of_weights_that_does_not_exist_is_refused(tiny_set: Path) -> None:
+def test_absent_weights_and_folds_are_named(tiny_set: Path) -> None:
     with pytest.raises(RunError, match=r"--weights /nowhere/weights\.pth: /nowhere/weights\.pth does not exist"):
         weights_file(make_config(tiny_set, 32, device="cpu", weights="/nowhere/weights.pth"))
     assert weights_file(make_config(tiny_set, 32, device="cpu", weights="none")) is None
-
-
-def test_the_official_split_has_one_fold(tiny_set: Path) -> None:
     with pytest.raises(RunError, match="give --fold 0"):
         make_config(tiny_set, 32, device="cpu", split="official", fold=1)
 
 
 def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set: Path, tmp_path: Path) -> None:
     table, listed = read_rows(tiny_set / "rows.parquet"), tmp_path / "rows.txt"
-    wanted, options = table["row"].to_numpy()[::2], {**SHORT, "limit": 20}
+    wanted, options = table["row"].to_numpy()[::2], {**FAST, "epochs": 1, "limit": 20}
     listed.write_text("\n".join(map(str, wanted)))
     config = make_config(tiny_set, 32, device="cpu", subset=listed, **options)
     rows = select_rows(table, config, table["row"].to_numpy(), wanted)
@@ -112,11 +117,39 @@ def test_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.tar")} == before
 
 
+def test_ranks_of_a_launch_copy_the_scale_once_per_node(tiny_set: Path, tmp_path: Path, monkeypatch) -> None:
+    calls, copying = [], setup.stage
+    monkeypatch.setattr(setup, "stage", lambda *given: calls.append(given) or copying(*given))
+    for launch in ("first", "second"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        with ThreadPoolExecutor(4) as ranks:
+            copies = [tmp_path / node for node in ("a", "b", "a", "b")]
+            list(ranks.map(lambda folder: staged(tiny_set, folder, 32), copies))
+    assert len(calls) == 4, "two launches on two nodes"
+
+
+STAGING = """
+import sys
+from pathlib import Path
+from trainings import SHORT
+from cxrfast.config import Runtime
+from cxrfast.training import setup
+from cxrfast.training.train import train
+
+shards, folder = map(Path, sys.argv[1:])
+copying = setup.stage
+setup.stage = lambda *given: print("copying", flush=True) or copying(*given)
+config = setup.make_config(shards, 32, device="cpu", **SHORT)
+train(config, Runtime(shards=shards, runs=folder, stage=folder / "local", device="cpu"))
+"""
+
+
 @pytest.mark.slow
 def test_ranks_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
-    run_to_the_end(command(tiny_set, tmp_path, 2, epochs=1, limit=16, stage=tmp_path / "local"))
+    assert run_ranks(STAGING, 2, tiny_set, tmp_path).count("copying") == 1
     (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
     assert verify(copy).problems == []
+    assert Run.open(tmp_path / "densenet121-32" / "fold-0").is_done
 
 
 def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
@@ -154,18 +187,10 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Pat
     runtime = {"device": "cpu", "profile": True, "cache": tmp_path / "c", "threads": 1, "checkpoint_minutes": 3.0}
     runtime["subset"] = listed
     plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
-    taken = {}
-    with patch.object(
-        cxrfast.training.train, "train", lambda config, runtime: taken.update(config=config, runtime=runtime) or Mock()
-    ):
+    with patch.object(cxrfast.training.train, "train") as taken:
         done = CliRunner().invoke(cli, ["train", "--scale=32", "--fold=1", *plan.train_arguments])
     assert done.exit_code == 0, done.output
-    assert taken == {"config": plan.config(32, 1, "cpu"), "runtime": plan.runtime}
-    changed = {text.partition(":")[0] for text in taken["config"].differences(make_config(tiny_set, 32, device="cpu"))}
+    config = plan.config(32, 1, "cpu")
+    taken.assert_called_once_with(config, plan.runtime)
+    changed = {text.partition(":")[0] for text in config.differences(make_config(tiny_set, 32, device="cpu"))}
     assert changed >= {*options, "subset", "fold"} - {"precision"}
-
-
-def test_batchnorm_over_all_ranks_is_refused_without_gpus(tiny_set: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_set, 32, device="cpu", **SHORT, sync_bn=True)
-    with pytest.raises(RunError, match="--sync-bn works only on GPUs"):
-        train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))

@@ -1,7 +1,6 @@
 """Trainings that receive a signal, fail or are killed: nothing is lost, and state.json says what happened."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from damage import mounted
 from trainings import (
+    FAST,
     OPTIONS,
     SHORT,
     assert_same,
@@ -47,22 +48,23 @@ def undisturbed(request: pytest.FixtureRequest, tiny_set: Path, tmp_path_factory
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothing_had_happened(
-    undisturbed, tiny_set: Path, tmp_path: Path
+    undisturbed, tiny_set: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     nproc, whole = undisturbed
     arguments, run = command(tiny_set, tmp_path, nproc, checkpoint_steps=10**6), tmp_path / RUN
     with started(arguments, tmp_path / "log") as process:
         wait_for(lambda: (run / "metrics.jsonl").exists(), process)  # the first epoch's end
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, number)
         code = process.wait(timeout=40)
     log = (tmp_path / "log").read_text()
-    assert code == 128 + signal.SIGUSR1 if nproc == 1 else code != 0
+    assert code == 128 + number if nproc == 1 else code != 0
     assert not [pid for pid in family if psutil.pid_exists(pid)], "no process is left"
     state = Run.open(run).state()
-    assert (state["state"], state["signal"]) == ("preempted", "SIGUSR1")
-    assert "SIGUSR1; saved, the same command resumes" in log
+    assert (state["state"], state["signal"]) == ("preempted", number.name)
+    assert f"{number.name}; saved, the same command resumes" in log
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2] / "cxrfast") not in log
     assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 1
     run_to_the_end(arguments)
@@ -101,24 +103,23 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-@pytest.mark.parametrize("when", ["training", "validation"])
-def test_a_signal_saves_and_the_resumed_run_ends_as_if_nothing_had_happened(
-    tiny_set: Path, tmp_path: Path, when: str
-) -> None:
-    make_trainer(tiny_set, tmp_path / "whole", **SHORT).fit()
-    first = make_trainer(tiny_set, tmp_path / "stopped", **SHORT)
-    trained = first.train_epoch() if when == "validation" else None
-    first.stop.number = signal.SIGUSR1
-    with pytest.raises(Stopped):
-        first.end_epoch(*trained) if trained else first.fit()
-    checkpoint = torch.load(first.run.checkpoint_path, weights_only=True)
-    steps = first.order.steps if when == "validation" else 1
-    assert (checkpoint["epoch"], checkpoint["consumed"]) == (0, steps * 8)
-    assert first.run.metrics() == []
-    if when == "training":
-        assert (first.run.state()["state"], first.run.state()["signal"]) == ("preempted", "SIGUSR1")
-    make_trainer(tiny_set, tmp_path / "stopped", **SHORT).fit()
-    assert_same(tmp_path / "whole" / "run" / "fold-0", tmp_path / "stopped" / "run" / "fold-0")
+def test_a_signal_saves_and_the_resumed_run_ends_as_if_nothing_had_happened(tiny_set: Path, tmp_path: Path) -> None:
+    options = {**SHORT, "arch": FAST["arch"]}
+    make_trainer(tiny_set, tmp_path / "whole", **options).fit()
+    for when in ("training", "validation"):
+        first = make_trainer(tiny_set, tmp_path / when, **options)
+        trained = first.train_epoch() if when == "validation" else None
+        first.stop.number = signal.SIGUSR1
+        with pytest.raises(Stopped):
+            first.end_epoch(*trained) if trained else first.fit()
+        checkpoint = torch.load(first.run.checkpoint_path, weights_only=True)
+        steps = first.order.steps if when == "validation" else 1
+        assert (checkpoint["epoch"], checkpoint["consumed"]) == (0, steps * 8)
+        assert first.run.metrics() == []
+        if when == "training":
+            assert (first.run.state()["state"], first.run.state()["signal"]) == ("preempted", "SIGUSR1")
+        make_trainer(tiny_set, tmp_path / when, **options).fit()
+        assert_same(tmp_path / "whole" / "run" / "fold-0", tmp_path / when / "run" / "fold-0")
 
 
 def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoint(
@@ -128,9 +129,8 @@ def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoi
     trainer.counters.epoch = 1
     trainer.save()
     good = (trainer.run.folder / "last.pt").read_bytes()
-    with pytest.raises(
-        RunError, match=r"step \d+ of epoch 2, on rows [\d ]+; .*last.pt holds the last good state"
-    ) as caught:
+    says = r"step \d+ of epoch 2, on rows [\d ]+; .*last.pt holds the last good state"
+    with pytest.raises(RunError, match=says) as caught:
         trainer.fit()
     words = str(caught.value).split()
     step = int(words[words.index("step") + 1])
@@ -166,31 +166,19 @@ def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(tiny_set: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=260m", "tmpfs", str(disk)], capture_output=True
-        ).returncode
-    ):
-        pytest.skip("no file system can be mounted here")
-    filler = disk / "filler"
-    try:
+    with mounted(tmp_path / "disk", "size=260m") as disk:
         config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "limit": 16})
-        runtime = Runtime(shards=tiny_set, runs=disk, device="cpu")
         trainer = make_trainer(tiny_set, disk, limit=16)
         trainer.save()
         before = (trainer.run.folder / "last.pt").read_bytes()
+        filler = disk / "filler"
         filler.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 4 * 2**20))
         with pytest.raises(OSError, match="No space left"):
             trainer.fit()
         assert (trainer.run.folder / "last.pt").read_bytes() == before
         assert not list(trainer.run.folder.glob("*.tmp"))
         filler.unlink()
-        assert train(config, Runtime(shards=runtime.shards, runs=disk, name="run", device="cpu")).is_done
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        assert train(config, Runtime(shards=tiny_set, runs=disk, name="run", device="cpu")).is_done
 
 
 def test_signals_are_noted_only_where_they_are_asked_for() -> None:
@@ -238,11 +226,8 @@ def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path: Path, 
     assert signal.getsignal(number) is before
 
 
-def test_without_a_signal_there_is_only_the_exit_code() -> None:
+def test_a_child_without_a_signal_has_only_its_exit_code_and_a_stop_that_of_a_shell() -> None:
     assert call(["sh", "-c", "exit 3"]) == (3, None)
-
-
-def test_a_stop_has_a_shells_exit_code() -> None:
     assert Stopped("x").code == 143
     assert Stopped("x", signal.SIGUSR1).code == 138
     assert "stopped by SIGUSR1 in densenet121-32/fold-0" in str(Stopped("densenet121-32/fold-0", signal.SIGUSR1))

@@ -5,21 +5,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from trainings import (
-    CPU,
-    OPTIONS,
-    SHORT,
-    assert_same,
-    command,
-    make_trainer,
-    needs_gpu,
-    run_to_the_end,
-)
+from trainings import CPU, OPTIONS, assert_same, command, make_trainer, needs_gpu, run_to_the_end
 
 import cxrfast.training.train
 from cxrfast.cli.main import cli
@@ -77,16 +69,11 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
 
 
 def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set: Path) -> None:
-    config, one = (
-        make_config(tiny_set, 64, device="cpu", **{**OPTIONS, "global_batch": 80, "micro_batch": 80}),
-        World(CPU),
-    )
-    with (
-        pytest.raises(RunError, match=r"80 images of 64 px in fp32 .*: use --micro-batch 40 or .* auto or --recompute"),
-        memory_explained(config, one),
-    ):
+    config = make_config(tiny_set, 64, device="cpu", **{**OPTIONS, "global_batch": 80, "micro_batch": 80})
+    advice = r"80 images of 64 px in fp32 .*: use --micro-batch 40 or .* auto or --recompute"
+    with pytest.raises(RunError, match=advice), memory_explained(config, World(CPU)):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="shapes"), memory_explained(config, one):
+    with pytest.raises(RuntimeError, match="shapes"), memory_explained(config, World(CPU)):
         raise RuntimeError("shapes differ")
 
 
@@ -145,14 +132,11 @@ def test_deterministic_is_settled_before_cuda_starts(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(
-    tiny_set: Path, tmp_path: Path, deterministic: bool
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
 ) -> None:
-    before = torch.backends.cudnn.benchmark
-    try:
-        make_trainer(tiny_set, tmp_path, runtime={"deterministic": deterministic})
-        assert torch.backends.cudnn.benchmark is not deterministic
-    finally:
-        torch.backends.cudnn.benchmark = before
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    make_trainer(tiny_set, tmp_path, runtime={"deterministic": deterministic})
+    assert torch.backends.cudnn.benchmark is not deterministic
 
 
 # Decoded pixels
@@ -162,9 +146,8 @@ def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(
 def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        cxrfast.training.trainer, "Loader", lambda *args, **options: Loader(*args, **options, prove=True)
-    )  # as on a GPU
+    # as on a GPU
+    monkeypatch.setattr("cxrfast.training.trainer.Loader", partial(Loader, prove=True))
     compare, seen = Proof.compare, []
 
     def corrupted(self: Proof, images: torch.Tensor, rows, means) -> None:
@@ -173,20 +156,13 @@ def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
 
     monkeypatch.setattr(Proof, "compare", corrupted)
     trainer = make_trainer(tiny_set, tmp_path, runtime={"engine": "dali"})
-    with pytest.raises(
-        LoadError, match=r"run/fold-0: \d of .* images that were decoded by DALI .* no checkpoint was written yet"
-    ):
+    says = r"run/fold-0: \d of .* images that were decoded by DALI .* no checkpoint was written yet"
+    with pytest.raises(LoadError, match=says):
         trainer.fit()
     state = trainer.run.state()
     assert state["state"] == "failed"
     assert "--engine host" in state["error"]
     assert not (trainer.run.folder / "last.pt").exists()
-
-
-def test_the_chosen_engine_is_logged_with_the_reason(tiny_set: Path, tmp_path: Path, caplog) -> None:
-    caplog.set_level("INFO")
-    make_trainer(tiny_set, tmp_path, **SHORT).fit()
-    assert caplog.text.count("engine host: on a CPU its threads are several times as fast as DALI's") == 1
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
