@@ -131,19 +131,12 @@ def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), first, strict=True) if p.grad is not None)
 
 
-def calls(net: nn.Module) -> Counter[str]:
-    """Counts how often each norm is called."""
-    counted: Counter[str] = Counter()
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[torch.no_grad]) -> None:
+    net, counted = small(recompute=True), Counter()
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda *_, name=name: counted.update([name]))
-    return counted
-
-
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[torch.no_grad]) -> None:
-    net = small(recompute=True)
-    counted = calls(net)
     with without():
         net(images())
     assert set(counted.values()) == {1}

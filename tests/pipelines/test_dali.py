@@ -21,10 +21,7 @@ def tiny(tiny_set: Path):
 
 
 def test_dali_decodes_every_batch_itself_where_nothing_is_damaged(tiny, monkeypatch):
-    def refuse(self, work):
-        raise AssertionError("the host engine was asked")
-
-    monkeypatch.setattr(HostEngine, "batches", refuse)
+    monkeypatch.setattr(HostEngine, "batches", None)  # must not be asked
     dali = DaliEngine(tiny, 64, CPU, 2)
     assert len(list(dali.batches(turned(tiny.rows, 16)))) == 10
     assert list(dali.batches([])) == []

@@ -100,6 +100,8 @@ def test_sizes_that_do_not_fit_are_refused_and_those_that_do_are_named(wrong, sa
     with pytest.raises(LoadError, match=says):
         TrainOrder(**{**FITTING, **wrong})
 
+
+def test_a_position_inside_a_global_batch_is_refused():
     with pytest.raises(LoadError, match="position 16 is not at the start of a global batch of 96"):
         TrainOrder(**FITTING).micro_batches(0, consumed=16)
 

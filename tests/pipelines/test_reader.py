@@ -43,17 +43,13 @@ def folder(tiny_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("scale", [32, 64])
-def test_rows_are_the_bytes_that_tarfile_reads(either_set, scale):
+def test_rows_are_the_bytes_that_tarfile_reads_in_a_buffer_that_is_large_enough(either_set, scale):
     with Reader(str(either_set), scale) as reader:
         assert reader.rows.dtype == np.int64
         assert reader.rows.tolist() == list(range(150))
         expected = by_tarfile(either_set, scale)
         assert read_all(reader) == expected
         assert reader.largest == max(map(len, expected.values()))
-
-
-def test_a_buffer_is_used_where_it_is_large_enough(tiny_set):
-    with Reader(tiny_set, 64) as reader:
         large, small = bytearray(reader.largest), bytearray(4)
         view = reader.read(3, large)
         assert view.obj is large
@@ -69,14 +65,6 @@ def test_many_threads_read_the_right_rows(tiny_set, monkeypatch):
     with Reader(tiny_set, 64) as reader, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda row: bytes(reader.read(row)) == expected[row], rows))
     assert len(os.listdir(files) if before else []) == before, "every tar is closed again"
-
-
-@pytest.mark.slow
-def test_a_reader_goes_to_a_spawned_process(tiny_set):
-    with Reader(tiny_set, 32) as reader:
-        reader.read(0)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            assert pool.submit(read_all, reader).result() == by_tarfile(tiny_set, 32)
 
 
 def read_after_fork(reader: Reader, expected: dict[int, bytes], seed: int, begin: Barrier) -> None:
@@ -109,6 +97,14 @@ def test_a_copy_does_not_share_open_files(tiny_set):
         copy = pickle.loads(pickle.dumps(reader))
     assert bytes(copy.read(0)) == first
     copy.close()
+
+
+@pytest.mark.slow
+def test_a_reader_goes_to_a_spawned_process(tiny_set):
+    with Reader(tiny_set, 32) as reader:
+        reader.read(0)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(read_all, reader).result() == by_tarfile(tiny_set, 32)
 
 
 def test_any_single_flipped_bit_in_an_image_is_refused_and_row_and_tar_are_named(folder):

@@ -35,10 +35,6 @@ def started(plan: Plan, scale: int = 32, fold: int = 0, **state: Any) -> Run:
     return run
 
 
-def everything_in(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
 def refusals(result: Forecast) -> str:
     with pytest.raises(RunError) as caught:
         result.check()
@@ -69,10 +65,10 @@ def test_what_is_there_is_taken_up(tiny_set: Path, tmp_path: Path) -> None:
     resumed.add_metrics({"epoch": 0, "images_per_s": 25.0})
     started(plan, fold=2)
     started(plan, fold=4, state="running", epoch=0)
-    before = everything_in(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     result = forecast(plan)
     result.check()
-    assert everything_in(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     done, resume, begun, fresh, alive = result.outlooks
     assert [o.what for o in (done, resume, begun, fresh)] == ["done", "resume in epoch 5", "start", "start"]
     assert alive.what == "resume in epoch 1, runs now"

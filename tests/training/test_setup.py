@@ -108,7 +108,9 @@ def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tin
             train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
 
 
-def test_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+def test_jobs_share_one_copy_of_the_scale_and_ranks_make_it_once_per_launch_and_node(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = staged(tiny_set, tmp_path, 32)
     assert verify(copy).problems == []
     assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
@@ -116,8 +118,6 @@ def test_jobs_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> Non
     assert staged(tiny_set, tmp_path, 32) == copy
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.tar")} == before
 
-
-def test_ranks_of_a_launch_copy_the_scale_once_per_node(tiny_set: Path, tmp_path: Path, monkeypatch) -> None:
     calls, copying = [], setup.stage
     monkeypatch.setattr(setup, "stage", lambda *given: calls.append(given) or copying(*given))
     for launch in ("first", "second"):

@@ -236,20 +236,15 @@ def test_a_child_without_a_signal_has_only_its_exit_code_and_a_stop_that_of_a_sh
 # Several machines: two torchruns that find each other over the loopback device
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def two_nodes(shards: Path, runs: Path, logs: Path) -> Iterator[list["subprocess.Popen[bytes]"]]:
     """One torchrun of one rank for each of two nodes, as docs/runs.md has it, with half of the cores each.
 
     The two ranks of one node have as many, and so compute the same sums.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    arguments, port = command(shards, runs, 2), free_port()
+    cores, arguments = sorted(os.sched_getaffinity(0)), command(shards, runs, 2)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=pair"]
     own = [a.replace("--nproc_per_node=2", "--nproc_per_node=1") for a in arguments if a != "--standalone"]
     at = own.index("torch.distributed.run") + 1
