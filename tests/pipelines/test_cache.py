@@ -240,16 +240,18 @@ def test_a_folder_that_cannot_be_written_to_is_named(tiny_set, tmp_path):
                 Loader(reader, EvalOrder(rows=ROWS, micro_batch=10), cache=folder)
 
 
-def test_a_disk_with_too_little_room_also_for_the_checksums_is_named_when_the_cache_is_opened(tiny_set, tmp_path):
-    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "size=600k") as disk:
-        pixels = disk / f"{reader.info.id}-64-64.pixels"
-        pixels.write_bytes(b"x" * 150 * 64 * 64)
-        with pytest.raises(LoadError, match=rf"{disk}/.* cannot be used \(No space left on device\)"):
-            PixelCache(disk, reader, 64)
-        pixels.unlink()
+def test_a_disk_with_too_little_room_is_named_when_the_cache_is_opened(tiny_set, tmp_path):
+    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "size=256k") as disk:
         with pytest.raises(LoadError, match=rf"needs .* more and {disk} has .* free: choose another folder"):
             PixelCache(disk, reader, 64)
         assert PixelCache(disk, reader, 32).get(0) is None, "a smaller size fits"
+
+
+def test_a_disk_that_has_no_room_for_the_checksums_is_named(tiny_set, tmp_path):
+    with Reader(tiny_set, 64) as reader, mounted(tmp_path / "disk", "size=600k") as disk:
+        (disk / f"{reader.info.id}-64-64.pixels").write_bytes(b"x" * 150 * 64 * 64)
+        with pytest.raises(LoadError, match=rf"{disk}/.* cannot be used \(No space left on device\)"):
+            PixelCache(disk, reader, 64)
 
 
 @pytest.mark.parametrize("name", ENGINES)

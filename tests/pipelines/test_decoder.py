@@ -60,19 +60,25 @@ def test_a_batch_that_was_handed_out_is_not_written_to_again(tiny_set, name):
 
 
 @pytest.mark.parametrize("size", [64, 32, 16, 8, 48, 100])
-def test_one_by_one_or_together_the_pixels_are_the_resized_ones(either_set, size):
+def test_one_by_one_together_or_from_many_threads_that_fill_a_cache_the_pixels_are_the_resized_ones(
+    either_set, tmp_path, size
+):
     with Reader(either_set, 64) as reader:
         pixels = Pixels(reader, size)
         rows = np.random.default_rng(0).permutation(150)
         together, one = np.zeros((150, size, size), np.uint8), np.zeros((size, size), np.uint8)
         pixels.put_all(rows, together)
-        for row, image in zip(rows.tolist(), together, strict=True):
+        by_row = dict(zip(rows.tolist(), together, strict=True))
+        for row, image in by_row.items():
             pixels.put(row, one)
             np.testing.assert_array_equal(one, image)
-            np.testing.assert_array_equal(pixels.get(row), image)
             expected = resize(by_pillow(either_set, 64, row), size, size).astype(int)
             # a JPEG may have been decoded at a reduced size
             assert abs(image - expected).max() <= (0 if reader.is_raw or size in (64, 48, 100) else 4)
+        many = np.random.default_rng(0).integers(150, size=1500).tolist()
+        for used in (pixels, Pixels(reader, size, PixelCache(tmp_path, reader, size))):
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(lambda row, used=used: np.array_equal(used.get(row), by_row[row]), many))
 
 
 @given(st.integers(8, 4096), st.integers(1, 4096))
@@ -81,17 +87,6 @@ def test_a_reduced_size_is_a_multiple_of_the_one_asked_for(stored, size):
     assert factor in (1, 2, 4, 8)
     assert factor == 1 or stored // factor % size == 0
     assert factor == 8 or stored % (2 * factor * size) > 0
-
-
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("size", [64, 16, 48])
-def test_threads_do_not_get_into_each_others_buffers_and_fill_and_read_one_cache(either_set, tmp_path, size, cached):
-    with Reader(either_set, 64) as reader, ThreadPoolExecutor(8) as pool:
-        expected = np.zeros((150, size, size), np.uint8)
-        Pixels(reader, size).put_all(ROWS, expected)
-        pixels = Pixels(reader, size, PixelCache(tmp_path, reader, size) if cached else None)
-        rows = np.random.default_rng(0).integers(150, size=1500).tolist()
-        assert all(pool.map(lambda row: np.array_equal(pixels.get(row), expected[row]), rows))
 
 
 # What is refused

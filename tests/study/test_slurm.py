@@ -93,15 +93,16 @@ def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path: Path, 
         read_slurm(path)
 
 
+FILE = b"[slurm]\naccount = 'a'\ngpus = 0\nnodes = 2\nextra = ['--qos=x']\ntime = '1-00:00:00'\nsetup = ['module load x']\n"
+
+
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "slurm.toml"
-    path.write_text("[slurm]\naccount = 'a'\ngpus = 0\nextra = ['--qos=x']\ntime = '1-00:00:00'\n")
-    assert read_slurm(path) == Slurm(account="a", gpus=0, extra=("--qos=x",), time="1-00:00:00")
     with pytest.raises(RunError, match="does not exist"):
-        read_slurm(tmp_path / "none.toml")
-
-
-FILE = b"[slurm]\naccount = 'a'\ngpus = 4\nnodes = 2\nextra = ['--qos=x']\ntime = '1-00:00:00'\nsetup = ['module load x']\n"
+        read_slurm(path)
+    path.write_bytes(FILE)
+    given = {"account": "a", "gpus": 0, "nodes": 2, "extra": ("--qos=x",), "setup": ("module load x",)}
+    assert read_slurm(path) == Slurm(**given, time="1-00:00:00")
 
 
 @given(
