@@ -72,7 +72,9 @@ def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going
 ) -> None:
     plan = make_plan(tiny_set, tmp_path, [32], [0], device="cpu", options=OPTIONS)
     config, table = plan.config(32, 0, "cpu"), read_rows(tiny_set / "rows.parquet")
-    run = Run.start(tmp_path / plan.run_name(32, 0), config, tiny_set, select_rows(table, config, table["row"].to_numpy()))
+    run = Run.start(
+        tmp_path / plan.run_name(32, 0), config, tiny_set, select_rows(table, config, table["row"].to_numpy())
+    )
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
     done = CliRunner().invoke(cli, command(tiny_set, tmp_path, "--fold=1"))
     assert done.exit_code == 2
