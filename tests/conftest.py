@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sets import REAL
 
 from cxrfast.machine import let_threads_sleep
@@ -16,6 +17,8 @@ from cxrfast.shards.format.recipe import ImageRecipe
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"  # of the processes that tests start
 
+settings.register_profile("cxrfast", deadline=None)  # no test depends on the time that it takes
+settings.load_profile("cxrfast")
 let_threads_sleep()  # two processes of pytest share the cores; before a test imports torch
 
 

@@ -24,7 +24,7 @@ cases = st.tuples(st.integers(2, 4), st.integers(0, 1000), st.sampled_from((0.5,
 
 
 @given(cases)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_weights_are_probabilities_and_em_is_never_worse_than_the_schedule(case):
     scales, seed, spread = case
     rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ def expected(value: float, policy: str, labelled: bool) -> tuple[float | None, b
     return UNCERTAIN[policy] if value == -1 else (value, True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RAW, st.sampled_from(POLICIES))
 def test_every_entry_becomes_what_its_policy_says(raw, policy):
     before = raw.copy()

@@ -26,7 +26,7 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @given(scored())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_auroc_is_sklearns_and_undefined_without_both_classes(case):
     scores, targets, mask = case
     for used, m in ((mask, mask), (None, np.ones_like(mask))):
@@ -39,7 +39,7 @@ def test_auroc_is_sklearns_and_undefined_without_both_classes(case):
 
 
 @given(scored())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_masked_entries_change_nothing(case):
     scores, targets, mask = case
     other = np.where(mask, scores, np.nan), np.where(mask, targets, 1 - targets)

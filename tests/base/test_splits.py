@@ -16,7 +16,7 @@ def numbered(n: int, first: int = 10_000_000) -> list[str]:
     return [str(first + i) for i in range(n)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PATIENTS, SEEDS, st.randoms(use_true_random=False))
 def test_a_patient_gets_one_fold_and_block_whatever_the_order_and_number_of_its_images(patients, seed, random):
     dealt = dict(zip(patients, zip(*deal(patients, seed), strict=True), strict=True))
@@ -26,7 +26,7 @@ def test_a_patient_gets_one_fold_and_block_whatever_the_order_and_number_of_its_
     assert [dealt[p] for p in shuffled] == list(zip(fold, block, strict=True))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PATIENTS, SEEDS)
 def test_folds_of_a_small_set_and_blocks_within_a_fold_differ_by_one_patient_at_most(patients, seed):
     unique = sorted(set(patients))
@@ -40,7 +40,7 @@ def test_folds_of_a_small_set_and_blocks_within_a_fold_differ_by_one_patient_at_
         assert np.ptp(sizes) <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 300).map(str), min_size=10, max_size=200, unique=True), SEEDS, st.data())
 def test_parts_are_disjoint_by_patient_cover_every_row_and_let_every_patient_train(patients, seed, data):
     images = np.array(patients + data.draw(st.lists(st.sampled_from(patients), max_size=200)))

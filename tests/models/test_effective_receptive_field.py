@@ -41,7 +41,7 @@ def positive_layer(kind: str, kernel: int, stride: int, dilation: int, channels:
     return conv
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(KERNEL, min_size=1, max_size=4))
 def test_gradients_fill_the_theoretical_field_and_are_zero_outside(kernels: list[tuple[str, int, int, int]]) -> None:
     layers = nn.Sequential(*(positive_layer(*k, channels=3) for k in kernels))
@@ -127,7 +127,7 @@ def test_shifts_depend_on_seed_and_row_alone_and_scale_with_the_side() -> None:
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.15
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(-12, 12), st.integers(-12, 12))
 def test_shifted_images_are_torchvisions(down: int, right: int) -> None:
     images = noise(2, 12)

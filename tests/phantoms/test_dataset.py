@@ -127,7 +127,7 @@ def test_a_tree_of_one_image_is_complete(tmp_path):
 
 
 @given(images=st.integers(1, 300), size=st.integers(64, 4096), seed=st.integers(0, 2**63 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cohorts_have_the_asked_number_of_different_images(images, size, seed):
     made = make_cohort(images, size, seed, corrupt=images // 3)
     assert len(made) == images == len({image.dicom_id for image in made})

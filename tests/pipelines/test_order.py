@@ -27,7 +27,7 @@ def train_orders(draw) -> dict:
     }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(train_orders(), EPOCHS)
 def test_training_uses_no_row_twice_and_drops_less_than_a_global_batch(arguments, epoch):
     order, rows = TrainOrder(**arguments), arguments["rows"]
@@ -43,7 +43,7 @@ def test_training_uses_no_row_twice_and_drops_less_than_a_global_batch(arguments
             np.testing.assert_array_equal(batches[step * order.accumulation + j], rows[j :: order.accumulation])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(train_orders(), EPOCHS, st.data())
 def test_any_number_of_ranks_sees_the_micro_batches_of_one_also_when_a_run_resumes(arguments, epoch, data):
     alone = TrainOrder(**arguments)
@@ -106,7 +106,7 @@ def test_a_position_inside_a_global_batch_is_refused():
         TrainOrder(**FITTING).micro_batches(0, consumed=16)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.integers(0, 10**6), max_size=80, unique=True), st.integers(1, 20), st.integers(0, 9), st.integers(1, 8)
 )
@@ -128,7 +128,7 @@ def test_evaluation_gives_every_row_left_once_to_one_rank(rows, micro_batch, don
 # Blocks
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 40), st.floats(0.05, 1), SEEDS, EPOCHS)
 def test_in_a_block_order_each_tar_is_read_in_one_short_stretch(shards, shard_rows, share, seed, epoch):
     """Its rows lie within two neighbouring windows, whatever fraction of them a split has."""
@@ -172,7 +172,7 @@ def test_block_orders_are_the_same_in_every_version():
 # Draws
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SEEDS, EPOCHS, st.lists(st.integers(0, 400_000), min_size=1, max_size=60, unique=True), st.data())
 def test_a_row_is_drawn_the_same_whatever_batch_it_is_in(seed, epoch, rows, data):
     augment = Augment()

@@ -52,7 +52,7 @@ class AtOnce:
     def shutdown(self, **options) -> None: ...
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 40), max_size=40), st.sampled_from([0, 1, 10, 30, 1000]))
 def test_work_passes_unchanged_and_in_order_every_row_is_asked_for_once_and_no_more_is_held_than_set_aside(
     counts, size
@@ -171,7 +171,7 @@ def test_advice_brings_rows_into_memory_not_those_far_from_them_and_all_of_a_tar
 
 
 @needs_advice
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 149), min_size=1, max_size=60, unique=True), st.sampled_from([0, 5_000, GAP]))
 def test_advice_is_about_the_bytes_of_the_rows_and_of_small_gaps_between_them(tiny_set, rows, gap):
     asked: dict[str, np.ndarray] = {}

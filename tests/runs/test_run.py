@@ -131,7 +131,7 @@ def read_all(folder: Path) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
     return run, run.state(), run.metrics()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["config.json", "state.json", "metrics.jsonl"]), st.data())
 def test_a_mutated_file_of_a_run_is_read_or_refused_and_never_hides_it_from_status(run: Run, name: str, data) -> None:  # type: ignore[no-untyped-def]
     run.set_state("running", epoch=2, images_per_s=75.5, eta_seconds=3700)

@@ -162,7 +162,7 @@ part = st.sampled_from(["a", "b", "ab", "a.b", "ä ", "[a]"])
 paths = st.lists(part, min_size=1, max_size=4).map(lambda parts: "/".join([*(f"{p}_" for p in parts[:-1]), parts[-1]]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(paths, st.integers(0, 9), min_size=1, max_size=60), st.lists(paths, max_size=60))
 def test_sizes_from_listings_are_those_of_the_files_however_they_are_spread(files, others):
     memory, root = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"

@@ -36,7 +36,7 @@ def identity(table: pd.DataFrame, **recipe) -> str:
     return set_id(assign_rows(table, ("Edema", "Fracture"), recipe.get("seed", 0)), ImageRecipe(**recipe))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 3000), KEYS)
 def test_a_permutation_holds_every_number_once_and_depends_on_its_key_alone(n, key):
     np.random.seed(1)  # noqa: NPY002 - the global generator must not matter
@@ -47,7 +47,7 @@ def test_a_permutation_holds_every_number_once_and_depends_on_its_key_alone(n, k
     np.testing.assert_array_equal(permutation(n, *key), drawn)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(KEYS, KEYS)
 def test_other_keys_give_other_permutations_that_do_not_resemble_each_other(key, other):
     if [*key, 0][:2] == [*other, 0][:2]:
@@ -57,7 +57,7 @@ def test_other_keys_give_other_permutations_that_do_not_resemble_each_other(key,
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False), st.integers(0, 2**63 - 1))
 def test_rows_do_not_depend_on_the_order_of_the_source_s_tables(random, seed):
     order = list(range(40))

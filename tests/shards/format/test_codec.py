@@ -24,7 +24,7 @@ def reason(data: bytes) -> Reason:
     return caught.value.reason
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SIDES, SIDES, st.booleans())
 def test_raw_pixels_come_back_as_they_were_pillow_reads_the_same_and_a_jpeg_has_its_quality(height, width, transposed):
     image = noise(width, height).T if transposed else noise(height, width)

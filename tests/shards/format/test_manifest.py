@@ -153,7 +153,7 @@ def mutated(draw: st.DrawFn, value: dict) -> bytes:
     return text
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_set_json_says_what_it_says_or_is_an_error(tiny_set, data):
     whole = (tiny_set / "set.json").read_bytes()
@@ -166,7 +166,7 @@ def test_a_mutated_set_json_says_what_it_says_or_is_an_error(tiny_set, data):
         assert info.recipe
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_manifest_says_what_it_says_or_is_an_error(tiny_set, tmp_path, data):
     whole = json.loads(shard_path(tiny_set, 32, 0, "json").read_bytes())

@@ -108,7 +108,7 @@ def test_dali_s_own_tar_reader_reads_every_sample_in_order_with_our_indexes(eith
     assert read == [data for _, data in by_tarfile(either_set, 32)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(MEMBERS, st.sampled_from(["jpeg", "raw"]))
 def test_what_is_written_is_where_the_index_says_and_a_tar_given_up_leaves_nothing(tmp_path_factory, members, codec):
     folder = tmp_path_factory.mktemp("tar")

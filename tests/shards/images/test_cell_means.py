@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from damage import without_grids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pictures import noise
 
@@ -37,7 +37,6 @@ def test_cells_share_an_axis_evenly_and_leave_nothing_out(side):
 
 
 @given(SIDES, SIDES, st.integers(0, 99))
-@settings(deadline=None)
 def test_the_grid_is_the_mean_of_each_cell_to_the_step(height, width, seed):
     image = noise(height, width, seed)
     means = grid(image)

@@ -34,7 +34,7 @@ def linear_weights(n: int, m: int) -> np.ndarray:
 # Resizing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIDES, SIDES, SCALES, SCALES, st.sampled_from(["squash", "pad"]))
 def test_the_pixels_of_a_scale_do_not_depend_on_the_other_scales_asked_for(height, width, scales, others, how):
     image = noise(height, width)
@@ -65,7 +65,7 @@ def test_a_whole_power_of_two_is_one_exact_block_mean_and_rounding_does_not_add_
         assert abs(picture.mean() - image.mean()) < 0.16, f"{scale} px"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIDES, SIDES, SIDES, SIDES)
 def test_resizing_averages_areas_where_an_axis_shrinks_and_interpolates_where_it_grows(
     height, width, to_height, to_width
@@ -87,7 +87,7 @@ def test_thin_and_tiny_images_become_squares():
         assert all(picture.shape == (scale, scale) for scale, picture in pictures.items())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIDES, SIDES, st.sampled_from([8, 12, 64, 100]))
 def test_padding_keeps_the_aspect_on_a_black_square_whose_root_fits_the_longer_side(height, width, scale):
     image, longer = noise(height, width), max(height, width)

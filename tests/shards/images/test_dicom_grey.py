@@ -67,7 +67,7 @@ def shown_by_pydicom(dataset: Dataset) -> np.ndarray:
     return (pixels - low) / (high - low) * 255
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID", None]),
     st.floats(-3000, 6000),

@@ -96,7 +96,7 @@ def test_only_an_orientation_that_is_one_turns_the_picture(segments, turned):
         np.testing.assert_array_equal(decode(other, "none"), np.rot90(straight, -1) if turned else straight)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=80), st.sampled_from([b"MM\0*", b"II*\0"]))
 def test_no_exif_segment_costs_an_image(content, order):
     data = saved(Image.fromarray(smooth(16, 24)))
@@ -122,7 +122,7 @@ def test_inks_become_the_grey_that_they_print(transform, progressive):
     assert abs(decode(data, "none") - light[:, :, :3] @ LUMA * light[:, :, 3] / 255).max() <= 1.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SIDES, SIDES, st.integers(1, 100))
 def test_what_is_encoded_is_a_baseline_grey_jpeg_of_that_quality(height, width, quality):
     data = encode(cv2.GaussianBlur(noise(height, width), (0, 0), 3), quality)

@@ -7,7 +7,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mutator import png, png_chunks
 from pictures import LUMA, exif, noise, reason, saved, smooth
@@ -77,7 +77,6 @@ def wide(image: np.ndarray) -> bytes:
 
 
 @given(st.lists(st.integers(0, 65_535), min_size=1, max_size=60))
-@settings(deadline=None)
 def test_sixteen_bits_keep_their_whole_range_unless_asked_to_be_stretched(values):
     pixels = np.array([values])
     np.testing.assert_array_equal(decode(wide(pixels), "none"), np.rint(pixels / 257))

@@ -91,7 +91,7 @@ def test_ids_that_are_no_text_are_refused_since_they_may_have_lost_zeros(values)
         check(images().assign(patient_id=values, study_id=list("abcdef")))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.sampled_from(["a", "..a", "a..", "...", ".a", "ä b", "C:", "[x]*?"]), min_size=1, max_size=4).map(
         "/".join

@@ -135,7 +135,7 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes({"truncated": data[:-1], "empty": b"", "longer": data + b"\0"}[how])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_whatever_became_of_a_local_copy_only_what_differs_is_copied_again(tiny_set, tmp_path_factory, data):
     to = copy_set(tiny_set, tmp_path_factory.mktemp("damaged") / "to")
