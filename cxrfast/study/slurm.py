@@ -77,6 +77,7 @@ def write_scripts(plan: Plan, outlooks: Sequence[Outlook], slurm: Slurm, folder:
         "plan": plan,
         "slurm": slurm,
         "outlooks": waiting,
+        "script": folder / "train.sh",
         "runs": plan.runtime.runs,
         "state_name": RunFolder(plan.runtime.runs).state_path.name,
         "notice": NOTICE_SECONDS,

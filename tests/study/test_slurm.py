@@ -203,7 +203,7 @@ def job(tiny_set: Path, tmp_path: Path) -> Job:
     [
         ("done", None, 0, "done", "--scale=32 --fold=1 --shards="),
         ("failed", None, 1, "failed", "failed with exit code 1"),
-        ("wait", signal.SIGTERM, 143, "preempted", ""),  # cancelled
+        ("wait", signal.SIGTERM, 143, "preempted", "cancelled; to continue: sbatch --array=1 /"),
         ("wait", signal.SIGUSR1, 0, "preempted", "scontrol requeue 17_1\n"),  # the time is up
         ("preempted", None, 0, "preempted", "scontrol requeue 17_1\n"),  # stopped from elsewhere
     ],
