@@ -1,7 +1,6 @@
 """Tables from run folders: right numbers, and no join of runs that do not belong together."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ DEFINED = [0, 2, 3]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory):
     """Two scales × two folds with predictions, and a run without."""
     runs = tmp_path_factory.mktemp("study")
     for scale, quality in {256: 0.5, 512: 1.2}.items():
@@ -31,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(made: Path, tmp_path: Path) -> Path:
+def study(made, tmp_path):
     """A copy of it to change."""
     return Path(shutil.copytree(made, tmp_path / "study"))
 
@@ -205,7 +204,7 @@ def start_from_two_groups(run: Run) -> None:
         (start_from_two_groups, r"their configurations differ \(weights: "),
     ],
 )
-def test_runs_that_cannot_be_scored_are_explained(study: Path, spoil: Callable[[Run], None], message: str) -> None:
+def test_runs_that_cannot_be_scored_are_explained(study, spoil, message):
     spoil(Run.open(study / "densenet121-256" / "fold-0"))
     with pytest.raises(RunError, match=message):
         evaluate(study)

@@ -30,7 +30,7 @@ def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("arch", "layer"), [("densenet121", "features"), ("resnet50", "layer4"), ("mobilenet_v2", "features")]
 )
-def test_maps_are_captums_and_the_same_in_any_batch(arch: str, layer: str) -> None:
+def test_maps_are_captums_and_the_same_in_any_batch(arch, layer):
     torch.manual_seed(0)
     model = Classifier(arch, 3).double().eval()
     images = noise(2, 96)
@@ -65,7 +65,7 @@ def brightness(pool: int = 1, weight: float = 1.0) -> Classifier:
     return model
 
 
-def test_the_map_of_a_brightness_detector_is_the_image_and_evidence_against_is_a_map_of_zeros_not_nan() -> None:
+def test_the_map_of_a_brightness_detector_is_the_image_and_evidence_against_is_a_map_of_zeros_not_nan():
     images = noise(3, 16) // 2 + 1
     maps, logits = cams.gradcam(brightness(), images, 0)
     grey = images[:, 0].float()
@@ -78,7 +78,7 @@ def test_the_map_of_a_brightness_detector_is_the_image_and_evidence_against_is_a
     assert (logits < 0).all()
 
 
-def test_coarse_maps_are_enlarged_bilinearly_between_cell_centres() -> None:
+def test_coarse_maps_are_enlarged_bilinearly_between_cell_centres():
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     images[:, :, :, 4:] = 200
     maps, _ = cams.gradcam(brightness(pool=4), images, 0)
@@ -86,7 +86,7 @@ def test_coarse_maps_are_enlarged_bilinearly_between_cell_centres() -> None:
     np.testing.assert_allclose(maps[0], np.tile(ramp, (8, 1)), atol=1e-5)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_left_as_it_was():
     model = Classifier(SMALL, 2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():  # as a caller that evaluates would
@@ -110,9 +110,7 @@ RAW = [1, 0, 1, -1, 1, np.nan, 1, 1]
 """Positive in rows 0, 2, 4, 6 and 7 of the test part."""
 
 
-def test_positives_follow_the_runs_policy_and_come_highest_logit_first_once_predicted(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_positives_follow_the_runs_policy_and_come_highest_logit_first_once_predicted(tiny_set, tmp_path):
     run = make_run(tmp_path, tiny_set, RAW)
     for policy, expected in (
         ("u_zeros", [0, 2, 4, 6, 7]),
@@ -128,7 +126,7 @@ def test_positives_follow_the_runs_policy_and_come_highest_logit_first_once_pred
     assert cams.positives(run, LABEL, "test").tolist() == [4, 6, 0, 2, 7]
 
 
-def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Path) -> None:
+def test_maps_are_stored_beside_the_receptive_field(tiny_set, tmp_path):
     run = make_run(tmp_path, tiny_set, RAW)
     with pytest.raises(RunError, match="cxrfast gradcam"):
         cams.read_gradcam(run, LABEL)
@@ -148,7 +146,7 @@ def test_maps_are_stored_beside_the_receptive_field(tiny_set: Path, tmp_path: Pa
         cams.read_gradcam(replace(run, config=replace(run.config, seed=1)), LABEL)
 
 
-def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_path: Path) -> None:
+def test_findings_that_are_unknown_or_absent_are_explained(tiny_set, tmp_path):
     run = make_run(tmp_path, tiny_set, [0, -1, np.nan])
     with pytest.raises(RunError, match=r"'Gout'.*Atelectasis, Cardiomegaly.*Support Devices"):
         cams.gradcam_run(run, "Gout")
@@ -161,7 +159,7 @@ def test_findings_that_are_unknown_or_absent_are_explained(tiny_set: Path, tmp_p
         cams.gradcam_run(replace(other, folder=make_run(tmp_path / "b", tiny_set, RAW).folder), LABEL)
 
 
-def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set, tmp_path):
     run = make_run(tmp_path, tiny_set, RAW)
     made = cams.gradcam_run(run, LABEL, images=3)
     figure = cams.figure(run, LABEL)
@@ -181,7 +179,7 @@ def test_the_figure_names_images_by_the_start_of_their_id_alone(tiny_set: Path, 
     assert path.parent == run.folder
 
 
-def test_a_slash_in_a_findings_name_opens_no_other_level(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_slash_in_a_findings_name_opens_no_other_level(tiny_set, tmp_path):
     name = "../Mass/Nodule"
     run = make_run(tmp_path, tiny_set, RAW)
     renamed = run.rows().rename(columns={LABEL: name})

@@ -1,7 +1,6 @@
 """Effective receptive fields of runs: stored, read, refused and drawn."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from cxrfast.runs.run import Run
 PARTS = ["train"] * 4 + ["val"] * 4 + ["test"] * 4
 
 
-def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set, tmp_path):
     run = make_untrained(tmp_path, tiny_set, PARTS)
     with pytest.raises(RunError, match="cxrfast erf"):
         read_erf(run)
@@ -39,7 +38,7 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set: Path
         read_erf(other)
 
 
-def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_does_not_change_the_field(tiny_set, tmp_path, monkeypatch):
     run = make_untrained(tmp_path, tiny_set, PARTS)
     whole = erf(run)
     monkeypatch.setattr(maps, "BATCH_PIXELS", 1)
@@ -47,7 +46,7 @@ def test_batch_size_does_not_change_the_field(tiny_set: Path, tmp_path: Path, mo
     assert whole.images == 4  # all there are
 
 
-def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(tiny_set: Path, tmp_path: Path) -> None:
+def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(tiny_set, tmp_path):
     run = make_untrained(tmp_path, tiny_set, PARTS)
     other = replace(run, config=replace(run.config, set_id="0" * 32))
     with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
@@ -60,7 +59,7 @@ def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(
     assert not (run.folder / "maps.zarr").exists()
 
 
-def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set, tmp_path):
     runs = [make_untrained(tmp_path, tiny_set, PARTS, scale, fold) for scale, fold in ((64, 0), (32, 0), (64, 1))]
     measured = {(run.config.scale, run.config.fold): erf(run, images=2) for run in runs}
     drawn = erf_figure(runs)

@@ -26,7 +26,7 @@ def make_runs(runs: Path, predicted: bool = True, curriculum: bool = False) -> l
     return made
 
 
-def test_the_report_is_one_file_that_names_images_by_id_alone(tmp_path: Path) -> None:
+def test_the_report_is_one_file_that_names_images_by_id_alone(tmp_path):
     made = make_runs(tmp_path)
     html = report(tmp_path).read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)', html), "nothing is loaded from elsewhere"
@@ -43,7 +43,7 @@ def test_the_report_is_one_file_that_names_images_by_id_alone(tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["auroc.png", "learning.png", "weights.png"]
 
 
-def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path: Path) -> None:
+def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path):
     for fold, quality in ((0, 0.1), (1, 9.0)):
         make_run(tmp_path, 64, fold, quality=quality)
     result = evaluate(tmp_path)
@@ -57,9 +57,7 @@ def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path: Path)
             assert bar[:, 1].max() <= 1
 
 
-def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_is_left_out_of_the_median(
-    tmp_path: Path,
-) -> None:
+def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_is_left_out_of_the_median(tmp_path):
     first, *_ = make_runs(tmp_path, predicted=False)
     first.add_metrics({**first.metrics()[-1], "epoch": 3, "images_per_s": None})
     html = report(tmp_path).read_text()
@@ -68,7 +66,7 @@ def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_i
     assert '<td class="number">100.0</td>' in html
 
 
-def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rate(tmp_path: Path) -> None:
+def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rate(tmp_path):
     made = make_runs(tmp_path, predicted=False)
     figure = learning_figure(made)
     above, below = figure.axes[:3], figure.axes[3:]
@@ -89,7 +87,7 @@ def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rat
     assert learning_figure(made).axes[3].get_xlabel() == "hours"
 
 
-def test_scales_that_started_from_another_run_are_marked(tmp_path: Path) -> None:
+def test_scales_that_started_from_another_run_are_marked(tmp_path):
     make_runs(tmp_path, curriculum=True)
     html = report(tmp_path).read_text()
     assert html.count("† weights started from the run of a smaller scale: densenet121-64 from densenet121-32.") >= 5
@@ -100,7 +98,7 @@ def test_scales_that_started_from_another_run_are_marked(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
-def test_a_browser_shows_the_report_and_its_pictures(tmp_path: Path) -> None:
+def test_a_browser_shows_the_report_and_its_pictures(tmp_path):
     make_runs(tmp_path / "runs")
     path = report(tmp_path / "runs")
     probe = tmp_path / "probe.html"

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,23 +27,23 @@ ANYTHING = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("run")
 
 
-def test_a_configuration_of_an_earlier_version_has_the_hash_it_had() -> None:
+def test_a_configuration_of_an_earlier_version_has_the_hash_it_had():
     assert Run.open(EARLIER.parent).config.hash == STORED["hash"]
 
 
 @pytest.mark.parametrize("rate", [1, 1.0])
-def test_a_stored_number_keeps_its_hash_and_therefore_its_checkpoint(rate: float) -> None:
+def test_a_stored_number_keeps_its_hash_and_therefore_its_checkpoint(rate):
     config = TrainConfig.from_json({**STORED["config"], "learning_rate": rate})
     assert TrainConfig.from_json(json.loads(json.dumps(asdict(config)))).hash == config.hash
     assert json.dumps(asdict(config)["learning_rate"]) == json.dumps(rate)
 
 
 @given(st.sampled_from([*STORED, *STORED["config"]]), ANYTHING)
-def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder: Path, name: str, new: Any) -> None:
+def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder, name, new):
     value = {**STORED, name: new} if name in STORED else {**STORED, "config": {**STORED["config"], name: new}}
     (folder / "config.json").write_text(json.dumps(value))
     try:
@@ -74,12 +73,12 @@ def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder: Path, nam
         ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
     ],
 )
-def test_the_wrong_field_is_named(change: dict[str, Any], message: str) -> None:
+def test_the_wrong_field_is_named(change, message):
     with pytest.raises(RunError) as caught:
         TrainConfig.from_json({**STORED["config"], **change})
     assert message in str(caught.value)
 
 
-def test_a_missing_field_is_named() -> None:
+def test_a_missing_field_is_named():
     with pytest.raises(RunError, match="missing required field `scale`"):
         TrainConfig.from_json({name: value for name, value in STORED["config"].items() if name != "scale"})

@@ -1,7 +1,5 @@
 """Ranks and devices: what a process gets, and how ranks agree."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from trainings import run_ranks
@@ -25,14 +23,14 @@ def test_a_number_of_threads_that_the_user_set_stays(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_one_process_is_a_world_of_one_rank() -> None:
+def test_one_process_is_a_world_of_one_rank():
     with world("cpu") as ranks:
         assert (ranks.rank, ranks.size, ranks.is_first, ranks.device.type) == (0, 1, True, "cpu")
         assert (ranks.gather("x"), ranks.broadcast("x"), ranks.on_first(lambda: 5)) == (["x"], "x", 5)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x"])
-def test_an_unknown_device_is_refused(name: str) -> None:
+def test_an_unknown_device_is_refused(name):
     with pytest.raises(DeviceError, match=f"--device {name} is unknown"):
         pick_device(name)
 
@@ -66,7 +64,7 @@ with world("cpu") as ranks:
 
 
 @pytest.mark.slow
-def test_all_ranks_score_the_same_images_alike(tiny_set: Path, tmp_path: Path) -> None:
+def test_all_ranks_score_the_same_images_alike(tiny_set, tmp_path):
     before, after = map(float, run_ranks(RANKS, 2, tiny_set, tmp_path).split())
     assert before > 1e-4, "each rank keeps statistics of its own while training, or this test shows nothing"
     assert after == 0.0
@@ -113,7 +111,5 @@ dist.destroy_process_group()
     ("net", "warnings"),
     [("parallel(Net())", "0"), ("DistributedDataParallel(Net(), gradient_as_bucket_view=True)", "1")],
 )
-def test_ranks_do_not_warn_of_the_strides_of_gradients_which_torch_alone_does(
-    tmp_path: Path, net: str, warnings: str
-) -> None:
+def test_ranks_do_not_warn_of_the_strides_of_gradients_which_torch_alone_does(tmp_path, net, warnings):
     assert run_ranks(STRIDES.replace("PARALLEL", net), 1, tmp_path).strip() == warnings

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import bench_jobs
 import psutil
@@ -15,11 +14,11 @@ from cxrfast.errors import LoadError, RunError
 
 
 @pytest.fixture(autouse=True)
-def _new_processes_find_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def _new_processes_find_the_jobs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
 
 
-def test_a_process_answers_reports_figures_and_loads_only_what_its_function_needs() -> None:
+def test_a_process_answers_reports_figures_and_loads_only_what_its_function_needs():
     figures: list[str] = []
     assert in_own_process(bench_jobs.report_three, {"a": 1}, on_figure=figures.append) == [1, False]
     assert figures == ["figure 0", "figure 1", "figure 2"]
@@ -36,7 +35,7 @@ def test_a_process_answers_reports_figures_and_loads_only_what_its_function_need
         (signal.SIGABRT, RunError, "^exit code -6$"),
     ],
 )
-def test_a_process_that_fails_says_why(how: Exception | signal.Signals, error: type[Exception], message: str) -> None:
+def test_a_process_that_fails_says_why(how, error, message):
     with pytest.raises(error, match=message):
         in_own_process(bench_jobs.fail, {"how": how})
 
@@ -48,7 +47,7 @@ def has_ended(pid: str) -> bool:
         return True
 
 
-def test_a_process_over_its_limit_is_killed_with_everything_it_started(tmp_path: Path) -> None:
+def test_a_process_over_its_limit_is_killed_with_everything_it_started(tmp_path):
     seen: list[int] = []
     with pytest.raises(RunError, match="did not end within 3s and was killed"):
         in_own_process(bench_jobs.hang, {"folder": tmp_path}, limit=3, watch=lambda process: seen.append(process.pid))
@@ -58,7 +57,7 @@ def test_a_process_over_its_limit_is_killed_with_everything_it_started(tmp_path:
     assert within_20_seconds(lambda: has_ended(started))
 
 
-def test_a_benchmark_that_is_terminated_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+def test_a_benchmark_that_is_terminated_leaves_no_process_and_no_folder(tmp_path):
     """SIGTERM to `cxrfast bench` while a process of its own is at work."""
     code = (
         "import sys, tempfile; from pathlib import Path; import bench_jobs; import click\n"

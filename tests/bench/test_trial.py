@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_trial.sh"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
-def test_a_rehearsal_goes_through_every_step_without_a_failing_line(tmp_path: Path) -> None:
+def test_a_rehearsal_goes_through_every_step_without_a_failing_line(tmp_path):
     environment = {**os.environ, "TRIAL_REHEARSAL": "1", "TRIAL_WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
     printed = []
     for call in ("1", "2"):
@@ -63,7 +63,7 @@ def test_a_rehearsal_goes_through_every_step_without_a_failing_line(tmp_path: Pa
         assert "./step-32/bench.png" in everything.getnames()
 
 
-def test_losses_that_differ_and_steps_that_failed_are_reported(tmp_path: Path) -> None:
+def test_losses_that_differ_and_steps_that_failed_are_reported(tmp_path):
     for dali_loss, is_right in ((0.5, True), (0.504, True), (0.51, False)):
         runs = {
             f"train-{engine}": SimpleNamespace(metrics=lambda loss=loss: [{"train_loss": loss}])
@@ -77,7 +77,7 @@ def test_losses_that_differ_and_steps_that_failed_are_reported(tmp_path: Path) -
     assert "| 2 | last | timeout | 3 |" in (tmp_path / "trial.md").read_text()
 
 
-def test_steps_are_read_without_folders(tmp_path: Path) -> None:
+def test_steps_are_read_without_folders(tmp_path):
     path = tmp_path / "steps.tsv"
     path.write_text(
         "1\tone\t0\t12\t/usr/bin/python3 -m cxrfast --out /tmp/x/y\n2\ttwo\tskipped\t0\tx\n2\tthree\t137\t9\ty\n"
@@ -88,7 +88,7 @@ def test_steps_are_read_without_folders(tmp_path: Path) -> None:
     assert (two.outcome, three.outcome) == ("skipped", "timeout")
 
 
-def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks() -> None:
+def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks():
     load = {
         "workers": 8,
         "engines": [{"scale": 256, "host": {"A": 9e4, "B": 14_000}, "dali": {"A": {}, "B": {"0": 9_000, "1": 2e4}}}],
@@ -113,9 +113,7 @@ def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks() -> No
         (["1"], {"PYTHON": "no-python"}, "no-python is not a program"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(
-    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_refused_before_anything_runs(arguments, environment, message, tmp_path):
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "paper.md").touch()
     given = {**os.environ, "OUT": "out", "TRIAL_WORK": "work", "PYTHON": sys.executable, **environment}

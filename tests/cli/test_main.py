@@ -3,7 +3,6 @@
 import gzip
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,16 +43,14 @@ def accepted(*arguments: object) -> str:
         ("report none", ["no runs in none"]),
     ],
 )
-def test_what_is_not_there(
-    command: str, messages: list[str], phantoms: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_there(command, messages, phantoms, tiny_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused(*command.replace("TREE", str(phantoms)).replace("SET", str(tiny_set)).split())
     assert all(message in said for message in messages), said
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_an_absent_column(phantoms: Path, tmp_path: Path) -> None:
+def test_an_absent_column(phantoms, tmp_path):
     tree = shutil.copytree(phantoms, tmp_path / "mimic", ignore=shutil.ignore_patterns("files"))
     labels = tree / "mimic-cxr-2.0.0-chexpert.csv.gz"
     labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes()).replace(b"Pneumothorax", b"pneumo", 1)))
@@ -62,7 +59,7 @@ def test_an_absent_column(phantoms: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path: Path) -> None:
+def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path):
     accepted("synth", tmp_path / "mimic", "--images", 70, "--size", 96, "--corrupt", 3, "--workers", 1)
     next((tmp_path / "mimic" / "files").rglob("*.jpg")).unlink()
     arguments = ("shard", "--data", tmp_path / "mimic", "--out", tmp_path / "set", "--scale", 32, "--workers", 1)
@@ -76,9 +73,7 @@ def test_corrupt_and_missing_images_are_quarantined_and_counted(tmp_path: Path) 
     assert "whole" in accepted("verify", "--deep", tmp_path / "set")
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_would_take_and_uncompressed_images_are_whole(
-    phantoms: Path, tmp_path: Path
-) -> None:
+def test_a_dry_run_writes_nothing_and_says_what_it_would_take_and_uncompressed_images_are_whole(phantoms, tmp_path):
     to = tmp_path / "set"
     arguments = ("shard", "--data", phantoms, "--out", to, "--scale", 32, "--workers", 1, "--codec", "raw")
     output = accepted(*arguments, "--dry-run")
@@ -89,7 +84,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take_and_uncompressed_i
     assert "every image decoded: whole" in accepted("verify", "--deep", tmp_path / "set")
 
 
-def test_damage_is_listed_by_verify(tiny_set: Path, tmp_path: Path) -> None:
+def test_damage_is_listed_by_verify(tiny_set, tmp_path):
     copy = copy_set(tiny_set, tmp_path / "set")
     flip_bit(copy / "64" / "000001.tar", 5000)
     message = refused("verify", copy)
@@ -98,14 +93,14 @@ def test_damage_is_listed_by_verify(tiny_set: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
+def test_no_gpu(tiny_set, tmp_path):
     message = refused("train", "--shards", tiny_set, "--scale", 32, "--device", "cuda", "--runs", tmp_path)
     assert "no NVIDIA GPU" in message
     assert "--device cpu" in message
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_what_was_finished(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_what_was_finished(tiny_set, tmp_path):
     options = "--scale 32 --device cpu --arch shufflenet_v2_x0_5 --weights none --epochs 1 --limit 16 --global-batch 8"
     with mounted(tmp_path / "small", "size=3m") as small:
         arguments = ("train", "--shards", tiny_set, *options.split(), "--runs", small)

@@ -58,9 +58,7 @@ def some_of(kind: type) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(some_of(TrainConfig), some_of(Runtime))
-def test_what_is_written_as_arguments_is_read_as_the_same_configuration(
-    training: dict[str, Any], runtime: dict[str, Any]
-) -> None:
+def test_what_is_written_as_arguments_is_read_as_the_same_configuration(training, runtime):
     arguments = as_arguments({**training, **runtime})
     parsed, where = configured(train.make_context("train", ["--scale=64", *arguments]).params)
     assert Runtime(**PLACES, **where) == Runtime(**PLACES, **runtime)
@@ -74,7 +72,7 @@ def test_what_is_written_as_arguments_is_read_as_the_same_configuration(
     assert configured(options) == (parsed, {name: v for name, v in where.items() if name != "name"})
 
 
-def test_a_field_without_an_option_has_no_argument() -> None:
+def test_a_field_without_an_option_has_no_argument():
     with pytest.raises(RunError, match="degrees has no command-line option"):
         as_arguments({"degrees": 5.0})
 
@@ -95,7 +93,7 @@ def test_a_field_without_an_option_has_no_argument() -> None:
         ("bench step --seconds inf", "inf is not"),
     ],
 )
-def test_a_value_of_the_wrong_form_is_refused_with_an_example(command: str, message: str) -> None:
+def test_a_value_of_the_wrong_form_is_refused_with_an_example(command, message):
     done = CliRunner().invoke(cli, command.split())
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())

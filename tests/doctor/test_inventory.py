@@ -25,7 +25,7 @@ def problems(found: dict[str, Item]) -> list[str]:
     return [name for name, item in found.items() if item.is_problem]
 
 
-def test_the_doctor_names_what_matters_and_finds_this_machine_fit() -> None:
+def test_the_doctor_names_what_matters_and_finds_this_machine_fit():
     found = {f.what: f for f in examine()}
     assert {"Python", "torch", "DALI", "processor", "memory", "precision", "ImageNet weights", "shard set"} <= set(
         found
@@ -38,7 +38,7 @@ def test_the_doctor_names_what_matters_and_finds_this_machine_fit() -> None:
 
 
 @needs_dali
-def test_dali_is_found_without_its_packages_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dali_is_found_without_its_packages_metadata(monkeypatch):
     by_metadata, loaded = find_dali(), find_dali(load=True)
 
     def absent(package: str) -> str:
@@ -54,7 +54,7 @@ def test_dali_is_found_without_its_packages_metadata(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_dali_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
+def test_a_dali_that_does_not_load_is_a_problem(tmp_path):
     broken = tmp_path / "nvidia" / "dali" / "__init__.py"
     broken.parent.mkdir(parents=True)
     (tmp_path / "nvidia" / "__init__.py").write_text("__path__ = __import__('pkgutil').extend_path(__path__, __name__)")
@@ -72,18 +72,18 @@ def test_a_dali_that_does_not_load_is_a_problem(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_dali_before_2_1_is_a_problem() -> None:
+def test_a_dali_before_2_1_is_a_problem():
     assert about_dali(Dali("2.0.1", "12"), None).is_problem
     assert not about_dali(Dali("2.1.0", "12"), None).is_problem
     assert not about_dali(Dali("2.10.0", "12"), None).is_problem
 
 
 @pytest.mark.parametrize(("driver", "wheel"), [(None, "cuda120"), (535, "cuda120"), (580, "cuda130"), (590, "cuda130")])
-def test_the_dali_that_is_proposed_is_one_that_the_driver_serves(driver: int | None, wheel: str) -> None:
+def test_the_dali_that_is_proposed_is_one_that_the_driver_serves(driver, wheel):
     assert wheel in about_dali(None, driver).advice
 
 
-def test_cuda_versions_that_differ_are_no_problem_under_a_driver_for_both() -> None:
+def test_cuda_versions_that_differ_are_no_problem_under_a_driver_for_both():
     found = cuda("13.0", "12.9", 580, True)
     assert problems(found) == []
     assert "torch 13.0, DALI 12.9" in found["CUDA"].found
@@ -104,12 +104,10 @@ def test_cuda_versions_that_differ_are_no_problem_under_a_driver_for_both() -> N
         ("13.0", "12.9", None, []),
     ],
 )
-def test_a_driver_too_old_for_torch_or_dali_is_a_problem(
-    torch_cuda: str | None, dali_cuda: str, driver: int | None, too_old_for: list[str]
-) -> None:
+def test_a_driver_too_old_for_torch_or_dali_is_a_problem(torch_cuda, dali_cuda, driver, too_old_for):
     assert problems(cuda(torch_cuda, dali_cuda, driver, False)) == too_old_for
 
 
-def test_a_driver_that_torch_can_use_serves_dali_of_the_same_cuda_whatever_its_version() -> None:
+def test_a_driver_that_torch_can_use_serves_dali_of_the_same_cuda_whatever_its_version():
     assert problems(cuda("13.0", "13.0", 535, True)) == []
     assert problems(cuda("12.8", "13.0", 535, True)) == ["driver for DALI"]

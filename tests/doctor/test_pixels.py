@@ -1,7 +1,5 @@
 """Pixels that are wrong, exchanged or read too late are refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from batches import CPU
@@ -19,7 +17,7 @@ needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not instal
 
 
 @needs_dali
-def test_both_engines_pass_on_either_codec(either_set: Path) -> None:
+def test_both_engines_pass_on_either_codec(either_set):
     with Reader(either_set, 64) as reader:
         assert "bitwise" in host_pixels(reader, CPU)
         assert "decoded 100.000 %" in dali_pixels(reader, CPU)
@@ -64,13 +62,13 @@ class OffInThreads(HostEngine):
 
 
 @pytest.mark.parametrize("engine", [Exchanged, OneBuffer])
-def test_a_slow_reader_sees_images_exchanged_and_buffers_used_again(reader, monkeypatch, engine) -> None:
+def test_a_slow_reader_sees_images_exchanged_and_buffers_used_again(reader, monkeypatch, engine):
     monkeypatch.setattr(loader, "HostEngine", engine)
     with pytest.raises(LoadError, match=r"host: \d+ of 3200 images that were read late differ from the stored ones"):
         slow_reader(reader, CPU, "host")
 
 
-def test_a_slow_reader_sees_rows_in_another_order(reader, monkeypatch) -> None:
+def test_a_slow_reader_sees_rows_in_another_order(reader, monkeypatch):
     def reverse(self, rows):
         return torch.from_numpy(rows[::-1].copy())
 
@@ -80,9 +78,7 @@ def test_a_slow_reader_sees_rows_in_another_order(reader, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("engine", "what"), [(Off, "decoded and stored"), (OffInThreads, "on one CPU thread")])
-def test_host_pixels_that_are_not_the_stored_ones_or_depend_on_threads_are_refused(
-    reader, monkeypatch, engine, what
-) -> None:
+def test_host_pixels_that_are_not_the_stored_ones_or_depend_on_threads_are_refused(reader, monkeypatch, engine, what):
     monkeypatch.setattr(loader, "usable_cores", lambda: 2)
     monkeypatch.setattr(loader, "HostEngine", engine)
     with pytest.raises(LoadError, match=what):
@@ -93,7 +89,7 @@ def test_host_pixels_that_are_not_the_stored_ones_or_depend_on_threads_are_refus
 @pytest.mark.parametrize(("part", "levels"), [(slice(None), 2), (slice(30, 31), 6)])
 def test_dali_pixels_that_are_a_little_off_everywhere_or_far_off_anywhere_are_refused(
     reader, monkeypatch, part, levels
-) -> None:
+):
     class OffDali(DaliEngine):
         def batches(self, work):
             for batch in super().batches(work):
@@ -108,7 +104,7 @@ def test_dali_pixels_that_are_a_little_off_everywhere_or_far_off_anywhere_are_re
 
 
 @needs_dali
-def test_pixels_that_are_not_those_of_the_manifests_are_refused(reader, monkeypatch) -> None:
+def test_pixels_that_are_not_those_of_the_manifests_are_refused(reader, monkeypatch):
     compare = Proof.compare
     monkeypatch.setattr(Proof, "compare", lambda self, images, *known: compare(self, images.flip(2), *known))
     with pytest.raises(LoadError, match=r"images that were decoded by DALI and compared differ from the set"):
@@ -116,13 +112,13 @@ def test_pixels_that_are_not_those_of_the_manifests_are_refused(reader, monkeypa
 
 
 @needs_dali
-def test_an_opencv_that_turns_inexactly_is_not_compared_with(reader, monkeypatch) -> None:
+def test_an_opencv_that_turns_inexactly_is_not_compared_with(reader, monkeypatch):
     monkeypatch.setattr(pixels, "HOST_TURNS_EXACTLY", False)
     assert "rotated not compared: OpenCV" in dali_pixels(reader, CPU)
 
 
 @needs_dali
-def test_a_dali_that_always_fails_is_not_covered_by_the_host(reader, monkeypatch) -> None:
+def test_a_dali_that_always_fails_is_not_covered_by_the_host(reader, monkeypatch):
     def fail(self, batch, augmented, feed):
         raise RuntimeError("nvJPEG: CUDA error")
 

@@ -1,6 +1,5 @@
 import re
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ def images(n: int = 2, size: int = 64) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, size, size), np.uint8))
 
 
-def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation_of_the_copied_grey_channel() -> None:
+def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation_of_the_copied_grey_channel():
     normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pixels = normalise(images().expand(-1, 3, -1, -1).float() / 255)
     ours = Normalise()(images())
@@ -37,7 +36,7 @@ def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation_of_the
 @pytest.mark.parametrize(
     "arch", ["densenet121", "efficientnet_b0", "resnet18", pytest.param("convnext_tiny", marks=pytest.mark.slow)]
 )
-def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) -> None:
+def test_architectures_train_from_scratch_on_channels_last_batches(arch):
     torch.manual_seed(0)
     model = Classifier(arch, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -56,7 +55,7 @@ def test_architectures_train_from_scratch_on_channels_last_batches(arch: str) ->
     assert features[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
+def test_checkpointing_is_for_densenets_and_changes_no_logit():
     plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, recompute=True)
     checkpointed.load_state_dict(plain.state_dict())
     assert torch.equal(checkpointed(images()), plain(images()))
@@ -67,7 +66,7 @@ def test_checkpointing_is_for_densenets_and_changes_no_logit() -> None:
         Classifier("densenet999", 2)
 
 
-def test_a_torchvision_file_loads_except_its_last_layer(tmp_path: Path) -> None:
+def test_a_torchvision_file_loads_except_its_last_layer(tmp_path):
     file = torchvision.models.densenet121(num_classes=10).state_dict()
     # as torchvision's published file spells them: denselayer1.norm.1.weight
     old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", k): v for k, v in file.items() if "num_batches" not in k}
@@ -83,7 +82,7 @@ def test_a_torchvision_file_loads_except_its_last_layer(tmp_path: Path) -> None:
     assert model.net.classifier.out_features == 5
 
 
-def test_a_checkpoint_of_another_architecture_and_a_file_that_is_not_one_are_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_and_a_file_that_is_not_one_are_refused(tmp_path):
     model = Classifier("resnet18", 5)
     torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), tmp_path / "other.pth")
     with pytest.raises(RunError, match="does not fit resnet18"):
@@ -94,7 +93,7 @@ def test_a_checkpoint_of_another_architecture_and_a_file_that_is_not_one_are_ref
             load_weights(model, tmp_path / name)
 
 
-def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # one that has not seen these proxies

@@ -4,7 +4,6 @@ import copy
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large: bool, recompute: bool) -> None:
+def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large, recompute):
     torch.manual_seed(3)
     oracle = (densenet121(num_classes=3) if large else SMALL()).double()
     ours = lean(copy.deepcopy(oracle), recompute)
@@ -86,7 +85,7 @@ def test_it_equals_torchvisions_layer_by_layer_forwards_and_backwards(large: boo
 @pytest.mark.parametrize(
     "arch", [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])]
 )
-def test_names_shapes_and_their_order_are_torchvisions(arch: str) -> None:
+def test_names_shapes_and_their_order_are_torchvisions(arch):
     with torch.device("meta"):
         ours, oracle = lean(get_model(arch, num_classes=5)), get_model(arch, num_classes=5)
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
@@ -95,7 +94,7 @@ def test_names_shapes_and_their_order_are_torchvisions(arch: str) -> None:
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in oracle.named_parameters()], "order, for optimisers"
 
 
-def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_back() -> None:
+def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_back():
     ours = small()
     torch.manual_seed(0)
     oracle = SMALL()
@@ -110,7 +109,7 @@ def test_a_seed_gives_torchvisions_first_weights_and_its_state_goes_there_and_ba
 
 
 @pytest.mark.parametrize(("precision", "training"), [("fp32", True), ("fp32", False), ("bf16", True)])
-def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, training: bool) -> None:
+def test_checkpointing_changes_no_logit_gradient_or_statistic(precision, training):
     def one(recompute: bool) -> dict[str, torch.Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
             return step(small(recompute).train(training), images())
@@ -118,7 +117,7 @@ def test_checkpointing_changes_no_logit_gradient_or_statistic(precision: str, tr
     assert_same(one(True), one(False))
 
 
-def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
+def test_statistics_move_once_however_often_a_graph_is_walked():
     net = small(recompute=True)
     loss = net(images()).sum()
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
@@ -132,7 +131,7 @@ def test_statistics_move_once_however_often_a_graph_is_walked() -> None:
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_computed_again_where_no_gradient_is_recorded(without: type[torch.no_grad]) -> None:
+def test_nothing_is_computed_again_where_no_gradient_is_recorded(without):
     net, counted = small(recompute=True), Counter()
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -149,7 +148,7 @@ KERNELS = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward")
 """What computes a convolution on a CPU; which of them, size, threads and torch's version decide."""
 
 
-def test_no_convolution_runs_twice() -> None:
+def test_no_convolution_runs_twice():
     def convolutions(net: DenseNet) -> int:
         with profile(activities=[ProfilerActivity.CPU]) as found:
             net(images()).sum().backward()
@@ -158,7 +157,7 @@ def test_no_convolution_runs_twice() -> None:
     assert convolutions(small(recompute=True)) == convolutions(small()) == 1 + 2 * 7 + 2
 
 
-def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient() -> None:
+def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient():
     net = small(recompute=True)
     loss = net(images()).sum()
     net.eval()
@@ -169,14 +168,14 @@ def test_a_mode_changed_between_the_two_passes_is_an_error_not_another_gradient(
 # Company
 
 
-def test_a_copy_is_independent_and_equal() -> None:
+def test_a_copy_is_independent_and_equal():
     net = small(recompute=True)
     assert_same(step(copy.deepcopy(net), images()), step(net, images()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_it_can_be_compiled(recompute: bool) -> None:
+def test_it_can_be_compiled(recompute):
     eager, compiled = step(small(recompute), images()), small(recompute)
     logits = torch.compile(compiled, backend="aot_eager", fullgraph=True)(images())
     logits.square().sum().backward()
@@ -185,7 +184,7 @@ def test_it_can_be_compiled(recompute: bool) -> None:
         torch.testing.assert_close(tensor, eager[name], rtol=1e-4, atol=1e-5)
 
 
-def test_it_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
+def test_it_trains_under_distributed_data_parallel(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         last = {"memory_format": torch.channels_last}
@@ -211,7 +210,7 @@ def copied(net: nn.Module, pixels: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_a_channels_last_step_of_densenet121_copies_no_activation() -> None:
+def test_a_channels_last_step_of_densenet121_copies_no_activation():
     net = lean(densenet121(num_classes=14)).to(memory_format=torch.channels_last)
     # a block's last layer alone has one reader: its gradient is cut out of that of the concatenation, not summed
     last = [[ODD, 32, side, side] for side in (2, 4, 8, 16)]
@@ -219,7 +218,7 @@ def test_a_channels_last_step_of_densenet121_copies_no_activation() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_nchw_pixels_would_be_seen_as_copies_and_recomputation_makes_none(recompute: bool) -> None:
+def test_nchw_pixels_would_be_seen_as_copies_and_recomputation_makes_none(recompute):
     net = small(recompute).to(memory_format=torch.channels_last)
     last = [[ODD, 8, side, side] for side in (4, 8, 16)]
     assert copied(net, images(ODD)) == last

@@ -17,7 +17,7 @@ from cxrfast.models.precision import compiled, resolve_precision, use_tf32, with
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set: Path, tmp_path: Path, mode: str) -> None:
+def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set, tmp_path, mode):
     given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", "--scale=32", f"--compile={mode}"]
     done = CliRunner().invoke(cli, given)
     assert done.exit_code == 2
@@ -26,7 +26,7 @@ def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set: Pa
     assert not (tmp_path / "densenet121-32").exists()
 
 
-def test_an_unknown_mode_and_tf32_on_a_cpu_are_refused() -> None:
+def test_an_unknown_mode_and_tf32_on_a_cpu_are_refused():
     with pytest.raises(RunError, match="--compile fast is unknown: use default or max-autotune-no-cudagraphs"):
         Runtime(shards=Path(), runs=Path(), compile="fast")
     with pytest.raises(RunError, match="--precision tf32 works on NVIDIA GPUs only"):
@@ -36,7 +36,7 @@ def test_an_unknown_mode_and_tf32_on_a_cpu_are_refused() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("mode", COMPILE_MODES)
-def test_a_compiled_network_accumulates_the_gradients_of_an_eager_one(mode: str) -> None:
+def test_a_compiled_network_accumulates_the_gradients_of_an_eager_one(mode):
     """Two micro-batches before the gradients are looked at, as every preset has it."""
     torch.manual_seed(0)
     use_tf32("fp32")
@@ -64,9 +64,7 @@ def tf32() -> tuple[bool, bool]:
 
 
 @pytest.mark.usefixtures("_tf32_as_before")
-def test_only_the_precision_tf32_computes_in_tf32_unless_float32_is_asked_for_a_while(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_only_the_precision_tf32_computes_in_tf32_unless_float32_is_asked_for_a_while(tiny_set, tmp_path):
     for precision, expected in (("fp32", (False, False)), ("bf16", (False, False)), ("tf32", (True, True))):
         use_tf32(precision)
         assert tf32() == expected
@@ -79,7 +77,7 @@ def test_only_the_precision_tf32_computes_in_tf32_unless_float32_is_asked_for_a_
 
 @needs_gpu
 @pytest.mark.usefixtures("_tf32_as_before")
-def test_float32_convolutions_of_a_gpu_are_those_of_a_cpu_and_tf32_is_coarser() -> None:
+def test_float32_convolutions_of_a_gpu_are_those_of_a_cpu_and_tf32_is_coarser():
     torch.manual_seed(0)
     convolution, images = nn.Conv2d(64, 64, 3), torch.randn(8, 64, 32, 32)
     expected = convolution(images)

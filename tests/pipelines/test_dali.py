@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="NVIDIA DALI is not inst
 
 
 @pytest.fixture
-def tiny(tiny_set: Path):
+def tiny(tiny_set):
     with Reader(tiny_set, 64) as reader:
         yield reader
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ def run(reader: Reader, work: list[Work], size: int | None = None) -> list[torch
 
 
 @pytest.fixture
-def tiny(tiny_set: Path):
+def tiny(tiny_set):
     with Reader(tiny_set, 64) as reader:
         yield reader
 

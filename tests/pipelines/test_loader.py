@@ -1,7 +1,6 @@
 import itertools
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,13 +22,13 @@ def plain(reader: Reader, rows: np.ndarray, size: int = 64) -> torch.Tensor:
 
 
 @pytest.fixture
-def reader(tiny_set: Path):
+def reader(tiny_set):
     with Reader(tiny_set, 64) as reader:
         yield reader
 
 
 @pytest.fixture
-def order(reader: Reader) -> TrainOrder:
+def order(reader):
     return TrainOrder(rows=reader.rows, global_batch=40, micro_batch=10)
 
 

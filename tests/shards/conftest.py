@@ -8,11 +8,10 @@ from damage import copy_set
 from sets import build
 
 from cxrfast.phantoms.dataset import synth
-from cxrfast.shards.building.build_report import Report
 
 
 @pytest.fixture(scope="session")
-def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corrupt(tmp_path_factory):
     """70 phantoms, six of them damaged: two truncated, two empty, two no images. Not to be written to."""
     out = tmp_path_factory.mktemp("corrupt") / "mimic"
     synth(out, images=70, size=64, corrupt=6, workers=1)
@@ -20,7 +19,7 @@ def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory):
     """The same 70 phantoms, none damaged."""
     out = tmp_path_factory.mktemp("sound") / "mimic"
     synth(out, images=70, size=64, workers=1)
@@ -28,7 +27,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound_set(sound, tmp_path_factory):
     """The set of the sound tree, at 32 px."""
     out = tmp_path_factory.mktemp("sound-set") / "set"
     build(sound, out, [32])
@@ -36,19 +35,19 @@ def sound_set(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def corrupt_set(corrupt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def corrupt_set(corrupt, tmp_path_factory):
     """The set of the damaged tree, at 32 px."""
     out = tmp_path_factory.mktemp("corrupt-set") / "set"
     return out, build(corrupt, out, [32])
 
 
 @pytest.fixture
-def folder(tiny_set: Path, tmp_path: Path) -> Path:
+def folder(tiny_set, tmp_path):
     """A copy of the tiny set to damage."""
     return copy_set(tiny_set, tmp_path / "set")
 
 
 @pytest.fixture
-def tree(phantoms: Path, tmp_path: Path) -> Path:
+def tree(phantoms, tmp_path):
     """A copy of the phantoms to damage."""
     return Path(shutil.copytree(phantoms, tmp_path / "mimic"))

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.rows import read_rows, write_rows
 
 
-def test_a_set_says_what_it_holds_and_where(tiny_set: Path) -> None:
+def test_a_set_says_what_it_holds_and_where(tiny_set):
     shards = ShardSet(str(tiny_set))
     assert (shards.folder, shards.info) == (tiny_set, read_set(tiny_set))
     assert (shards.scales, shards.shards(64), shards.shards(128)) == ([32, 64], [0, 1, 2], [])
@@ -23,7 +22,7 @@ def test_a_set_says_what_it_holds_and_where(tiny_set: Path) -> None:
     assert shards.is_whole
 
 
-def test_a_set_that_lacks_a_shard_or_its_checksums_is_not_whole(folder: Path) -> None:
+def test_a_set_that_lacks_a_shard_or_its_checksums_is_not_whole(folder):
     shards = ShardSet(folder)
     sums = (folder / "SHA256SUMS").read_bytes()
     (folder / "SHA256SUMS").unlink()
@@ -34,7 +33,7 @@ def test_a_set_that_lacks_a_shard_or_its_checksums_is_not_whole(folder: Path) ->
     assert (shards.shards(32), shards.is_whole) == ([0, 1], False)
 
 
-def test_labels_replaced_after_a_set_was_opened_are_never_taken_for_its_own(folder: Path) -> None:
+def test_labels_replaced_after_a_set_was_opened_are_never_taken_for_its_own(folder):
     opened, info = ShardSet(folder), read_set(folder)
     new = replace(info, labels_from="another table")
     write_rows(folder / "rows.parquet", opened.rows(), new)
@@ -44,7 +43,7 @@ def test_labels_replaced_after_a_set_was_opened_are_never_taken_for_its_own(fold
     assert len(ShardSet(folder).rows()) == info.images
 
 
-def test_a_set_is_described_by_set_json_where_its_table_does_not(folder: Path) -> None:
+def test_a_set_is_described_by_set_json_where_its_table_does_not(folder):
     info, rows = read_set(folder), read_rows(folder / "rows.parquet")
     write_rows(folder / "rows.parquet", rows)
     assert ShardSet(folder).info == info

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import uuid
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -32,7 +31,7 @@ KINDS = ("folder", "file://", "zip://", "zip folder", "memory://", "dir://")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """The files as a folder whose own name could be taken for a pattern."""
     root = tmp_path_factory.mktemp("tree") / "mimic [old] *"
     for path, data in FILES.items():
@@ -49,7 +48,7 @@ def pack(path: Path, under: str = "") -> Path:
 
 
 @pytest.fixture(params=KINDS)
-def tree(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Tree:
+def tree(request, folder, tmp_path):
     """The same files in each kind of place."""
     kind = request.param
     if kind == "folder":
@@ -248,7 +247,7 @@ def test_a_web_server_gives_tables_and_says_that_images_must_be_copied(folder):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def store(tmp_path_factory):
     """URL of a tree on an S3 server, whose 80 images lie in 40 folders, and the server's log of requests."""
     pytest.importorskip("moto")
     log = tmp_path_factory.mktemp("s3") / "log"

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def until(seconds: float, question: str, answer: str) -> str:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cluster(tmp_path, monkeypatch):
     """Folder of a SLURM with one node, this machine, that runs during the test."""
     folder = tmp_path / "slurm"
     for name in ("state", "spool"):
@@ -101,9 +100,7 @@ def wait_for(run: Path, state: str, seconds: float = 240) -> Status:
     return found
 
 
-def test_a_preempted_task_is_queued_again_until_it_is_done_and_then_the_tables_follow(
-    cluster: Path, tiny_set: Path, tmp_path: Path
-) -> None:
+def test_a_preempted_task_is_queued_again_until_it_is_done_and_then_the_tables_follow(cluster, tiny_set, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     core = min(os.sched_getaffinity(0))  # one: several threads are slow while other tests run

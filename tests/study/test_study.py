@@ -23,7 +23,7 @@ OPTIONS = {"arch": FAST, "weights": "none", "epochs": 1, "global_batch": 8, "mic
 
 
 @pytest.mark.slow
-def test_a_study_has_maps_of_its_networks(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_study_has_maps_of_its_networks(tiny_set, tmp_path):
     options, maps = {**OPTIONS, "arch": "densenet121"}, tmp_path / "densenet121-32" / "fold-0" / "maps.zarr"
     html = study(tiny_set, tmp_path, [32], [0], device="cpu", options=options).report.read_text()
     for part in ("Effective receptive fields", "Grad-CAM", "Theoretical, px", ">2071<"):
@@ -34,9 +34,7 @@ def test_a_study_has_maps_of_its_networks(tiny_set: Path, tmp_path: Path) -> Non
     assert maps.stat().st_mtime_ns == before
 
 
-def test_a_study_trains_what_is_missing_and_repeats_nothing(
-    tiny_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_study_trains_what_is_missing_and_repeats_nothing(tiny_set, tmp_path, caplog):
     one = study(tiny_set, tmp_path, [32], [0], device="cpu", options=OPTIONS)
     assert len(one.tables) == 1
     weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("best.safetensors")}
@@ -49,9 +47,7 @@ def test_a_study_trains_what_is_missing_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_a_study_trains_with_several_processes_and_reports_the_time_left(
-    tiny_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_study_trains_with_several_processes_and_reports_the_time_left(tiny_set, tmp_path, caplog):
     options = {**OPTIONS, "micro_batch": 4, "views": ("AP", "PA")}
     with caplog.at_level("INFO", "cxrfast"):
         study(tiny_set, tmp_path, [32], [1, 2], nproc=2, device="cpu", options=options)
@@ -67,9 +63,7 @@ def command(shards: Path, runs: Path, *more: str, **options: int) -> list[str]:
     return ["study", str(shards), str(runs), "--scale=32", "--device=cpu", "--fold=0", *given, *more]
 
 
-def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going(tiny_set, tmp_path):
     plan = make_plan(tiny_set, tmp_path, [32], [0], device="cpu", options=OPTIONS)
     config, table = plan.config(32, 0, "cpu"), read_rows(tiny_set / "rows.parquet")
     run = Run.start(
@@ -91,7 +85,7 @@ def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going
 
 
 @pytest.mark.slow
-def test_a_stopped_study_leaves_no_process_behind(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_stopped_study_leaves_no_process_behind(tiny_set, tmp_path):
     given = command(tiny_set, tmp_path, "--nproc=2", epochs=50, micro_batch=4)
     process = subprocess.Popen([sys.executable, "-m", "cxrfast", *given], stderr=subprocess.DEVNULL)
     metrics = tmp_path / NAME / "fold-0" / "metrics.jsonl"

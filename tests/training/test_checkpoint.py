@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ from trainings import FAST, SHORT, assert_same, command, is_in_second_epoch, run
 from cxrfast.config import Runtime
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
-from cxrfast.runs.run import Run
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
 
-def test_a_damaged_checkpoint_is_refused(trained: Run, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(trained, tiny_set, tmp_path):
     folder = tmp_path / "densenet121-32" / "fold-0"
     shutil.copytree(trained.folder, folder)
     (folder / "state.json").unlink()
@@ -29,7 +27,7 @@ def test_a_damaged_checkpoint_is_refused(trained: Run, tiny_set: Path, tmp_path:
             train(trained.config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
-def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set, tmp_path):
     weights = tmp_path / "first.safetensors"
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     save_file({k: v.contiguous() for k, v in Classifier(FAST["arch"], 14).state_dict().items()}, weights)
@@ -43,9 +41,7 @@ def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_network_with_dropout_that_was_stopped_ends_as_if_nothing_had_happened(
-    tiny_set: Path, tmp_path: Path, nproc: int
-) -> None:
+def test_a_network_with_dropout_that_was_stopped_ends_as_if_nothing_had_happened(tiny_set, tmp_path, nproc):
     """The generators of all ranks are part of the checkpoint, and ranks draw different numbers."""
     options = {"arch": "mobilenet_v3_small"}
     whole, run = (tmp_path / name / "mobilenet_v3_small-32" / "fold-0" for name in ("whole", "stopped"))

@@ -1,7 +1,5 @@
 """The loss and its gradients, whatever is masked and however ranks share the batch."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -38,9 +36,7 @@ with world("cpu") as ranks:
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked(tiny_set, tmp_path):
     for nproc in (1, 2):
         run_ranks(GRADIENTS, nproc, tiny_set, tmp_path)
     one, two = (torch.load(tmp_path / f"gradients-{n}.pt", weights_only=True) for n in (1, 2))
@@ -50,7 +46,7 @@ def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=0, msg=name)
 
 
-def test_positives_of_rare_labels_may_weigh_more(tiny_set: Path, tmp_path: Path) -> None:
+def test_positives_of_rare_labels_may_weigh_more(tiny_set, tmp_path):
     plain, weighed = (make_trainer(tiny_set, tmp_path / f"{on}", positive_weights=on) for on in (False, True))
     row = torch.from_numpy(plain.order.rows)
     logits = torch.zeros((len(row), len(plain.config.labels)))

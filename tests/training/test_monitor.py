@@ -3,7 +3,6 @@
 import signal
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def slow(batches, seconds: float):
         yield batch
 
 
-def test_on_a_cpu_waiting_is_the_time_that_the_next_batch_takes(tiny_set: Path) -> None:
+def test_on_a_cpu_waiting_is_the_time_that_the_next_batch_takes(tiny_set):
     with Reader(tiny_set, 32) as reader:
         batches = Timed(slow(Loader(reader, TrainOrder(rows=reader.rows, global_batch=8, micro_batch=8)), 0.02))
         for _ in range(5):
@@ -35,7 +34,7 @@ def test_on_a_cpu_waiting_is_the_time_that_the_next_batch_takes(tiny_set: Path) 
 
 @needs_gpu
 @pytest.mark.parametrize("busy", [False, True])
-def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set: Path, busy: bool) -> None:
+def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set, busy):
     """The host waits 0.1 s for its batches in both cases; a GPU that is busy meanwhile waits for none of it."""
     with Reader(tiny_set, 32) as reader:
         order = TrainOrder(rows=reader.rows, global_batch=8, micro_batch=8)
@@ -55,9 +54,7 @@ def test_on_a_gpu_waiting_is_the_time_that_the_gpu_has_nothing_to_do(tiny_set: P
     assert (batches.waited - first < 0.05) if busy else (batches.waited - first > 0.09)
 
 
-def test_after_some_steps_a_run_reports_its_rate_and_what_is_left(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
+def test_after_some_steps_a_run_reports_its_rate_and_what_is_left(tiny_set, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr("cxrfast.training.monitor.RATE_STEPS", (2, 5))
     trainer = make_trainer(tiny_set, tmp_path, epochs=3, limit=48)
@@ -73,7 +70,7 @@ def test_after_some_steps_a_run_reports_its_rate_and_what_is_left(
     assert caplog.text.count("are left") == 1
 
 
-def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_time_left_counts_smaller_sizes_by_their_area(tiny_set, tmp_path):
     trainer = make_trainer(tiny_set, tmp_path, scale=64, sizes=((32, 1),), epochs=3, limit=16)
     images, validated = trainer.order.steps * 8, len(trainer.val_rows)
     assert trainer.heartbeat.beat(400.0) == pytest.approx((2.25 * images + validated) / 100.0), (
@@ -105,9 +102,7 @@ def monitor(minutes: float = 10.0, steps: int | None = None) -> Monitor:
         ({"minutes": 1.0}, [3]),  # when the last one is old
     ],
 )
-def test_a_checkpoint_is_due_after_some_steps_or_minutes_but_not_where_the_epoch_ends(
-    monkeypatch: pytest.MonkeyPatch, given: dict, saved: list[int]
-) -> None:
+def test_a_checkpoint_is_due_after_some_steps_or_minutes_but_not_where_the_epoch_ends(monkeypatch, given, saved):
     now = 0.0
     monkeypatch.setattr("cxrfast.training.monitor.time.monotonic", lambda: now)
     one = monitor(**given)
@@ -117,7 +112,7 @@ def test_a_checkpoint_is_due_after_some_steps_or_minutes_but_not_where_the_epoch
     assert one.after_validation_batch(0) is Action.CONTINUE
 
 
-def test_early_stopping_counts_epochs_without_a_lower_loss() -> None:
+def test_early_stopping_counts_epochs_without_a_lower_loss():
     config = TrainConfig(
         set_id="", scale=32, labels=("a",), global_batch=1, micro_batch=1, learning_rate=1, epochs=9, stop_after=2
     )
@@ -129,7 +124,7 @@ def test_early_stopping_counts_epochs_without_a_lower_loss() -> None:
     assert is_over(config, Counters(epoch=9))
 
 
-def test_a_signal_stops_and_a_bad_loss_comes_before_it() -> None:
+def test_a_signal_stops_and_a_bad_loss_comes_before_it():
     one = monitor(steps=1)
     assert one.after_step(1, signal.SIGUSR1, False) is Action.STOP
     assert one.signal == signal.SIGUSR1

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +16,14 @@ from cxrfast.training.predict import PARTS, predict
 
 
 @pytest.fixture(scope="module")
-def run(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(trained, tmp_path_factory):
     """A copy of the trained run, into which predictions are written."""
     folder = tmp_path_factory.mktemp("runs") / "densenet121-32" / "fold-0"
     shutil.copytree(trained.folder, folder)
     return Run.open(folder)
 
 
-def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(run: Run, tiny_set: Path) -> None:
+def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(run, tiny_set):
     predict(run, World(torch.device("cpu")))
     model, reader = run.load(torch.device("cpu")), Reader(tiny_set, 32)
     for part in PARTS:
@@ -37,7 +36,7 @@ def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(
         assert predictions.logits.std(axis=0).max() > 1e-4, "logits that do not differ would pass whatever the order"
 
 
-def test_a_set_that_was_moved_is_found_and_another_set_refused(run: Run, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_set_that_was_moved_is_found_and_another_set_refused(run, tiny_set, tmp_path):
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_set)
     predict(run, World(torch.device("cpu")), shards=moved)
@@ -46,7 +45,7 @@ def test_a_set_that_was_moved_is_found_and_another_set_refused(run: Run, tiny_se
         predict(other, World(torch.device("cpu")), shards=moved)
 
 
-def test_absent_and_damaged_weights_are_refused(run: Run, tmp_path: Path) -> None:
+def test_absent_and_damaged_weights_are_refused(run, tmp_path):
     other = Run.start(tmp_path / "run", run.config, run.shards, run.rows())
     with pytest.raises(RunError, match="train it first"):
         predict(other, World(torch.device("cpu")))

@@ -31,20 +31,20 @@ from cxrfast.training.train import train
         (16, {}, RunError, "densenet121 cannot be trained on images of 16 px"),
     ],
 )
-def test_what_cannot_be_trained_is_named(tiny_set: Path, scale: int, options: dict, error: type, message: str) -> None:
+def test_what_cannot_be_trained_is_named(tiny_set, scale, options, error, message):
     config = make_config(tiny_set, scale, device="cpu", **{**OPTIONS, **options})
     with pytest.raises(error, match=message):
         train(config, Runtime(shards=tiny_set, runs=Path("/nonexistent"), device="cpu"))
 
 
-def test_a_micro_batch_of_no_images_and_an_absent_set_are_named(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_micro_batch_of_no_images_and_an_absent_set_are_named(tiny_set, tmp_path):
     with pytest.raises(RunError, match="micro batch must be above 0, not 0"):
         make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "micro_batch": 0})
     with pytest.raises(ShardError, match=r"no set\.json"):
         make_config(tmp_path, 32, device="cpu", **OPTIONS)
 
 
-def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
+def test_rows_are_chosen_by_split_view_and_limit(tiny_set):
     table = read_rows(tiny_set / "rows.parquet")
     held = table["row"].to_numpy()
     everything = select_rows(table, make_config(tiny_set, 32, device="cpu"), held)
@@ -64,8 +64,8 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set: Path) -> None:
 
 
 def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the_test_patients(
-    trained: Run, tiny_set: Path, tmp_path: Path
-) -> None:
+    trained, tiny_set, tmp_path
+):
     runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
     options = {**SHORT, "weights": str(trained.folder)}
     with pytest.raises(RunError, match="start from a run of the same fold"):
@@ -76,7 +76,7 @@ def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the
         refuse_other_fold(replace(other, weights=str(trained.folder)))
 
 
-def test_absent_weights_and_folds_are_named(tiny_set: Path) -> None:
+def test_absent_weights_and_folds_are_named(tiny_set):
     with pytest.raises(RunError, match=r"--weights /nowhere/weights\.pth: /nowhere/weights\.pth does not exist"):
         weights_file(make_config(tiny_set, 32, device="cpu", weights="/nowhere/weights.pth"))
     assert weights_file(make_config(tiny_set, 32, device="cpu", weights="none")) is None
@@ -84,7 +84,7 @@ def test_absent_weights_and_folds_are_named(tiny_set: Path) -> None:
         make_config(tiny_set, 32, device="cpu", split="official", fold=1)
 
 
-def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tiny_set, tmp_path):
     table, listed = read_rows(tiny_set / "rows.parquet"), tmp_path / "rows.txt"
     wanted, options = table["row"].to_numpy()[::2], {**FAST, "epochs": 1, "limit": 20}
     listed.write_text("\n".join(map(str, wanted)))
@@ -108,9 +108,7 @@ def test_a_list_of_rows_cuts_the_parts_down_and_belongs_to_the_configuration(tin
             train(make_config(tiny_set, 32, device="cpu", subset=listed, **options), runtime)
 
 
-def test_jobs_share_one_copy_of_the_scale_and_ranks_make_it_once_per_launch_and_node(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_share_one_copy_of_the_scale_and_ranks_make_it_once_per_launch_and_node(tiny_set, tmp_path, monkeypatch):
     copy = staged(tiny_set, tmp_path, 32)
     assert verify(copy).problems == []
     assert [path.name for path in copy.iterdir() if path.is_dir()] == ["32"]
@@ -145,14 +143,14 @@ train(config, Runtime(shards=shards, runs=folder, stage=folder / "local", device
 
 
 @pytest.mark.slow
-def test_ranks_share_one_copy_of_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+def test_ranks_share_one_copy_of_the_scale(tiny_set, tmp_path):
     assert run_ranks(STAGING, 2, tiny_set, tmp_path).count("copying") == 1
     (copy,) = (path for path in (tmp_path / "local").iterdir() if path.is_dir())
     assert verify(copy).problems == []
     assert Run.open(tmp_path / "densenet121-32" / "fold-0").is_done
 
 
-def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set: Path, tmp_path: Path) -> None:
+def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set, tmp_path):
     file = tmp_path / "options.toml"
     file.write_text(
         'scale = 32\nepochs = 1\nweights = "none"\nlimit = 16\nglobal-batch = 8\nmicro_batch = 8\n'
@@ -174,7 +172,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set:
         assert message in " ".join(done.output.split()), done.output
 
 
-def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set, tmp_path):
     listed = tmp_path / "rows.txt"
     listed.write_text("\n".join(map(str, range(140))))
     options = {

@@ -40,7 +40,7 @@ RUN = Path("densenet121-32") / "fold-0"
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def undisturbed(request: pytest.FixtureRequest, tiny_set: Path, tmp_path_factory: pytest.TempPathFactory):
+def undisturbed(request, tiny_set, tmp_path_factory):
     """Number of processes, and folder of an undisturbed run."""
     runs = tmp_path_factory.mktemp("undisturbed")
     run_to_the_end(command(tiny_set, runs, request.param))
@@ -50,8 +50,8 @@ def undisturbed(request: pytest.FixtureRequest, tiny_set: Path, tmp_path_factory
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothing_had_happened(
-    undisturbed, tiny_set: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+    undisturbed, tiny_set, tmp_path, number
+):
     nproc, whole = undisturbed
     arguments, run = command(tiny_set, tmp_path, nproc, checkpoint_steps=10**6), tmp_path / RUN
     with started(arguments, tmp_path / "log") as process:
@@ -73,7 +73,7 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothi
 
 
 @pytest.mark.slow
-def test_a_killed_training_ends_as_if_nothing_had_happened(undisturbed, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_killed_training_ends_as_if_nothing_had_happened(undisturbed, tiny_set, tmp_path):
     nproc, whole = undisturbed
     arguments, run = command(tiny_set, tmp_path, nproc), tmp_path / RUN
     with started(arguments, tmp_path / "log") as process:
@@ -85,7 +85,7 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(undisturbed, tiny_set
 
 
 @pytest.mark.slow
-def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Path, tmp_path: Path) -> None:
+def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set, tmp_path):
     """Two ranks to the middle of an epoch, then one: the rows left are those that one rank alone would have had left."""
     run = tmp_path / RUN
     with started(command(tiny_set, tmp_path, 2), tmp_path / "log") as process:
@@ -103,7 +103,7 @@ def test_going_on_with_another_number_of_ranks_keeps_rows_and_order(tiny_set: Pa
     assert left + checkpoint["consumed"] == order.steps * 8
 
 
-def test_a_signal_saves_and_the_resumed_run_ends_as_if_nothing_had_happened(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_resumed_run_ends_as_if_nothing_had_happened(tiny_set, tmp_path):
     options = {**SHORT, "arch": FAST["arch"]}
     make_trainer(tiny_set, tmp_path / "whole", **options).fit()
     for when in ("training", "validation"):
@@ -122,9 +122,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_if_nothing_had_happened(tiny
         assert_same(tmp_path / "whole" / "run" / "fold-0", tmp_path / when / "run" / "fold-0")
 
 
-def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoint(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoint(tiny_set, tmp_path):
     trainer = make_trainer(tiny_set, tmp_path, limit=32, learning_rate=1e30)
     trainer.counters.epoch = 1
     trainer.save()
@@ -145,9 +143,7 @@ def test_a_loss_that_explodes_names_the_step_its_rows_and_the_last_good_checkpoi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(
-    tiny_set: Path, tmp_path: Path, victim: int
-) -> None:
+def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(tiny_set, tmp_path, victim):
     run = tmp_path / RUN
     with started(command(tiny_set, tmp_path, 2, epochs=50), tmp_path / "log") as process:
         wait_for(lambda: (run / "metrics.jsonl").exists(), process)
@@ -165,7 +161,7 @@ def test_when_a_rank_dies_the_other_ends_with_a_message_and_does_not_hang(
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(tiny_set, tmp_path):
     with mounted(tmp_path / "disk", "size=260m") as disk:
         config = make_config(tiny_set, 32, device="cpu", **{**OPTIONS, "limit": 16})
         trainer = make_trainer(tiny_set, disk, limit=16)
@@ -181,7 +177,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_same_command_goes_on(ti
         assert train(config, Runtime(shards=tiny_set, runs=disk, name="run", device="cpu")).is_done
 
 
-def test_signals_are_noted_only_where_they_are_asked_for() -> None:
+def test_signals_are_noted_only_where_they_are_asked_for():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with StopRequest() as request:
         assert request.number == 0
@@ -211,7 +207,7 @@ time.sleep(30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path: Path, number: int) -> None:
+def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path, number):
     seen = tmp_path / "seen"
 
     def interrupt() -> None:
@@ -226,7 +222,7 @@ def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path: Path, 
     assert signal.getsignal(number) is before
 
 
-def test_a_child_without_a_signal_has_only_its_exit_code_and_a_stop_that_of_a_shell() -> None:
+def test_a_child_without_a_signal_has_only_its_exit_code_and_a_stop_that_of_a_shell():
     assert call(["sh", "-c", "exit 3"]) == (3, None)
     assert Stopped("x").code == 143
     assert Stopped("x", signal.SIGUSR1).code == 138
@@ -257,9 +253,7 @@ def two_nodes(shards: Path, runs: Path, logs: Path) -> Iterator[list["subprocess
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_and_they_go_on_together(
-    tiny_set: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_and_they_go_on_together(tiny_set, tmp_path):
     run_to_the_end(command(tiny_set, tmp_path / "one-node", 2))
     run = tmp_path / RUN
     with two_nodes(tiny_set, tmp_path, tmp_path / "first") as nodes:

@@ -20,7 +20,7 @@ from cxrfast.training.train import train
 
 
 @pytest.mark.slow
-def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set: Path, tmp_path: Path) -> None:
+def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set, tmp_path):
     cache = tmp_path / "cache"
     for name, more in (("plain", []), ("cached", [f"--cache={cache}"])):
         run_to_the_end([*command(tiny_set, tmp_path / name, 2, epochs=1, order="block"), *more])
@@ -30,9 +30,7 @@ def test_ranks_that_share_a_cache_of_pixels_train_bitwise_as_without_it(tiny_set
     assert next(cache.glob("*.pixels")).stat().st_blocks > 0
 
 
-def test_a_training_leaves_what_the_next_steps_need_and_says_which_engine_it_chose_and_why(
-    tiny_set: Path, tmp_path: Path, caplog
-) -> None:
+def test_a_training_leaves_what_the_next_steps_need_and_says_which_engine_it_chose_and_why(tiny_set, tmp_path, caplog):
     caplog.set_level("INFO")
     config = make_config(tiny_set, 32, device="cpu", **{**FAST, "precision": "auto", "limit": 40})
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
@@ -53,7 +51,7 @@ def test_a_training_leaves_what_the_next_steps_need_and_says_which_engine_it_cho
 
 
 @pytest.mark.slow
-def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, tmp_path: Path) -> None:
+def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set, tmp_path):
     options = {**OPTIONS, "epochs": 30, "learning_rate": 0.05, "stop_after": 2, "patience": 1, "limit": 40}
     config = make_config(tiny_set, 32, device="cpu", **options)
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
@@ -66,7 +64,7 @@ def test_training_stops_when_the_validation_loss_gets_no_better(tiny_set: Path, 
 
 
 @pytest.mark.slow
-def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set, tmp_path):
     arguments = command(tiny_set, tmp_path, 2, weights="/nowhere.pth")
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode != 0
@@ -76,7 +74,7 @@ def test_a_failure_of_the_first_rank_ends_all_ranks_with_one_message(tiny_set: P
     assert not (tmp_path / "densenet121-32").exists()
 
 
-def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Path, tmp_path: Path) -> None:
+def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set, tmp_path):
     config = make_config(tiny_set, 64, device="cpu", **{**FAST, "epochs": 3, "limit": 16}, sizes=((32, 1), (48, 1)))
     assert [config.size_at(epoch) for epoch in range(4)] == [32, 48, 64, 64]
     seen = []
@@ -93,7 +91,7 @@ def test_sizes_change_between_epochs_and_validation_keeps_the_scale(tiny_set: Pa
     assert runs == [(True, 32), (False, 64), (True, 48), (False, 64), (True, 64), (False, 64)]
 
 
-def test_a_profile_is_a_trace_of_steps(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_profile_is_a_trace_of_steps(tiny_set, tmp_path):
     config = make_config(tiny_set, 32, device="cpu", **{**FAST, "epochs": 1, "limit": 60, "global_batch": 4})
     run = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu", profile=True))
     names = {event.get("name") for event in json.loads((run.folder / "profile.json").read_text())["traceEvents"]}

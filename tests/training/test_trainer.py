@@ -46,7 +46,7 @@ cli(["train", *sys.argv[1:]])
 
 
 @pytest.mark.slow
-def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_path: Path) -> None:
+def test_training_that_runs_out_of_memory_says_what_helps(tiny_set, tmp_path):
     given = [f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", "--scale=64", "--weights=none"]
     more = ["--global-batch=80", "--precision=fp32", "--threads=1", "--epochs=1"]
     done = subprocess.run(
@@ -68,7 +68,7 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_set: Path, tmp_pa
     assert Run.open(run.folder).config.micro_batch == 40
 
 
-def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set: Path) -> None:
+def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set):
     config = make_config(tiny_set, 64, device="cpu", **{**OPTIONS, "global_batch": 80, "micro_batch": 80})
     advice = r"80 images of 64 px in fp32 .*: use --micro-batch 40 or .* auto or --recompute"
     with pytest.raises(RunError, match=advice), memory_explained(config, World(CPU)):
@@ -77,7 +77,7 @@ def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set: P
         raise RuntimeError("shapes differ")
 
 
-def test_a_run_that_has_something_to_lose_keeps_its_configuration(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_something_to_lose_keeps_its_configuration(tiny_set, tmp_path):
     trainer = make_trainer(tiny_set, tmp_path)
     run, rows = trainer.run, trainer.run.rows()
     other = replace(run.config, micro_batch=8)
@@ -100,7 +100,7 @@ def test_a_run_that_has_something_to_lose_keeps_its_configuration(tiny_set: Path
 
 @needs_gpu
 @pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v3_small"])
-def test_deterministic_runs_on_a_gpu_are_bitwise_the_same(tiny_set: Path, tmp_path: Path, arch: str) -> None:
+def test_deterministic_runs_on_a_gpu_are_bitwise_the_same(tiny_set, tmp_path, arch):
     runs = [tmp_path / name for name in ("one", "other")]
     for folder in runs:
         arguments = command(tiny_set, folder, arch=arch, device="cuda", precision="bf16", engine="host")
@@ -108,9 +108,7 @@ def test_deterministic_runs_on_a_gpu_are_bitwise_the_same(tiny_set: Path, tmp_pa
     assert_same(*(folder / f"{arch}-32" / "fold-0" for folder in runs))
 
 
-def test_deterministic_is_settled_before_cuda_starts(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deterministic_is_settled_before_cuda_starts(tiny_set, tmp_path, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     found = {}
 
@@ -131,9 +129,7 @@ def test_deterministic_is_settled_before_cuda_starts(
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
-) -> None:
+def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(tiny_set, tmp_path, monkeypatch, deterministic):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
     make_trainer(tiny_set, tmp_path, runtime={"deterministic": deterministic})
     assert torch.backends.cudnn.benchmark is not deterministic
@@ -143,9 +139,7 @@ def test_kernels_are_chosen_by_trial_unless_results_shall_repeat(
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
-def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(tiny_set, tmp_path, monkeypatch):
     # as on a GPU
     monkeypatch.setattr("cxrfast.training.trainer.Loader", partial(Loader, prove=True))
     compare, seen = Proof.compare, []
@@ -166,7 +160,7 @@ def test_a_decoder_that_corrupts_stops_the_training_before_anything_is_saved(
 
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
-def test_a_gpu_without_a_number_is_the_one_that_this_rank_uses(tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_a_number_is_the_one_that_this_rank_uses(tiny_set, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     with Reader(tiny_set, 32) as reader:
         order = EvalOrder(rows=reader.rows, micro_batch=8)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ def run(*arguments: object) -> Any:
 
 
 @pytest.mark.slow
-def test_every_way_is_measured_at_every_scale_for_both_tasks_and_reported(tiny_set: Path, tmp_path: Path) -> None:
+def test_every_way_is_measured_at_every_scale_for_both_tasks_and_reported(tiny_set, tmp_path):
     more = ["--engines"] if dali.available() else []
     done = run("--shards", tiny_set, "--out", tmp_path, "--no-peers", "--cold", *more, *QUICK)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -58,7 +57,7 @@ def test_every_way_is_measured_at_every_scale_for_both_tasks_and_reported(tiny_s
 
 
 @pytest.mark.slow
-def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set, tmp_path):
     """The time is over after a burn-in and one round of two ways at the first scale."""
     options = "--only limit --seconds 1.5 --minutes 0.05 --device cpu --workers 2 --cold"
     done = run("--shards", tiny_set, "--out", tmp_path, *options.split())
@@ -71,7 +70,7 @@ def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set: Pat
     assert all(f"Left out: {what} (" in text for what in others)
 
 
-def test_the_plan_is_shown_and_one_way_is_measured(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_plan_is_shown_and_one_way_is_measured(tiny_set, tmp_path):
     options = "--scale 32 --only host --engines --minutes 1"
     done = run("--shards", tiny_set, "--out", tmp_path, *options.split(), *QUICK)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -88,7 +87,7 @@ def test_the_plan_is_shown_and_one_way_is_measured(tiny_set: Path, tmp_path: Pat
     assert "--only dali" in result["left_out"]["engines"]
 
 
-def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels() -> None:
+def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels():
     rates = {"host": 10.0, "host, cache": 40.0, "limit": 20.0, "host, raw": 80.0, "memmap": 160.0, "LitData": 5.0}
     lines = {line.way: line for line in load._lines(64, "A", {way: Measured([rate]) for way, rate in rates.items()})}
     assert {way: (line.ratio, line.of_limit) for way, line in lines.items()} == {
@@ -102,7 +101,7 @@ def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels() -> None:
     assert [way for way, line in lines.items() if line.pixels] == ["host, cache", "host, raw", "memmap"]
 
 
-def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path, monkeypatch):
     now = 0.0
 
     def figures(job: Job, seconds: float, rounds: int, share: Budget, label: str) -> dict[str, Measured]:
@@ -130,15 +129,13 @@ def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path: Path, mon
         (["--only", "hots"], "no such way of loading, use one of host, dali, dali-unproven, host-1-thread, host-cache"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_measured(
-    tiny_set: Path, tmp_path: Path, options: list[str], message: str
-) -> None:
+def test_bad_input_is_refused_before_anything_is_measured(tiny_set, tmp_path, options, message):
     done = run("--shards", tiny_set, "--out", tmp_path / "out", *QUICK, *options)
     assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert message in done.stderr
 
 
-def test_a_raw_set_and_a_folder_without_a_set_are_refused(raw_set: Path, tmp_path: Path) -> None:
+def test_a_raw_set_and_a_folder_without_a_set_are_refused(raw_set, tmp_path):
     done = run("--shards", raw_set, "--out", tmp_path / "out", *QUICK)
     assert done.exit_code == 2
     assert f"{raw_set} holds no JPEGs" in done.stderr
@@ -146,7 +143,7 @@ def test_a_raw_set_and_a_folder_without_a_set_are_refused(raw_set: Path, tmp_pat
 
 
 @pytest.mark.parametrize("micro_batch", [1, 50, 5000])
-def test_a_long_epoch_is_permutations_of_all_rows_in_full_micro_batches(micro_batch: int) -> None:
+def test_a_long_epoch_is_permutations_of_all_rows_in_full_micro_batches(micro_batch):
     order = LongOrder(rows=np.arange(7, 1007), micro_batch=micro_batch)
     batches = order.micro_batches(0)
     assert {len(batch) for batch in batches} == {micro_batch}
@@ -159,7 +156,7 @@ def test_a_long_epoch_is_permutations_of_all_rows_in_full_micro_batches(micro_ba
     assert not np.array_equal(order.micro_batches(1)[0], batches[0])
 
 
-def test_an_uncompressed_copy_of_a_set_has_its_pixels(tiny_set: Path, tmp_path: Path) -> None:
+def test_an_uncompressed_copy_of_a_set_has_its_pixels(tiny_set, tmp_path):
     rows = np.arange(5, 25)
     with Reader(tiny_set, 32) as jpegs, Reader(uncompressed(tiny_set, 32, rows, tmp_path), 32) as raw:
         assert raw.is_raw
@@ -169,7 +166,7 @@ def test_an_uncompressed_copy_of_a_set_has_its_pixels(tiny_set: Path, tmp_path: 
         assert there == sorted(after.get(row).tobytes() for row in raw.rows.tolist())
 
 
-def test_a_set_of_many_tiny_images_is_opened_read_and_measured(tmp_path: Path) -> None:
+def test_a_set_of_many_tiny_images_is_opened_read_and_measured(tmp_path):
     folder = tiny_images(tmp_path / "set", 1000, 16)
     with Reader(folder, 16) as reader:
         assert reader.rows.tolist() == list(range(1000))

@@ -11,7 +11,7 @@ import pytest
 from bench_jobs import within_20_seconds
 from click.testing import CliRunner
 
-from cxrfast.bench.loading.job import Job, Peer, files, pixels
+from cxrfast.bench.loading.job import Job, files, pixels
 from cxrfast.bench.loading.ways import OURS, PEERS, WHAT, missing, peer_versions, pick_ways, typed
 from cxrfast.bench.trees import SOURCE, crowd
 from cxrfast.cli.main import cli
@@ -32,14 +32,14 @@ def make_job(shards: Path, folder: Path, **changes: Any) -> Job:
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PEERS])
-def peer(request: pytest.FixtureRequest) -> Peer:
+def peer(request):
     if missing([request.param]):
         pytest.skip(f"{request.param} is not installed")
     return PEERS[request.param]
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halves(tmp_path_factory):
     """A set of 20 equal images of 64 px: grey level 200 on the left half, 100 on the right."""
     folder = tmp_path_factory.mktemp("halves")
     image = np.full((64, 64), 200, np.uint8)
@@ -49,9 +49,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
-def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_running(
-    peer: Peer, tiny_set: Path, tmp_path: Path
-) -> None:
+def test_every_loader_gives_the_pixels_of_the_job_s_rows_and_leaves_nothing_running(peer, tiny_set, tmp_path):
     job = make_job(tiny_set, tmp_path, rows=np.arange(20, 60))
     wanted = np.stack(list(pixels(job))).astype(np.int16)
     tolerance = 16 if peer is PEERS["FFCV"] else 0  # it asks its decoder to be fast
@@ -77,9 +75,7 @@ def is_at_work(process: psutil.Process) -> bool:
     return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
 
 
-def test_every_loader_that_turns_images_flips_half_of_them_and_rotates_by_up_to_15_degrees(
-    peer: Peer, halves: Path, tmp_path: Path
-) -> None:
+def test_every_loader_that_turns_images_flips_half_of_them_and_rotates_by_up_to_15_degrees(peer, halves, tmp_path):
     if not peer.turns:
         pytest.skip("it cannot rotate")
     job = make_job(halves, tmp_path, turn=True)
@@ -100,14 +96,14 @@ def test_every_loader_that_turns_images_flips_half_of_them_and_rotates_by_up_to_
     assert (corners[abs(angles) > 4] == 0).all()
 
 
-def test_a_set_smaller_than_a_batch_is_loaded(peer: Peer, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_set_smaller_than_a_batch_is_loaded(peer, tiny_set, tmp_path):
     job = make_job(tiny_set, tmp_path, rows=np.arange(5))
     peer.prepare(job)
     with peer.batches(job) as supply:
         assert all(5 <= len(batch) <= 16 for batch in islice(supply, 3))
 
 
-def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch):
     for peer in PEERS.values():
         if peer.needs:
             monkeypatch.setitem(sys.modules, peer.needs, None)
@@ -117,7 +113,7 @@ def test_a_library_that_is_not_installed_is_named_with_what_to_do(monkeypatch: p
     assert "libturbojpeg0-dev" in left_out["FFCV, raw"]
 
 
-def test_ways_are_chosen_by_names_that_can_be_typed_and_those_that_ratios_need_stay() -> None:
+def test_ways_are_chosen_by_names_that_can_be_typed_and_those_that_ratios_need_stay():
     raw = ["host", "host, cache", "host, raw"]
     assert pick_ways(["limit", "host-raw"], True, 2) == ([*raw, "limit"], {})
     assert pick_ways(["memmap"], False, 2)[0] == ["host", "host, cache", "memmap"]
@@ -128,9 +124,7 @@ def test_ways_are_chosen_by_names_that_can_be_typed_and_those_that_ratios_need_s
 
 
 @pytest.mark.slow
-def test_the_report_compares_with_those_that_are_there_and_names_the_others(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_compares_with_those_that_are_there_and_names_the_others(tiny_set, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)
     options = (
         "--scale 32 --seconds 0.02 --rounds 1 --workers 2 --device cpu --only webdataset --only ffcv --only memmap"
@@ -149,12 +143,12 @@ def test_the_report_compares_with_those_that_are_there_and_names_the_others(
     assert f"| webdataset | {WHAT['webdataset']} |" in text
 
 
-def test_all_versions_are_reported() -> None:
+def test_all_versions_are_reported():
     assert {"webdataset", "litdata", "ffcv", "pillow"} < peer_versions().keys()
     assert peer_versions()["pillow"]
 
 
-def test_files_are_written_once(tiny_set: Path, tmp_path: Path) -> None:
+def test_files_are_written_once(tiny_set, tmp_path):
     job = make_job(tiny_set, tmp_path, rows=np.array([7, 3]))
     paths = files(job)
     with Reader(tiny_set, 64) as reader:

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +11,7 @@ OPTIONS = {"global_batch": 8, "micro_batch": 8, "limit": 16, "precision": "fp32"
 
 
 @pytest.mark.slow
-def test_every_way_is_trained_once_and_the_smaller_run_s_seconds_count(tiny_set: Path, tmp_path: Path) -> None:
+def test_every_way_is_trained_once_and_the_smaller_run_s_seconds_count(tiny_set, tmp_path):
     result = bench(tiny_set, 64, 32, tmp_path, **OPTIONS)  # type: ignore[arg-type]
     assert [one["name"] for one in result.ways] == [SCRATCH, SMALLER, RESIZED]
     scratch, smaller, resized = result.ways
@@ -31,7 +30,7 @@ def test_every_way_is_trained_once_and_the_smaller_run_s_seconds_count(tiny_set:
     assert [one["reached"] for one in again.ways] == [None] * 3
 
 
-def test_the_target_counts_from_the_first_epoch_that_has_it() -> None:
+def test_the_target_counts_from_the_first_epoch_that_has_it():
     lines = [{"seconds": 2.0, "val_auroc": value} for value in (None, 0.6, 0.8, 0.7, 0.9)]
     found = way("w", lines, 10.0, 0.75)
     assert found["seconds"] == [12.0, 14.0, 16.0, 18.0, 20.0]
@@ -46,9 +45,7 @@ def test_the_target_counts_from_the_first_epoch_that_has_it() -> None:
         ("--scale 32 --from-scale 64", "must be smaller than 32 px, not 64"),
     ],
 )
-def test_bad_scales_are_refused_before_anything_is_trained(
-    scales: str, message: str, tiny_set: Path, tmp_path: Path
-) -> None:
+def test_bad_scales_are_refused_before_anything_is_trained(scales, message, tiny_set, tmp_path):
     options = ["--shards", str(tiny_set), "--out", str(tmp_path / "out"), "--device", "cpu", *scales.split()]
     done = CliRunner().invoke(cli, ["bench", "curriculum", *options])
     assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)

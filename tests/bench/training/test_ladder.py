@@ -1,6 +1,5 @@
 import json
 from collections.abc import Callable
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +18,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.slow
-def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_rung_is_measured_and_compared_with_the_first(tmp_path, caplog):
     caplog.set_level("INFO", "cxrfast")
     only = ["channels-last", "recompute"]  # each takes a process
     result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True, only=only)
@@ -44,7 +43,7 @@ def test_every_rung_is_measured_and_compared_with_the_first(tmp_path: Path, capl
     assert json.loads((tmp_path / "ladder.json").read_text())["provenance"]["torch"]
 
 
-def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus() -> None:
+def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus():
     assert list(rungs_of(GPU))[:3] == ["torchvision", "tf32", "autocast"]
     assert [rung.name for rung in RUNGS if rung.name not in rungs_of(CPU)] == ["tf32"]
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
@@ -58,7 +57,7 @@ def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus() -> None:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
-def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
     for name in ("tf32", "fast"):
         options = ["--device", "cpu", "--only", name, "--out", str(tmp_path / "out")]
         done = CliRunner().invoke(cli, ["bench", "ladder", *options])
@@ -70,14 +69,14 @@ def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
     assert [rung.name for rung in pick_rungs(["tf32", "autotune"], GPU)] == ["tf32", "autotune"]
 
 
-def test_after_the_time_is_over_only_the_first_rung_starts() -> None:
+def test_after_the_time_is_over_only_the_first_rung_starts():
     found = rates(32, 2, "cpu", ["torchvision", "autocast"], 0.01, Budget(0.0))
     assert len(found["torchvision"]["rounds"]) == 1
     assert found["autocast"] == {"failed": "no time left: give more --minutes, or measure less"}
 
 
 @pytest.mark.slow
-def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
     """The time is over after one round at the first scale."""
     monkeypatch.setattr(harness, "GRACE", 600.0)
     result = bench([32, 64], tmp_path, seconds=2.0, micro_batch=2, device="cpu", only=["torchvision"], minutes=0.04)
@@ -89,9 +88,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.
     assert "Left out: memory at 32 px (torchvision: " in text
 
 
-def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(tmp_path, monkeypatch):
     def run(work: Callable, options: dict, **more: object) -> dict:
         if work is alone:
             return {"peak_bytes": 1, "saved_bytes": 1, "kinds": None, "largest": 8}
@@ -106,14 +103,14 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(
     assert "exit code -11" in (tmp_path / "ladder.md").read_text()
 
 
-def test_nothing_measured_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_measured_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "in_own_process", Mock(side_effect=MemoryError("out of memory")))
     with pytest.raises(RunError, match="no rung could be measured; first: out of memory"):
         bench([64], tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(("start", "room", "found"), [(4, 37, 32), (64, 37, 32), (4, 0, None), (3, 3, 3)])
-def test_the_largest_micro_batch_is_sought_up_or_down(start: int, room: int, found: int | None) -> None:
+def test_the_largest_micro_batch_is_sought_up_or_down(start, room, found):
     def make(images: int) -> Callable[[], int]:
         if images > room:
             raise torch.OutOfMemoryError
@@ -143,11 +140,11 @@ def test_the_largest_micro_batch_is_sought_up_or_down(start: int, room: int, fou
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "other"),
     ],
 )
-def test_kernels_are_told_apart_by_name(name: str, expected: str) -> None:
+def test_kernels_are_told_apart_by_name(name, expected):
     assert kind(name) == expected
 
 
-def test_the_bound_is_of_an_h200_alone_and_shown_where_it_is_known() -> None:
+def test_the_bound_is_of_an_h200_alone_and_shown_where_it_is_known():
     line = LadderLine(scale=1024, rung=RUNGS[2].name, micro_batch=8, rounds=[178.5])
     assert bound(line, "NVIDIA H200") == pytest.approx(0.5, abs=1e-2)
     assert bound(line, "NVIDIA A100-SXM4-40GB") is None

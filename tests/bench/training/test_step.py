@@ -21,9 +21,7 @@ from cxrfast.pipelines.host import HostEngine
 
 
 @pytest.mark.slow
-def test_every_scale_is_measured_with_its_real_loop(
-    tiny_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_scale_is_measured_with_its_real_loop(tiny_set, tmp_path, caplog):
     caplog.set_level("INFO", "cxrfast")
     result = bench(tiny_set, [], tmp_path, seconds=0.3, micro_batch=8, device="cpu")
     assert (result.failed, result.left_out) == ({}, {})
@@ -41,14 +39,14 @@ def test_every_scale_is_measured_with_its_real_loop(
     assert "32 px × 8 images: 30/30 figures" in said
 
 
-def test_an_absent_scale_is_refused_before_anything_is_measured(tiny_set: Path, tmp_path: Path) -> None:
+def test_an_absent_scale_is_refused_before_anything_is_measured(tiny_set, tmp_path):
     with pytest.raises(LoadError, match="no shards at 4096 px"):
         bench(tiny_set, [32, 4096], tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_set, tmp_path):
     broken = tmp_path / "set"
     shutil.copytree(tiny_set, broken)
     for tar in (broken / "32").glob("*.tar"):
@@ -60,9 +58,7 @@ def test_a_scale_that_cannot_be_measured_is_named_and_costs_only_its_line(tiny_s
     assert f"32 px: {result.failed[32]}" in (tmp_path / "out" / "bench.md").read_text()
 
 
-def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipeline_starts_once_a_turn_however_few_the_rows(tiny_set, tmp_path, monkeypatch):
     starts: list[HostEngine] = []
     batches = HostEngine.batches
     monkeypatch.setattr(HostEngine, "batches", lambda engine, work: starts.append(engine) or batches(engine, work))
@@ -82,7 +78,7 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(
 
 
 @pytest.mark.slow
-def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_no_time_for_is_named(tiny_set, tmp_path, monkeypatch):
     """The time is over after a burn-in and one round at the first scale."""
     monkeypatch.setattr(harness, "GRACE", 600.0)
     given = {"seconds": 5.0, "rounds": 5, "micro_batch": 4, "device": "cpu"}
@@ -93,7 +89,7 @@ def test_what_there_is_no_time_for_is_named(tiny_set: Path, tmp_path: Path, monk
     assert "Left out: 64 px (" in (tmp_path / "bench.md").read_text()
 
 
-def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set: Path, tmp_path: Path) -> None:
+def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set, tmp_path):
     options = ["--shards", str(tiny_set), "--minutes", "1e-6", "--device", "cpu", "--out", str(tmp_path)]
     done = CliRunner().invoke(cli, ["bench", "step", *options])
     assert done.exit_code == 2
@@ -102,7 +98,7 @@ def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set:
     assert "Left out: 32 px (no time left" in done.stdout
 
 
-def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch):
     given: list[Any] = []
 
     def stand_in(*arguments: Any, **options: Any) -> None:  # the real one takes minutes with its defaults

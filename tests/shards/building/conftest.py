@@ -1,5 +1,4 @@
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from cxrfast.shards.images.decode import encode
 
 
 @pytest.fixture(scope="module")
-def noisy(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+def noisy(tmp_path_factory, phantoms):
     """The phantoms' tree with noise of 640 px for images: slow enough for something to happen in between."""
     tree = tmp_path_factory.mktemp("noisy") / "mimic"
     subprocess.run(["cp", "-r", phantoms, tree], check=True)
@@ -20,7 +19,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def noisy_set(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noisy_set(noisy, tmp_path_factory):
     out = tmp_path_factory.mktemp("noisy-set") / "set"
     build(noisy, out, [256, 512], workers=2)
     return out

@@ -1,5 +1,4 @@
 import io
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +17,7 @@ SIDES = st.integers(1, 260)
 
 
 @pytest.fixture(scope="module")
-def real_files(real_tree: Path) -> list[Path]:
+def real_files(real_tree):
     """Sorted by size: small ones in colour first, the last ones of about 2500 × 1970 px."""
     return sorted(real_tree.rglob("*.jpg"), key=lambda path: path.stat().st_size)
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from cxrfast.phantoms.dataset import synth
@@ -8,7 +6,7 @@ from cxrfast.shards.format.recipe import ImageRecipe
 
 
 @pytest.fixture(scope="session", params=["jpeg", "raw"])
-def corrupt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def corrupt(request, tmp_path_factory):
     """A tree with unusable images and a missing one, and its set at two scales. Read-only."""
     recipe = ImageRecipe(codec=request.param)
     tree, out = (tmp_path_factory.mktemp("corrupt") / name for name in ("mimic", "set"))

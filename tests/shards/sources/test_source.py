@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,7 +53,7 @@ def test_what_passes_is_complete_in_order_and_in_its_types():
     pd.testing.assert_frame_equal(check(frame).images, frame)
 
 
-def test_what_passes_can_be_planned_and_written(tmp_path: Path):
+def test_what_passes_can_be_planned_and_written(tmp_path):
     source = check(images())
     rows = assign_rows(source.images, source.labels, 0)
     write_rows(tmp_path / "rows.parquet", rows)

@@ -1,7 +1,5 @@
 import hashlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -13,7 +11,7 @@ from cxrfast.shards.storage import CHUNK
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fsspec.AbstractFileSystem]:
+def server(tmp_path_factory):
     pytest.importorskip("moto")
     with s3_server(tmp_path_factory.mktemp("s3") / "log") as fs:
         yield fs
@@ -25,18 +23,18 @@ def _bucket(kind: str, request: pytest.FixtureRequest) -> Bucket:
 
 
 @pytest.fixture
-def s3_bucket(request: pytest.FixtureRequest) -> Bucket:
+def s3_bucket(request):
     return _bucket("s3", request)
 
 
 @pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
-def bucket(request: pytest.FixtureRequest) -> Bucket:
+def bucket(request):
     """An object store: fsspec's memory, and an S3 server where the slow tests run."""
     return _bucket(request.param, request)
 
 
 @pytest.fixture(scope="module")
-def large_set(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_set(tiny_set, tmp_path_factory):
     """The tiny set with tars of several chunks at 64 px, by zeros at their ends as tar allows them."""
     folder = copy_set(tiny_set, tmp_path_factory.mktemp("large") / "set")
     for path in folder.glob("64/*.tar"):
@@ -48,7 +46,7 @@ def large_set(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
+def place(request, tmp_path):
     """A folder of this machine, or an object store."""
     if request.param == "folder":
         return Bucket(fsspec.filesystem("file"), str(tmp_path / "place").removeprefix("/"))

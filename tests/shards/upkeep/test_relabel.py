@@ -2,7 +2,6 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,7 +32,7 @@ from cxrfast.training.train import train
 
 
 @pytest.fixture(scope="module")
-def other(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(phantoms, tmp_path_factory):
     """A CSV with other values of the fourteen labels for all studies."""
     path = tmp_path_factory.mktemp("other") / "other.csv"
     other_labels(chexpert(phantoms)).to_csv(path, index=False)

@@ -1,7 +1,5 @@
 import signal
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -116,7 +114,7 @@ def test_a_copy_that_stopped_half_way_is_known_to_be_unfinished_and_has_no_manif
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of 16 MB that takes 20 files and folders."""
     with mounted(tmp_path / "disk", "size=16m,nr_inodes=20") as disk:
         yield disk
@@ -165,7 +163,7 @@ class Flaky(DirFileSystem):
 
 
 @pytest.fixture
-def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
+def flaky(monkeypatch):
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(Flaky, "opened", {})
     monkeypatch.setattr(transfer, "WAITS", (0.01, 0.01))
