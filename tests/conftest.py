@@ -11,6 +11,7 @@ from sets import REAL
 
 from cxrfast.machine import let_threads_sleep
 from cxrfast.phantoms.dataset import synth
+from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.format.recipe import ImageRecipe
 
@@ -50,6 +51,19 @@ def raw_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def either_set(request: pytest.FixtureRequest) -> Path:
     """The tiny set in one codec and the other. Not to be written to."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def reader(tiny_set):
+    """A reader of the tiny set at 64 px."""
+    with Reader(tiny_set, 64) as reader:
+        yield reader
+
+
+@pytest.fixture
+def either_reader(either_set):
+    with Reader(either_set, 64) as reader:
+        yield reader
 
 
 @pytest.fixture(scope="session")

@@ -171,18 +171,17 @@ def test_a_file_that_is_damaged_cut_short_or_gone_costs_only_time_and_is_filled_
 
 @pytest.mark.parametrize("draw", [plain, turned])
 @pytest.mark.parametrize("name", ENGINES)
-def test_both_files_may_be_deleted_while_an_engine_runs(tiny_set, tmp_path, name, draw):
+def test_both_files_may_be_deleted_while_an_engine_runs(reader, tmp_path, name, draw):
     work = draw(ROWS, 10)
-    with Reader(tiny_set, 64) as reader:
-        expected = run(reader, work, tmp_path / "other", name=name)
-        used = engine(name, reader, cache=tmp_path / "cache")
-        running = used.batches(work)
-        got = [next(running)]
-        shutil.rmtree(tmp_path / "cache")
-        assert equal([*got, *running], expected)
-        assert equal(used.batches(work), expected), "and in the next epoch"
-        assert equal(run(reader, work, tmp_path / "cache", name=name), expected), "and by another engine"
-        used.close()
+    expected = run(reader, work, tmp_path / "other", name=name)
+    used = engine(name, reader, cache=tmp_path / "cache")
+    running = used.batches(work)
+    got = [next(running)]
+    shutil.rmtree(tmp_path / "cache")
+    assert equal([*got, *running], expected)
+    assert equal(used.batches(work), expected), "and in the next epoch"
+    assert equal(run(reader, work, tmp_path / "cache", name=name), expected), "and by another engine"
+    used.close()
 
 
 def test_a_row_that_cannot_be_read_is_named_and_not_kept(tiny_set, tmp_path):
@@ -285,32 +284,30 @@ def open_files() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
-def test_files_are_given_back_when_a_cache_is_closed_dropped_or_refused(tiny_set, tmp_path):
-    with Reader(tiny_set, 64) as reader:
-        list(HostEngine(reader, 64, CPU, 1).batches(plain(ROWS, 50)))  # opens the tars
-        before = open_files()
-        cache = PixelCache(tmp_path, reader, 64)
-        cache.close()
-        cache.close()
-        PixelCache(tmp_path, reader, 48)
-        (tmp_path / f"{reader.info.id}-64-32.sums").mkdir()
-        with pytest.raises(LoadError):
-            PixelCache(tmp_path, reader, 32)
-        del cache
-        assert open_files() == before
+def test_files_are_given_back_when_a_cache_is_closed_dropped_or_refused(reader, tmp_path):
+    list(HostEngine(reader, 64, CPU, 1).batches(plain(ROWS, 50)))  # opens the tars
+    before = open_files()
+    cache = PixelCache(tmp_path, reader, 64)
+    cache.close()
+    cache.close()
+    PixelCache(tmp_path, reader, 48)
+    (tmp_path / f"{reader.info.id}-64-32.sums").mkdir()
+    with pytest.raises(LoadError):
+        PixelCache(tmp_path, reader, 32)
+    del cache
+    assert open_files() == before
 
 
 def test_pixels_that_were_handed_out_outlive_the_cache_and_nothing_is_written_after_its_end(
-    tiny_set, filled, expected, tmp_path
+    reader, filled, expected, tmp_path
 ):
-    with Reader(tiny_set, 64) as reader:
-        cache = PixelCache(filled, reader, 48)
-        first = cache.get(0)
-        cache.close()
-        with (tmp_path / "other").open("wb+") as other:  # has the number of the closed file
-            cache.put(1, np.zeros((48, 48), np.uint8))
-            assert os.fstat(other.fileno()).st_size == 0
-        np.testing.assert_array_equal(first, expected[0])
-        np.testing.assert_array_equal(cache.get(1), expected[1])
-        with pytest.raises(ValueError, match="read-only"):
-            first[0, 0] = 1
+    cache = PixelCache(filled, reader, 48)
+    first = cache.get(0)
+    cache.close()
+    with (tmp_path / "other").open("wb+") as other:  # has the number of the closed file
+        cache.put(1, np.zeros((48, 48), np.uint8))
+        assert os.fstat(other.fileno()).st_size == 0
+    np.testing.assert_array_equal(first, expected[0])
+    np.testing.assert_array_equal(cache.get(1), expected[1])
+    with pytest.raises(ValueError, match="read-only"):
+        first[0, 0] = 1

@@ -53,32 +53,30 @@ def test_without_draws_batches_are_what_pillow_decodes_in_the_order_asked_for(ei
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_batch_that_was_handed_out_is_not_written_to_again(tiny_set, name):
-    with Reader(tiny_set, 64) as reader:
-        held = [(batch, batch.clone()) for batch in engine(name, reader).batches(turned(ROWS, 5))]
+def test_a_batch_that_was_handed_out_is_not_written_to_again(reader, name):
+    held = [(batch, batch.clone()) for batch in engine(name, reader).batches(turned(ROWS, 5))]
     assert all(torch.equal(batch, copy) for batch, copy in held)
 
 
 @pytest.mark.parametrize("size", [64, 32, 16, 8, 48, 100])
 def test_one_by_one_together_or_from_many_threads_that_fill_a_cache_the_pixels_are_the_resized_ones(
-    either_set, tmp_path, size
+    either_set, either_reader, tmp_path, size
 ):
-    with Reader(either_set, 64) as reader:
-        pixels = Pixels(reader, size)
-        rows = np.random.default_rng(0).permutation(150)
-        together, one = np.zeros((150, size, size), np.uint8), np.zeros((size, size), np.uint8)
-        pixels.put_all(rows, together)
-        by_row = dict(zip(rows.tolist(), together, strict=True))
-        for row, image in by_row.items():
-            pixels.put(row, one)
-            np.testing.assert_array_equal(one, image)
-            expected = resize(by_pillow(either_set, 64, row), size, size).astype(int)
-            # a JPEG may have been decoded at a reduced size
-            assert abs(image - expected).max() <= (0 if reader.is_raw or size in (64, 48, 100) else 4)
-        many = np.random.default_rng(0).integers(150, size=1500).tolist()
-        for used in (pixels, Pixels(reader, size, PixelCache(tmp_path, reader, size))):
-            with ThreadPoolExecutor(8) as pool:
-                assert all(pool.map(lambda row, used=used: np.array_equal(used.get(row), by_row[row]), many))
+    pixels = Pixels(either_reader, size)
+    rows = np.random.default_rng(0).permutation(150)
+    together, one = np.zeros((150, size, size), np.uint8), np.zeros((size, size), np.uint8)
+    pixels.put_all(rows, together)
+    by_row = dict(zip(rows.tolist(), together, strict=True))
+    for row, image in by_row.items():
+        pixels.put(row, one)
+        np.testing.assert_array_equal(one, image)
+        expected = resize(by_pillow(either_set, 64, row), size, size).astype(int)
+        # a JPEG may have been decoded at a reduced size
+        assert abs(image - expected).max() <= (0 if either_reader.is_raw or size in (64, 48, 100) else 4)
+    many = np.random.default_rng(0).integers(150, size=1500).tolist()
+    for used in (pixels, Pixels(either_reader, size, PixelCache(tmp_path, either_reader, size))):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda row, used=used: np.array_equal(used.get(row), by_row[row]), many))
 
 
 @given(st.integers(8, 4096), st.integers(1, 4096))
@@ -94,12 +92,11 @@ def test_a_reduced_size_is_a_multiple_of_the_one_asked_for(stored, size):
 
 @pytest.mark.parametrize(("row", "cached"), [(-1, False), (150, True), (10**6, False), (-1, True)])
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_row_that_does_not_exist_is_named(either_set, tmp_path, name, row, cached):
-    with Reader(either_set, 64) as reader:
-        used = engine(name, reader, cache=tmp_path if cached else None)
-        for rows in (np.array([row]), np.array([3, row, 5])):
-            with pytest.raises(LoadError, match=f"row {row} does not exist: .* has rows 0 to 149"):
-                list(used.batches([Work(rows)]))
+def test_a_row_that_does_not_exist_is_named(either_reader, tmp_path, name, row, cached):
+    used = engine(name, either_reader, cache=tmp_path if cached else None)
+    for rows in (np.array([row]), np.array([3, row, 5])):
+        with pytest.raises(LoadError, match=f"row {row} does not exist: .* has rows 0 to 149"):
+            list(used.batches([Work(rows)]))
 
 
 @pytest.mark.parametrize(

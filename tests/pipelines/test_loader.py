@@ -22,12 +22,6 @@ def plain(reader: Reader, rows: np.ndarray, size: int = 64) -> torch.Tensor:
 
 
 @pytest.fixture
-def reader(tiny_set):
-    with Reader(tiny_set, 64) as reader:
-        yield reader
-
-
-@pytest.fixture
 def order(reader):
     return TrainOrder(rows=reader.rows, global_batch=40, micro_batch=10)
 
@@ -85,19 +79,18 @@ def images(loader: Loader, *arguments, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_scale_changed_between_epochs_gives_the_images_of_a_loader_made_for_it(
-    either_set, tmp_path, engine, order, cached
+    either_reader, tmp_path, engine, order, cached
 ):
     def loader(scale: int | None) -> Loader:
         cache = tmp_path if cached else None
-        return Loader(reader, order, scale=scale, augment=Augment(), engine=engine, threads=2, cache=cache)
+        return Loader(either_reader, order, scale=scale, augment=Augment(), engine=engine, threads=2, cache=cache)
 
-    with Reader(either_set, 64) as reader:
-        growing = loader(32)
-        for epoch, (given, used) in enumerate([(None, 32), (48, 48), (None, 48), (64, 64), (32, 32)]):
-            got = images(growing, epoch, scale=given)
-            assert got[0].shape == (10, 1, used, used)
-            assert equal(got, images(loader(used), epoch))
-        assert equal(images(growing, 1, 80, scale=48), images(loader(48), 1)[8:])
+    growing = loader(32)
+    for epoch, (given, used) in enumerate([(None, 32), (48, 48), (None, 48), (64, 64), (32, 32)]):
+        got = images(growing, epoch, scale=given)
+        assert got[0].shape == (10, 1, used, used)
+        assert equal(got, images(loader(used), epoch))
+    assert equal(images(growing, 1, 80, scale=48), images(loader(48), 1)[8:])
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -120,47 +113,46 @@ def test_draws_are_the_same_whatever_the_engine_the_codec_and_the_cache(
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_epoch_that_was_left_in_the_middle_leaves_no_thread_and_may_be_begun_again(
-    either_set, order, tmp_path, engine, cached
+    either_reader, order, tmp_path, engine, cached
 ):
-    with Reader(either_set, 64) as reader:
-        expected = images(Loader(reader, order, augment=Augment(), engine=engine, threads=2), 1)
-        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=3, cache=tmp_path if cached else None)
-        for taken in (0, 1, 7, 12):
-            left = loader.epoch(1)
-            assert equal([batch.image for batch in itertools.islice(left, taken)], expected[:taken])
-            assert bool(threads_of_ours()) == (taken > 0)
-            left.close()
-            assert threads_of_ours() == []
-            assert equal(images(loader, 1), expected)
-        loader.close()
-        loader.close()
+    expected = images(Loader(either_reader, order, augment=Augment(), engine=engine, threads=2), 1)
+    loader = Loader(
+        either_reader, order, augment=Augment(), engine=engine, threads=3, cache=tmp_path if cached else None
+    )
+    for taken in (0, 1, 7, 12):
+        left = loader.epoch(1)
+        assert equal([batch.image for batch in itertools.islice(left, taken)], expected[:taken])
+        assert bool(threads_of_ours()) == (taken > 0)
+        left.close()
+        assert threads_of_ours() == []
+        assert equal(images(loader, 1), expected)
+    loader.close()
+    loader.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_epochs_at_a_time_are_not_mixed(either_set, order, engine):
+def test_two_epochs_at_a_time_are_not_mixed(either_reader, order, engine):
     """As where one that was left in the middle is still held."""
-    with Reader(either_set, 64) as reader:
-        loader = Loader(reader, order, augment=Augment(), engine=engine, threads=2)
-        expected = images(loader, 0), images(loader, 1)
-        together = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
+    loader = Loader(either_reader, order, augment=Augment(), engine=engine, threads=2)
+    expected = images(loader, 0), images(loader, 1)
+    together = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
     for epoch in (0, 1):
         assert equal([pair[epoch].image for pair in together], expected[epoch])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loader_closed_or_rescaled_in_the_middle_of_an_epoch_finishes_it_unchanged(
-    either_set, order, tmp_path, engine
+    either_reader, order, tmp_path, engine
 ):
-    with Reader(either_set, 64) as reader:
-        expected = images(Loader(reader, order, engine=engine, threads=2), 0)
-        for n, disturb in enumerate([Loader.close, lambda loader: next(loader.epoch(0, scale=32))]):
-            loader = Loader(reader, order, engine=engine, threads=2, cache=tmp_path / str(n))
-            running = loader.epoch(0)
-            got = [next(running).image]
-            disturb(loader)
-            got += [batch.image for batch in running]
-            assert equal(got, expected)
-            loader.close()
+    expected = images(Loader(either_reader, order, engine=engine, threads=2), 0)
+    for n, disturb in enumerate([Loader.close, lambda loader: next(loader.epoch(0, scale=32))]):
+        loader = Loader(either_reader, order, engine=engine, threads=2, cache=tmp_path / str(n))
+        running = loader.epoch(0)
+        got = [next(running).image]
+        disturb(loader)
+        got += [batch.image for batch in running]
+        assert equal(got, expected)
+        loader.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -177,7 +169,7 @@ def test_an_order_may_be_replaced_between_epochs_by_one_of_other_rows(reader, or
 
 @pytest.mark.skipif(not dali.available(), reason="DALI is not installed")
 def test_dali_keeps_its_pipeline_from_epoch_to_epoch_and_makes_another_where_the_batches_differ(
-    either_set, order, monkeypatch
+    either_reader, order, monkeypatch
 ):
     made = []
     make = dali.DaliEngine._graph
@@ -185,23 +177,22 @@ def test_dali_keeps_its_pipeline_from_epoch_to_epoch_and_makes_another_where_the
     monkeypatch.setattr(dali.DaliEngine, "_graph", lambda *given: made.append(given[1:3]) or make(*given))
 
     def assert_right(*position: int) -> None:
-        expected = images(Loader(reader, loader.order, augment=loader.augment, engine="host"), *position)
+        expected = images(Loader(either_reader, loader.order, augment=loader.augment, engine="host"), *position)
         assert_agree(images(loader, *position), expected)
 
-    with Reader(either_set, 64) as reader:
-        loader = Loader(reader, order, augment=Augment(), engine="dali", threads=2)
-        for position in [(0,), (1,), (1, 80), (2, 0)]:
-            assert_right(*position)
-        assert made == [(10, True)]
-        loader.order = replace(order, micro_batch=20)
-        assert_right(3)
-        assert_right(4, 40)
-        loader.augment = None
-        assert_right(5)
-        assert made == [(10, True), (20, True), (20, False)]
-        next(loader.epoch(6))  # left in the middle
-        assert_right(7)
-        assert made[3:] == [(20, False)]
+    loader = Loader(either_reader, order, augment=Augment(), engine="dali", threads=2)
+    for position in [(0,), (1,), (1, 80), (2, 0)]:
+        assert_right(*position)
+    assert made == [(10, True)]
+    loader.order = replace(order, micro_batch=20)
+    assert_right(3)
+    assert_right(4, 40)
+    loader.augment = None
+    assert_right(5)
+    assert made == [(10, True), (20, True), (20, False)]
+    next(loader.epoch(6))  # left in the middle
+    assert_right(7)
+    assert made[3:] == [(20, False)]
 
 
 # The choice of an engine

@@ -151,13 +151,12 @@ def test_means_on_a_device_are_those_of_the_manifests(side: int) -> None:
         np.testing.assert_allclose(cell_means(images.cuda()).cpu() * STEPS, expected, atol=0.51)
 
 
-def test_on_a_cpu_nothing_is_proven_unless_asked(tiny_set: Path) -> None:
-    with Reader(tiny_set, 64) as reader:
-        order = EvalOrder(rows=reader.rows, micro_batch=16)
-        assert Loader(reader, order, engine="host").proof is None
-        assert Loader(reader, order, engine="host", prove=True).proof is None, "the host engine is the oracle"
-        if dali.available():
-            assert Loader(reader, order, engine="dali").proof is None
+def test_on_a_cpu_nothing_is_proven_unless_asked(reader: Reader) -> None:
+    order = EvalOrder(rows=reader.rows, micro_batch=16)
+    assert Loader(reader, order, engine="host").proof is None
+    assert Loader(reader, order, engine="host", prove=True).proof is None, "the host engine is the oracle"
+    if dali.available():
+        assert Loader(reader, order, engine="dali").proof is None
 
 
 @needs_gpu

@@ -85,16 +85,15 @@ def test_all_of_a_small_epoch_is_asked_for_before_its_second_half_is_used():
     passing.close()
 
 
-def test_stopping_half_way_leaves_no_thread(tiny_set, monkeypatch):
+def test_stopping_half_way_leaves_no_thread(reader, monkeypatch):
     monkeypatch.setattr(module, "AHEAD_BYTES", 20_000)
-    with Reader(tiny_set, 64) as reader:
-        passing = read_ahead(Pixels(reader, 64), plain(reader.rows, 5))
-        for _ in range(15):
-            next(passing)
-        assert threads_of_ours() == ["cxrfast-readahead_0"]
-        passing.close()
-        assert threads_of_ours() == []
-        assert len(list(read_ahead(Pixels(reader, 64), plain(reader.rows, 5)))) == 30
+    passing = read_ahead(Pixels(reader, 64), plain(reader.rows, 5))
+    for _ in range(15):
+        next(passing)
+    assert threads_of_ours() == ["cxrfast-readahead_0"]
+    passing.close()
+    assert threads_of_ours() == []
+    assert len(list(read_ahead(Pixels(reader, 64), plain(reader.rows, 5)))) == 30
     assert threads_of_ours() == []
 
 
@@ -201,13 +200,12 @@ def test_advice_is_about_the_bytes_of_the_rows_and_of_small_gaps_between_them(ti
         np.testing.assert_array_equal(asked[path], expected)
 
 
-def test_no_advice_is_given_about_rows_that_are_in_memory(tiny_set, monkeypatch):
+def test_no_advice_is_given_about_rows_that_are_in_memory(reader, monkeypatch):
     given: list[tuple[int, ...]] = []
-    with Reader(tiny_set, 64) as reader:
-        for row in reader.rows.tolist():
-            reader.read(row)
-        if not hasattr(os, "RWF_NOWAIT") or not reader._in_memory(reader.rows):
-            pytest.skip("this system cannot tell")
-        monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: given.append(arguments))
-        reader.advise(reader.rows)
-        assert given == []
+    for row in reader.rows.tolist():
+        reader.read(row)
+    if not hasattr(os, "RWF_NOWAIT") or not reader._in_memory(reader.rows):
+        pytest.skip("this system cannot tell")
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: given.append(arguments))
+    reader.advise(reader.rows)
+    assert given == []

@@ -76,19 +76,18 @@ def read_after_fork(reader: Reader, expected: dict[int, bytes], seed: int, begin
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_reader_in_use_goes_through_a_fork_and_all_processes_read_the_right_rows_at_once(either_set):
+def test_a_reader_in_use_goes_through_a_fork_and_all_processes_read_the_right_rows_at_once(either_reader):
     fork = multiprocessing.get_context("fork")
     begin = fork.Barrier(4)
-    with Reader(either_set, 64) as reader:
-        expected = read_all(reader)  # its tars are open, shared with the children
-        children = [fork.Process(target=read_after_fork, args=(reader, expected, seed, begin)) for seed in range(3)]
-        for child in children:
-            child.start()
-        read_after_fork(reader, expected, 3, begin)
-        for child in children:
-            child.join()
-        assert [child.exitcode for child in children] == [0, 0, 0]
-        assert read_all(reader) == expected, "the children's files were theirs to close"
+    expected = read_all(either_reader)  # its tars are open, shared with the children
+    children = [fork.Process(target=read_after_fork, args=(either_reader, expected, seed, begin)) for seed in range(3)]
+    for child in children:
+        child.start()
+    read_after_fork(either_reader, expected, 3, begin)
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert read_all(either_reader) == expected, "the children's files were theirs to close"
 
 
 def test_a_copy_does_not_share_open_files(tiny_set):

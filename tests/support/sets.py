@@ -13,8 +13,6 @@ from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.upkeep.relabel import Relabelled
-from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 from cxrfast.shards.upkeep.verify import verify
 
 REAL = Path(__file__).parents[3] / "shared" / "real"
@@ -47,13 +45,7 @@ def many(tree: Path, n: int, images: list[Path]) -> Path:
 
 
 WRITTEN = {"rows.parquet", "set.json", "SHA256SUMS"}
-
-
 MIMIC_CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv.gz"
-
-
-def relabel(folder: Path, table: str | Path, **options) -> Relabelled:
-    return replace_labels(folder, table, **options)
 
 
 def rows_of(folder: Path) -> pd.DataFrame:
@@ -61,7 +53,7 @@ def rows_of(folder: Path) -> pd.DataFrame:
 
 
 def chexpert(tree: Path) -> pd.DataFrame:
-    return pd.read_csv(tree / "mimic-cxr-2.0.0-chexpert.csv.gz")
+    return pd.read_csv(tree / MIMIC_CHEXPERT)
 
 
 def is_as_planned(folder: Path, tiny_set: Path, table: str | Path) -> bool:

@@ -17,9 +17,6 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cxrfast.shards.upkeep.stage import Staged
-from cxrfast.shards.upkeep.stage import stage as stage_set
-
 SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -54,10 +51,6 @@ def s3_server(log: Path) -> Iterator[fsspec.AbstractFileSystem]:
         yield fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         child.stdin.close()
-
-
-def stage(source: Path | str, to: Path | str, scales: list[int] | None = None, **options) -> Staged:
-    return stage_set(source, to, scales, **options)
 
 
 class Bucket:

@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from damage import contents
-from sets import MIMIC_CHEXPERT, chexpert, is_as_planned, relabel, rows_of
+from sets import MIMIC_CHEXPERT, chexpert, is_as_planned, rows_of
 from staging import web_server
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
+from cxrfast.shards.upkeep.relabel import relabel
 
 # Columns
 

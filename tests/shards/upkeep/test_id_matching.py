@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from damage import contents, copy_set
 from hypothesis import given
 from hypothesis import strategies as st
-from sets import is_as_planned, relabel, rows_of
+from sets import is_as_planned, rows_of
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
@@ -15,6 +15,7 @@ from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import write_rows
 from cxrfast.shards.upkeep.id_matching import match_ids, shared_tail
+from cxrfast.shards.upkeep.relabel import relabel
 
 
 def set_of_ids(tiny_set: Path, to: Path, study: Callable[[int], str]) -> Path:

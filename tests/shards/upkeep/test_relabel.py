@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from damage import contents, copy_set, flip_bit, repair
-from sets import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_labels, relabel, rows_of
+from sets import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_labels, rows_of
 from trainings import SHORT
 
 from cxrfast.analysis.evaluate import evaluate
@@ -25,6 +25,7 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, reference_names, write_rows
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.shards.upkeep.relabel import relabel
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.training.predict import predict
 from cxrfast.training.setup import make_config, select_rows

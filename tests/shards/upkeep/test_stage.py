@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from damage import contents, copy_set, flip_bit, sign
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import change, of_scale, stage, sums
+from staging import change, of_scale, sums
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
@@ -16,6 +16,7 @@ from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.upkeep.problem import Problem
+from cxrfast.shards.upkeep.stage import stage
 from cxrfast.shards.upkeep.verify import verify
 
 # There and back

@@ -6,11 +6,12 @@ import pytest
 from damage import contents, copy_set, flip_bit, mounted, sign
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from staging import change, signal_when, stage, start
+from staging import change, signal_when, start
 
 from cxrfast.errors import ShardError
 from cxrfast.files import TEMPORARY, sha256
 from cxrfast.shards.upkeep import transfer
+from cxrfast.shards.upkeep.stage import stage
 from cxrfast.shards.upkeep.verify import verify
 
 # Killed
