@@ -12,13 +12,13 @@ from cxrfast.analysis.report import auroc_figure, learning_figure, report
 from cxrfast.runs.run import Run
 
 
-def make_runs(runs: Path, predicted: bool = True, curriculum: bool = False) -> list[Run]:
-    """Trained runs at two scales and two folds."""
+def make_runs(runs: Path, whole: bool = False) -> list[Run]:
+    """Trained runs at two scales and two folds; `whole`: they predicted, and 64 px started from the runs at 32 px."""
     made = []
     for scale in (32, 64):
         for fold in (0, 1):
-            weights = str(runs / "densenet121-32" / f"fold-{fold}") if curriculum and scale == 64 else "none"
-            run = make_run(runs, scale, fold, quality=scale / 32 if predicted else None, weights=weights)
+            weights = str(runs / "densenet121-32" / f"fold-{fold}") if whole and scale == 64 else "none"
+            run = make_run(runs, scale, fold, quality=scale / 32 if whole else None, weights=weights)
             for epoch, rate in enumerate((1e-4, 1e-4, 5e-5)):
                 run.add_metrics(metrics_line(epoch, learning_rate=rate, seconds=600.0 * scale / 32))
             run.set_state("done", epoch=3)
@@ -26,9 +26,16 @@ def make_runs(runs: Path, predicted: bool = True, curriculum: bool = False) -> l
     return made
 
 
-def test_the_report_is_one_file_that_names_images_by_id_alone(tmp_path):
-    made = make_runs(tmp_path)
-    html = report(tmp_path).read_text()
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The report of whole runs."""
+    runs = tmp_path_factory.mktemp("runs")
+    make_runs(runs, whole=True)
+    return report(runs)
+
+
+def test_the_report_is_one_file_that_names_images_by_id_alone(drawn):
+    html, run = drawn.read_text(), Run.open(drawn.parent / "densenet121-32" / "fold-0")
     assert not re.findall(r'(?:src|href)="(?!#|data:)', html), "nothing is loaded from elsewhere"
     headings = re.findall(r"<h2>(.*)</h2>", html)
     assert {"Runs", "AUROC on the test rows", "Ensemble of scales", "Learning curves"} <= set(headings)
@@ -36,11 +43,10 @@ def test_the_report_is_one_file_that_names_images_by_id_alone(tmp_path):
     assert "Undefined everywhere: Fracture (no positive or no negative test row)." in html
     assert "<td>Fracture" not in html
     assert html.count("data:image/png;base64,") >= 3
-    assert "†" not in html, "nothing started from another run"
     text = re.sub(r"base64,[^\"]*", "", html)
     for name in ("patient_id", "image_id"):
-        assert not re.search(rf"\b{made[0].rows()[name].iloc[0]}\b", text)
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["auroc.png", "learning.png", "weights.png"]
+        assert not re.search(rf"\b{run.rows()[name].iloc[0]}\b", text)
+    assert sorted(p.name for p in (drawn.parent / "figures").iterdir()) == ["auroc.png", "learning.png", "weights.png"]
 
 
 def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path):
@@ -58,16 +64,17 @@ def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path):
 
 
 def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_is_left_out_of_the_median(tmp_path):
-    first, *_ = make_runs(tmp_path, predicted=False)
+    first, *_ = make_runs(tmp_path)
     first.add_metrics({**first.metrics()[-1], "epoch": 3, "images_per_s": None})
     html = report(tmp_path).read_text()
     for command in ("predict", "erf", "gradcam"):
         assert f"<code>cxrfast {command} {tmp_path}" in html
     assert '<td class="number">100.0</td>' in html
+    assert "†" not in html, "nothing started from another run"
 
 
 def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rate(tmp_path):
-    made = make_runs(tmp_path, predicted=False)
+    made = make_runs(tmp_path)
     figure = learning_figure(made)
     above, below = figure.axes[:3], figure.axes[3:]
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch"] * 3 + ["minutes"] * 3
@@ -87,9 +94,8 @@ def test_learning_curves_run_over_epochs_and_over_time_with_the_drops_of_the_rat
     assert learning_figure(made).axes[3].get_xlabel() == "hours"
 
 
-def test_scales_that_started_from_another_run_are_marked(tmp_path):
-    make_runs(tmp_path, curriculum=True)
-    html = report(tmp_path).read_text()
+def test_scales_that_started_from_another_run_are_marked(drawn):
+    html = drawn.read_text()
     assert html.count("† weights started from the run of a smaller scale: densenet121-64 from densenet121-32.") >= 5
     for marked in ("densenet121-64/fold-0†", "densenet121-64†", "64 px†"):
         assert marked in html
@@ -98,15 +104,13 @@ def test_scales_that_started_from_another_run_are_marked(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
-def test_a_browser_shows_the_report_and_its_pictures(tmp_path):
-    make_runs(tmp_path / "runs")
-    path = report(tmp_path / "runs")
+def test_a_browser_shows_the_report_and_its_pictures(drawn, tmp_path):
     probe = tmp_path / "probe.html"
     script = (
         "<script>window.onload = () => document.body.dataset.seen = [...document.images]"
         ".filter(i => i.complete && i.naturalWidth > 300).length + ' of ' + document.images.length</script>"
     )
-    probe.write_text(path.read_text().replace("</body>", script + "</body>"))
+    probe.write_text(drawn.read_text().replace("</body>", script + "</body>"))
     switches = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
     options = [*switches.split(), "disable-sync", f"user-data-dir={tmp_path / 'profile'}", "virtual-time-budget=5000"]
     done = subprocess.run(

@@ -56,20 +56,6 @@ def test_every_way_is_measured_at_every_scale_for_both_tasks_and_reported(tiny_s
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.slow
-def test_the_time_limit_ends_the_rounds_and_names_what_is_left_out(tiny_set, tmp_path):
-    """The time is over after a burn-in and one round of two ways at the first scale."""
-    options = "--only limit --seconds 1.5 --minutes 0.05 --device cpu --workers 2 --cold"
-    done = run("--shards", tiny_set, "--out", tmp_path, *options.split())
-    assert done.exit_code == 0, (done.output, done.exception)
-    result = json.loads((tmp_path / "load.json").read_text())
-    assert [(line["scale"], line["task"], len(line["rounds"])) for line in result["lines"]] == [(32, "A", 1)] * 2
-    others = ["32 px, task B", "64 px, task A", "64 px, task B", "cold storage, 32 px", "cold storage, 64 px"]
-    assert list(result["left_out"]) == others
-    text = (tmp_path / "load.md").read_text()
-    assert all(f"Left out: {what} (" in text for what in others)
-
-
 def test_the_plan_is_shown_and_one_way_is_measured(tiny_set, tmp_path):
     options = "--scale 32 --only host --engines --minutes 1"
     done = run("--shards", tiny_set, "--out", tmp_path, *options.split(), *QUICK)
@@ -85,6 +71,7 @@ def test_the_plan_is_shown_and_one_way_is_measured(tiny_set, tmp_path):
     assert not (tmp_path / "load.png").exists(), "without the limit there is no share of it to plot"
     assert result["engines"] == []
     assert "--only dali" in result["left_out"]["engines"]
+    assert "Left out: engines (" in (tmp_path / "load.md").read_text()
 
 
 def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels():
@@ -101,7 +88,7 @@ def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels():
     assert [way for way, line in lines.items() if line.pixels] == ["host, cache", "host, raw", "memmap"]
 
 
-def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path, monkeypatch):
+def test_scales_tasks_and_passes_that_do_not_fit_the_time_are_named(tmp_path, monkeypatch):
     now = 0.0
 
     def figures(job: Job, seconds: float, rounds: int, share: Budget, label: str) -> dict[str, Measured]:
@@ -119,6 +106,9 @@ def test_scales_and_tasks_that_do_not_fit_the_time_are_named(tmp_path, monkeypat
     assert [(line.scale, line.task) for line in lines] == [(32, "A"), (32, "B")]
     assert list(left_out) == ["64 px, task A", "64 px, task B"]
     assert "about 1m20s needed, 20s left" in left_out["64 px, task A"]
+    now = 60.0
+    load._at_each_scale("cold storage", jobs, load._cold, budget, left_out)
+    assert list(left_out)[2:] == ["cold storage, 32 px", "cold storage, 64 px"]
 
 
 @pytest.mark.parametrize(

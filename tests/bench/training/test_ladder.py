@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Callable
 from unittest.mock import Mock
 
@@ -75,12 +76,16 @@ def test_after_the_time_is_over_only_the_first_rung_starts():
     assert found["autocast"] == {"failed": "no time left: give more --minutes, or measure less"}
 
 
-@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
-    """The time is over after one round at the first scale."""
-    monkeypatch.setattr(harness, "GRACE", 600.0)
-    result = bench([32, 64], tmp_path, seconds=2.0, micro_batch=2, device="cpu", only=["torchvision"], minutes=0.04)
-    assert [(line.scale, len(line.rounds or []), line.peak_bytes) for line in result.lines] == [(32, 1, None)]
+    """The time is over after the rates at the first scale."""
+
+    def run(work: Callable, options: dict, **more: object) -> dict:
+        time.sleep(1)
+        return {"torchvision": {"rounds": [2.0]}}
+
+    monkeypatch.setattr(harness, "in_own_process", run)
+    result = bench([32, 64], tmp_path, device="cpu", only=["torchvision"], minutes=0.015)
+    assert [(line.scale, line.rounds, line.peak_bytes) for line in result.lines] == [(32, [2.0], None)]
     assert list(result.left_out) == ["64 px", "memory at 32 px"]
     assert list(json.loads((tmp_path / "ladder.json").read_text())["left_out"]) == ["64 px", "memory at 32 px"]
     text = (tmp_path / "ladder.md").read_text()

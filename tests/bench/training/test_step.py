@@ -9,7 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cxrfast.bench import harness
 from cxrfast.bench.training import step
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
@@ -75,18 +74,6 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(tiny_set, tmp_path, 
     assert trainer.counters.consumed == consumed + 2 * 2 * 120, (
         "a step to warm up and one that counts, of `train` and `cached`"
     )
-
-
-@pytest.mark.slow
-def test_what_there_is_no_time_for_is_named(tiny_set, tmp_path, monkeypatch):
-    """The time is over after a burn-in and one round at the first scale."""
-    monkeypatch.setattr(harness, "GRACE", 600.0)
-    given = {"seconds": 5.0, "rounds": 5, "micro_batch": 4, "device": "cpu"}
-    result = bench(tiny_set, [], tmp_path, arch="resnet18", minutes=0.1, **given)  # type: ignore[arg-type]
-    assert [(line["scale"], len(line["rounds"]["train"])) for line in result.lines] == [(32, 1)]
-    assert list(result.left_out) == ["64 px"]
-    assert list(json.loads((tmp_path / "bench.json").read_text())["left_out"]) == ["64 px"]
-    assert "Left out: 64 px (" in (tmp_path / "bench.md").read_text()
 
 
 def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set, tmp_path):

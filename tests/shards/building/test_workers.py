@@ -4,9 +4,9 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
 
 MARK = b"this image leads the decoder astray"
+ASTRAY = [0, 40, 100]
 
 build = partial(build_set, workers=2)
 
@@ -29,24 +30,31 @@ build = partial(build_set, workers=2)
 # Workers that die
 
 
+@contextmanager
+def once_written(pattern: str, out: Path, kill: Callable[[], object]) -> Iterator[None]:
+    """Meanwhile, `kill` as soon as there is a file of that pattern in `out`."""
+
+    def wait() -> None:
+        while not list(out.glob(pattern)):
+            time.sleep(0.002)
+        kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(wait)
+        yield
+        killed.result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_costs_its_open_shards_only(noisy, noisy_set, tmp_path, how):
-    out, hit = tmp_path / "set", []
-
     def kill() -> None:
-        while not list(out.glob("512/*.tmp")):
-            time.sleep(0.002)
         there = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
         there[-1].send_signal(how)
-        hit.append(how)
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    assert build(noisy, out, [256, 512]).complete
-    thread.join()
-    assert hit
-    assert contents(out) == contents(noisy_set)
+    with once_written("512/*.tmp", tmp_path / "set", kill):
+        assert build(noisy, tmp_path / "set", [256, 512]).complete
+    assert contents(tmp_path / "set") == contents(noisy_set)
 
 
 CRASHING = """
@@ -78,42 +86,35 @@ def crash(tree: Path, out: Path, script: Path, how: str) -> subprocess.Completed
 
 
 @pytest.fixture
-def astray(phantoms: Path, tmp_path: Path) -> tuple[Path, list[int]]:
-    """A tree with images that crash the decoder above, and their rows: two of one shard, one of another."""
-    tree = tmp_path / "mimic"
-    subprocess.run(["cp", "-r", phantoms, tree], check=True)
-    build(tree, tmp_path / "small", [8])
-    paths = read_rows(tmp_path / "small" / "rows.parquet")["path"]
-    for row in (0, 40, 100):
-        with open(tree / paths[row], "ab") as file:
+def astray(tiny_set, tree):
+    """A tree with images that crash the decoder above: two of one shard, one of another."""
+    for path in read_rows(tiny_set / "rows.parquet")["path"][ASTRAY]:
+        with open(tree / path, "ab") as file:
             file.write(MARK)
-    return tree, [0, 40, 100]
+    return tree
 
 
 def test_images_that_crash_the_decoder_are_left_out_and_no_others(astray, tmp_path):
-    tree, rows = astray
-    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
+    done = crash(astray, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "set" / "quarantine.csv").read_text().splitlines()[1:]
-    assert [int(line.split(",")[0]) for line in lines] == rows
+    assert [int(line.split(",")[0]) for line in lines] == ASTRAY
     assert all(line.endswith(",crashes the decoder") for line in lines)
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_again_and_again_fails_its_shard_and_costs_no_row(astray, tmp_path):
-    tree, _ = astray
-    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "import os; os.kill(os.getpid(), 9)")
+    done = crash(astray, tmp_path / "set", tmp_path / "script.py", "import os; os.kill(os.getpid(), 9)")
     assert "2 shards could not be built" in done.stderr
     assert "died twice (SIGKILL)" in done.stderr
     assert sorted(p.name for p in (tmp_path / "set" / "32").iterdir()) == ["000002.idx", "000002.json", "000002.tar"]
-    assert build(tree, tmp_path / "set", [32]).rows == {32: 150}
+    assert build(astray, tmp_path / "set", [32]).rows == {32: 150}
 
 
 @pytest.mark.slow
 def test_a_crash_at_an_image_that_was_fine_at_another_scale_fails_its_shard(astray, tmp_path):
-    tree, _ = astray
-    build(tree, tmp_path / "set", [8])
-    done = crash(tree, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
+    build(astray, tmp_path / "set", [8])
+    done = crash(astray, tmp_path / "set", tmp_path / "script.py", "ctypes.string_at(0)")
     assert "crashes the decoder now" in done.stderr
 
 
@@ -184,21 +185,9 @@ def test_a_dask_cluster_builds_the_same_bytes_and_a_killed_worker_costs_its_open
     noisy, noisy_set, tmp_path, cluster
 ):
     address, (victim, _) = cluster
-    out, hit = tmp_path / "set", []
-
-    def kill() -> None:
-        while not any(f"-{victim.pid}-" in path.name for path in out.glob("512/*.tmp")):
-            time.sleep(0.002)
-        victim.kill()
-        hit.append(victim.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    report = build(noisy, out, [256, 512], dask=address)
-    thread.join()
-    assert hit
-    assert report.complete
-    assert contents(out) == contents(noisy_set)
+    with once_written(f"512/*-{victim.pid}-*.tmp", tmp_path / "set", victim.kill):
+        assert build(noisy, tmp_path / "set", [256, 512], dask=address).complete
+    assert contents(tmp_path / "set") == contents(noisy_set)
 
 
 def test_a_dask_scheduler_that_does_not_answer_is_named(phantoms, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from cxrfast.shards.images.decode import encode
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 from cxrfast.shards.upkeep.verify import find_source, inspect, verify
+from cxrfast.shards.upkeep.verify_source import verify_source
 
 
 def test_a_set_as_it_was_built_has_no_problems_and_is_not_written_to(either_set, phantoms):
@@ -249,6 +250,54 @@ def test_a_set_that_was_never_finished_and_one_of_another_version_and_a_folder_t
         verify(folder.parent)
 
 
+# The source
+
+
+def test_images_of_the_source_that_are_changed_missing_or_not_listed_are_named(tiny_set, tree):
+    changed, missing, unlisted = read_rows(tiny_set / "rows.parquet")["path"][:3]
+    flip_bit(tree / changed, 99)
+    (tree / missing).unlink()
+    lines = (tree / "SHA256SUMS.txt").read_text().splitlines(keepends=True)
+    (tree / "SHA256SUMS.txt").write_text("".join(line for line in lines if unlisted not in line))
+    result = inspect(tiny_set, Tree(tree))
+    assert set(result.problems) == {
+        Problem(changed, "its bytes have changed"),
+        Problem(missing, "missing"),
+        Problem(unlisted, "not listed in SHA256SUMS.txt"),
+    }
+    assert [line.endswith(": 3 problems") for line in result.lines] == [True]
+    assert result.advice == f"{tiny_set}: 3 problems, named above", "no reason to repair the set"
+
+
+@pytest.mark.parametrize("form", ["{} {}\n", "{}  {}\n", "{} *{}\n", "{}  ./{}\n", "{} {}\r\n\r\n"])
+def test_a_source_as_it_was_published_has_no_problems_whatever_tool_wrote_its_list(form, tiny_set, tree):
+    path = tree / "SHA256SUMS.txt"
+    lines = [line.split() for line in path.read_text().splitlines()]
+    path.write_text("".join(form.format(*line) for line in lines))
+    verdict = verify_source(tiny_set, Tree(tree))
+    assert verdict.problems == []
+    assert (verdict.files, verdict.bytes) == (len(lines), sum((tree / name).stat().st_size for _, name in lines))
+    assert f"{tree}: {len(lines)} files" in verdict.summary(Tree(tree))
+    assert verdict.summary(Tree(tree)).endswith(": as listed in SHA256SUMS.txt")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "has no SHA256SUMS.txt"),
+        (b"", "is not a list"),
+        (b"no hash\n", "is not a list"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_source_without_a_list_that_can_be_read_is_refused(data, message, tiny_set, tree):
+    (tree / "SHA256SUMS.txt").unlink()
+    if data is not None:
+        (tree / "SHA256SUMS.txt").write_bytes(data)
+    with pytest.raises(ShardError, match=message):
+        verify_source(tiny_set, Tree(tree))
+
+
 # What the command says
 
 
@@ -260,13 +309,6 @@ def test_a_repair_is_advised_unless_it_was_tried_and_damage_that_was_signed_need
         result = inspect(folder, None, is_repaired=repaired)
         assert result.lines == []
         assert result.advice == f"{folder}: 1 problems, named above{advice}"
-
-
-def test_problems_of_the_source_alone_are_no_reason_to_repair_the_set(tiny_set, tree):
-    (tree / read_rows(tiny_set / "rows.parquet")["path"].iloc[0]).unlink()
-    result = inspect(tiny_set, Tree(tree))
-    assert [line.endswith(": 1 problems") for line in result.lines] == [True]
-    assert result.advice == f"{tiny_set}: 1 problems, named above"
 
 
 def test_the_default_source_counts_where_it_is_needed_is_a_url_or_is_there(tmp_path):
