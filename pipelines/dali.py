@@ -184,6 +184,14 @@ class DaliEngine:
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.device.type == "cuda"
+        decoding: dict[str, Any] = {"device": "cpu"}
+        if gpu:
+            decoding = {
+                "device": "mixed",
+                "preallocate_width_hint": self.reader.scale,
+                "preallocate_height_hint": self.reader.scale,
+                "hw_decoder_load": self.hw_decoder_load,
+            }
         dtypes = [types.UINT8, *([types.FLOAT, types.INT32] if augmented else [])]
 
         @pipeline_def(
@@ -200,7 +208,12 @@ class DaliEngine:
                 no_copy=True,
                 dtype=dtypes,
             )
-            decoded = image = self._decoded(sources[0])
+            decoded = sources[0]
+            if self._decodes:
+                decoded = fn.decoders.image(decoded, output_type=types.GRAY, **decoding)
+            elif gpu:
+                decoded = decoded.gpu()
+            image = decoded
             if self._decodes and self.size != self.reader.scale:
                 side = (self.size, self.size)
                 image = fn.resize(image, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
@@ -214,22 +227,6 @@ class DaliEngine:
         built = graph()
         built.build()
         return built
-
-    def _decoded(self, source: Any) -> Any:
-        """Node of the graph: input → pixels on the pipeline's device, of the stored size if they were JPEGs."""
-        from nvidia.dali import fn, types
-
-        gpu, stored = self.device.type == "cuda", self.reader.scale
-        if not self._decodes:
-            return source.gpu() if gpu else source
-        options: dict[str, Any] = {}
-        if gpu:
-            options = {
-                "preallocate_width_hint": stored,
-                "preallocate_height_hint": stored,
-                "hw_decoder_load": self.hw_decoder_load,
-            }
-        return fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.GRAY, **options)
 
 
 class _Feed:

@@ -12,7 +12,6 @@ for epoch in range(10):
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,14 +34,6 @@ class Batch:
     """uint8 (N, 1, H, W), channels-last strides, on the device."""
     row: torch.Tensor
     """int64 (N,), on the device."""
-
-
-class Engine(Protocol):
-    size: int
-
-    def batches(self, work: Iterator[Work]) -> Iterator[torch.Tensor]: ...
-
-    def close(self) -> None: ...
 
 
 class Loader:
@@ -90,7 +81,7 @@ class Loader:
         self.cache, self.hw_decoder_load = cache, hw_decoder_load
         self._engine = self._make(scale or reader.scale)
 
-    def _make(self, size: int) -> Engine:
+    def _make(self, size: int) -> HostEngine | DaliEngine:
         given = (self.reader, size, self.device, self.threads, self.cache)
         if self.engine == "host":
             return HostEngine(*given)

@@ -15,7 +15,6 @@ from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
 from cxrfast.shards.format.codec import pgm_header
-from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.cell_means import SIDE, unpack
 from cxrfast.shards.shard_set import ShardSet
@@ -41,6 +40,10 @@ class Reader:
 
     def __init__(self, folder: Path | str, scale: int) -> None:
         self.shard_set, self.scale = ShardSet(folder), scale
+        self.folder, self.info = self.shard_set.folder, self.shard_set.info
+        self.is_raw = self.info.codec == "raw"
+        """True if images are stored as pixels, not as JPEGs."""
+        self._advice = f"`cxrfast verify {self.folder}` lists the damage"
         shards = self.shard_set.shards(scale)
         if not shards:
             there = ", ".join(map(str, self.shard_set.scales)) or "none"
@@ -58,16 +61,6 @@ class Reader:
             self._open_index(shard)
         self._header = pgm_header(scale, scale)
         self._files: dict[int, int] = {}
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the set."""
-        return self.shard_set.folder
-
-    @property
-    def info(self) -> SetInfo:
-        """The set's set.json."""
-        return self.shard_set.info
 
     def _open_index(self, shard: int) -> None:
         tar = self.shard_set.path(self.scale, shard)
@@ -91,15 +84,6 @@ class Reader:
         self.crc32[rows] = manifest.crc32
         if manifest.grids:
             self.grids[rows] = unpack(manifest.grids, len(rows))
-
-    @property
-    def _advice(self) -> str:
-        return f"`cxrfast verify {self.folder}` lists the damage"
-
-    @property
-    def is_raw(self) -> bool:
-        """True if images are stored as pixels, not as JPEGs."""
-        return self.info.codec == "raw"
 
     @property
     def rows(self) -> np.ndarray:

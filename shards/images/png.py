@@ -6,7 +6,6 @@ inflated here; OpenCV then only undoes the row filters, in a PNG that we wrote o
 
 import struct
 import zlib
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -52,10 +51,20 @@ def decode_png(data: bytes) -> np.ndarray:
 
 
 def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Contents of IHDR, PLTE and all IDAT."""
+    """Contents of IHDR, PLTE and all IDAT. Every chunk up to IEND is checked against its CRC."""
     header = palette = None
     packed: list[memoryview] = []
-    for kind, content in _chunks(data):
+    view, at, kind = memoryview(data), len(SIGNATURE), b""
+    while kind != b"IEND":
+        if len(data) < at + 12:
+            raise BadImage(Reason.TRUNCATED)
+        end = at + 8 + int.from_bytes(view[at : at + 4])
+        if end + 4 > len(data):
+            raise BadImage(Reason.TRUNCATED)
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            raise BadImage(Reason.CORRUPT, "a PNG with a wrong checksum")
+        kind, content = bytes(view[at + 4 : at + 8]), view[at + 8 : end]
+        at = end + 4
         if header is None:
             if kind != b"IHDR" or len(content) != 13:
                 raise BadImage(Reason.CORRUPT, "a PNG that does not start with its header")
@@ -67,22 +76,6 @@ def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
         elif not kind[0] & 0x20 and kind != b"IEND":  # a capital letter: must not be ignored
             raise BadImage(Reason.UNSUPPORTED, "a PNG with an unknown critical chunk")
     return header or b"", palette or b"", b"".join(packed)
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield (kind, content) up to IEND, each checked against its CRC."""
-    view, at, kind = memoryview(data), len(SIGNATURE), b""
-    while kind != b"IEND":
-        if len(data) < at + 12:
-            raise BadImage(Reason.TRUNCATED)
-        end = at + 8 + int.from_bytes(view[at : at + 4])
-        kind = bytes(view[at + 4 : at + 8])
-        if end + 4 > len(data):
-            raise BadImage(Reason.TRUNCATED)
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
-            raise BadImage(Reason.CORRUPT, "a PNG with a wrong checksum")
-        yield kind, view[at + 8 : end]
-        at = end + 4
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:

@@ -35,7 +35,10 @@ def table(
     path without suffix; without `study_column` each image is its own study.
     """
     labels = (label,) if isinstance(label, str) else tuple(label)
-    place, file = _locate(tree, table)
+    place, file = tree, table
+    if URL.match(table) or posixpath.isabs(table):
+        folder, _, file = table.rpartition("/")
+        place = Tree(folder or "/")
     header = columns_of(place, file)
     path_column = path_column or _usual(header, "path", ("path", "file", "filename"), table)
     patient_column = patient_column or _usual(header, "patient", ("patient_id", "subject_id", "patient"), table)
@@ -66,14 +69,6 @@ def table(
         if column:
             frame[name] = pixels(rows[column], table)
     return Source(images=frame, labels=labels, counts={})
-
-
-def _locate(tree: Tree, table: str) -> tuple[Tree, str]:
-    """The tree that holds the table, and its path there."""
-    if URL.match(table) or posixpath.isabs(table):
-        folder, _, name = table.rpartition("/")
-        return Tree(folder or "/"), name
-    return tree, table
 
 
 def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:

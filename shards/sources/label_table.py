@@ -116,7 +116,8 @@ def choose_labels(
     Labels are in MIMIC's order if they are its fourteen, else in the table's. Raises ShardError for a missing one, and for
     a name that rows.parquet uses for something else.
     """
-    column_of = {_label_of(name, columns): name for name in columns}
+    # a renamed finding is called by its present name, unless the table has a column of that name
+    column_of = {name if (now := EARLIER.get(name, name)) in columns else now: name for name in columns}
     if asked:
         if unknown := [name for name in asked if name not in columns and name not in column_of]:
             raise ShardError(f"{table} has no column {unknown[0]!r} (--label): its columns are {', '.join(columns)}")
@@ -135,12 +136,6 @@ def choose_labels(
             )
     left = [name for label, name in candidates.items() if label not in taken]
     return {label: taken[label] for label in (MIMIC if set(taken) == set(MIMIC) else taken)}, left
-
-
-def _label_of(name: str, columns: list[str]) -> str:
-    """A column's name; the present name of a renamed finding, unless the table has a column of that name."""
-    now = EARLIER.get(name, name)
-    return name if now in columns else now
 
 
 def _is_bookkeeping(name: str) -> bool:

@@ -73,10 +73,7 @@ def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
     if unknown := sorted(set().union(*kinds.values()) - set(NIH)):
         at = lines(findings.index[[unknown[0] in kinds[text] for text in findings]])
         raise ShardError(f"{where} names the finding {unknown[0]!r} in {at}: known are {', '.join(NIH)}")
-    codes, texts = pd.factorize(findings)
-    return {
-        name: pd.Series(np.array([name in kinds[t] for t in texts], np.float32)[codes], findings.index) for name in NIH
-    }
+    return {name: findings.map({t: float(name in kinds[t]) for t in kinds}).astype(np.float32) for name in NIH}
 
 
 def _nih_images(tree: Tree) -> dict[str, str]:
