@@ -9,9 +9,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,53 +94,38 @@ class Budget:
         return replace(self, end=self.clock() + least[0] + (left - needed[-1]) / len(needed))
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long a piece of work took, from which follows what the same work takes at another scale."""
-
-    wall: float
-    """Seconds of the whole piece."""
-    rounds: int = 1
-    steps: Sequence[float] = ()
-    """Seconds of one step of each measurement."""
-    turn: float = 0.0
-    """Seconds that a turn was given."""
-    pixels: int = 1
-    """Pixels of a step."""
-
-    def least(self, pixels: int) -> float:
-        """Seconds of the same work with one round, at `pixels` per step. The time around the rounds is unchanged.
-
-        A turn is a step to warm up, then `turn` seconds or one step; the burn-in is a shorter turn.
-        """
-
-        def turns(growth: float, rounds: int) -> float:
-            return sum(
-                (rounds + 1) * step + max(self.turn / 4, step) + rounds * max(self.turn, step)
-                for step in (growth * step for step in self.steps)
-            )
-
-        return max(0.0, self.wall - turns(1.0, self.rounds)) + turns(pixels / self.pixels, 1)
-
-
 def in_time(
-    pieces: Mapping[str, tuple[int, T]],
-    work: Callable[[T, Budget], Pace | None],
+    pieces: Mapping[str, tuple[int, int, T]],
+    work: Callable[[T, Budget], list[list[float]] | None],
     budget: Budget,
     left_out: dict[str, str],
+    turn: float = 0.0,
 ) -> None:
     """Do the pieces of work that there is time for, each within its share; note the others in `left_out`.
 
-    `pieces`: by name, with their pixels per step. The pace that `work` returns tells how long the next pieces take.
+    `pieces`: by name, with the scale and the images of a step. `work` returns the rounds of its rates in images/s, or None
+    if it failed: they tell how long the next pieces take with one round and the longest time around the rounds so far.
+    `turn`: seconds that each measurement is given.
     """
-    pace: Pace | None = None
-    for n, (name, (_, piece)) in enumerate(pieces.items()):
-        least = [pace.least(pixels) if pace else 0.0 for pixels, _ in list(pieces.values())[n:]]
+    around, pace = 0.0, list[float]()  # seconds per pixel of each measurement
+
+    def turns(scale: int, images: int, rounds: int) -> float:
+        """Seconds of a burn-in and some rounds. A turn is a step to warm up, then `turn` seconds or one step."""
+        steps = [seconds * scale**2 * images for seconds in pace]
+        return sum((rounds + 1) * step + max(turn / 4, step) + rounds * max(turn, step) for step in steps)
+
+    for n, (name, (scale, images, piece)) in enumerate(pieces.items()):
+        least = [around + turns(side, batch, 1) for side, batch, _ in list(pieces.values())[n:]]
         share = budget.share(least)
         if share is None:
             left_out[name] = no_time(least[0], budget.left)
-        else:
-            pace = work(piece, share) or pace
+            continue
+        start = budget.clock()
+        rates = work(piece, share)
+        if rates is not None:
+            pace = [1 / (statistics.median(rounds) * scale**2) for rounds in rates]
+            longest = max(map(len, rates), default=1)
+            around = max(around, budget.clock() - start - turns(scale, images, longest))
 
 
 def no_time(needed: float, left: float) -> str:
@@ -252,6 +238,19 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+EXTRA = "pip install 'cxrfast[bench]'"
+"""How to install most libraries that are compared with."""
+
+
+def missing_library(module: str, advice: str = EXTRA) -> str:
+    """Why a library cannot be imported, and what to do; empty if it can."""
+    try:
+        import_module(module)
+    except (ImportError, OSError) as error:  # OSError: the Python package without a library that it loads
+        return f"{error}: {advice}"
+    return ""
 
 
 def file_system(folder: Path) -> str | None:

@@ -7,10 +7,9 @@ figures that `pipelines/loader.py` needs. Exit code 1 if a step failed or a comp
 import csv
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,17 +26,8 @@ LOSSES_APART = 0.01
 """Fraction by which an epoch's losses may differ between the engines: same rows and draws, almost the same pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrialStep:
-    call: int
-    name: str
-    outcome: str
-    """ok, skipped (no time was left), timeout or failed."""
-    seconds: int
-    command: str
-
-
 STEPS = {name: Column(name) for name in ("call", "name", "outcome", "seconds", "command")}
+"""`outcome`: ok, skipped (no time was left), timeout or failed."""
 
 EPOCHS = {
     "run": Column("run"),
@@ -50,50 +40,46 @@ EPOCHS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    what: str
-    found: str
-    is_right: bool
-
-
-def read_steps(path: Path) -> list[TrialStep]:
-    """The steps in the script's file: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of STEPS in the script's file: call, name, exit code or `skipped`, seconds, command; separated by tabs."""
     outcomes = {"0": "ok", "skipped": "skipped", "124": "timeout", "137": "timeout"}
     with open(path, newline="") as file:
         return [
-            TrialStep(
-                call=int(call),
-                name=name,
-                outcome=outcomes.get(code, "failed"),
-                seconds=int(seconds),
-                command=" ".join(word.rsplit("/", 1)[-1] for word in command.split()),  # no folders of this machine
-            )
+            {
+                "call": int(call),
+                "name": name,
+                "outcome": outcomes.get(code, "failed"),
+                "seconds": int(seconds),
+                "command": " ".join(word.rsplit("/", 1)[-1] for word in command.split()),  # no folders of this machine
+            }
             for call, name, code, seconds, command in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         ]
 
 
-def compare_runs(runs: dict[str, Run]) -> list[Comparison]:
-    """Compare pairs of runs that must agree. `runs`: by the script's names; pairs that are absent are not compared."""
+def compare_runs(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """Compare pairs of runs that must agree: what was compared, what was found, and whether it is right.
+
+    `runs`: by the script's names; pairs that are absent are not compared.
+    """
     found = []
     if {"train-host", "train-dali"} <= runs.keys():
         host, dali = ([m["train_loss"] for m in runs[f"train-{engine}"].metrics()] for engine in ("host", "dali"))
         apart = [abs(a - b) / a for a, b in zip(host, dali, strict=True)]
         found.append(
-            Comparison(
-                what=f"training losses with host and with dali, within {LOSSES_APART:.0%}",
-                found=", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(host, dali, strict=True)),
-                is_right=bool(apart) and max(apart) <= LOSSES_APART,
-            )
+            {
+                "what": f"training losses with host and with dali, within {LOSSES_APART:.0%}",
+                "found": ", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(host, dali, strict=True)),
+                "is_right": bool(apart) and max(apart) <= LOSSES_APART,
+            }
         )
     if {"deterministic-1", "deterministic-2"} <= runs.keys():
         hashes = {sha256(runs[f"deterministic-{n}"].weights_path) for n in (1, 2)}
         found.append(
-            Comparison(
-                what="weights of two runs with --deterministic, bitwise",
-                found="the same" if len(hashes) == 1 else "different",
-                is_right=len(hashes) == 1,
-            )
+            {
+                "what": "weights of two runs with --deterministic, bitwise",
+                "found": "the same" if len(hashes) == 1 else "different",
+                "is_right": len(hashes) == 1,
+            }
         )
     return found
 
@@ -138,17 +124,16 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     findings, measured = compare_runs(runs), rates(results)
     where = {**provenance(pick_device("auto")), "command": "bench/gpu_trial.sh 1; bench/gpu_trial.sh 2"}
     epochs = {name: run.metrics() for name, run in runs.items()}
-    parts: dict[str, list[Any]] = {"steps": steps, "findings": findings, "rates": measured}
-    values = {name: [asdict(one) for one in part] for name, part in parts.items()}
-    write_json(folder / "trial.json", {**values, "epochs": epochs, "results": results, "provenance": where})
-    lines = [SimpleNamespace(**epoch, run=name, number=epoch["epoch"] + 1) for name in epochs for epoch in epochs[name]]
+    values = {"steps": steps, "findings": findings, "rates": [asdict(line) for line in measured], "epochs": epochs}
+    write_json(folder / "trial.json", {**values, "results": results, "provenance": where})
+    lines = [{**epoch, "run": name, "number": epoch["epoch"] + 1} for name in epochs for epoch in epochs[name]]
     text = "\n".join(
         [
             f"# Trial on {where['gpu'] or where['processor']}\n",
             *(f"- {what}: {value}" for what, value in where.items() if value is not None),
             f"\n{markdown([table('Steps', STEPS, steps)])}",
             "## Findings\n",
-            *(f"- {'right' if f.is_right else 'WRONG'}: {f.what}: {f.found}" for f in findings),
+            *(f"- {'right' if f['is_right'] else 'WRONG'}: {f['what']}: {f['found']}" for f in findings),
             f"\n{markdown([table('Epochs', EPOCHS, lines)])}",
             "## For pipelines/loader.py\n",
             *(f"    {line}," for line in measured),
@@ -158,7 +143,7 @@ def trial(folder: Path, runs_folder: Path) -> bool:
     tables = "\n".join(path.with_suffix(".md").read_text() for path in files)
     write_bytes(folder / "trial.md", f"{text}\n{tables}".encode())
     print(text)
-    return all(s.outcome in ("ok", "skipped") for s in steps) and all(f.is_right for f in findings)
+    return all(s["outcome"] in ("ok", "skipped") for s in steps) and all(f["is_right"] for f in findings)
 
 
 if __name__ == "__main__":

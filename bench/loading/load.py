@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms
+from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms, tiny_images, uncompressed
 from cxrfast.bench.harness import (
     Budget,
     Measured,
-    Pace,
     announce,
     file_system,
     in_time,
@@ -46,7 +45,6 @@ from cxrfast.bench.loading.ways import (
     usable,
 )
 from cxrfast.bench.report import write_results
-from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.distributed import pick_device
 from cxrfast.errors import LoadError
 from cxrfast.machine import usable_cores
@@ -166,32 +164,21 @@ def _measure_all(
 ) -> list[LoadingLine]:
     """The lines of every scale and task that there is time for; the others are added to `left_out`."""
     lines: list[LoadingLine] = []
-    preparing = 0.0
 
-    def work(piece: tuple[Job, str], share: Budget) -> Pace:
-        nonlocal preparing
+    def work(piece: tuple[Job, str], share: Budget) -> list[list[float]]:
         job, task = piece
-        start = budget.clock()
-        if is_first := task == next(iter(TASKS)):
+        if not job.folder.exists():
             _prepare(job, ways)
-            preparing = budget.clock() - start
         each = open_ways(replace(job, turn=task == "B"), device, ways)
         figures = interleave(each, seconds, rounds, share, f"bench load, {job.scale} px, task {task}")
-        found = _lines(job.scale, task, figures)
-        lines.extend(found)
-        wall = budget.clock() - start
-        wall += -preparing if is_first else preparing  # as long as the next piece, which prepares if this did not
-        return Pace(wall, len(found[0].rounds), [job.batch / line.rate for line in found], seconds, _pixels(job))
+        lines.extend(_lines(job.scale, task, figures))
+        return [figure.rounds for figure in figures.values()]
 
-    pieces = {f"{job.scale} px, task {task}": (_pixels(job), (job, task)) for job in jobs for task in TASKS}
-    in_time(pieces, work, budget, left_out)
+    pieces = {f"{job.scale} px, task {task}": (job.scale, job.batch, (job, task)) for job in jobs for task in TASKS}
+    in_time(pieces, work, budget, left_out, seconds)
     if not lines:
         raise LoadError("the time was up before anything was measured: give more --minutes")
     return lines
-
-
-def _pixels(job: Job) -> int:
-    return job.scale**2 * job.batch
 
 
 def _prepare(job: Job, ways: list[str]) -> None:
@@ -245,12 +232,11 @@ def _at_each_scale(
     """The result of `work` at every scale that there is time for; the others are added to `left_out`."""
     found: list[dict[str, Any]] = []
 
-    def timed(job: Job, share: Budget) -> Pace:
-        start = budget.clock()
+    def measure(job: Job, share: Budget) -> list[list[float]]:
         found.append(work(job, share))
-        return Pace(budget.clock() - start)
+        return []
 
-    in_time({f"{what}, {job.scale} px": (1, job) for job in jobs}, timed, budget, left_out)
+    in_time({f"{what}, {job.scale} px": (job.scale, job.batch, job) for job in jobs}, measure, budget, left_out)
     return found
 
 

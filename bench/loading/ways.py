@@ -2,20 +2,18 @@
 
 import re
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from cxrfast.bench.harness import Measurement
+from cxrfast.bench.harness import EXTRA, Measurement, missing_library
 from cxrfast.bench.loading import libraries, torch_loaders
 from cxrfast.bench.loading.job import Job, Peer, files
 from cxrfast.bench.loading.measure import Batches, limit, measurement, ours
 from cxrfast.errors import LoadError
+from cxrfast.machine import installed
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.reader import Reader
 
@@ -123,12 +121,8 @@ def missing(names: Collection[str]) -> dict[str, str]:
         needs = PEERS[name].needs if name in PEERS else None
         if name in ("dali", UNPROVEN) and not dali.available():
             found[name] = f"NVIDIA DALI is not installed: {ADVICE['nvidia.dali']}"
-        elif needs:
-            try:
-                import_module(needs)
-            except (ImportError, OSError) as error:  # OSError: the Python package without a library that it loads
-                advice = ADVICE.get(needs, "pip install 'cxrfast[bench]'")
-                found[name] = f"{error}: {advice}"
+        elif needs and (reason := missing_library(needs, ADVICE.get(needs, EXTRA))):
+            found[name] = reason
     return found
 
 
@@ -167,8 +161,4 @@ def _batches(job: Job, device: torch.device, way: str) -> Batches:
 
 
 def peer_versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {package: installed(package, package) for package in PACKAGES}

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
+from cxrfast.bench.data import FULL_SIZE, SOURCE, crowd
 from cxrfast.bench.harness import Measurement, one_core
 from cxrfast.bench.process import in_own_process
 from cxrfast.bench.sharding.peers import Peer, kernels
-from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd
 from cxrfast.errors import RunError, ShardError
 from cxrfast.log import quiet
 from cxrfast.shards.build import build

@@ -10,6 +10,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
+from cxrfast.bench.harness import missing_library
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.images.resize import at_scales
 
@@ -64,20 +65,20 @@ def libvips(path: Path, scales: list[int], folder: Path) -> None:
 def peers() -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that run here by name, each on one thread; and those that do not, with the reason."""
     found: dict[str, Peer] = {"pillow_rgb": pillow_rgb, "pillow_grey": pillow_grey}
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:  # OSError: the Python package without the library
-        return found, {"libvips": f"{error}: pip install 'cxrfast[bench]'"}
+    if reason := missing_library("pyvips"):
+        return found, {"libvips": reason}
+    import pyvips
+
     pyvips.concurrency_set(1)
     pyvips.cache_set_max(0)  # otherwise a second pass over the same files would find its results there
     return {**found, "libvips": libvips}, {}
 
 
 def peer_versions() -> dict[str, str | None]:
-    try:
-        import pyvips
-    except (ImportError, OSError):
+    if missing_library("pyvips"):
         return {"pillow": PIL.__version__, "libvips": None}
+    import pyvips
+
     return {"pillow": PIL.__version__, "libvips": ".".join(str(pyvips.version(n)) for n in range(3))}
 
 

@@ -15,7 +15,7 @@ import cv2
 import torch
 from matplotlib.figure import Figure
 
-from cxrfast.bench.data import MIMIC_IMAGES
+from cxrfast.bench.data import MIMIC_IMAGES, sample
 from cxrfast.bench.harness import Measured, file_system, interleave, provenance
 from cxrfast.bench.report import Column, left_out_notes, table, write_results
 from cxrfast.bench.sharding.measure import (
@@ -28,7 +28,6 @@ from cxrfast.bench.sharding.measure import (
     startup_seconds,
 )
 from cxrfast.bench.sharding.peers import WHAT, peer_versions, peers
-from cxrfast.bench.trees import sample
 from cxrfast.machine import usable_cores
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import check_scales

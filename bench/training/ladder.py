@@ -6,28 +6,28 @@ many images fit and where the time goes. A rung that fails costs its own lines o
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from cxrfast.bench.harness import (
     Budget,
     Measured,
-    Pace,
     announce,
     in_time,
     measure_elsewhere,
     no_time,
     provenance,
 )
-from cxrfast.bench.report import write_results
-from cxrfast.bench.training.ladder_measure import ARCH, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
-from cxrfast.bench.training.ladder_result import LadderLine, LadderResult, bound
+from cxrfast.bench.report import Column, left_out_notes, table, where, write_results
+from cxrfast.bench.training.ladder_measure import ARCH, KINDS, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
 from cxrfast.config import preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
+from cxrfast.tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def bench(
     with_profile: bool = False,
     only: list[str] | None = None,
     minutes: float | None = None,
-) -> LadderResult:
+) -> "LadderResult":
     """Measure every rung at every scale, write ladder.json, ladder.md and ladder.png into `out`.
 
     `seconds`: per figure and round. `micro_batch`: images per step, by default the preset's of each scale.
@@ -95,28 +95,22 @@ def _announce(
 
 def _all_rates(
     given: list[dict[str, Any]], rungs: list[str], seconds: float, budget: Budget
-) -> tuple[list[LadderLine], dict[str, str]]:
+) -> tuple[list["LadderLine"], dict[str, str]]:
     """The lines of every scale that there was time for, with rates alone; and the other scales."""
     lines: list[LadderLine] = []
     left_out: dict[str, str] = {}
 
-    def work(one: dict[str, Any], share: Budget) -> Pace | None:
-        start = budget.clock()
+    def work(one: dict[str, Any], share: Budget) -> list[list[float]] | None:
         found = _rates(one, rungs, seconds, share)
         lines.extend(found)
-        steps = [line.micro_batch / line.rate for line in found if line.rate]
-        rounds = max(len(line.rounds or []) for line in found)
-        return Pace(budget.clock() - start, rounds, steps, seconds, _pixels(one)) if steps else None
+        return [line.rounds for line in found if line.rounds] or None
 
-    in_time({f"{one['scale']} px": (_pixels(one), one) for one in given}, work, budget, left_out)
+    pieces = {f"{one['scale']} px": (one["scale"], one["micro_batch"], one) for one in given}
+    in_time(pieces, work, budget, left_out, seconds)
     return lines, left_out
 
 
-def _pixels(one: dict[str, Any]) -> int:
-    return one["scale"] ** 2 * one["micro_batch"]
-
-
-def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list[LadderLine]:
+def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list["LadderLine"]:
     """The lines of one scale: from one process that holds all rungs, or from one per rung if that one crashes."""
     lines = {rung: LadderLine(scale=given["scale"], rung=rung, micro_batch=given["micro_batch"]) for rung in rungs}
     for together in (rungs, *([rung] for rung in rungs)):
@@ -139,20 +133,18 @@ def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budg
 
 
 def _all_extras(
-    given: list[dict[str, Any]], lines: list[LadderLine], with_profile: bool, budget: Budget
-) -> tuple[list[LadderLine], dict[str, str]]:
+    given: list[dict[str, Any]], lines: list["LadderLine"], with_profile: bool, budget: Budget
+) -> tuple[list["LadderLine"], dict[str, str]]:
     """The lines with memory, and with kernels at the last scale; and what there was no time for."""
     found: list[LadderLine] = []
     missing: dict[str, list[str]] = {}
     took = 0.0
     largest = {one["scale"]: one["micro_batch"] for one in given}
     for line in lines:
-        if line.rounds is None:
+        if line.rounds is None or budget.left <= took:
             found.append(line)
-            continue
-        if budget.left <= took:
-            found.append(line)
-            missing.setdefault(f"memory at {line.scale} px", []).append(line.rung)
+            if line.rounds is not None:
+                missing.setdefault(f"memory at {line.scale} px", []).append(line.rung)
             continue
         log.info(f"{line.scale} px: memory of {line.rung}")
         options = {
@@ -170,3 +162,126 @@ def _all_extras(
         largest[line.scale] = more.get("largest") or largest[line.scale]  # the next rung's is near it
         found.append(replace(line, **more))
     return found, {what: f"{', '.join(rungs)}: {no_time(took, budget.left)}" for what, rungs in missing.items()}
+
+
+# Results
+
+
+H200_BANDWIDTH = 4.8e12
+"""Bytes/s, NVIDIA's data sheet."""
+
+
+MOVED = {256: (841, 585), 512: (3_364, 2_340), 1024: (13_457, 9_362), 2048: (53_828, 37_447)}
+"""MB per image that a step of densenet121 in bf16 moves, eager and at best compiled; computed, by scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderLine:
+    """One rung at one scale; None for what was not, or could not be, measured."""
+
+    scale: int
+    rung: str
+    """Its name."""
+    micro_batch: int
+    rounds: list[float] | None = None
+    """Training, images/s."""
+    ratio: float | None = None
+    """Rate / the first rung's, round by round where they took turns."""
+    peak_bytes: int | None = None
+    """During a step: torch's allocator on a GPU, the whole process on a CPU."""
+    gpu_used_bytes: int | None = None
+    """GPU memory in use after a step by all processes, as the driver reports it; None on a CPU."""
+    saved_bytes: int | None = None
+    """Kept by autograd per image between forward and backward; only of rungs that are not compiled."""
+    largest: int | None = None
+    """Micro-batch that fits while its double does not; on a GPU, of rungs that are not compiled."""
+    bound: float | None = None
+    """Rate / what an H200's memory bandwidth allows (MOVED); on an H200."""
+    kinds: dict[str, float] | None = None
+    """Device time by kind of kernel, µs per image; at the largest scale, with --profile."""
+    failed: str | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Median of the rounds, images/s."""
+        return Measured(self.rounds).median if self.rounds else None
+
+
+def bound(line: LadderLine, gpu: str | None) -> float | None:
+    """The rate as a fraction of what an H200's bandwidth allows for an eager or a compiled step in bf16."""
+    if line.rate is None or "H200" not in (gpu or "") or line.scale not in MOVED:
+        return None
+    eager, compiled = MOVED[line.scale]
+    is_compiled = any(rung.compile for rung in RUNGS if rung.name == line.rung)
+    moved = compiled if is_compiled else eager
+    return line.rate * moved * 1e6 / H200_BANDWIDTH
+
+
+COLUMNS = {
+    "rung": Column("rung"),
+    "px": Column("scale"),
+    "micro-batch": Column("micro_batch"),
+    "images/s": Column(
+        "rate", ",.1f", note="a training step of a batch that is on the device already: median of the rounds"
+    ),
+    "× first": Column("ratio", ".2f", note="ratio to the first rung, round by round"),
+    "peak GiB": Column(
+        "peak_bytes",
+        ".2f",
+        2**30,
+        "of a step, in its own process: torch's allocator on a GPU, the whole process on a CPU",
+    ),
+    "GPU GiB": Column(
+        "gpu_used_bytes",
+        ".2f",
+        2**30,
+        "in use after a step, as the driver reports it: the whole process, and other ones",
+    ),
+    "saved MiB": Column("saved_bytes", ",.1f", 2**20, "per image: what autograd keeps between forward and backward"),
+    "largest": Column("largest", note="micro-batch that fits, while its double does not"),
+    "of H200": Column(
+        "bound",
+        ".2f",
+        note=f"rate / {H200_BANDWIDTH / 1e12} TB/s over the bytes that an eager or a compiled step in bf16 moves",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LadderResult:
+    lines: list[LadderLine]
+    provenance: dict[str, Any]
+    what: dict[str, str]
+    """The rungs by name."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What there was no time for, and what to do."""
+
+    def tables(self) -> list[Table]:
+        """Rates and memory of every rung; what the rungs are; time by kind of kernel where it was measured."""
+        failed = [f"{line.rung}, {line.scale} px: {line.failed}" for line in self.lines if line.failed]
+        notes = "\n".join(failed + left_out_notes(self.left_out))
+        found = [
+            table(f"Ladder of training {ARCH} ({where(self.provenance)})", COLUMNS, self.lines, notes),
+            Table("The rungs", ["rung", "what it does"], list(self.what.items()), text=["what it does"]),
+        ]
+        if profiled := {line.rung: line.kinds for line in self.lines if line.kinds}:
+            title = f"Time by kind of kernel, µs per image, at {self.lines[-1].scale} px"
+            kinds = [*KINDS, "other"]
+            rows = [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()]
+            note = "Summed over kernels, which may overlap; Triton's: see KINDS."
+            found.append(Table(title, ["rung", *kinds], rows, note))
+        return found
+
+    def plot(self) -> Figure:
+        """Rates as ratios to the first rung's, one line per scale."""
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots()
+        rungs = list(dict.fromkeys(line.rung for line in self.lines))
+        for scale in dict.fromkeys(line.scale for line in self.lines):
+            ratios = [line.ratio for line in self.lines if line.scale == scale]
+            axes.plot(range(len(rungs)), [float("nan") if r is None else r for r in ratios], "o-", label=f"{scale} px")
+        axes.set_xticks(range(len(rungs)), rungs, fontsize=8)
+        highest = max((line.ratio for line in self.lines if line.ratio), default=1.0)
+        axes.set(ylabel="training, images/s,\n× the first rung's", ylim=(0, 1.1 * highest))
+        axes.legend(frameon=False)
+        return figure

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cxrfast.bench.data import make_phantoms
-from cxrfast.bench.harness import Budget, Pace, announce, in_time, measure_elsewhere, provenance
+from cxrfast.bench.harness import Budget, announce, in_time, measure_elsewhere, provenance
 from cxrfast.bench.report import Column, left_out_notes, side_axis, table, where, write_results
 from cxrfast.bench.training.step_measure import FIGURES, measure
 from cxrfast.config import Runtime, preset
@@ -81,32 +81,29 @@ def bench(
             {**given, "runtime": runtime, "scale": scale, "micro_batch": micro_batch or preset(scale).micro_batch}
             for scale, runtime in product(scales, runtimes)
         ]
-        _measure_all(todo, result, budget)
+        _measure_all(todo, seconds / rounds, result, budget)
     write_results(out, "bench", result)
     return result
 
 
-def _measure_all(todo: list[dict[str, Any]], result: "StepResult", budget: Budget) -> None:
+def _measure_all(todo: list[dict[str, Any]], turn: float, result: "StepResult", budget: Budget) -> None:
     """Add to `result` the lines, the scales that failed, and what there was no time for."""
 
-    def work(options: dict[str, Any], share: Budget) -> Pace | None:
-        start = budget.clock()
+    def work(options: dict[str, Any], share: Budget) -> list[list[float]] | None:
         try:
             line = _measure_scale(options, share)
         except RunError as error:
             result.failed[options["scale"]] = str(error)
             return None
         result.lines.append(line)
-        steps = [line["micro_batch"] / line[name] for name in FIGURES]
-        pixels = line["scale"] ** 2 * line["micro_batch"]
-        return Pace(budget.clock() - start, len(line["rounds"]["train"]), steps, options["seconds"], pixels)
+        return list(line["rounds"].values())
 
     pieces = {}
     for one in todo:
         engine = one["runtime"].engine
         name = f"{one['scale']} px{'' if engine == 'auto' else ', ' + engine}"
-        pieces[name] = (one["scale"] ** 2 * one["micro_batch"], one)
-    in_time(pieces, work, budget, result.left_out)
+        pieces[name] = (one["scale"], one["micro_batch"], one)
+    in_time(pieces, work, budget, result.left_out, turn)
 
 
 def _measure_scale(options: dict[str, Any], budget: Budget) -> dict[str, Any]:

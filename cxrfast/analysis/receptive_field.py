@@ -17,8 +17,7 @@ from matplotlib.patches import Rectangle
 
 from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
-from cxrfast.models import effective_receptive_field as fields
-from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
+from cxrfast.models import receptive_field as fields
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
 
@@ -83,7 +82,7 @@ def erf(
     found = fields.effective_receptive_field(model, moved).astype(np.float32)
     size, theoretical = fields.erf_size(found), None
     with suppress(RunError):  # none is known for some architectures
-        theoretical = theoretical_receptive_field(run.config.arch)[0]
+        theoretical = fields.theoretical_receptive_field(run.config.arch)[0]
     result = Erf(
         run=run.name,
         map=found,

@@ -75,8 +75,7 @@ def _look_ahead(
     """Show what a study would do; write its job scripts into the folder `sbatch`, if one is given."""
     from msgspec.structs import replace
 
-    from cxrfast.study.forecast import forecast, forecast_table
-    from cxrfast.study.pace import parse_walltime
+    from cxrfast.study.forecast import forecast, forecast_table, parse_walltime
     from cxrfast.study.plan import make_plan
     from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
 

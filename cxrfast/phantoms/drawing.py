@@ -11,9 +11,8 @@ from cxrfast.phantoms import anatomy as body
 from cxrfast.phantoms import planting
 from cxrfast.phantoms.anatomy import Anatomy
 from cxrfast.phantoms.cohort import Image, stream
-from cxrfast.phantoms.curves import Points, disc, mirror, smooth
 from cxrfast.phantoms.findings import FINDINGS
-from cxrfast.phantoms.frame import Frame
+from cxrfast.phantoms.geometry import Frame, Points, disc, mirror, smooth
 from cxrfast.phantoms.planting import Placement
 
 

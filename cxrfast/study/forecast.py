@@ -3,13 +3,16 @@
 Uses no GPU: a login node can answer for the machines that train.
 """
 
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pandas as pd
@@ -23,10 +26,9 @@ from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.runs.status import SILENT_SECONDS
+from cxrfast.runs.status import SILENT_SECONDS, read_metrics
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
-from cxrfast.study.pace import Pace, jobs
 from cxrfast.study.plan import Plan
 from cxrfast.tables import Cell, Table
 from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
@@ -34,6 +36,10 @@ from cxrfast.units import duration, size
 
 CHECKPOINT_COPIES = 7
 """Copies of the weights on disk: last.pt with Adam's two moments (3), the next one while it is written (3), the best (1)."""
+
+
+NOTICE_SECONDS = 120
+"""Seconds before its end at which a job is asked to save; forecasts leave them out."""
 
 
 @dataclass(kw_only=True)
@@ -84,6 +90,27 @@ class ScaleData:
     """int64: rows in the set at this scale."""
     weight_bytes: int
     """Size of the model's weights, float32."""
+
+
+class Pace:
+    """Images/s of a run: as given for its scale, else its own so far, else of another run of its architecture and scale."""
+
+    def __init__(self, runs: Path, given: Mapping[int, float] | None = None) -> None:
+        self.given = given or {}
+        self.by_folder: dict[Path, float] = {}
+        self.by_scale: dict[tuple[str, int], float] = {}
+        for folder in RunFolder.below(runs):
+            try:
+                config = Run.open(folder.folder).config
+            except CxrfastError:
+                continue
+            lines = [line for line in read_metrics(folder) if line.get("images_per_s")]
+            if rates := [line["images_per_s"] * config.area_at(line["epoch"]) for line in lines]:
+                self.by_folder[folder.folder] = self.by_scale[config.arch, config.scale] = median(rates)
+
+    def of(self, folder: Path, config: TrainConfig) -> float | None:
+        known = self.by_folder.get(folder) or self.by_scale.get((config.arch, config.scale))
+        return self.given.get(config.scale) or known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +281,24 @@ def _first_weights(config: TrainConfig) -> str:
     refuse_other_fold(config)
     weights_file(config)
     return Path(config.weights).name
+
+
+# Wall times
+
+
+def parse_walltime(text: str) -> int:
+    """`36:00:00` or `1-12:00:00` → seconds. Raises RunError for anything else, or if too short to save."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total <= NOTICE_SECONDS:
+        raise RunError(f"wall time {text!r} is not [DAYS-]HH:MM:SS of more than {NOTICE_SECONDS} s, such as 24:00:00")
+    return total
+
+
+def jobs(seconds: float, walltime: int) -> int:
+    """Number of jobs of `walltime` seconds that a training of `seconds` takes; each saves before it ends."""
+    return math.ceil(seconds / (walltime - NOTICE_SECONDS))
 
 
 # Texts

@@ -15,8 +15,7 @@ from msgspec import Meta
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.runs.folder import RunFolder
-from cxrfast.study.forecast import Outlook
-from cxrfast.study.pace import NOTICE_SECONDS, parse_walltime
+from cxrfast.study.forecast import NOTICE_SECONDS, Outlook, parse_walltime
 from cxrfast.study.plan import Plan
 from cxrfast.training.signals import TORCHRUN_SIGNALS
 

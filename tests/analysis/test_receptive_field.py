@@ -9,8 +9,7 @@ from runs import SMALL, make_untrained
 from cxrfast.analysis import maps
 from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
-from cxrfast.models import effective_receptive_field as fields
-from cxrfast.models.theoretical_receptive_field import theoretical_receptive_field
+from cxrfast.models import receptive_field as fields
 from cxrfast.runs.run import Run
 
 PARTS = ["train"] * 4 + ["val"] * 4 + ["test"] * 4
@@ -28,7 +27,7 @@ def test_a_runs_field_is_stored_and_measured_again_it_is_the_same(tiny_set, tmp_
     assert replace(stored, map=first.map) == first
     assert (stored.map.shape, stored.map.dtype, stored.map.max()) == ((64, 64), np.float32, 1)
     assert (stored.images, stored.fraction) == (3, stored.size / 64)
-    assert stored.theoretical == theoretical_receptive_field(SMALL)[0]
+    assert stored.theoretical == fields.theoretical_receptive_field(SMALL)[0]
     assert f"ERF {stored.size:.0f} px" in stored.in_words()
     np.testing.assert_array_equal(erf(run, images=3).map, first.map)
     assert not np.array_equal(erf(run, images=3, seed=1).map, first.map)

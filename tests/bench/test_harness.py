@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from cxrfast.bench import harness
-from cxrfast.bench.harness import Budget, Measured, Pace, in_time, interleave, one_core
+from cxrfast.bench.harness import Budget, Measured, in_time, interleave, one_core
 
 
 class Clock:
@@ -73,19 +74,29 @@ def test_what_does_not_fit_is_left_out_and_named() -> None:
     clock, left_out = Clock(), dict[str, str]()
     done: list[tuple[str, float]] = []
 
-    def work(name: str, share: Budget) -> Pace:
+    def work(name: str, share: Budget) -> list[list[float]]:
         done.append((name, share.left))
         clock.now += 30
-        return Pace(wall=30)
+        return []
 
-    in_time({name: (1, name) for name in "abcd"}, work, Budget.of(1.75, clock), left_out)
+    in_time({name: (1, 1, name) for name in "abcd"}, work, Budget.of(1.75, clock), left_out)
     assert done == [("a", 105 / 4), ("b", 30 + 15 / 2), ("c", 30 + 15)]
     assert left_out == {"d": "about 30s needed, 15s left: give more --minutes, or measure less"}
 
 
-def test_the_same_work_takes_at_least_what_it_took_without_its_further_rounds() -> None:
+def test_the_same_work_takes_at_least_what_it_took_without_its_further_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     def least(wall: float, rounds: int, growth: int = 1) -> float:
-        return Pace(wall, rounds, steps=[1.0, 2.0], turn=5.0, pixels=64).least(64 * growth)
+        clock, needed = Clock(), dict[str, Any]()
+
+        def work(piece: None, share: Budget) -> list[list[float]]:
+            clock.now += wall
+            return [[4.0] * rounds, [2.0] * rounds]  # images/s: steps of 4 images take 1 and 2 s
+
+        budget = Budget(end=clock.now + wall + 1, clock=clock)
+        in_time({"first": (8, 4, None), "next": (8, 4 * growth, None)}, work, budget, needed, turn=5.0)
+        return needed["next"]
+
+    monkeypatch.setattr(harness, "no_time", lambda needed, left: needed)
 
     assert least(100, 1) == pytest.approx(100)
     assert least(100, 3) == pytest.approx(100 - 2 * (1 + 5) - 2 * (2 + 5))

@@ -10,7 +10,7 @@ from cxrfast.bench.loading.result import LoadingLine, LoadingResult
 from cxrfast.bench.report import Column, Result, table, write_results
 from cxrfast.bench.sharding.shard import ShardingResult
 from cxrfast.bench.training.curriculum import CurriculumResult
-from cxrfast.bench.training.ladder_result import LadderLine, LadderResult
+from cxrfast.bench.training.ladder import LadderLine, LadderResult
 from cxrfast.bench.training.step import StepResult
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"

@@ -11,7 +11,7 @@ from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.study.forecast import Forecast, forecast, projection
+from cxrfast.study.forecast import Forecast, forecast, jobs, parse_walltime, projection
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.training.setup import select_rows
 from cxrfast.units import duration
@@ -171,3 +171,13 @@ def test_smaller_sizes_cost_their_area(tiny_set: Path, tmp_path: Path) -> None:
     assert resized.work == pytest.approx(7 * whole.images + 10 * whole.rows["val"] / 3)
     started(plan, scale=64).add_metrics({"epoch": 3, "size": 32, "images_per_s": 400.0})
     assert forecast(plan).outlooks[0].images_per_s == 100.0, "what 400 at half the side are worth at the whole one"
+
+
+def test_wall_times() -> None:
+    assert parse_walltime("24:00:00") == 86400
+    assert parse_walltime("1-00:00:10") == 86410
+    for text in ("24", "24:00", "1:60:00", "00:02:00", "", "-1:00:00"):
+        with pytest.raises(RunError, match="such as 24:00:00"):
+            parse_walltime(text)
+    assert jobs(3600 * 23, 86400) == 1
+    assert jobs(86400, 86400) == 2, "what saving takes is not counted on"

@@ -6,12 +6,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cxrfast.bench.data import LONG, LongOrder
+from cxrfast.bench.data import LONG, LongOrder, tiny_images, uncompressed
 from cxrfast.bench.harness import Budget, Measured
 from cxrfast.bench.loading import load
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.large import large
-from cxrfast.bench.trees import tiny_images, uncompressed
 from cxrfast.cli.main import cli
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.decoder import Pixels

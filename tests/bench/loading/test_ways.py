@@ -11,9 +11,9 @@ import pytest
 from bench_jobs import within_20_seconds
 from click.testing import CliRunner
 
+from cxrfast.bench.data import SOURCE, crowd
 from cxrfast.bench.loading.job import Job, files, pixels
 from cxrfast.bench.loading.ways import OURS, PEERS, WHAT, missing, peer_versions, pick_ways, typed
-from cxrfast.bench.trees import SOURCE, crowd
 from cxrfast.cli.main import cli
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from cxrfast.bench.data import FULL_SIZE, SOURCE, crowd, sample
 from cxrfast.bench.sharding.measure import Notes, Setup, measurements, memory, prepare
 from cxrfast.bench.sharding.peers import QUALITY, kernels, peer_versions, peers
 from cxrfast.bench.sharding.shard import _compute
-from cxrfast.bench.trees import FULL_SIZE, SOURCE, crowd, sample
 from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth

@@ -9,9 +9,8 @@ from click.testing import CliRunner
 
 from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget
-from cxrfast.bench.training.ladder import bench
+from cxrfast.bench.training.ladder import LadderLine, bench, bound
 from cxrfast.bench.training.ladder_measure import RUNGS, alone, kind, largest, make_step, pick_rungs, rates, rungs_of
-from cxrfast.bench.training.ladder_result import LadderLine, bound
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 
