@@ -59,6 +59,8 @@ class Reader:
         """int16 (images, 4, 4): see `grid`; -1 for rows that this scale does not have and in shards without grids."""
         for shard in shards:
             self._open_index(shard)
+        self.largest = int(self._size.max())
+        """Bytes of the largest image."""
         self._header = pgm_header(scale, scale)
         self._files: dict[int, int] = {}
 
@@ -89,11 +91,6 @@ class Reader:
     def rows(self) -> np.ndarray:
         """int64, ascending: rows that this scale has (neither quarantined nor still to be built)."""
         return np.flatnonzero(self._tar >= 0)
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest image."""
-        return int(self._size.max())
 
     def bytes_of(self, rows: np.ndarray) -> int:
         """Total bytes of the images of `rows`. Raises LoadError for row numbers out of range."""

@@ -56,8 +56,6 @@ def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
     packed: list[memoryview] = []
     view, at, kind = memoryview(data), len(SIGNATURE), b""
     while kind != b"IEND":
-        if len(data) < at + 12:
-            raise BadImage(Reason.TRUNCATED)
         end = at + 8 + int.from_bytes(view[at : at + 4])
         if end + 4 > len(data):
             raise BadImage(Reason.TRUNCATED)

@@ -15,7 +15,9 @@ from cxrfast.shards.storage import Tree
 CHEXPERT_TABLES = {"train": ("train.csv",), "validate": ("valid.csv",), "test": ("test_labels.csv", "test.csv")}
 """Tables of each part; the first one found is read."""
 
-CHEXPERT_PATH = re.compile(r"(?:.*/)?(train|valid|val|test)/(patient\d+)/(study\d+)/([^/]+)(\.\w+)$")
+CHEXPERT_PATH = re.compile(
+    r"^(?:.*/)?(?P<part>train|valid|val|test)/(?P<patient>patient\d+)/(?P<study>study\d+)/(?P<view>[^/]+)(?P<suffix>\.\w+)$"
+)
 
 CHEXPERT_BATCH = re.compile(r"CheXpert-v1\.0 batch \d+", re.IGNORECASE)
 """Folders of the full-size download: `CheXpert-v1.0 batch 2 (train 1)/patient00001/…`."""
@@ -53,15 +55,12 @@ def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFra
     what = f"the {split} table of CheXpert"
     table = read_table(tree, path, ["Path", *MIMIC], what, optional=["AP/PA"])  # the test table has no views
     where = posixpath.join(str(tree), path)
-    found = [CHEXPERT_PATH.match(p) for p in filled(table["Path"], where)]
-    if None in found:
-        at = table.index[found.index(None)]
+    pieces = filled(table["Path"], where).str.extract(CHEXPERT_PATH)
+    if (unknown := pieces["part"].isna()).any():
+        at = unknown.idxmax()
         raise ShardError(
             f"{where} lists {table['Path'][at]} in line {at}, which is not …/patient00001/study1/view1_….jpg"
         )
-    pieces = pd.DataFrame(
-        [m.groups() for m in found if m], columns=["part", "patient", "study", "view", "suffix"], index=table.index
-    )
     study = pieces["patient"] + "/" + pieces["study"]
     image = study + "/" + pieces["view"]
     frontal = table["AP/PA"] if "AP/PA" in table else pd.Series(None, table.index, dtype=object)

@@ -88,9 +88,6 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
-# The column of ids
-
-
 def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str | None]:
     """The table's id column, and the set's column with the same ids if the name says. Raises ShardError if unclear."""
     known = [name for name in columns if _plain(name) in KEYS]
@@ -103,9 +100,6 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
     if key not in columns:
         raise ShardError(f"{table} has no column {key!r} (--key): its columns are {', '.join(columns)}")
     return key, KEYS.get(_plain(key))
-
-
-# The columns of labels
 
 
 def choose_labels(
