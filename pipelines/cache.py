@@ -36,7 +36,14 @@ class PixelCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._make_room(images * size * size, len(reader.rows) * size * size)
+            needed = len(reader.rows) * size * size - os.fstat(self._file).st_blocks * 512
+            free = shutil.disk_usage(self.path.parent).free
+            if needed > free:
+                raise LoadError(
+                    f"the cache {self.path} needs {in_words(needed)} more and {self.path.parent} has {in_words(free)} free: "
+                    "choose another folder, or train without a cache"
+                )
+            os.ftruncate(self._file, images * size * size)  # unwritten parts are holes
             with open(self.path.with_suffix(".sums"), "ab+") as sums:
                 os.posix_fallocate(sums.fileno(), 0, 8 * images)  # writing to a mapped hole on a full disk is a signal
                 self._sums = np.frombuffer(mmap.mmap(sums.fileno(), 8 * images), np.uint32).reshape(images, 2)
@@ -48,16 +55,6 @@ class PixelCache:
             ) from error
         self._checked = np.zeros(images, bool)
         self._is_full = False
-
-    def _make_room(self, length: int, needed: int) -> None:
-        folder = self.path.parent
-        there, free = os.fstat(self._file).st_blocks * 512, shutil.disk_usage(folder).free
-        if needed - there > free:
-            raise LoadError(
-                f"the cache {self.path} needs {in_words(needed - there)} more and {folder} has {in_words(free)} free: "
-                "choose another folder, or train without a cache"
-            )
-        os.ftruncate(self._file, length)  # unwritten parts are holes
 
     def get(self, row: int) -> np.ndarray | None:
         """uint8 (size, size), read-only, in the page cache; None if the row is not cached yet."""

@@ -175,7 +175,6 @@ def choose(
         return "dali", f"{gpu} has not been measured; with many cores per GPU, try --engine host"
     rates = min(measured[gpu], key=lambda rates: abs(rates.scale - scale))
     host, step = threads * rates.host, rates.step
+    engine = "host" if host >= HEADROOM * step or host >= rates.dali else "dali"
     compared = f"{threads} host threads give {host:,.0f} images/s, DALI {rates.dali:,.0f}, the step takes {step:,.0f}"
-    if host >= HEADROOM * step or host >= rates.dali:
-        return "host", f"at {rates.scale} px {compared}"
-    return "dali", f"at {rates.scale} px {compared}"
+    return engine, f"at {rates.scale} px {compared}"

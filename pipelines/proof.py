@@ -30,8 +30,7 @@ class Proof:
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self.reader, self.device = reader, device
-        info = reader.info
-        self.tolerance = tolerance(info.codec, info.quality, reader.scale)
+        self.tolerance = tolerance(reader.info.codec, reader.info.quality, reader.scale)
         """Largest allowed difference of a cell's mean, grey levels."""
         self._pixels = Pixels(reader, reader.scale)
         self.compared = 0

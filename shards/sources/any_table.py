@@ -59,15 +59,12 @@ def table(
             "patient_id": filled(rows[patient_column], table),
             "path": path,
             **{name: raw_labels(rows[name], table) for name in labels},
+            "view": rows[view_column] if view_column else None,
+            "split": _parts(rows[split_column], table) if split_column else None,
+            "height": pixels(rows[height_column], table) if height_column else None,
+            "width": pixels(rows[width_column], table) if width_column else None,
         }
     )
-    if view_column:
-        frame["view"] = rows[view_column]
-    if split_column:
-        frame["split"] = _parts(rows[split_column], table)
-    for name, column in (("height", height_column), ("width", width_column)):
-        if column:
-            frame[name] = pixels(rows[column], table)
     return Source(images=frame, labels=labels, counts={})
 
 

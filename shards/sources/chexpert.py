@@ -57,7 +57,7 @@ def _chexpert_part(tree: Tree, folder: str, path: str, split: str) -> pd.DataFra
     where = posixpath.join(str(tree), path)
     pieces = filled(table["Path"], where).str.extract(CHEXPERT_PATH)
     if (unknown := pieces["part"].isna()).any():
-        at = unknown.idxmax()
+        at = table.index[unknown][0]
         raise ShardError(
             f"{where} lists {table['Path'][at]} in line {at}, which is not …/patient00001/study1/view1_….jpg"
         )
