@@ -15,9 +15,17 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cxrfast.bench.harness import Budget, gpu_used_bytes, interleave, limit_memory, no_time, peak_resident_bytes, rate
+from cxrfast.bench.harness import (
+    Budget,
+    gpu_used_bytes,
+    interleave,
+    limit_memory,
+    no_time,
+    peak_resident_bytes,
+    rate,
+    saved_bytes,
+)
 from cxrfast.bench.process import tell
-from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.labels import MIMIC

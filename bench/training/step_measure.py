@@ -26,8 +26,8 @@ from cxrfast.bench.harness import (
     limit_memory,
     peak_resident_bytes,
     rate,
+    saved_bytes,
 )
-from cxrfast.bench.training.memory import saved_bytes
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier

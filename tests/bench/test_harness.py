@@ -5,9 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import torchvision
+from torch import nn
 
 from cxrfast.bench import harness
-from cxrfast.bench.harness import Budget, Measured, in_time, interleave, one_core
+from cxrfast.bench.harness import Budget, Measured, in_time, interleave, one_core, saved_bytes
+from cxrfast.models.densenet import lean
 
 
 class Clock:
@@ -120,3 +124,18 @@ def test_a_measurement_is_killed_some_time_after_the_whole_budget(monkeypatch):
     budget = Budget(end=5, last=60, clock=lambda: 0.0)
     harness.measure_elsewhere(print, {"a": 1}, budget)
     assert (given["a"], given["budget"], given["limit"]) == (1, budget, 60 + harness.GRACE)
+
+
+def test_it_keeps_less_for_the_backward_pass_and_with_checkpointing_far_less() -> None:
+    with torch.device("meta"):
+        theirs = saved_bytes(torchvision.models.densenet121(), 256, channels=3)
+        plain, checkpointed = (saved_bytes(lean(torchvision.models.densenet121(), c), 256, 3) for c in (False, True))
+    assert plain < theirs
+    assert checkpointed < 0.6 * theirs
+
+
+def test_saved_bytes_are_those_of_a_network_that_can_be_counted_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    assert saved_bytes(net, 8) == 8 * 8 * (1 + 4) * 4, "the image and the map behind the ReLU, kept once, float32"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert saved_bytes(net, 8) == 8 * 8 * (1 + 4) * 2

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cxrfast.bench.loading.result import LoadingLine, LoadingResult
+from cxrfast.bench.loading.load import LoadingResult
 from cxrfast.bench.report import Column, Result, table, write_results
 from cxrfast.bench.sharding.shard import ShardingResult
 from cxrfast.bench.training.curriculum import CurriculumResult
@@ -22,7 +22,7 @@ def stored(path: Path) -> Result:
         return kind(**values)
     assert values["engines"] == []
     by_scale = {name: {int(scale): n for scale, n in values[name].items()} for name in ("images", "batch")}
-    return LoadingResult(**values | by_scale | {"lines": [LoadingLine(**line) for line in values["lines"]]})
+    return LoadingResult(**values | by_scale)
 
 
 @pytest.mark.parametrize(

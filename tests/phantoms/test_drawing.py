@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from cxrfast.phantoms.anatomy import Anatomy, heart
-from cxrfast.phantoms.cohort import Image, stream
+from cxrfast.phantoms.cohort import FINDINGS, Image, stream
 from cxrfast.phantoms.drawing import draw
-from cxrfast.phantoms.findings import FINDINGS
 
 LARGE = [name for name, finding in FINDINGS.items() if finding.kind == "large"]
 MIDDLE = [name for name, finding in FINDINGS.items() if finding.kind == "middle"]

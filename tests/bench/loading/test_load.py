@@ -75,8 +75,8 @@ def test_the_plan_is_shown_and_one_way_is_measured(tiny_set, tmp_path):
 
 def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels():
     rates = {"host": 10.0, "host, cache": 40.0, "limit": 20.0, "host, raw": 80.0, "memmap": 160.0, "LitData": 5.0}
-    lines = {line.way: line for line in load._lines(64, "A", {way: Measured([rate]) for way, rate in rates.items()})}
-    assert {way: (line.ratio, line.of_limit) for way, line in lines.items()} == {
+    lines = {line["way"]: line for line in load._lines(64, "A", {way: Measured([rate]) for way, rate in rates.items()})}
+    assert {way: (line["ratio"], line["of_limit"]) for way, line in lines.items()} == {
         "host": (1, 0.5),
         "host, cache": (1, None),
         "limit": (0.5, 1),
@@ -84,7 +84,7 @@ def test_ratios_compare_jpegs_with_jpegs_and_pixels_with_pixels():
         "memmap": (0.25, None),
         "LitData": (2, 0.25),
     }
-    assert [way for way, line in lines.items() if line.pixels] == ["host, cache", "host, raw", "memmap"]
+    assert [way for way, line in lines.items() if line["pixels"]] == ["host, cache", "host, raw", "memmap"]
 
 
 def test_scales_tasks_and_passes_that_do_not_fit_the_time_are_named(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_scales_tasks_and_passes_that_do_not_fit_the_time_are_named(tmp_path, mo
     left_out: dict[str, str] = {}
     budget = Budget.of(1, clock=lambda: now)
     lines = load._measure_all(jobs, ["host"], torch.device("cpu"), 0.1, 1, budget, left_out)
-    assert [(line.scale, line.task) for line in lines] == [(32, "A"), (32, "B")]
+    assert [(line["scale"], line["task"]) for line in lines] == [(32, "A"), (32, "B")]
     assert list(left_out) == ["64 px, task A", "64 px, task B"]
     assert "about 1m20s needed, 20s left" in left_out["64 px, task A"]
     now = 60.0
