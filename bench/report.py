@@ -57,12 +57,10 @@ class Column(NamedTuple):
 
     def cell(self, line: Any) -> str:
         value = self.value(line)
+        if value is None:
+            return ABSENT
         values = value if isinstance(value, list) else [value]
-        return (
-            ABSENT
-            if value is None
-            else " ".join(format(v if self.unit == 1 else v / self.unit, self.form) for v in values)
-        )
+        return " ".join(format(v if self.unit == 1 else v / self.unit, self.form) for v in values)
 
 
 def table(title: str, columns: Mapping[str, Column], lines: Iterable[object], note: str = "") -> Table:

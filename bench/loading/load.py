@@ -28,10 +28,9 @@ from cxrfast.bench.harness import (
     no_time,
     provenance,
 )
-from cxrfast.bench.loading.engines import compare_engines
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.large import large
-from cxrfast.bench.loading.measure import pass_rate
+from cxrfast.bench.loading.measure import compare_engines, pass_rate
 from cxrfast.bench.loading.ways import (
     CACHE,
     HOST,

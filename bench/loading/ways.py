@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cxrfast.bench.harness import EXTRA, Measurement, missing_library
-from cxrfast.bench.loading import libraries, torch_loaders
+from cxrfast.bench.loading import libraries
 from cxrfast.bench.loading.job import Job, Peer, files
 from cxrfast.bench.loading.measure import Batches, limit, measurement, ours
 from cxrfast.errors import LoadError
@@ -61,10 +61,10 @@ ffcv_raw = partial(libraries.ffcv, raw=True)
 write_beton_raw = partial(libraries.write_beton, raw=True)
 
 PEERS = {
-    "DataLoader, our kernels": Peer(torch_loaders.over_kernels),
-    "DataLoader, our kernels, ring": Peer(torch_loaders.over_ring),
-    "DataLoader, Pillow": Peer(torch_loaders.over_files, files),
-    "memmap": Peer(torch_loaders.over_array, torch_loaders.write_array, pixels=True),
+    "DataLoader, our kernels": Peer(libraries.over_kernels),
+    "DataLoader, our kernels, ring": Peer(libraries.over_ring),
+    "DataLoader, Pillow": Peer(libraries.over_files, files),
+    "memmap": Peer(libraries.over_array, libraries.write_array, pixels=True),
     "webdataset": Peer(libraries.webdataset, libraries.write_tars, "webdataset"),
     "DALI's tar reader": Peer(libraries.dali_tars, libraries.write_tars, "nvidia.dali"),
     "LitData": Peer(libraries.litdata, libraries.write_litdata, "litdata"),

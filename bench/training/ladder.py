@@ -6,7 +6,7 @@ many images fit and where the time goes. A rung that fails costs its own lines o
 """
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,14 @@ def bench(
     ]
     _announce(given, rungs, chosen, seconds, minutes)
     out.mkdir(parents=True, exist_ok=True)
-    lines, left_out = _all_rates(given, [rung.name for rung in rungs], seconds, budget)
-    lines, missing = _all_extras(given, lines, with_profile, budget)
-    if all(line.rounds is None for line in lines):
-        reasons = [*(line.failed for line in lines), *left_out.values()]
+    result = LadderResult([], provenance(chosen), {rung.name: rung.what for rung in rungs})
+    _measure_rates(given, [rung.name for rung in rungs], seconds, result, budget)
+    _measure_alone(given, with_profile, result, budget)
+    if not any(line["rounds"] for line in result.lines):
+        reasons = [*(line["failed"] for line in result.lines), *result.left_out.values()]
         raise RunError(f"no rung could be measured; first: {reasons[0]}")
-    origin = provenance(chosen)
-    lines = [replace(line, bound=bound(line, origin["gpu"])) for line in lines]
-    result = LadderResult(lines, origin, {rung.name: rung.what for rung in rungs}, left_out | missing)
+    for line in result.lines:
+        line["bound"] = bound(line, result.provenance["gpu"])
     write_results(out, "ladder", result)
     return result
 
@@ -93,75 +93,70 @@ def _announce(
     )
 
 
-def _all_rates(
-    given: list[dict[str, Any]], rungs: list[str], seconds: float, budget: Budget
-) -> tuple[list["LadderLine"], dict[str, str]]:
-    """The lines of every scale that there was time for, with rates alone; and the other scales."""
-    lines: list[LadderLine] = []
-    left_out: dict[str, str] = {}
+def _measure_rates(
+    given: list[dict[str, Any]], rungs: list[str], seconds: float, result: "LadderResult", budget: Budget
+) -> None:
+    """Add to `result` the lines of every scale that there is time for, with rates alone, and name the other scales."""
 
     def work(one: dict[str, Any], share: Budget) -> list[list[float]] | None:
         found = _rates(one, rungs, seconds, share)
-        lines.extend(found)
-        return [line.rounds for line in found if line.rounds] or None
+        result.lines.extend(found)
+        return [line["rounds"] for line in found if line["rounds"]] or None
 
     pieces = {f"{one['scale']} px": (one["scale"], one["micro_batch"], one) for one in given}
-    in_time(pieces, work, budget, left_out, seconds)
-    return lines, left_out
+    in_time(pieces, work, budget, result.left_out, seconds)
 
 
-def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list["LadderLine"]:
+def _rates(given: dict[str, Any], rungs: list[str], seconds: float, budget: Budget) -> list[dict[str, Any]]:
     """The lines of one scale: from one process that holds all rungs, or from one per rung if that one crashes."""
-    lines = {rung: LadderLine(scale=given["scale"], rung=rung, micro_batch=given["micro_batch"]) for rung in rungs}
+    scale, micro_batch = given["scale"], given["micro_batch"]
+    lines = {rung: dict.fromkeys(LINE) | {"scale": scale, "rung": rung, "micro_batch": micro_batch} for rung in rungs}
     for together in (rungs, *([rung] for rung in rungs)):
-        if any(lines[rung].rounds or lines[rung].failed for rung in together):
+        if any(lines[rung]["rounds"] or lines[rung]["failed"] for rung in together):
             continue
         try:
             options = {**given, "rungs": together, "seconds": seconds}
-            figures = len(together) * (ROUNDS + 2)
-            found = measure_elsewhere(rates, options, budget, f"{given['scale']} px", figures)
+            found = measure_elsewhere(rates, options, budget, f"{scale} px", len(together) * (ROUNDS + 2))
         except (RunError, MemoryError) as error:
-            if len(together) == 1 or not budget.left_of_all:
-                lines |= {rung: replace(lines[rung], failed=str(error)) for rung in together}
-        else:
-            lines |= {rung: replace(lines[rung], **more) for rung, more in found.items()}
-    base = lines[rungs[0]].rounds
-    for rung, line in lines.items():
-        if line.rounds and base:
-            lines[rung] = replace(line, ratio=Measured(line.rounds).ratio(Measured(base)))
+            if len(together) > 1 and budget.left_of_all:
+                continue
+            found = {rung: {"failed": str(error)} for rung in together}
+        for rung, more in found.items():
+            lines[rung] |= more
+    base = lines[rungs[0]]["rounds"]
+    for line in lines.values():
+        if line["rounds"] and base:
+            line["ratio"] = Measured(line["rounds"]).ratio(Measured(base))
     return list(lines.values())
 
 
-def _all_extras(
-    given: list[dict[str, Any]], lines: list["LadderLine"], with_profile: bool, budget: Budget
-) -> tuple[list["LadderLine"], dict[str, str]]:
-    """The lines with memory, and with kernels at the last scale; and what there was no time for."""
-    found: list[LadderLine] = []
+def _measure_alone(given: list[dict[str, Any]], with_profile: bool, result: "LadderResult", budget: Budget) -> None:
+    """Add memory to the lines that have a rate, and kernels at the last scale; name what there was no time for."""
     missing: dict[str, list[str]] = {}
     took = 0.0
     largest = {one["scale"]: one["micro_batch"] for one in given}
-    for line in lines:
-        if line.rounds is None or budget.left <= took:
-            found.append(line)
-            if line.rounds is not None:
-                missing.setdefault(f"memory at {line.scale} px", []).append(line.rung)
+    for line in (line for line in result.lines if line["rounds"]):
+        scale, rung = line["scale"], line["rung"]
+        if budget.left <= took:
+            missing.setdefault(f"memory at {scale} px", []).append(rung)
             continue
-        log.info(f"{line.scale} px: memory of {line.rung}")
+        log.info(f"{scale} px: memory of {rung}")
         options = {
-            **next(one for one in given if one["scale"] == line.scale),
-            "rung": line.rung,
-            "start": largest[line.scale],
-            "with_profile": with_profile and line.scale == given[-1]["scale"],
+            **next(one for one in given if one["scale"] == scale),
+            "rung": rung,
+            "start": largest[scale],
+            "with_profile": with_profile and scale == given[-1]["scale"],
         }
         start = budget.clock()
         try:
-            more = measure_elsewhere(alone, options, budget)
+            line |= measure_elsewhere(alone, options, budget)
         except (RunError, MemoryError) as error:
-            more = {"failed": str(error)}
+            line["failed"] = str(error)
         took = budget.clock() - start
-        largest[line.scale] = more.get("largest") or largest[line.scale]  # the next rung's is near it
-        found.append(replace(line, **more))
-    return found, {what: f"{', '.join(rungs)}: {no_time(took, budget.left)}" for what, rungs in missing.items()}
+        largest[scale] = line["largest"] or largest[scale]  # the next rung's is near it
+    result.left_out.update(
+        {what: f"{', '.join(rungs)}: {no_time(took, budget.left)}" for what, rungs in missing.items()}
+    )
 
 
 # Results
@@ -175,46 +170,36 @@ MOVED = {256: (841, 585), 512: (3_364, 2_340), 1024: (13_457, 9_362), 2048: (53_
 """MB per image that a step of densenet121 in bf16 moves, eager and at best compiled; computed, by scale."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LadderLine:
-    """One rung at one scale; None for what was not, or could not be, measured."""
-
-    scale: int
-    rung: str
-    """Its name."""
-    micro_batch: int
-    rounds: list[float] | None = None
-    """Training, images/s."""
-    ratio: float | None = None
-    """Rate / the first rung's, round by round where they took turns."""
-    peak_bytes: int | None = None
-    """During a step: torch's allocator on a GPU, the whole process on a CPU."""
-    gpu_used_bytes: int | None = None
-    """GPU memory in use after a step by all processes, as the driver reports it; None on a CPU."""
-    saved_bytes: int | None = None
-    """Kept by autograd per image between forward and backward; only of rungs that are not compiled."""
-    largest: int | None = None
-    """Micro-batch that fits while its double does not; on a GPU, of rungs that are not compiled."""
-    bound: float | None = None
-    """Rate / what an H200's memory bandwidth allows (MOVED); on an H200."""
-    kinds: dict[str, float] | None = None
-    """Device time by kind of kernel, µs per image; at the largest scale, with --profile."""
-    failed: str | None = None
-
-    @property
-    def rate(self) -> float | None:
-        """Median of the rounds, images/s."""
-        return Measured(self.rounds).median if self.rounds else None
+LINE = (
+    "scale",
+    "rung",
+    "micro_batch",
+    "rounds",  # training, images/s
+    "ratio",  # rate / the first rung's, round by round where they took turns
+    "peak_bytes",
+    "gpu_used_bytes",
+    "saved_bytes",  # only of rungs that are not compiled
+    "largest",  # on a GPU, of rungs that are not compiled
+    "bound",  # rate / what an H200's memory bandwidth allows (MOVED); on an H200
+    "kinds",  # device time by kind of kernel, µs per image; at the largest scale, with --profile
+    "failed",
+)
+"""Keys of a line, which is one rung at one scale; None for what was not, or could not be, measured. See COLUMNS."""
 
 
-def bound(line: LadderLine, gpu: str | None) -> float | None:
-    """The rate as a fraction of what an H200's bandwidth allows for an eager or a compiled step in bf16."""
-    if line.rate is None or "H200" not in (gpu or "") or line.scale not in MOVED:
+def rate(line: dict[str, Any]) -> float | None:
+    """Median of the rounds, images/s."""
+    return Measured(line["rounds"]).median if line["rounds"] else None
+
+
+def bound(line: dict[str, Any], gpu: str | None) -> float | None:
+    """The rate as a fraction of what an H200's bandwidth allows for an eager or a compiled step in bf16 (MOVED)."""
+    found = rate(line)
+    if found is None or "H200" not in (gpu or "") or line["scale"] not in MOVED:
         return None
-    eager, compiled = MOVED[line.scale]
-    is_compiled = any(rung.compile for rung in RUNGS if rung.name == line.rung)
-    moved = compiled if is_compiled else eager
-    return line.rate * moved * 1e6 / H200_BANDWIDTH
+    eager, compiled = MOVED[line["scale"]]
+    is_compiled = any(rung.compile for rung in RUNGS if rung.name == line["rung"])
+    return found * (compiled if is_compiled else eager) * 1e6 / H200_BANDWIDTH
 
 
 COLUMNS = {
@@ -249,7 +234,8 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class LadderResult:
-    lines: list[LadderLine]
+    lines: list[dict[str, Any]]
+    """See LINE."""
     provenance: dict[str, Any]
     what: dict[str, str]
     """The rungs by name."""
@@ -258,14 +244,15 @@ class LadderResult:
 
     def tables(self) -> list[Table]:
         """Rates and memory of every rung; what the rungs are; time by kind of kernel where it was measured."""
-        failed = [f"{line.rung}, {line.scale} px: {line.failed}" for line in self.lines if line.failed]
+        failed = [f"{line['rung']}, {line['scale']} px: {line['failed']}" for line in self.lines if line["failed"]]
         notes = "\n".join(failed + left_out_notes(self.left_out))
+        lines = [{**line, "rate": rate(line)} for line in self.lines]
         found = [
-            table(f"Ladder of training {ARCH} ({where(self.provenance)})", COLUMNS, self.lines, notes),
+            table(f"Ladder of training {ARCH} ({where(self.provenance)})", COLUMNS, lines, notes),
             Table("The rungs", ["rung", "what it does"], list(self.what.items()), text=["what it does"]),
         ]
-        if profiled := {line.rung: line.kinds for line in self.lines if line.kinds}:
-            title = f"Time by kind of kernel, µs per image, at {self.lines[-1].scale} px"
+        if profiled := {line["rung"]: line["kinds"] for line in self.lines if line["kinds"]}:
+            title = f"Time by kind of kernel, µs per image, at {self.lines[-1]['scale']} px"
             kinds = [*KINDS, "other"]
             rows = [[rung, *(f"{times[kind]:,.0f}" for kind in kinds)] for rung, times in profiled.items()]
             note = "Summed over kernels, which may overlap; Triton's: see KINDS."
@@ -276,12 +263,12 @@ class LadderResult:
         """Rates as ratios to the first rung's, one line per scale."""
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
-        rungs = list(dict.fromkeys(line.rung for line in self.lines))
-        for scale in dict.fromkeys(line.scale for line in self.lines):
-            ratios = [line.ratio for line in self.lines if line.scale == scale]
+        rungs = list(dict.fromkeys(line["rung"] for line in self.lines))
+        for scale in dict.fromkeys(line["scale"] for line in self.lines):
+            ratios = [line["ratio"] for line in self.lines if line["scale"] == scale]
             axes.plot(range(len(rungs)), [float("nan") if r is None else r for r in ratios], "o-", label=f"{scale} px")
         axes.set_xticks(range(len(rungs)), rungs, fontsize=8)
-        highest = max((line.ratio for line in self.lines if line.ratio), default=1.0)
+        highest = max((line["ratio"] for line in self.lines if line["ratio"]), default=1.0)
         axes.set(ylabel="training, images/s,\n× the first rung's", ylim=(0, 1.1 * highest))
         axes.legend(frameon=False)
         return figure

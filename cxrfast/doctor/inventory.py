@@ -45,15 +45,11 @@ def _software() -> Iterator[Item]:
     for package in ("torch", "torchvision", "simplejpeg", "zarr", "webdataset"):
         found = installed(package, package)
         yield Item(package, found or "not installed", "" if found else f"pip install {package}", not found)
-    yield about_opencv(installed(OPENCV, "cv2"))
-
-
-def about_opencv(found: str | None) -> Item:
-    if not found:
-        return Item(OPENCV, "not installed", f"pip install {OPENCV}", is_problem=True)
-    is_old = int(found.split(".")[0]) < 5
-    advice = f"rotates images less exactly, by a few grey levels at edges: pip install -U {OPENCV}" if is_old else ""
-    return Item(OPENCV, found, advice)
+    found = installed(OPENCV, "cv2")
+    advice = "" if found else f"pip install {OPENCV}"
+    if found and _major(found) < 5:
+        advice = f"rotates images less exactly, by a few grey levels at edges: pip install -U {OPENCV}"
+    yield Item(OPENCV, found or "not installed", advice, not found)
 
 
 def _machine() -> Iterator[Item]:

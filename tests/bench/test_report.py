@@ -10,7 +10,7 @@ from cxrfast.bench.loading.load import LoadingResult
 from cxrfast.bench.report import Column, Result, table, write_results
 from cxrfast.bench.sharding.shard import ShardingResult
 from cxrfast.bench.training.curriculum import CurriculumResult
-from cxrfast.bench.training.ladder import LadderLine, LadderResult
+from cxrfast.bench.training.ladder import LINE, LadderResult
 from cxrfast.bench.training.step import StepResult
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -42,10 +42,11 @@ def test_a_committed_result_still_gives_its_tables_and_its_json(name: str, tmp_p
 
 def test_a_ladder_names_what_failed_and_what_was_left_out(tmp_path: Path) -> None:
     lines = [
-        LadderLine(scale=64, rung="torchvision", micro_batch=8, rounds=[2.0, 4.0, 3.0], ratio=1.0, peak_bytes=2**30),
-        LadderLine(scale=64, rung="ours", micro_batch=8, failed="exit code -11"),
+        {"rung": "torchvision", "rounds": [2.0, 4.0, 3.0], "ratio": 1.0, "peak_bytes": 2**30},
+        {"rung": "ours", "failed": "exit code -11"},
     ]
     origin = {"gpu": None, "processor": "abacus", "cores": 2}
+    lines = [dict.fromkeys(LINE) | {"scale": 64, "micro_batch": 8} | line for line in lines]
     result = LadderResult(lines, origin, {"torchvision": "theirs", "ours": "ours"}, {"128 px": "no time left"})
     write_results(tmp_path, "ladder", result)
     text = (tmp_path / "ladder.md").read_text()

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget
-from cxrfast.bench.training.ladder import LadderLine, bench, bound
+from cxrfast.bench.training.ladder import bench, bound
 from cxrfast.bench.training.ladder_measure import RUNGS, alone, kind, largest, make_step, pick_rungs, rates, rungs_of
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
@@ -22,7 +22,7 @@ def test_every_rung_is_measured_and_compared_with_the_first(tmp_path, caplog):
     caplog.set_level("INFO", "cxrfast")
     only = ["channels-last", "recompute"]  # each takes a process
     result = bench([32], tmp_path, seconds=0.1, micro_batch=4, device="cpu", with_profile=True, only=only)
-    assert [line.rung for line in result.lines] == ["torchvision", *only]
+    assert [line["rung"] for line in result.lines] == ["torchvision", *only]
     assert result.left_out == {}
     said = "\n".join(caplog.messages)
     assert said.startswith("bench ladder: training steps of densenet121 on a synthetic batch (cpu)\n  scales: 32 px")
@@ -30,16 +30,16 @@ def test_every_rung_is_measured_and_compared_with_the_first(tmp_path, caplog):
     assert "left out: autocast, ours, compile, autotune (" in said
     assert "32 px: 21/21 figures" in said
     for line in result.lines:
-        assert line.failed is None
-        assert min(line.rounds or [0]) > 0
-        assert 2**27 < (line.peak_bytes or 0) < 2**34
-        kinds = line.kinds or {"none": 0}
+        assert line["failed"] is None
+        assert min(line["rounds"] or [0]) > 0
+        assert 2**27 < (line["peak_bytes"] or 0) < 2**34
+        kinds = line["kinds"] or {"none": 0}
         assert max(kinds, key=lambda name: kinds[name]) in ("convolution", "other")
         assert min(kinds.values()) > 0
-        assert (line.largest, line.bound, line.gpu_used_bytes) == (None, None, None), "of GPUs"
-    _, theirs, checkpointed = (line.saved_bytes or 0 for line in result.lines)
+        assert (line["largest"], line["bound"], line["gpu_used_bytes"]) == (None, None, None), "of GPUs"
+    _, theirs, checkpointed = (line["saved_bytes"] or 0 for line in result.lines)
     assert 0 < checkpointed < 0.6 * theirs
-    assert result.lines[0].ratio == 1
+    assert result.lines[0]["ratio"] == 1
     assert json.loads((tmp_path / "ladder.json").read_text())["provenance"]["torch"]
 
 
@@ -84,7 +84,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(harness, "in_own_process", run)
     result = bench([32, 64], tmp_path, device="cpu", only=["torchvision"], minutes=0.015)
-    assert [(line.scale, line.rounds, line.peak_bytes) for line in result.lines] == [(32, [2.0], None)]
+    assert [(line["scale"], line["rounds"], line["peak_bytes"]) for line in result.lines] == [(32, [2.0], None)]
     assert list(result.left_out) == ["64 px", "memory at 32 px"]
     assert list(json.loads((tmp_path / "ladder.json").read_text())["left_out"]) == ["64 px", "memory at 32 px"]
     text = (tmp_path / "ladder.md").read_text()
@@ -102,8 +102,8 @@ def test_a_rung_that_takes_its_process_down_costs_its_own_line_only(tmp_path, mo
 
     monkeypatch.setattr(harness, "in_own_process", run)
     lines = bench([64], tmp_path, device="cpu").lines
-    assert [line.failed for line in lines] == [None, "exit code -11", None, None, None]
-    assert [line.ratio for line in lines] == [1, None, 3, 3, 3]
+    assert [line["failed"] for line in lines] == [None, "exit code -11", None, None, None]
+    assert [line["ratio"] for line in lines] == [1, None, 3, 3, 3]
     assert "exit code -11" in (tmp_path / "ladder.md").read_text()
 
 
@@ -149,7 +149,7 @@ def test_kernels_are_told_apart_by_name(name, expected):
 
 
 def test_the_bound_is_of_an_h200_alone_and_shown_where_it_is_known():
-    line = LadderLine(scale=1024, rung=RUNGS[2].name, micro_batch=8, rounds=[178.5])
+    line = {"scale": 1024, "rung": RUNGS[2].name, "rounds": [178.5]}
     assert bound(line, "NVIDIA H200") == pytest.approx(0.5, abs=1e-2)
     assert bound(line, "NVIDIA A100-SXM4-40GB") is None
     assert bound(line, None) is None
