@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from damage import copy_set
 from hypothesis import settings
 from sets import REAL
 
@@ -51,6 +52,17 @@ def raw_set(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def either_set(request: pytest.FixtureRequest) -> Path:
     """The tiny set in one codec and the other. Not to be written to."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def folder(tiny_set, tmp_path):
+    """A copy of the tiny set to damage."""
+    return copy_set(tiny_set, tmp_path / "set")
+
+
+@pytest.fixture
+def either_copy(either_set, tmp_path):
+    return copy_set(either_set, tmp_path / "set")
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
-
-from cxrfast.cli.main import cli
+from commands import invoke
 
 EARLIER = Path(__file__).parent / "data" / "earlier"
 NAME = "shufflenet_v2_x0_5-32"
@@ -33,7 +31,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def cxrfast(command: str) -> str:
     """What a command that succeeds prints, stdout and stderr."""
-    done = CliRunner().invoke(cli, command.split())
+    done = invoke(*command.split())
     assert done.exit_code == 0, (done.output, done.exception)
     return done.output
 

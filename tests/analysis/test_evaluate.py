@@ -1,6 +1,7 @@
 """Tables from run folders: right numbers, and no join of runs that do not belong together."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,21 +167,9 @@ def test_runs_of_different_studies_or_with_other_rows_or_labels_are_not_joined(s
         evaluate(study)
 
 
-def copy_a_fold(run: Run) -> None:
-    shutil.copytree(run.folder, run.folder.with_name("fold-0-copy"))
-
-
-def forget_rows(run: Run) -> None:
-    predict(run, 1.0, drop=3)
-
-
 def diverge(run: Run) -> None:
     row = run.rows().query("part == 'test'")["row"].to_numpy()
     run.write_predictions({"test": Predictions(row, np.full((len(row), len(LABELS)), np.inf))})
-
-
-def damage_rows(run: Run) -> None:
-    run.rows_path.write_bytes(b"nothing")
 
 
 def predict_another_configuration(run: Run) -> None:
@@ -196,10 +185,10 @@ def start_from_two_groups(run: Run) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (copy_a_fold, "both are fold 0"),
-        (forget_rows, r"densenet121-256/fold-0: of the 60 test rows 3 have no prediction"),
+        (lambda run: shutil.copytree(run.folder, run.folder.with_name("fold-0-copy")), "both are fold 0"),
+        (partial(predict, quality=1.0, drop=3), r"densenet121-256/fold-0: of the 60 test rows 3 have no prediction"),
         (diverge, "not finite"),
-        (damage_rows, r"rows\.parquet"),
+        (lambda run: run.rows_path.write_bytes(b"nothing"), r"rows\.parquet"),
         (predict_another_configuration, "belongs to another run"),
         (start_from_two_groups, r"their configurations differ \(weights: "),
     ],

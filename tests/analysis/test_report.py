@@ -1,10 +1,10 @@
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from runs import make_run, metrics_line
 
 from cxrfast.analysis.evaluate import evaluate
@@ -113,12 +113,7 @@ def test_a_browser_shows_the_report_and_its_pictures(drawn, tmp_path):
     probe.write_text(drawn.read_text().replace("</body>", script + "</body>"))
     switches = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
     options = [*switches.split(), "disable-sync", f"user-data-dir={tmp_path / 'profile'}", "virtual-time-budget=5000"]
-    done = subprocess.run(
-        ["chromium", *(f"--{option}" for option in options), "--dump-dom", probe.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run("chromium", *(f"--{option}" for option in options), "--dump-dom", probe.as_uri())
     seen = re.search(r'data-seen="(\d+) of (\d+)"', done.stdout)
     assert seen, done.stderr[-2000:]
     assert seen[1] == seen[2]

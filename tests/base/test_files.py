@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
 from cxrfast.files import TEMPORARY, replacing, sha256, temporary_name, write_bytes, write_json
 
@@ -62,12 +63,10 @@ def test_temporary_names_lie_in_the_same_folder_and_are_never_the_same(tmp_path)
         "import sys; from pathlib import Path; from cxrfast.files import temporary_name\n"
         "print(temporary_name(Path(sys.argv[1])))"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a.tar"], check=True, capture_output=True, text=True
-    )
+    other = Path(run(sys.executable, "-c", script, tmp_path / "a.tar").stdout.strip())
     mine = temporary_name(tmp_path / "a.tar")
-    assert len({Path(other.stdout.strip()), mine, temporary_name(tmp_path / "a.tar")}) == 3
-    assert Path(other.stdout.strip()).parent == mine.parent == tmp_path
+    assert len({other, mine, temporary_name(tmp_path / "a.tar")}) == 3
+    assert other.parent == mine.parent == tmp_path
 
 
 def test_json_is_read_back_and_the_same_value_gives_the_same_bytes(tmp_path):

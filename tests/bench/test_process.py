@@ -13,11 +13,6 @@ from cxrfast.bench.process import in_own_process
 from cxrfast.errors import LoadError, RunError
 
 
-@pytest.fixture(autouse=True)
-def _new_processes_find_the_jobs(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-
-
 def test_a_process_answers_reports_figures_and_loads_only_what_its_function_needs():
     figures: list[str] = []
     assert in_own_process(bench_jobs.report_three, {"a": 1}, on_figure=figures.append) == [1, False]

@@ -1,14 +1,13 @@
 """bench/gpu_trial.sh, rehearsed whole on a CPU, and what its summary makes of results."""
 
 import json
-import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import run
 
 from cxrfast.bench.trial import compare_runs, rates, read_steps, trial
 from cxrfast.pipelines import dali
@@ -20,12 +19,10 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_trial.sh"
 @pytest.mark.slow
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 def test_a_rehearsal_goes_through_every_step_without_a_failing_line(tmp_path):
-    environment = {**os.environ, "TRIAL_REHEARSAL": "1", "TRIAL_WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
+    environment = {"TRIAL_REHEARSAL": "1", "TRIAL_WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
     printed = []
     for call in ("1", "2"):
-        done = subprocess.run(
-            ["bash", SCRIPT, call, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=1500
-        )
+        done = run("bash", SCRIPT, call, tmp_path / "out", timeout=1500, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         printed.append(done.stdout)
     found = json.loads((tmp_path / "out" / "trial.json").read_text())
@@ -116,10 +113,8 @@ def test_what_the_choice_of_an_engine_needs_is_taken_from_the_benchmarks():
 def test_bad_input_is_refused_before_anything_runs(arguments, environment, message, tmp_path):
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "paper.md").touch()
-    given = {**os.environ, "OUT": "out", "TRIAL_WORK": "work", "PYTHON": sys.executable, **environment}
-    done = subprocess.run(
-        ["bash", SCRIPT, *arguments], env=given, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    given = {"OUT": "out", "TRIAL_WORK": "work", "PYTHON": sys.executable, **environment}
+    done = run("bash", SCRIPT, *arguments, folder=tmp_path, timeout=60, **given)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert (tmp_path / "occupied" / "paper.md").exists()

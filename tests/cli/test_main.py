@@ -6,15 +6,13 @@ import subprocess
 
 import pytest
 import torch
-from click.testing import CliRunner
-from damage import copy_set, flip_bit, mounted
-
-from cxrfast.cli.main import cli
+from commands import invoke
+from damage import flip_bit, mounted
 
 
 def refused(*arguments: object) -> str:
     """Message of a command that must be refused."""
-    done = CliRunner().invoke(cli, [str(a) for a in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
     assert isinstance(done.exception, SystemExit), done.exception
     assert "Traceback" not in done.output
@@ -22,7 +20,7 @@ def refused(*arguments: object) -> str:
 
 
 def accepted(*arguments: object) -> str:
-    done = CliRunner().invoke(cli, [str(a) for a in arguments])
+    done = invoke(*arguments)
     assert done.exit_code == 0, (done.output, done.exception)
     return done.output
 
@@ -84,10 +82,9 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take_and_uncompressed_i
     assert "every image decoded: whole" in accepted("verify", "--deep", tmp_path / "set")
 
 
-def test_damage_is_listed_by_verify(tiny_set, tmp_path):
-    copy = copy_set(tiny_set, tmp_path / "set")
-    flip_bit(copy / "64" / "000001.tar", 5000)
-    message = refused("verify", copy)
+def test_damage_is_listed_by_verify(folder):
+    flip_bit(folder / "64" / "000001.tar", 5000)
+    message = refused("verify", folder)
     assert "64/000001.tar: its bytes have changed" in message
     assert "1 problems" in message
 

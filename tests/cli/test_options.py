@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrfast.cli.main import cli
 from cxrfast.cli.options import configured
 from cxrfast.cli.study import study
 from cxrfast.cli.training import train
@@ -94,6 +93,6 @@ def test_a_field_without_an_option_has_no_argument():
     ],
 )
 def test_a_value_of_the_wrong_form_is_refused_with_an_example(command, message):
-    done = CliRunner().invoke(cli, command.split())
+    done = invoke(*command.split())
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())

@@ -1,16 +1,13 @@
 """All checks together: what they print, and how the command ends."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from batches import CPU
-from click.testing import CliRunner
+from commands import invoke, run
 
-from cxrfast.cli.main import cli
 from cxrfast.doctor import checkup
 from cxrfast.doctor.checkup import FAILED, OK, SKIPPED, Check, Outcome, carry_out, checks, failed
 from cxrfast.doctor.pixels import host_pixels
@@ -64,13 +61,8 @@ def test_a_gpu_is_checked_at_each_share_of_its_jpeg_engines(reader) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_everything_passes_here(tiny_set: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cxrfast", "doctor", "--deep", "--shards", str(tiny_set), "--scale", "64"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    words = ("doctor", "--deep", "--shards", tiny_set, "--scale", "64")
+    done = run(sys.executable, "-m", "cxrfast", *words, timeout=600, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.partition(f"Checks on cpu with {tiny_set} at 64 px\n")[2].splitlines()
     with Reader(tiny_set, 64) as reader:
@@ -99,7 +91,7 @@ def test_without_a_set_phantoms_are_made_and_go(monkeypatch, capsys) -> None:
 def test_a_failure_ends_the_command_with_exit_code_2(tiny_set: Path, monkeypatch) -> None:
     outcomes = [Outcome("gradients", FAILED, "off"), Outcome("memory", OK, "1 GiB")]
     monkeypatch.setattr(checkup, "checkup", lambda shards, scale: outcomes)
-    result = CliRunner().invoke(cli, ["doctor", "--deep", "--shards", str(tiny_set)])
+    result = invoke("doctor", "--deep", "--shards", tiny_set)
     assert result.exit_code == 2
     assert "1 of 2 checks failed (gradients)" in result.stderr
 
@@ -114,6 +106,6 @@ def test_a_failure_ends_the_command_with_exit_code_2(tiny_set: Path, monkeypatch
     ],
 )
 def test_what_cannot_be_checked_is_one_message(tiny_set: Path, arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(cli, ["doctor", *(str(tiny_set) if a == "SET" else a for a in arguments)])
+    result = invoke("doctor", *(tiny_set if a == "SET" else a for a in arguments))
     assert result.exit_code == 2
     assert message in result.stderr

@@ -1,11 +1,11 @@
 """A process group that fails, hangs or answers wrongly is refused."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from batches import CPU
+from commands import run
 
 from cxrfast.doctor import process_group as group_module
 from cxrfast.doctor.process_group import process_group
@@ -49,6 +49,6 @@ def test_a_process_group_that_answers_wrongly_is_refused(fault: str, message: st
         f"{fault}\n"
         "one_rank(torch.device('cpu'))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = run(sys.executable, "-c", script)
     assert done.returncode != 0
     assert message in done.stderr

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from click.testing import CliRunner
+from commands import invoke
 from safetensors.torch import save_file
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier, Normalise
 from cxrfast.models.weights import load_weights
@@ -98,7 +97,7 @@ def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path, monkeypatch
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # one that has not seen these proxies
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    done = CliRunner().invoke(cli, ["fetch-weights"])
+    done = invoke("fetch-weights")
     assert done.exit_code == 2
     assert "cxrfast fetch-weights --arch densenet121 --to DIR" in done.stderr
     assert "Traceback" not in done.stderr

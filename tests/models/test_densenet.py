@@ -18,7 +18,6 @@ from cxrfast.models.densenet import ARCHITECTURES, lean
 ODD = 7
 """Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""
 
-
 SMALL = partial(DenseNet, 8, (2, 3, 2), 16, num_classes=3)
 """torchvision's, with three blocks of two or three layers."""
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from torch import nn
 from torchvision.models import DenseNet
 from trainings import CUDA, make_trainer, needs_gpu
 
-from cxrfast.cli.main import cli
 from cxrfast.config import COMPILE_MODES, Runtime
 from cxrfast.errors import RunError
 from cxrfast.models.densenet import lean
@@ -19,7 +18,7 @@ from cxrfast.models.precision import compiled, resolve_precision, use_tf32, with
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes_that_capture_cuda_graphs_are_refused_with_the_reason(tiny_set, tmp_path, mode):
     given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", "--scale=32", f"--compile={mode}"]
-    done = CliRunner().invoke(cli, given)
+    done = invoke(*given)
     assert done.exit_code == 2
     assert f"--compile {mode} captures CUDA graphs, which fail when gradients are accumulated" in done.output
     assert "use default or max-autotune-no-cudagraphs" in done.output

@@ -10,9 +10,9 @@ from cxrfast.phantoms.anatomy import Anatomy, heart
 from cxrfast.phantoms.cohort import FINDINGS, Image, stream
 from cxrfast.phantoms.drawing import draw
 
-LARGE = [name for name, finding in FINDINGS.items() if finding.kind == "large"]
-MIDDLE = [name for name, finding in FINDINGS.items() if finding.kind == "middle"]
-FINE = [name for name, finding in FINDINGS.items() if finding.kind == "fine"]
+
+def of_kind(kind: str) -> list[str]:
+    return [name for name, finding in FINDINGS.items() if finding.kind == kind]
 
 
 def pair(finding: str, view: str, patient: int, size: int = 512) -> tuple[np.ndarray, np.ndarray]:
@@ -25,14 +25,14 @@ def reduced(pixels: np.ndarray, at: int) -> np.ndarray:
     return cv2.resize(pixels.astype(np.float32), (at, at), interpolation=cv2.INTER_AREA)
 
 
-def difference(finding: str, view: str, patient: int, at: int, size: int = 512) -> np.ndarray:
+def difference(finding: str, view: str, patient: int, at: int) -> np.ndarray:
     """Absolute difference in grey levels, averaged over cells of an `at`×`at` image."""
-    without, present = pair(finding, view, patient, size)
+    without, present = pair(finding, view, patient)
     return np.abs(reduced(present, at) - reduced(without, at))
 
 
 @pytest.mark.parametrize("view", ["PA", "AP", "LATERAL"])
-@pytest.mark.parametrize("finding", LARGE)
+@pytest.mark.parametrize("finding", of_kind("large"))
 def test_large_findings_survive_16_pixels(finding, view):
     for patient in range(2):
         found = difference(finding, view, patient, at=16)
@@ -40,14 +40,14 @@ def test_large_findings_survive_16_pixels(finding, view):
         assert found.max() > 25
 
 
-@pytest.mark.parametrize("finding", MIDDLE)
+@pytest.mark.parametrize("finding", of_kind("middle"))
 def test_middle_findings_are_there_at_64_pixels(finding):
     for patient in range(2):
         assert difference(finding, "PA", patient, at=64).max() > 5
 
 
 @pytest.mark.parametrize("view", ["PA", "LATERAL"])
-@pytest.mark.parametrize("finding", FINE)
+@pytest.mark.parametrize("finding", of_kind("fine"))
 def test_fine_findings_are_seen_at_native_size_and_gone_at_a_sixteenth(finding, view):
     for patient in range(2):
         without, present = (pixels.astype(int) for pixels in pair(finding, view, patient))

@@ -184,8 +184,7 @@ def test_both_files_may_be_deleted_while_an_engine_runs(reader, tmp_path, name, 
     used.close()
 
 
-def test_a_row_that_cannot_be_read_is_named_and_not_kept(tiny_set, tmp_path):
-    folder = copy_set(tiny_set, tmp_path / "set")
+def test_a_row_that_cannot_be_read_is_named_and_not_kept(folder, tmp_path):
     replace_image(folder, 64, 70, b"no picture")
     with Reader(folder, 64) as reader:
         for _ in ("cold", "others are there"):

@@ -104,11 +104,8 @@ def test_a_row_that_does_not_exist_is_named(either_reader, tmp_path, name, row, 
     [(64, 8, 8), (64, 65, 65), (64, 256, 256), (64, 64, 8), (32, 128, 128), (16, 32, 32), (48, 65, 65), (48, 32, 64)],
 )
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_jpeg_of_another_size_than_the_set_names_its_row_at_every_size_asked_for(
-    tiny_set, tmp_path, name, size, height, width
-):
+def test_a_jpeg_of_another_size_than_the_set_names_its_row_at_every_size_asked_for(folder, name, size, height, width):
     """Decoded at a reduced size, 128 px would pass for 64."""
-    folder = copy_set(tiny_set, tmp_path / "set")
     replace_image(folder, 64, 70, encode(np.zeros((height, width), np.uint8), 5))
     with Reader(folder, 64) as reader, pytest.raises(LoadError, match=rf"row 70 of .* has {width} × {height} px"):
         list(engine(name, reader, size).batches(plain(ROWS, 50)))

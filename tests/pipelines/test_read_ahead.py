@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batches import plain, threads_of_ours
-from damage import copy_set, where
+from damage import where
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,8 +97,7 @@ def test_stopping_half_way_leaves_no_thread(reader, monkeypatch):
     assert threads_of_ours() == []
 
 
-def test_tars_that_are_missing_and_rows_that_this_scale_does_not_have_are_left_to_the_reader(tiny_set, tmp_path):
-    folder = copy_set(tiny_set, tmp_path / "set")
+def test_tars_that_are_missing_and_rows_that_this_scale_does_not_have_are_left_to_the_reader(folder):
     shard_path(folder, 64, 1, "json").unlink()
     with Reader(folder, 64) as reader:
         for shard in (0, 2):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from batches import ENGINES, assert_agree, equal, threads_of_ours
-from damage import copy_set, flip_bit, replace_image, where
+from damage import flip_bit, replace_image, where
 
 from cxrfast.errors import LoadError
 from cxrfast.pipelines import reader as module
@@ -34,12 +34,6 @@ def by_tarfile(folder: Path, scale: int) -> dict[int, bytes]:
 def read_all(reader: Reader) -> dict[int, bytes]:
     """Runs in other processes too."""
     return {int(row): bytes(reader.read(int(row))) for row in reader.rows}
-
-
-@pytest.fixture
-def folder(tiny_set: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny set that can be spoiled."""
-    return copy_set(tiny_set, tmp_path / "set")
 
 
 @pytest.mark.parametrize("scale", [32, 64])
@@ -153,11 +147,10 @@ def test_a_file_that_does_not_fit_is_named_when_the_set_is_opened(folder, kind, 
         Reader(folder, 64)
 
 
-def test_with_the_index_of_another_set_no_row_is_taken_for_another(either_set, tmp_path):
+def test_with_the_index_of_another_set_no_row_is_taken_for_another(either_set, either_copy):
     """One that has the same rows, so that it is not noticed before they are read."""
-    folder = copy_set(either_set, tmp_path / "set")
-    shutil.copy(shard_path(folder, 32, 1, "idx"), shard_path(folder, 64, 1, "idx"))
-    with Reader(folder, 64) as reader, Reader(either_set, 64) as whole:
+    shutil.copy(shard_path(either_copy, 32, 1, "idx"), shard_path(either_copy, 64, 1, "idx"))
+    with Reader(either_copy, 64) as reader, Reader(either_set, 64) as whole:
         out = np.zeros((64, 64), np.uint8)
         for row in range(64, 128):
             with pytest.raises(LoadError, match=rf"64/000001.tar, row {row}: the image's bytes have changed"):
@@ -219,11 +212,6 @@ def loader(reader: Reader, engine: str, rows: np.ndarray, augment: Augment | Non
 
 def images(reader: Reader, engine: str, rows: np.ndarray, augment: Augment | None = None) -> list[torch.Tensor]:
     return [batch.image for batch in loader(reader, engine, rows, augment)]
-
-
-@pytest.fixture
-def either_copy(either_set: Path, tmp_path: Path) -> Path:
-    return copy_set(either_set, tmp_path / "set")
 
 
 @pytest.fixture

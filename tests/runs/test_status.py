@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 from cxrfast.runs.status import best_auroc, status
 
@@ -87,7 +86,7 @@ def test_no_runs_are_one_message(tmp_path: Path) -> None:
     for runs in (tmp_path, tmp_path / "none"):
         with pytest.raises(RunError, match="no runs in"):
             status(runs)
-        done = CliRunner().invoke(cli, ["status", str(runs)])
+        done = invoke("status", runs)
         assert done.exit_code == 2
         assert done.stderr.startswith(f"cxrfast: no runs in {runs}: train one with")
 
@@ -95,9 +94,9 @@ def test_no_runs_are_one_message(tmp_path: Path) -> None:
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     make(tmp_path, "d-32/fold-0", {"state": "failed", "time": NOW, "error": "[red]disk full"})
     make(tmp_path, "d-32/fold-1").joinpath("state.json").write_text("{")
-    table = CliRunner().invoke(cli, ["status", str(tmp_path)])
+    table = invoke("status", tmp_path)
     assert table.exit_code == 0
     for text in ("d-32/fold-0", "failed", "[red]disk full", "damaged", "0/7"):
         assert text in table.output
-    values = json.loads(CliRunner().invoke(cli, ["status", "--json", str(tmp_path)]).output)
+    values = json.loads(invoke("status", "--json", tmp_path).output)
     assert [value["state"] for value in values] == ["failed", "damaged"]

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from damage import copy_set
 from sets import build
 
 from cxrfast.phantoms.dataset import synth
@@ -39,12 +38,6 @@ def corrupt_set(corrupt, tmp_path_factory):
     """The set of the damaged tree, at 32 px."""
     out = tmp_path_factory.mktemp("corrupt-set") / "set"
     return out, build(corrupt, out, [32])
-
-
-@pytest.fixture
-def folder(tiny_set, tmp_path):
-    """A copy of the tiny set to damage."""
-    return copy_set(tiny_set, tmp_path / "set")
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ def start(tree: Path, out: Path) -> subprocess.Popen:
     asked = [word for scale in SCALES for word in ("--scale", str(scale))]
     return subprocess.Popen(
         [sys.executable, "-m", "cxrfast", "shard", "--data", tree, "--out", out, "--workers", "2", *asked],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -112,7 +111,6 @@ def test_ctrl_c_ends_a_build_at_once_with_one_message_and_the_same_command_goes_
     command = [sys.executable, "-m", "cxrfast", "shard", "--data", real_tree, "--out", out, "--workers", "2"]
     child = subprocess.Popen(
         [*command, "--scale", "64", "--scale", "256", "--scale", "1024"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -137,7 +135,7 @@ def shard_command(data: Path, out: Path, scales: list[int], *options: str) -> li
 
 
 def environment(mark: str) -> dict[str, str]:
-    return {**os.environ, "CXRFAST_TEST": mark, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return {**os.environ, "CXRFAST_TEST": mark}
 
 
 def kill_when(command: list[str], ready: Callable[[], bool], mark: str) -> bool:

@@ -2,7 +2,6 @@ import multiprocessing
 import operator
 import pickle
 import posixpath
-import subprocess
 import sys
 import uuid
 import zipfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from staging import s3_server, web_server
@@ -193,10 +193,7 @@ def test_a_driver_that_is_not_installed_is_named():
         "from cxrfast.errors import ShardError\nfrom cxrfast.shards.storage import Tree\n"
         "for url in sys.argv[1:]:\n try: Tree(url)\n except ShardError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "s3://b/x", "gs://b"], capture_output=True, text=True, check=True
-    )
-    s3, gs = done.stdout.splitlines()
+    s3, gs = run(sys.executable, "-c", code, "s3://b/x", "gs://b").stdout.splitlines()
     assert "s3://b/x needs a driver that is not installed" in s3
     assert "s3fs" in s3
     assert "pip install 'cxrfast[remote]'" in s3

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
@@ -129,13 +128,10 @@ def test_too_little_room(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_table_shows_rows_batches_and_hours(tiny_set: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        cli,
-        [
-            *("study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--scale", "64", "--fold", "0"),
-            *("--weights", "none", "--global-batch", "8", "--micro-batch", "4", "--nproc", "2", "--dry-run"),
-            *("--rate", "32=0.5", "--walltime", "01:00:00", "--device", "cuda"),
-        ],
+    done = invoke(
+        *("study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--scale", "64", "--fold", "0"),
+        *("--weights", "none", "--global-batch", "8", "--micro-batch", "4", "--nproc", "2", "--dry-run"),
+        *("--rate", "32=0.5", "--walltime", "01:00:00", "--device", "cuda"),
     )
     assert done.exit_code == 0, done.output
     for text in ("densenet121-32/fold-0", "start", "2 processes each", "GPU-hours", "jobs", "?", "are free"):
@@ -146,7 +142,7 @@ def test_the_table_shows_rows_batches_and_hours(tiny_set: Path, tmp_path: Path) 
 def test_a_refused_study_has_exit_code_2_and_its_reasons_on_stderr(tiny_set: Path, tmp_path: Path) -> None:
     arguments = ["study", str(tiny_set), str(tmp_path / "runs"), "--scale", "48", "--weights", "none"]
     for more in (["--dry-run"], ["--sbatch", str(tmp_path / "jobs")], ["--device", "cpu"]):
-        done = CliRunner().invoke(cli, [*arguments, *more])
+        done = invoke(*arguments, *more)
         assert done.exit_code == 2
         assert done.stderr.count("holds no shards at 48 px") == 5
     assert not list(tmp_path.iterdir())

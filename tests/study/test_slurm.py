@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import asdict
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 from cxrfast.study.forecast import forecast
 from cxrfast.study.plan import make_plan
@@ -252,7 +251,7 @@ def test_the_command_writes_scripts_and_submits_nothing(tiny_set: Path, tmp_path
     (tmp_path / "slurm.toml").write_text("[slurm]\npartition = 'p'\n")
     arguments = ["study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--fold", "1", "--weights", "none"]
     more = ["--global-batch", "8", "--sbatch", str(tmp_path / "jobs"), "--slurm", str(tmp_path / "slurm.toml")]
-    done = CliRunner().invoke(cli, [*arguments, *more, "--walltime", "2:00:00"])
+    done = invoke(*arguments, *more, "--walltime", "2:00:00")
     assert done.exit_code == 0, done.output
     assert f"queue everything: {tmp_path}/jobs/submit.sh" in done.output
     assert not (tmp_path / "runs").exists()

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
-from cxrfast.cli.main import cli
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.status import Status, read_metrics, read_status
 
@@ -113,7 +112,7 @@ def test_a_preempted_task_is_queued_again_until_it_is_done_and_then_the_tables_f
         "--weights none --arch shufflenet_v2_x0_5 --epochs 30 --limit 40 --global-batch 8 --micro-batch 8 --device cpu"
     )
     where = f"--scale 32 --fold 0 --fold 1 --sbatch {jobs} --slurm {tmp_path / 'slurm.toml'}"
-    done = CliRunner().invoke(cli, ["study", str(tiny_set), str(runs), *where.split(), *options.split()])
+    done = invoke("study", tiny_set, runs, *where.split(), *options.split())
     assert done.exit_code == 0, done.output
     said = subprocess.run([jobs / "submit.sh"], capture_output=True, text=True, check=True).stdout
     job, report = (line.split(": job ")[1].split(",")[0] for line in said.splitlines()[:2])

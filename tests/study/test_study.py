@@ -7,9 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
-from cxrfast.cli.main import cli
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.plan import make_plan
@@ -70,13 +69,13 @@ def test_a_run_that_fails_is_named_and_ends_the_study_unless_it_shall_keep_going
         tmp_path / plan.run_name(32, 0), config, tiny_set, select_rows(table, config, table["row"].to_numpy())
     )
     (run.folder / "last.pt").write_bytes(b"no checkpoint")
-    done = CliRunner().invoke(cli, command(tiny_set, tmp_path, "--fold=1"))
+    done = invoke(*command(tiny_set, tmp_path, "--fold=1"))
     assert done.exit_code == 2
     assert f"{NAME}/fold-0" in done.stderr
     assert "last.pt is damaged" in done.stderr
     assert not (tmp_path / NAME / "fold-1").exists()
 
-    done = CliRunner().invoke(cli, command(tiny_set, tmp_path, "--fold=1", "--keep-going"))
+    done = invoke(*command(tiny_set, tmp_path, "--fold=1", "--keep-going"))
     assert done.exit_code == 2, done.output
     assert "AUROC, test rows" in done.stdout
     assert (tmp_path / "report.html").exists()

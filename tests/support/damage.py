@@ -40,6 +40,11 @@ def flip_bit(path: Path, position: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
+def change(path: Path, **fields) -> None:
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}) + "\n")
+
+
 def swap(folder: Path, *suffixes: str) -> None:
     """Swap files of the first two shards at 32 px."""
     for suffix in suffixes:

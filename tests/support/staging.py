@@ -1,7 +1,6 @@
 """Sets staged to folders and to the buckets of an S3 server on this machine."""
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -74,10 +73,6 @@ class Bucket:
     def uploads(self) -> list[dict]:
         """Multipart uploads neither finished nor aborted: invisible, and they cost money."""
         return self.fs.list_multipart_uploads(self.name) if self.is_s3 else []
-
-
-def change(path: Path, **fields) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}) + "\n")
 
 
 def sums(names: dict[str, bytes]) -> dict[str, str]:

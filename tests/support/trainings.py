@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
@@ -46,21 +47,17 @@ def command(shards: Path, runs: Path, nproc: int = 1, **options: Any) -> list[st
 
 def run_to_the_end(arguments: list[str]) -> str:
     """Run a command that must succeed. Returns its stderr."""
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
+    done = run(*arguments, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 def run_ranks(code: str, nproc: int, *arguments: Path) -> str:
     """Run Python code, which may import from tests/support, in `nproc` processes. Returns its stdout."""
-    support = Path(__file__).parent
     script = arguments[-1] / "ranks.py"
     script.write_text(code)
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"] if nproc > 1 else []
-    environment = {**os.environ, "PYTHONPATH": f"{support}:{support.parents[1]}"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, script, *arguments], capture_output=True, text=True, timeout=150, env=environment
-    )
+    done = run(sys.executable, *torchrun, script, *arguments, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from trainings import FAST, OPTIONS, SHORT, run_ranks
 
 import cxrfast.training.train
-from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
 from cxrfast.errors import LoadError, RunError, ShardError
 from cxrfast.runs.run import Run
@@ -157,7 +156,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set,
         'label-policy = ["Edema=u_ones"]\nview = ["AP", "PA"]\npositive_weights = true\nsizes = "32x1"\n'
     )
     given = ["train", f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", f"--config={file}"]
-    done = CliRunner().invoke(cli, [*given, "--micro-batch=4"])
+    done = invoke(*given, "--micro-batch=4")
     assert done.exit_code == 0, done.output
     config = Run.open(tmp_path / "densenet121-32" / "fold-0").config
     assert (config.scale, config.epochs, config.limit, config.global_batch, config.micro_batch) == (32, 1, 16, 8, 4)
@@ -167,7 +166,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set,
     assert config.sizes == ((32, 1),)
     for text, message in (("epoch = 1", "sets epoch, which is not an option"), ("epochs", "is not a TOML file")):
         file.write_text(text)
-        done = CliRunner().invoke(cli, given)
+        done = invoke(*given)
         assert done.exit_code == 2
         assert message in " ".join(done.output.split()), done.output
 
@@ -186,7 +185,7 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set, tmp
     runtime["subset"] = listed
     plan = make_plan(tiny_set, tmp_path, [32], [1], options=options, **runtime)
     with patch.object(cxrfast.training.train, "train") as taken:
-        done = CliRunner().invoke(cli, ["train", "--scale=32", "--fold=1", *plan.train_arguments])
+        done = invoke("train", "--scale=32", "--fold=1", *plan.train_arguments)
     assert done.exit_code == 0, done.output
     config = plan.config(32, 1, "cpu")
     taken.assert_called_once_with(config, plan.runtime)

@@ -1,20 +1,17 @@
 """What a trainer handles besides the loss: memory, random numbers, decoded pixels."""
 
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke, run
 from trainings import CPU, OPTIONS, assert_same, command, make_trainer, needs_gpu, run_to_the_end
 
 import cxrfast.training.train
-from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import LoadError, RunError
@@ -49,23 +46,19 @@ cli(["train", *sys.argv[1:]])
 def test_training_that_runs_out_of_memory_says_what_helps(tiny_set, tmp_path):
     given = [f"--shards={tiny_set}", f"--runs={tmp_path}", "--device=cpu", "--scale=64", "--weights=none"]
     more = ["--global-batch=80", "--precision=fp32", "--threads=1", "--epochs=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY, *given, *more, "--micro-batch=80"],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    done = run(
+        sys.executable, "-c", SHORT_OF_MEMORY, *given, *more, "--micro-batch=80", timeout=150, OMP_NUM_THREADS="1"
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "memory ran out with micro-batches of 80 images of 64 px in fp32 (the machine has" in done.stderr
     assert "use --micro-batch 40 or --micro-batch auto or --recompute" in done.stderr
-    run = Run.open(tmp_path / "densenet121-64" / "fold-0")
-    assert run.state()["state"] == "failed"
+    failed = Run.open(tmp_path / "densenet121-64" / "fold-0")
+    assert failed.state()["state"] == "failed"
     # what it advises is accepted, though it is another configuration
-    done = CliRunner().invoke(cli, ["train", *given, *more, "--micro-batch=40", "--limit=80"])
+    done = invoke("train", *given, *more, "--micro-batch=40", "--limit=80")
     assert done.exit_code == 0, done.output
-    assert Run.open(run.folder).config.micro_batch == 40
+    assert Run.open(failed.folder).config.micro_batch == 40
 
 
 def test_running_out_of_memory_becomes_an_error_that_says_what_helps(tiny_set):

@@ -4,14 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench.data import LONG, LongOrder, tiny_images, uncompressed
 from cxrfast.bench.harness import Budget, Measured
 from cxrfast.bench.loading import load
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.large import large
-from cxrfast.cli.main import cli
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.decoder import Pixels
 from cxrfast.pipelines.reader import Reader
@@ -20,7 +19,7 @@ QUICK = ["--seconds", "0.05", "--rounds", "1", "--device", "cpu", "--workers", "
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(cli, ["bench", "load", *map(str, arguments)])
+    return invoke("bench", "load", *arguments)
 
 
 @pytest.mark.slow

@@ -9,12 +9,11 @@ import numpy as np
 import psutil
 import pytest
 from bench_jobs import within_20_seconds
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench.data import SOURCE, crowd
 from cxrfast.bench.loading.job import Job, files, pixels
 from cxrfast.bench.loading.ways import OURS, PEERS, WHAT, missing, peer_versions, pick_ways, typed
-from cxrfast.cli.main import cli
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.build import build
 from cxrfast.shards.images.decode import encode
@@ -130,7 +129,7 @@ def test_the_report_compares_with_those_that_are_there_and_names_the_others(tiny
         "--scale 32 --seconds 0.02 --rounds 1 --workers 2 --device cpu --only webdataset --only ffcv --only memmap"
     )
     out = str(tmp_path)
-    done = CliRunner().invoke(cli, ["bench", "load", "--shards", str(tiny_set), "--out", out, *options.split()])
+    done = invoke("bench", "load", "--shards", tiny_set, "--out", out, *options.split())
     assert done.exit_code == 0, (done.output, done.exception)
     result, text = json.loads((tmp_path / "load.json").read_text()), (tmp_path / "load.md").read_text()
     for task in "AB":

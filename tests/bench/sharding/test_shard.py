@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench.data import FULL_SIZE, SOURCE, crowd, sample
 from cxrfast.bench.sharding.measure import Notes, Setup, measurements, memory, prepare
 from cxrfast.bench.sharding.peers import QUALITY, kernels, peer_versions, peers
 from cxrfast.bench.sharding.shard import _compute
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import assign_rows
@@ -33,28 +32,15 @@ def setup(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 def test_a_tree_that_is_not_there_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     out = tmp_path / "results"
-    done = CliRunner().invoke(cli, ["bench", "shard", "--data", str(tmp_path / "none"), "--out", str(out)])
+    done = invoke("bench", "shard", "--data", tmp_path / "none", "--out", out)
     assert (done.exit_code, out.exists()) == (2, False)
     assert f"{tmp_path / 'none'} does not exist" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_measures_every_way_and_whole_builds_and_reports_them(phantoms: Path, tmp_path: Path) -> None:
-    options = [
-        "--images",
-        "3",
-        "--scale",
-        "64",
-        "--scale",
-        "32",
-        "--seconds",
-        "0.05",
-        "--rounds",
-        "1",
-        "--workers",
-        "2",
-    ]
-    done = CliRunner().invoke(cli, ["bench", "shard", "--data", str(phantoms), "--out", str(tmp_path), *options])
+    options = "--images 3 --scale 64 --scale 32 --seconds 0.05 --rounds 1 --workers 2"
+    done = invoke("bench", "shard", "--data", phantoms, "--out", tmp_path, *options.split())
     assert done.exit_code == 0, (done.output, done.exception)
     result, text = json.loads((tmp_path / "shard.json").read_text()), (tmp_path / "shard.md").read_text()
     rates, ratios = result["rates"], result["ratios"]

@@ -1,10 +1,9 @@
 import json
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench.training.curriculum import RESIZED, SCRATCH, SMALLER, bench, best, way
-from cxrfast.cli.main import cli
 from cxrfast.runs.run import Run
 
 OPTIONS = {"global_batch": 8, "micro_batch": 8, "limit": 16, "precision": "fp32", "device": "cpu", "epochs": 2}
@@ -47,6 +46,6 @@ def test_the_target_counts_from_the_first_epoch_that_has_it():
 )
 def test_bad_scales_are_refused_before_anything_is_trained(scales, message, tiny_set, tmp_path):
     options = ["--shards", str(tiny_set), "--out", str(tmp_path / "out"), "--device", "cpu", *scales.split()]
-    done = CliRunner().invoke(cli, ["bench", "curriculum", *options])
+    done = invoke("bench", "curriculum", *options)
     assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
     assert message in done.stderr

@@ -5,13 +5,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget
 from cxrfast.bench.training.ladder import bench, bound
 from cxrfast.bench.training.ladder_measure import RUNGS, alone, kind, largest, make_step, pick_rungs, rates, rungs_of
-from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -60,7 +59,7 @@ def test_the_first_rung_is_float32_and_tf32_is_a_rung_of_gpus():
 def test_a_rung_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
     for name in ("tf32", "fast"):
         options = ["--device", "cpu", "--only", name, "--out", str(tmp_path / "out")]
-        done = CliRunner().invoke(cli, ["bench", "ladder", *options])
+        done = invoke("bench", "ladder", *options)
         assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
         assert (
             f"rung {name!r} does not exist on a cpu device: use one of torchvision, autocast, channels-last, ours"

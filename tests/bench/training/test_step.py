@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 
 from cxrfast.bench.training import step
 from cxrfast.bench.training.step import bench
 from cxrfast.bench.training.step_measure import FIGURES, make_trainer, measurements
-from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import LoadError
@@ -78,7 +77,7 @@ def test_a_pipeline_starts_once_a_turn_however_few_the_rows(tiny_set, tmp_path, 
 
 def test_without_any_time_nothing_is_measured_and_every_scale_is_named(tiny_set, tmp_path):
     options = ["--shards", str(tiny_set), "--minutes", "1e-6", "--device", "cpu", "--out", str(tmp_path)]
-    done = CliRunner().invoke(cli, ["bench", "step", *options])
+    done = invoke("bench", "step", *options)
     assert done.exit_code == 2
     assert "no scale could be measured" in done.stderr
     assert list(json.loads((tmp_path / "bench.json").read_text())["left_out"]) == ["32 px", "64 px"]
@@ -93,7 +92,7 @@ def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch):
         raise LoadError("seen")
 
     monkeypatch.setattr(step, "bench", stand_in)
-    said = [CliRunner().invoke(cli, words).stderr for words in (["bench"], ["bench", "--full"], ["bench", "step"])]
+    said = [invoke(*words).stderr for words in (["bench"], ["bench", "--full"], ["bench", "step"])]
     assert said[0].startswith(
         "cxrfast bench: memory and images/s of training by resolution, about 2 minutes (all of it: "
     )
@@ -101,5 +100,5 @@ def test_without_a_command_steps_are_measured_in_two_minutes(monkeypatch):
     assert full == steps
     assert alone == (steps[0], steps[1] | {"minutes": 2.0})
     assert alone[0] == (None, [], Path("bench-results"))
-    done = CliRunner().invoke(cli, ["bench", "--full", "step"])
+    done = invoke("bench", "--full", "step")
     assert (done.exit_code, "leave out --minutes" in done.stderr) == (2, True), "--full belongs to no command"

@@ -9,10 +9,9 @@ from contextlib import suppress
 from dataclasses import asdict
 
 import pytest
-from damage import copy_set
+from damage import change
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from staging import change
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.checksums import read_sums
@@ -52,8 +51,7 @@ def test_set_json_says_what_the_set_is_and_comes_back_as_it_was_written(tiny_set
     assert read_set(tmp_path) == renamed
 
 
-def test_another_schema_version_is_refused_and_both_versions_are_named(tiny_set, tmp_path):
-    folder = copy_set(tiny_set, tmp_path / "set")
+def test_another_schema_version_is_refused_and_both_versions_are_named(folder):
     change(folder / "set.json", schema=SCHEMA + 1, unheard_of=1)
     (folder / "rows.parquet").unlink()
     with pytest.raises(ShardError, match=rf"has schema version {SCHEMA + 1}, this cxrfast reads {SCHEMA}"):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from commands import run
 from dicoms import baseline, jpeg_2000, lossless, radiograph, rle, written
 from mutator import damaged
 from pictures import saved, smooth
@@ -60,16 +60,11 @@ def real() -> list[bytes]:
     return files + [path.read_bytes() for folder in ("single", "dicom") for path in sorted((REAL / folder).glob("*"))]
 
 
-def run(files: list[bytes], last: int, folder: Path) -> Counter[str]:
+def outcomes(files: list[bytes], last: int, folder: Path) -> Counter[str]:
     """Outcomes of the seeds below `last`, and the process's `peak` of memory, MiB. Fails where an image hangs or kills it."""
     held = folder / "files.pickle"
     held.write_bytes(pickle.dumps(files))
-    done = subprocess.run(
-        [sys.executable, TESTS / "support" / "mutator.py", held, str(last)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
-    )
+    done = run(sys.executable, TESTS / "support" / "mutator.py", held, last, timeout=None)
     lines = done.stdout.splitlines()
     seed = next((line for line in reversed(lines) if line.startswith("seed")), "before the first seed")
     assert done.returncode == 0, f"{seed}: exit status {done.returncode} (-14: it hangs)\n{done.stderr}"
@@ -88,7 +83,7 @@ def test_the_files_decode_before_they_are_damaged_and_a_seed_names_its_damage():
 
 @pytest.mark.parametrize("mutations", [300, pytest.param(MUTATIONS, marks=pytest.mark.slow)])
 def test_a_damaged_file_becomes_pixels_or_a_bad_image_and_nothing_else(mutations, tmp_path):
-    found = run(made() + (real() if mutations > 300 else []), mutations, tmp_path)
+    found = outcomes(made() + (real() if mutations > 300 else []), mutations, tmp_path)
     peak = found.pop("peak")
     print(f"{mutations} mutations, peak {peak} MiB:", *(f"{kind}: {n}" for kind, n in found.most_common()), sep="\n  ")
     assert found.total() == mutations
@@ -99,4 +94,4 @@ def test_a_damaged_file_becomes_pixels_or_a_bad_image_and_nothing_else(mutations
 
 def test_a_process_that_dies_fails_the_test_and_says_where(tmp_path):
     with pytest.raises(AssertionError, match="before the first seed: exit status 1"):
-        run([], 1, tmp_path)
+        outcomes([], 1, tmp_path)

@@ -9,18 +9,17 @@ from cxrfast.shards.upkeep.relabel import relabel
 
 
 @pytest.mark.parametrize("names", [["32/000001.tar", "64/000002.tar"], ["rows.parquet"]])
-def test_tars_and_the_rows_table_need_the_source_and_say_so(either_set, phantoms, tmp_path, names):
-    folder = copy_set(either_set, tmp_path / "set")
+def test_tars_and_the_rows_table_need_the_source_and_say_so(either_set, either_copy, phantoms, names):
     for name in names:
-        flip_bit(folder / name, 700)  # in a tar, inside its first image
-    before = contents(folder)
-    work = repair(folder)
+        flip_bit(either_copy / name, 700)  # in a tar, inside its first image
+    before = contents(either_copy)
+    work = repair(either_copy)
     assert list(work.failed) == names
     assert all("give the source tree with --data" in why for why in work.failed.values())
-    assert contents(folder) == before
-    work = repair(folder, phantoms)
+    assert contents(either_copy) == before
+    work = repair(either_copy, phantoms)
     assert [problem.path for problem in work.done] == names
-    assert contents(folder) == contents(either_set)
+    assert contents(either_copy) == contents(either_set)
 
 
 def test_rows_made_again_remember_what_was_missing_and_what_was_left_out_stays_so(corrupt, tmp_path):

@@ -1,6 +1,6 @@
 import json
 
-from damage import assert_same_but_for_grids, contents, copy_set, flip_bit, problems, repair, requantise
+from damage import assert_same_but_for_grids, change, contents, copy_set, flip_bit, problems, repair, requantise
 
 from cxrfast.files import sha256
 from cxrfast.shards.format.names import shard_path
@@ -37,10 +37,9 @@ def test_a_manifest_whose_line_is_lost_keeps_its_grids_if_its_images_agree_with_
     assert contents(folder) == contents(tiny_set)
     (folder / "SHA256SUMS").write_text("".join(line for line in lines if "64/000001.json" not in line))
     path = shard_path(folder, 64, 1, "json")
-    value = json.loads(path.read_bytes())
-    grids = unpack(value["grids"], 64).copy()
+    grids = unpack(json.loads(path.read_bytes())["grids"], 64).copy()
     grids[9] += 5 * STEPS
-    path.write_text(json.dumps({**value, "grids": pack(grids)}) + "\n")
+    change(path, grids=pack(grids))
     repair(folder)
     assert_same_but_for_grids(folder, tiny_set, "64/000001.json")
 
@@ -60,7 +59,7 @@ def test_invalid_manifests_that_were_signed_are_named_and_made_again(folder, pha
     for shard, grids in enumerate(["short", None, 5]):
         path = shard_path(folder, 64, shard, "json")
         before = sha256(path)
-        path.write_text(json.dumps({**json.loads(path.read_bytes()), "grids": grids}) + "\n")
+        change(path, grids=grids)
         sums = sums.replace(before, sha256(path))
     (folder / "SHA256SUMS").write_text(sums)
     assert problems(folder) == [f"64/00000{n}.json: cannot be read, although its hash is right" for n in range(3)]

@@ -6,10 +6,9 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from sets import REAL
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.rows import label_names, read_rows
@@ -185,7 +184,7 @@ def test_real_radiographs_of_a_table_become_shards_by_the_command_line(tmp_path)
 
     labels = [argument for finding in FINDINGS for argument in ("--label", finding)]
     places = ["--data", str(data), "--out", str(tmp_path / "set"), "--source", "table", "--table", "labels.csv"]
-    done = CliRunner().invoke(cli, ["shard", *places, "--scale", "56", "--limit", "50", "--workers", "1", *labels])
+    done = invoke("shard", *places, "--scale", "56", "--limit", "50", "--workers", "1", *labels)
     assert done.exit_code == 0, done.output
     assert "5,216 images, 5,216 studies, 2,846 patients from table" in done.output
     rows = read_rows(tmp_path / "set" / "rows.parquet")

@@ -6,12 +6,11 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from damage import contents
 from sets import MIMIC_CHEXPERT, chexpert, is_as_planned, rows_of
 from staging import web_server
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
@@ -23,12 +22,12 @@ from cxrfast.shards.upkeep.relabel import relabel
 def test_of_a_table_with_known_findings_those_alone_are_taken_and_the_others_named(phantoms, folder, tmp_path):
     chexpert(phantoms)[["study_id", "Pneumonia"]].assign(Zebra=1, Weight=64).to_csv(tmp_path / "t.csv")
     arguments = ["relabel", str(folder), str(tmp_path / "t.csv")]
-    done = CliRunner().invoke(cli, arguments)
+    done = invoke(*arguments)
     assert "not used: Zebra, Weight (name them with --label)" in done.stdout
     assert read_set(folder).labels == ["Pneumonia"]
-    done = CliRunner().invoke(cli, [*arguments, "--label", "Zebra"])
+    done = invoke(*arguments, "--label", "Zebra")
     assert "not used" not in done.stdout
-    done = CliRunner().invoke(cli, arguments)
+    done = invoke(*arguments)
     assert read_set(folder).labels == ["Pneumonia", "Zebra"], "labels of the set are known, too"
     assert "not used: Weight (" in done.stdout
 
@@ -206,7 +205,7 @@ def test_a_table_that_cannot_be_read_is_one_message(name, message, folder, tmp_p
     Path("here.csv").write_text("study_id,ill\n")
     Path("broken.parquet").write_bytes(b"PAR1 and no more")
     Path("broken.csv.gz").write_bytes(gzip.compress(b"study_id,a\n" * 99)[:-9])
-    done = CliRunner().invoke(cli, ["relabel", str(folder), name])
+    done = invoke("relabel", folder, name)
     assert done.exit_code == 2, done.output
     assert isinstance(done.exception, SystemExit)
     assert message in " ".join(done.stderr.split())

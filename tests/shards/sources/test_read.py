@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from sets import REAL, build
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.manifest import read_manifest
@@ -58,7 +57,7 @@ def test_the_command_line_passes_the_options_that_were_given_to_the_source(phant
         (("--source", "table"), 2, "source table needs --table and --label"),
         (("--labels", "negbio"), 0, "150 images"),
     ):
-        done = CliRunner().invoke(cli, ["shard", *places, *arguments])
+        done = invoke("shard", *places, *arguments)
         assert done.exit_code == code, done.output
         assert message in done.output
 

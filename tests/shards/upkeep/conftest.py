@@ -3,8 +3,8 @@ import os
 
 import fsspec
 import pytest
-from damage import copy_set, sign
-from staging import Bucket, change, s3_server
+from damage import change, copy_set, sign
+from staging import Bucket, s3_server
 
 from cxrfast.files import sha256
 from cxrfast.shards.storage import CHUNK

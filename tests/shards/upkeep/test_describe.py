@@ -8,12 +8,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from damage import contents, copy_set
 from rich.console import Console
 from sets import rows_of
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.phantoms.dataset import synth
@@ -249,7 +248,7 @@ def test_it_needs_neither_torch_nor_dali_nor_tars(copy, tmp_path, monkeypatch):
 
 def test_the_command_writes_a_table_and_a_figure_outside_the_set_and_never_into_it(copy, tmp_path):
     before = contents(copy)
-    done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(tmp_path / "out")])
+    done = invoke("describe", copy, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     for words in ("readable", "truncated", "official validate", "Enlarged Cardiomediastinum", "Height × width, px"):
         assert words in done.stdout
@@ -258,9 +257,9 @@ def test_the_command_writes_a_table_and_a_figure_outside_the_set_and_never_into_
     assert picture.std() > 10
     assert contents(copy) == before
     first = contents(tmp_path / "out")
-    CliRunner().invoke(cli, ["describe", str(copy), "--out", str(tmp_path / "out")])
+    invoke("describe", copy, "--out", tmp_path / "out")
     assert contents(tmp_path / "out") == first, "the same set gives the same bytes"
-    done = CliRunner().invoke(cli, ["describe", str(copy), "--out", str(copy / "64")])
+    done = invoke("describe", copy, "--out", copy / "64")
     assert done.exit_code == 2
     assert "is inside the set" in done.stderr
     assert done.stdout == ""

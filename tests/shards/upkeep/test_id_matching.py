@@ -3,13 +3,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from damage import contents, copy_set
 from hypothesis import given
 from hypothesis import strategies as st
 from sets import is_as_planned, rows_of
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
@@ -97,7 +96,7 @@ def test_paths_count_only_where_the_table_has_no_other_ids(tiny_set, folder, tmp
     assert relabel(folder, tmp_path / "t.csv").by == "path"
     assert is_as_planned(folder, tiny_set, tmp_path / "t.csv")
     table.rename(columns={"path": "location"}).drop(columns="image_id").to_csv(tmp_path / "t.csv", index=False)
-    done = CliRunner().invoke(cli, ["relabel", str(folder), str(tmp_path / "t.csv"), "--key", "location"])
+    done = invoke("relabel", folder, tmp_path / "t.csv", "--key", "location")
     assert "150 of 150 images found" in done.stdout, done.output
     assert "by location (by the last 5 parts of each path)" in done.stdout
 

@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from damage import contents, copy_set, flip_bit, repair
 from sets import MIMIC_CHEXPERT, WRITTEN, chexpert, is_as_planned, other_labels, rows_of
 from trainings import SHORT
 
 from cxrfast.analysis.evaluate import evaluate
-from cxrfast.cli.main import cli
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import RunError, ShardError
@@ -102,9 +101,7 @@ def test_ids_of_one_side_alone_are_counted_listed_and_blank(phantoms, folder, tm
     added = [f"9{i:07d}" for i in range(25)]
     strangers = table.iloc[:25].assign(study_id=added)
     pd.concat([kept, strangers]).sample(frac=1, random_state=3).to_csv(tmp_path / "t.csv", index=False)
-    done = CliRunner().invoke(
-        cli, ["relabel", str(folder), str(tmp_path / "t.csv"), "--unmatched", str(tmp_path / "out.csv")]
-    )
+    done = invoke("relabel", folder, tmp_path / "t.csv", "--unmatched", tmp_path / "out.csv")
     assert done.exit_code == 0, done.output
     rows = rows_of(folder)
     lost = rows["study_id"].isin(gone)
@@ -126,7 +123,7 @@ def test_more_than_half_of_the_images_without_a_label_are_warned_of(phantoms, fo
     studies = rows_of(folder)["study_id"].drop_duplicates()
     for keep, warns in ((0.2, True), (0.9, False)):
         studies.sample(frac=keep, random_state=1).to_frame().assign(ill=1).to_csv(tmp_path / "t.csv", index=False)
-        done = CliRunner().invoke(cli, ["relabel", str(folder), str(tmp_path / "t.csv")])
+        done = invoke("relabel", folder, tmp_path / "t.csv")
         blank = rows_of(folder)["ill"].isna().sum()
         assert bool(blank > 75) is warns
         assert (f"warning: {blank} of 150 images have no label now" in done.stdout.splitlines()[-1]) is warns
@@ -137,7 +134,7 @@ def test_more_than_half_of_the_images_without_a_label_are_warned_of(phantoms, fo
 
 def test_a_set_behind_a_url_is_refused_as_it_was_typed(other):
     for command in (["relabel", "s3://bucket/set", str(other)], ["describe", "s3://bucket/set"]):
-        done = CliRunner().invoke(cli, command)
+        done = invoke(*command)
         assert done.exit_code == 2
         message = " ".join(done.stderr.split())
         assert "s3://bucket/set is a URL, but this must be a local path: `cxrfast stage` copies" in message
@@ -152,7 +149,7 @@ def test_a_set_behind_a_url_is_refused_as_it_was_typed(other):
     ],
 )
 def test_a_list_of_unmatched_ids_that_cannot_be_written_is_refused_first(where, message, tiny_set, folder, tmp_path):
-    done = CliRunner().invoke(cli, ["relabel", str(folder), "no-table.csv", "--unmatched", str(tmp_path / where)])
+    done = invoke("relabel", folder, "no-table.csv", "--unmatched", tmp_path / where)
     assert done.exit_code == 2
     assert message in done.stderr
     assert str(tmp_path / where) in done.stderr

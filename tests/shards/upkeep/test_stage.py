@@ -3,13 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from damage import contents, copy_set, flip_bit, sign
+from commands import invoke
+from damage import change, contents, copy_set, flip_bit, sign
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from staging import change, of_scale, sums
+from staging import of_scale, sums
 
-from cxrfast.cli.main import cli
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
@@ -55,7 +54,7 @@ def test_a_set_travels_between_any_two_places_and_out_of_an_archive(large_set, t
 
 
 def test_the_command_says_what_it_did(tiny_set, tmp_path):
-    done = CliRunner().invoke(cli, ["stage", str(tiny_set), str(tmp_path / "to"), "--workers", "2"])
+    done = invoke("stage", tiny_set, tmp_path / "to", "--workers", "2")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith(f"to {tmp_path / 'to'}: 2 scales, 21 files, ")
     assert " copied, 0 kept, " in done.stdout

@@ -3,10 +3,10 @@ import subprocess
 
 import fsspec
 import pytest
-from damage import contents, copy_set, flip_bit, mounted, sign
+from damage import change, contents, copy_set, flip_bit, mounted, sign
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from staging import change, signal_when, start
+from staging import signal_when, start
 
 from cxrfast.errors import ShardError
 from cxrfast.files import TEMPORARY, sha256

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from damage import copy_set, flip_bit, image_bytes, problems, replace_image, sign, swap, without_grids
-from staging import change
+from damage import change, copy_set, flip_bit, image_bytes, problems, replace_image, sign, swap, without_grids
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
