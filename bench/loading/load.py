@@ -18,16 +18,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from cxrfast.bench.data import MIMIC_IMAGES, make_phantoms, tiny_images, uncompressed
-from cxrfast.bench.harness import (
-    Budget,
-    Measured,
-    announce,
-    file_system,
-    in_time,
-    interleave,
-    no_time,
-    provenance,
-)
+from cxrfast.bench.harness import Budget, Measured, announce, file_system, in_time, interleave, no_time, provenance
 from cxrfast.bench.loading.job import Job
 from cxrfast.bench.loading.large import large
 from cxrfast.bench.loading.measure import compare_engines, pass_rate

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from cxrfast.bench.data import LongOrder, endless
 from cxrfast.bench.harness import Budget, Measurement, gpu_used_bytes, interleave, rate
-from cxrfast.bench.loading.job import Job
+from cxrfast.bench.loading.job import Job, Supply
 from cxrfast.errors import LoadError
 from cxrfast.pipelines.host import WARP, warp_matrix
 from cxrfast.pipelines.loader import Loader
@@ -25,7 +25,7 @@ from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 
-Batches = Callable[[], AbstractContextManager[Iterator[Any]]]
+Batches = Callable[[], Supply]
 """Opens an endless supply of batches; closing it ends its threads and processes."""
 
 

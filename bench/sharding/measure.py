@@ -1,6 +1,8 @@
 """The measurements of `cxrfast bench shard`: radiographs on the disk come in, images/s and memory go out.
 
-Nothing is compared or printed here, and everything written goes into the scratch folder.
+First what sharding is compared with: how radiographs are usually resized, and the codec's own limit. Each peer writes an
+image at every scale, as a JPEG of quality 95 in a file of its own. Nothing is synced. Then the measurements: everything
+written goes into the scratch folder.
 """
 
 import cProfile
@@ -14,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL
 import psutil
+import simplejpeg
+from PIL import Image
 
 from cxrfast.bench.data import FULL_SIZE, SOURCE, crowd
-from cxrfast.bench.harness import Measurement, one_core
+from cxrfast.bench.harness import Measurement, missing_library, one_core
 from cxrfast.bench.process import in_own_process
-from cxrfast.bench.sharding.peers import Peer, kernels
 from cxrfast.errors import RunError, ShardError
 from cxrfast.log import quiet
 from cxrfast.shards.build import build
@@ -27,19 +31,97 @@ from cxrfast.shards.building.tasks import Blueprint, Task, Todo, build_shard, ma
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter
-from cxrfast.shards.images import decode as pixels
+from cxrfast.shards.images.decode import decode, encode
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
+
+QUALITY = 95
+
+Peer = Callable[[Path, list[int], Path], None]
+"""(image, scales, folder): writes folder/SCALE/NAME for each scale."""
+
+WHAT = {
+    "ours": "build_shard: read, decode, resize, encode, tar, sha256, crc32, fsync, rename",
+    "pillow_rgb": 'Pillow: open, convert("RGB"), resize BILINEAR from full size to each scale, save to files',
+    "pillow_grey": "Pillow: open, draft mode L, convert, resize BILINEAR to each scale, save to files",
+    "libvips": "pyvips: thumbnail (shrink-on-load) and jpegsave for each scale, grey, concurrency 1, to files",
+    "kernels": "our decode, resize and encode alone, bytes in memory, no files: the limit",
+}
+
+
+def pillow_rgb(path: Path, scales: list[int], folder: Path) -> None:
+    """What most scripts do."""
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    _save(picture, path, scales, folder)
+
+
+def pillow_grey(path: Path, scales: list[int], folder: Path) -> None:
+    """What careful scripts do.
+
+    The decoder skips colour and, where the largest scale is at most half of the shorter side, decodes at a half, a
+    quarter or an eighth; a largest scale of 2048 px leaves an image of 2500 × 3056 px at full size.
+    """
+    with Image.open(path) as file:
+        file.draft("L", (max(scales), max(scales)))
+        picture = file.convert("L")
+    _save(picture, path, scales, folder)
+
+
+def _save(picture: Image.Image, path: Path, scales: list[int], folder: Path) -> None:
+    for scale in scales:
+        resized = picture.resize((scale, scale), Image.Resampling.BILINEAR)
+        resized.save(folder / str(scale) / path.name, quality=QUALITY)
+
+
+def libvips(path: Path, scales: list[int], folder: Path) -> None:
+    """What `vipsthumbnail` does: read each scale again, decoded at the smallest sufficient size, and stream it."""
+    import pyvips
+
+    for scale in scales:
+        picture = pyvips.Image.thumbnail(str(path), scale, height=scale, size="force").colourspace("b-w")
+        picture.jpegsave(str(folder / str(scale) / path.name), Q=QUALITY)
+
+
+def peers() -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that run here by name, each on one thread; and those that do not, with the reason."""
+    found: dict[str, Peer] = {"pillow_rgb": pillow_rgb, "pillow_grey": pillow_grey}
+    if reason := missing_library("pyvips"):
+        return found, {"libvips": reason}
+    import pyvips
+
+    pyvips.concurrency_set(1)
+    pyvips.cache_set_max(0)  # otherwise a second pass over the same files would find its results there
+    return {**found, "libvips": libvips}, {}
+
+
+def peer_versions() -> dict[str, str | None]:
+    if missing_library("pyvips"):
+        return {"pillow": PIL.__version__, "libvips": None}
+    import pyvips
+
+    return {"pillow": PIL.__version__, "libvips": ".".join(str(pyvips.version(n)) for n in range(3))}
+
+
+def kernels(files: list[bytes], scales: list[int]) -> int:
+    """Decode, resize and encode JPEGs in memory; return how many."""
+    for data in files:
+        for picture in at_scales(simplejpeg.decode_jpeg(data, "GRAY")[:, :, 0], scales).values():
+            encode(picture, QUALITY)
+    return len(files)
+
+
+# Measurements
 
 SMALLEST, LARGEST = 64, 1024
 """Rows per shard in sets of up to 64 shards, and in large sets; see `shards.building.layout.rows_per_shard`."""
 
 STAGES = {
     "read": [Tree.read.__code__],
-    "decode": [pixels.decode.__code__],
+    "decode": [decode.__code__],
     "resize": [at_scales.__code__],
-    "encode": [pixels.encode.__code__],
+    "encode": [encode.__code__],
     "tar, hash": [f.__code__ for f in (TarWriter.add, TarWriter.close, ShardManifest.write)],
 }
 """Stages of `build_shard` by the code that it calls. `sync` is taken out of the last; what is left over is `rest`."""

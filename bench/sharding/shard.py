@@ -19,15 +19,17 @@ from cxrfast.bench.data import MIMIC_IMAGES, sample
 from cxrfast.bench.harness import Measured, file_system, interleave, provenance
 from cxrfast.bench.report import Column, left_out_notes, table, write_results
 from cxrfast.bench.sharding.measure import (
+    WHAT,
     Notes,
     build_name,
     measurements,
     memory,
+    peer_versions,
+    peers,
     prepare,
     shard_rows,
     startup_seconds,
 )
-from cxrfast.bench.sharding.peers import WHAT, peer_versions, peers
 from cxrfast.machine import usable_cores
 from cxrfast.phantoms.dataset import synth
 from cxrfast.shards.building.layout import check_scales

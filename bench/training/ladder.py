@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from cxrfast.bench.harness import (
-    Budget,
-    Measured,
-    announce,
-    in_time,
-    measure_elsewhere,
-    no_time,
-    provenance,
-)
+from cxrfast.bench.harness import Budget, Measured, announce, in_time, measure_elsewhere, no_time, provenance
 from cxrfast.bench.report import Column, left_out_notes, table, where, write_results
 from cxrfast.bench.training.ladder_measure import ARCH, KINDS, ROUNDS, RUNGS, Rung, alone, pick_rungs, rates, rungs_of
 from cxrfast.config import preset

@@ -90,13 +90,22 @@ def _measure_all(todo: list[dict[str, Any]], turn: float, result: "StepResult", 
     """Add to `result` the lines, the scales that failed, and what there was no time for."""
 
     def work(options: dict[str, Any], share: Budget) -> list[list[float]] | None:
-        try:
-            line = _measure_scale(options, share)
-        except RunError as error:
-            result.failed[options["scale"]] = str(error)
-            return None
-        result.lines.append(line)
-        return list(line["rounds"].values())
+        """Measure one scale in a new process, halving the micro-batch until it fits."""
+        scale, micro_batch = options["scale"], options["micro_batch"]
+        figures = len(FIGURES) * (options["rounds"] + 1)
+        while True:
+            given, label = {**options, "micro_batch": micro_batch}, f"{scale} px × {micro_batch} images"
+            try:
+                line = measure_elsewhere(measure, given, share, label, figures)
+            except (RunError, MemoryError) as error:
+                if isinstance(error, RunError) or micro_batch == 1 or not share.left_of_all:
+                    result.failed[scale] = f"{scale} px with micro-batch {micro_batch}: {error}"
+                    return None
+            else:
+                result.lines.append(line)
+                return list(line["rounds"].values())
+            log.info(f"{scale} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}")
+            micro_batch //= 2
 
     pieces = {}
     for one in todo:
@@ -104,21 +113,6 @@ def _measure_all(todo: list[dict[str, Any]], turn: float, result: "StepResult", 
         name = f"{one['scale']} px{'' if engine == 'auto' else ', ' + engine}"
         pieces[name] = (one["scale"], one["micro_batch"], one)
     in_time(pieces, work, budget, result.left_out, turn)
-
-
-def _measure_scale(options: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    """Measure one scale in a new process, halving the micro-batch until it fits."""
-    scale, micro_batch = options["scale"], options["micro_batch"]
-    figures = len(FIGURES) * (options["rounds"] + 1)
-    while True:
-        try:
-            given = {**options, "micro_batch": micro_batch}
-            return measure_elsewhere(measure, given, budget, f"{scale} px × {micro_batch} images", figures)
-        except (RunError, MemoryError) as error:
-            if isinstance(error, RunError) or micro_batch == 1 or not budget.left_of_all:
-                raise RunError(f"{scale} px with micro-batch {micro_batch}: {error}") from error
-        log.info(f"{scale} px: micro-batch {micro_batch} does not fit, trying {micro_batch // 2}")
-        micro_batch //= 2
 
 
 # Results

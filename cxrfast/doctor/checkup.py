@@ -7,8 +7,7 @@ stop the others. Files are written into temporary folders only.
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,7 +61,8 @@ def checkup(shards: Path | None = None, scale: int | None = None) -> list[Outcom
     Raises DeviceError, ShardError or LoadError where device or set cannot be used at all.
     """
     device = pick_device("auto")
-    with _given_or_phantoms(shards) as folder:
+    with tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as place:
+        folder = shards or _phantoms(Path(place))
         scales = ShardSet(folder).scales
         if not scales:
             raise LoadError(f"{folder} holds no shards: build them with `cxrfast shard`")
@@ -115,15 +115,9 @@ def failed(outcomes: list[Outcome]) -> str:
     return f"{len(names)} of {len(outcomes)} checks failed ({'; '.join(names)}): see their lines above" if names else ""
 
 
-@contextmanager
-def _given_or_phantoms(shards: Path | None) -> Iterator[Path]:
-    """The folder of the set; phantoms are deleted afterwards."""
-    if shards is not None:
-        yield shards
-        return
-    with tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as place:
-        tree, folder = Path(place, "tree"), Path(place, "set")
-        synth(tree, images=PHANTOMS, size=PHANTOM_SCALE)
-        with log.quiet():
-            build(tree, folder, [PHANTOM_SCALE])
-        yield folder
+def _phantoms(place: Path) -> Path:
+    """Make a shard set of phantoms below `place`."""
+    synth(place / "tree", images=PHANTOMS, size=PHANTOM_SCALE)
+    with log.quiet():
+        build(place / "tree", place / "set", [PHANTOM_SCALE])
+    return place / "set"

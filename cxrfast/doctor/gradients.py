@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ def gradients(reader: Reader, device: torch.device) -> str:
         expected = _loss_and_gradient(image, torch.device("cpu"), "fp32", recompute=False)
         measured, wrong = [], []
         for precision in precisions:
-            with _threads(1) if precision == "fp32" and not gpu else nullcontext():
+            with ExitStack() as stack:
+                if precision == "fp32" and not gpu:
+                    stack.callback(torch.set_num_threads, torch.get_num_threads())
+                    torch.set_num_threads(1)
                 found = _loss_and_gradient(image, device, precision, recompute=not gpu)
             errors, words = _errors(found, expected)
             measured.append(f"{precision}: {words}")
@@ -123,16 +126,6 @@ def smoothed(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.SiLU())
     return model
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def tiny_network(device: torch.device) -> nn.Module:

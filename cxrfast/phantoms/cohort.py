@@ -102,24 +102,12 @@ def make_cohort(images: int, size: int, seed: int = 0, corrupt: int = 0) -> list
                     return made
                 height, width = _shape(rng, size, view)
                 digest = hashlib.sha256(f"{seed}/{len(made)}".encode()).hexdigest()
+                dicom_id = "-".join(digest[i : i + 8] for i in range(0, 40, 8))
                 hour, past = divmod(minute + number, 60)
-                made.append(
-                    Image(
-                        len(made),
-                        patient,
-                        study,
-                        subjects[patient],
-                        studies[study],
-                        "-".join(digest[i : i + 8] for i in range(0, 40, 8)),
-                        view,
-                        height,
-                        width,
-                        present,
-                        date,
-                        hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8,
-                        damaged.get(len(made), ""),
-                    )
-                )
+                time = hour * 10_000 + past * 100 + int(rng.integers(0, 480)) / 8
+                keys = (len(made), patient, study, subjects[patient], studies[study], dicom_id)
+                damage = damaged.get(len(made), "")
+                made.append(Image(*keys, view, height, width, present, date, time, damage))
     return made
 
 

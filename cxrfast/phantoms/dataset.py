@@ -151,14 +151,10 @@ def _check(out: Path, images: int, size: int, seed: int, corrupt: int, workers: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise RunError(f"{out} {what}: name a new or empty folder for the phantoms, nothing is overwritten")
+    least, most = SIZES
     for name, value, is_valid, advice in (
         ("images", images, images >= 1, "ask for at least 1"),
-        (
-            "size",
-            size,
-            SIZES[0] <= size <= SIZES[1],
-            f"choose {SIZES[0]} to {SIZES[1]} px, the longer side of an image",
-        ),
+        ("size", size, least <= size <= most, f"choose {least} to {most} px, the longer side of an image"),
         ("corrupt", corrupt, 0 <= corrupt <= images, f"choose 0 to {images}, the number of images"),
         ("seed", seed, 0 <= seed < 1 << 63, "choose 0 or a positive number below 2**63"),
         ("workers", workers, workers >= 1, "ask for at least 1"),

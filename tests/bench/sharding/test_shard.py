@@ -9,8 +9,17 @@ import pytest
 from commands import invoke
 
 from cxrfast.bench.data import FULL_SIZE, SOURCE, crowd, sample
-from cxrfast.bench.sharding.measure import Notes, Setup, measurements, memory, prepare
-from cxrfast.bench.sharding.peers import QUALITY, kernels, peer_versions, peers
+from cxrfast.bench.sharding.measure import (
+    QUALITY,
+    Notes,
+    Setup,
+    kernels,
+    measurements,
+    memory,
+    peer_versions,
+    peers,
+    prepare,
+)
 from cxrfast.bench.sharding.shard import _compute
 from cxrfast.errors import ShardError
 from cxrfast.phantoms.dataset import synth
