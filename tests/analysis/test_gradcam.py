@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from captum.attr import LayerGradCam
-from runs import SMALL, make_untrained
+from runs import SMALL, make_untrained, noise
 from torch import nn
 from torch.nn import functional
 
@@ -21,10 +21,6 @@ from cxrfast.models.classifier import MEAN, STD, Classifier
 from cxrfast.runs.run import Predictions, Run
 
 LABEL = "Pneumonia"
-
-
-def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 1, side, side), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 import re
 import urllib.request
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from commands import invoke
+from runs import noise
 from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
@@ -14,14 +14,10 @@ from cxrfast.models.weights import load_weights
 from cxrfast.training.loss import masked_bce_sum
 
 
-def images(n: int = 2, size: int = 64) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, size, size), np.uint8))
-
-
 def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation_of_the_copied_grey_channel():
     normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    pixels = normalise(images().expand(-1, 3, -1, -1).float() / 255)
-    ours = Normalise()(images())
+    pixels = normalise(noise(2, 64).expand(-1, 3, -1, -1).float() / 255)
+    ours = Normalise()(noise(2, 64))
     torch.testing.assert_close(ours, pixels)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     model = Classifier("densenet121", 3).eval()
@@ -29,7 +25,7 @@ def test_the_classifier_is_torchvisions_densenet_behind_its_normalisation_of_the
     oracle.load_state_dict({k.removeprefix("net."): v for k, v in model.state_dict().items() if k.startswith("net.")})
     assert {"normalise.mean", "normalise.std"} <= model.state_dict().keys(), "part of every checkpoint"
     with torch.no_grad():
-        torch.testing.assert_close(model(images()), oracle(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(noise(2, 64)), oracle(pixels), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +41,19 @@ def test_architectures_train_from_scratch_on_channels_last_batches(arch):
     list(model.feature_layers.children())[-1].register_forward_hook(lambda *given: features.append(given[-1]))
     optimizer = torch.optim.Adam(model.parameters())
     target = torch.tensor([[0.0, 1.0, 0.0]] * 3)
-    loss = masked_bce_sum(model(images(3)), target, torch.ones(3, 3, dtype=torch.bool))
+    loss = masked_bce_sum(model(noise(3, 64)), target, torch.ones(3, 3, dtype=torch.bool))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.grad.any())
-    assert features[0].shape == (3, model.feature_layers(model.normalise(images(3))).shape[1], 2, 2), "stride 32"
+    assert features[0].shape == (3, model.feature_layers(model.normalise(noise(3, 64))).shape[1], 2, 2), "stride 32"
     assert features[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_checkpointing_is_for_densenets_and_changes_no_logit():
     plain, checkpointed = Classifier("densenet121", 3), Classifier("densenet121", 3, recompute=True)
     checkpointed.load_state_dict(plain.state_dict())
-    assert torch.equal(checkpointed(images()), plain(images()))
+    assert torch.equal(checkpointed(noise(2, 64)), plain(noise(2, 64)))
     message = "resnet50 does not support activation checkpointing: use densenet121, densenet161"
     with pytest.raises(RunError, match=message):
         Classifier("resnet50", 3, recompute=True)

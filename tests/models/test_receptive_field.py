@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from runs import noise
 from torch import nn
 from torchvision.transforms import functional as vision
 
@@ -16,18 +17,12 @@ from cxrfast.models import receptive_field as fields
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.receptive_field import receptive_field, theoretical_receptive_field
 
-SMALL = "mobilenet_v3_small"
-
 
 def with_features(layers: nn.Module) -> Classifier:
     """A classifier whose feature layers are `layers`, behind the usual normalisation."""
     model = Classifier("squeezenet1_1", 1)
     model.net = nn.Sequential(OrderedDict(features=layers))
     return model
-
-
-def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 1, side, side), dtype=np.uint8))
 
 
 KERNEL = st.tuples(st.sampled_from(["conv", "mean"]), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))

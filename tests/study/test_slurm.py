@@ -33,7 +33,7 @@ def scripts(shards: Path, out: Path, slurm: Slurm, nproc: int = 2, **runtime: ob
     return {path.name: path.read_text() for path in written}
 
 
-def test_one_task_per_run_and_a_job_for_the_tables(tiny_set: Path, tmp_path: Path) -> None:
+def test_one_task_per_run_and_a_job_for_the_tables(tiny_set, tmp_path):
     slurm = Slurm(account="abc", partition="gpu", extra=("--qos=long",), setup=("module load cuda",), memory="0")
     texts = scripts(tiny_set, tmp_path, slurm)
     assert list(texts) == ["train.sh", "report.sh", "submit.sh"]
@@ -54,7 +54,7 @@ def test_one_task_per_run_and_a_job_for_the_tables(tiny_set: Path, tmp_path: Pat
     assert "array" not in texts["report.sh"]
 
 
-def test_several_nodes_meet_at_the_first_and_names_with_spaces_stay_one_word(tiny_set: Path, tmp_path: Path) -> None:
+def test_several_nodes_meet_at_the_first_and_names_with_spaces_stay_one_word(tiny_set, tmp_path):
     text = scripts(tiny_set, tmp_path / "a b", Slurm(nodes=2))["train.sh"]
     for part in ("#SBATCH --nodes=2\n", "srun ", '--nnodes="$SLURM_NNODES"', "--rdzv_backend=c10d"):
         assert part in text
@@ -62,7 +62,7 @@ def test_several_nodes_meet_at_the_first_and_names_with_spaces_stay_one_word(tin
     assert f"state_file='{tmp_path}/a b/runs'/$name/state.json" in text
 
 
-def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_path: Path) -> None:
+def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set, tmp_path):
     text = scripts(tiny_set, tmp_path, Slurm(cpus=3), nproc=1, device="cpu")["train.sh"]
     assert "torchrun --" not in text
     assert "gpus" not in text
@@ -85,7 +85,7 @@ def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set: Path, tmp_pa
         ("[slurm", "Expected ']' at the end of a table declaration"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path, text, message):
     path = tmp_path / "slurm.toml"
     path.write_text(text)
     with pytest.raises(RunError, match=re.escape(message)):
@@ -95,7 +95,7 @@ def test_a_wrong_file_is_refused_with_the_name_of_what_is_wrong(tmp_path: Path, 
 FILE = b"[slurm]\naccount = 'a'\ngpus = 0\nnodes = 2\nextra = ['--qos=x']\ntime = '1-00:00:00'\nsetup = ['module load x']\n"
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
+def test_a_file_is_read(tmp_path):
     path = tmp_path / "slurm.toml"
     with pytest.raises(RunError, match="does not exist"):
         read_slurm(path)
@@ -109,9 +109,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     st.integers(0, 8),
     st.binary(max_size=4) | st.sampled_from([b"-1", b"[1]", b"null", b"'"]),
 )
-def test_a_mutated_file_is_read_as_it_says_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, at: int, length: int, new: bytes
-) -> None:
+def test_a_mutated_file_is_read_as_it_says_or_refused(tmp_path_factory, at, length, new):
     path = tmp_path_factory.getbasetemp() / "mutated.toml"
     path.write_bytes(FILE[:at] + new + FILE[at + length :])
     try:
@@ -193,7 +191,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tiny_set: Path, tmp_path: Path) -> Job:
+def job(tiny_set, tmp_path):
     return Job(tiny_set, tmp_path)
 
 
@@ -208,22 +206,22 @@ def job(tiny_set: Path, tmp_path: Path) -> Job:
     ],
 )
 def test_a_task_trains_its_own_run_and_is_queued_again_if_it_was_preempted_but_not_cancelled(
-    job: Job, wanted: str, number: int | None, code: int, state: str, says: str
-) -> None:
+    job, wanted, number, code, state, says
+):
     found, output = job.run(wanted, number)
     assert (found, json.loads(job.state.read_text())["state"]) == (code, state)
     assert says in output
     assert ("scontrol" in output) == says.startswith("scontrol")
 
 
-def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job: Job) -> None:
+def test_what_an_earlier_start_left_behind_is_not_taken_for_this_ones(job):
     job.state.write_text(json.dumps({"state": "preempted", "time": round(time.time()) - 10}, indent=2))
     code, output = job.run("crash")
     assert code == 9
     assert "scontrol" not in output, "else a task that cannot start would be queued again and again"
 
 
-def test_submit_queues_the_report_after_the_array(job: Job) -> None:
+def test_submit_queues_the_report_after_the_array(job):
     done = subprocess.run(
         [job.script.parent / "submit.sh"], env=job.environment, capture_output=True, text=True, check=True
     )
@@ -234,7 +232,7 @@ def test_submit_queues_the_report_after_the_array(job: Job) -> None:
     assert "train.sh: job 1, 2 tasks\nreport.sh: job 2" in done.stdout
 
 
-def test_only_runs_that_are_not_done_are_queued(tiny_set: Path, tmp_path: Path) -> None:
+def test_only_runs_that_are_not_done_are_queued(tiny_set, tmp_path):
     plan = make_plan(tiny_set, tmp_path / "runs", [32], [0, 1], device="cpu", options=OPTIONS)
     first, second = forecast(plan).outlooks
     write_scripts(plan, [replace(first, what="done"), second], Slurm(), tmp_path)
@@ -247,7 +245,7 @@ def test_only_runs_that_are_not_done_are_queued(tiny_set: Path, tmp_path: Path) 
     assert "train.sh" not in (tmp_path / "submit.sh").read_text()
 
 
-def test_the_command_writes_scripts_and_submits_nothing(tiny_set: Path, tmp_path: Path) -> None:
+def test_the_command_writes_scripts_and_submits_nothing(tiny_set, tmp_path):
     (tmp_path / "slurm.toml").write_text("[slurm]\npartition = 'p'\n")
     arguments = ["study", str(tiny_set), str(tmp_path / "runs"), "--scale", "32", "--fold", "1", "--weights", "none"]
     more = ["--global-batch", "8", "--sbatch", str(tmp_path / "jobs"), "--slurm", str(tmp_path / "slurm.toml")]

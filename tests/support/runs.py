@@ -73,6 +73,11 @@ def metrics_line(epoch: int, **values: Any) -> dict[str, Any]:
     return {"epoch": epoch, "learning_rate": 1e-4, **losses, **scores, **speed, **memory, **values}
 
 
+def noise(n: int, side: int, seed: int = 0) -> torch.Tensor:
+    """uint8 (n, 1, side, side)."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 1, side, side), dtype=np.uint8))
+
+
 def make_untrained(
     runs: Path, shards: Path, parts: list[str], scale: int = 64, fold: int = 0, **labels: list[float]
 ) -> Run:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import run
 from damage import contents
 from sets import build as build_set
 
@@ -81,8 +82,7 @@ if __name__ == "__main__":
 
 def crash(tree: Path, out: Path, script: Path, how: str) -> subprocess.CompletedProcess[str]:
     script.write_text(CRASHING.replace("HOW", how))
-    command = [sys.executable, script, tree, out, MARK.decode()]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run(sys.executable, script, tree, out, MARK.decode())
 
 
 @pytest.fixture
