@@ -41,7 +41,7 @@ def run(code: str, **given: str) -> str:
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
-        ({}, ["PASSIVE", None, None]),
+        ({}, [None, "3000", None]),
         ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "1"}, ["ACTIVE", None, "1"]),
         ({"GOMP_SPINCOUNT": "5"}, [None, "5", None]),
     ],
