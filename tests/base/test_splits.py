@@ -121,3 +121,12 @@ def test_the_official_split_is_taken_as_it_is_and_rows_without_one_are_in_no_par
         "val": [False, True, False, False, False],
         "test": [False, False, True, False, False],
     }
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_a_fold_tests_its_own_patients_and_validates_on_block_2k_of_the_others(k):
+    fold, block = np.divmod(np.arange(50), 10)
+    parts = part_masks(fold, block, k)
+    assert np.flatnonzero(parts["test"]).tolist() == list(range(10 * k, 10 * k + 10))
+    assert np.flatnonzero(parts["val"]).tolist() == [10 * other + 2 * k for other in range(5) if other != k]
+    assert (np.stack(list(parts.values())).sum(axis=0) == 1).all()

@@ -5,6 +5,8 @@ import pytest
 import torch
 from trainings import make_trainer, run_ranks
 
+from cxrfast.training.loss import masked_bce_sum
+
 GRADIENTS = """
 import sys
 from pathlib import Path
@@ -44,6 +46,14 @@ def test_two_ranks_have_the_gradients_of_one_that_accumulates_whatever_is_masked
     assert max(float(gradient.abs().max()) for gradient in one.values()) > 0.01
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=0, msg=name)
+
+
+def test_masked_entries_do_not_count_whatever_their_target():
+    given = torch.Generator().manual_seed(1)
+    logits, target = torch.randn(8, 14, generator=given), torch.rand(8, 14, generator=given).round()
+    mask = torch.rand(8, 14, generator=given) < 0.5
+    alone = torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], target[mask], reduction="sum")
+    assert float(masked_bce_sum(logits, target, mask)) == pytest.approx(float(alone), rel=1e-6)
 
 
 def test_positives_of_rare_labels_may_weigh_more(tiny_set, tmp_path):
