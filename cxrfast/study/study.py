@@ -183,12 +183,15 @@ DEMO_OPTIONS: dict[str, Any] = {
 
 
 def demo(out: Path) -> Study:
-    """`cxrfast demo`: the whole study on phantoms, without a network. Phantoms of 384 px, shards at three small scales, two folds, every table and figure; minutes on two cores."""
+    """The whole study on phantoms, without a network, in minutes on two cores.
+
+    Phantoms of 384 px, shards at three small scales, two folds, every table and figure.
+    """
     source, shards = out / "mimic-cxr-jpg", out / "shards"
     if not source.exists():
         drawing = out / "drawing"
         shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
-        synth(drawing, images=480, size=384)
+        synth(drawing, images=360, size=384)
         drawing.rename(source)
     build(source, shards, DEMO_SCALES)
     return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", options=DEMO_OPTIONS)
