@@ -29,12 +29,12 @@ LABEL = "Pneumonia"
 def test_maps_are_captums_and_the_same_in_any_batch(arch, layer):
     torch.manual_seed(0)
     model = Classifier(arch, 3).double().eval()
-    images = noise(2, 96)
+    images = noise(2, 64)
     pixels = model.normalise(images).requires_grad_()
     shown = 0
     for label in range(3):
         oracle = LayerGradCam(model.net, getattr(model.net, layer)).attribute(pixels, label, relu_attributions=True)
-        oracle = functional.interpolate(oracle.detach(), size=(96, 96), mode="bilinear")[:, 0]
+        oracle = functional.interpolate(oracle.detach(), size=(64, 64), mode="bilinear")[:, 0]
         largest = oracle.amax((1, 2), keepdim=True)
         maps, logits = cams.gradcam(model, images, label)
         torch.testing.assert_close(maps, (oracle / largest.clamp(min=1e-300)).float(), rtol=1e-5, atol=1e-6)
