@@ -5,7 +5,7 @@ import pytest
 import torch
 from trainings import make_trainer, run_ranks
 
-from cxrfast.training.loss import masked_bce_sum
+from cxrfast.training.loss import NEVER, EpochLoss, masked_bce_sum
 
 GRADIENTS = """
 import sys
@@ -54,6 +54,15 @@ def test_masked_entries_do_not_count_whatever_their_target():
     mask = torch.rand(8, 14, generator=given) < 0.5
     alone = torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], target[mask], reduction="sum")
     assert float(masked_bce_sum(logits, target, mask)) == pytest.approx(float(alone), rel=1e-6)
+
+
+def test_an_epoch_s_loss_is_this_rank_s_share_and_its_first_bad_step_is_kept():
+    epoch = EpochLoss(torch.device("cpu"))
+    for step, loss in enumerate((0.5, 1.5, float("nan"), float("nan"))):
+        epoch.add(torch.tensor(loss), step, 2)
+        assert int(epoch.bad_step) == (NEVER if step < 2 else 2)
+        if step == 1:
+            assert float(epoch.total) == 1.0
 
 
 def test_positives_of_rare_labels_may_weigh_more(tiny_set, tmp_path):
