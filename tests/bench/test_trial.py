@@ -46,10 +46,11 @@ def test_a_rehearsal_goes_through_every_step_without_a_failing_line(tmp_path):
     measured = {f"{what}-{scale}" for what in ("ladder", "load", "step") for scale in (32, 64)}
     assert found["results"].keys() == {"ladder-large-batch", *measured}
     assert [finding["is_right"] for finding in found["findings"]] == [True, True]
-    assert [rates["scale"] for rates in found["rates"]] == [32, 64]
+    assert found["rates"]  # of the scales whose engines there was time for
+    assert {rates["scale"] for rates in found["rates"]} <= {32, 64}
     assert min(min(rates.values()) for rates in found["rates"]) > 0
     text = (tmp_path / "out" / "trial.md").read_text()
-    assert "Rates(scale=32, host=" in text
+    assert f"Rates(scale={found['rates'][0]['scale']}, host=" in text
     assert str(tmp_path) not in text + json.dumps(found), "a folder of this machine"
     assert "right: training losses with host and with dali, within 1%" in printed[1]
     with tarfile.open(tmp_path / "out" / "all.tar.gz") as everything:
