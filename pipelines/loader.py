@@ -9,6 +9,7 @@ for epoch in range(10):
         target = labels[batch.row]             # row: int64 (N,)
 """
 
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def choose(
         return "host", "NVIDIA DALI is not installed"
     if not measured.get(gpu):
         return "dali", f"{gpu} has not been measured; with many cores per GPU, try --engine host"
-    rates = min(measured[gpu], key=lambda rates: abs(rates.scale - scale))
+    rates = min(measured[gpu], key=lambda rates: abs(math.log(rates.scale / scale)))
     host, step = threads * rates.host, rates.step
     engine = "host" if host >= HEADROOM * step or host >= rates.dali else "dali"
     compared = f"{threads} host threads give {host:,.0f} images/s, DALI {rates.dali:,.0f}, the step takes {step:,.0f}"

@@ -94,7 +94,7 @@ def _look_ahead(
 @click.option("--out", type=option.FOLDER, default=Path("demo"), show_default=True, help="Folder for everything.")
 def demo(out: Path) -> None:
     """The whole study on phantoms: synth, shard, train, evaluate, report. On a CPU, in minutes."""
-    from cxrfast.study.study import demo as run_demo
+    from cxrfast.study.demo import demo as run_demo
     from cxrfast.units import duration
 
     started = time.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxrfast.phantoms.cohort import FINDINGS
+from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.phantoms.geometry import Points, mirror, smooth
 
 LUNG = np.array([(0.0, 0.34), (0.05, 0.52), (0.15, 0.70), (0.32, 0.86), (0.52, 0.955), (0.74, 1.0), (1.0, 1.0)])

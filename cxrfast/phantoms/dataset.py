@@ -22,8 +22,9 @@ from cxrfast import files
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.machine import usable_cores
-from cxrfast.phantoms.cohort import FINDINGS, Image, make_cohort, stream
+from cxrfast.phantoms.cohort import Image, make_cohort, stream
 from cxrfast.phantoms.drawing import draw
+from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.progress import progress
 from cxrfast.shards.images.decode import encode as encode_jpeg
 

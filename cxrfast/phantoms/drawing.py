@@ -10,7 +10,8 @@ import numpy as np
 from cxrfast.phantoms import anatomy as body
 from cxrfast.phantoms import planting
 from cxrfast.phantoms.anatomy import Anatomy
-from cxrfast.phantoms.cohort import FINDINGS, Image, stream
+from cxrfast.phantoms.cohort import Image, stream
+from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.phantoms.geometry import Frame, Points, disc, mirror, smooth
 from cxrfast.phantoms.planting import Placement
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cxrfast.phantoms.anatomy import LUNG, Anatomy, chest_wall, dome, lateral_ribs, ribs
-from cxrfast.phantoms.cohort import FINDINGS
+from cxrfast.phantoms.findings import FINDINGS
 from cxrfast.phantoms.geometry import disc, mirror, smooth
 
 

@@ -5,7 +5,6 @@ A step whose result exists is skipped, so a study that was stopped resumes where
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -19,10 +18,8 @@ from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.phantoms.dataset import synth
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
-from cxrfast.shards.build import build
 from cxrfast.study.forecast import Outlook, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
 from cxrfast.tables import Table
@@ -166,32 +163,3 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         if not largest.gradcam_path(label).exists():
             gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
             save_figure(largest, label, shards=shards)
-
-
-# The demo
-
-
-DEMO_SCALES, DEMO_FOLDS = [32, 64, 96], [0, 1]
-DEMO_OPTIONS: dict[str, Any] = {
-    "weights": "none",
-    "epochs": 3,
-    "global_batch": 8,
-    "micro_batch": 8,
-    "learning_rate": 3e-4,  # at 1e-3 the statistics of BatchNorm lag behind the weights in so few steps
-}
-"""From scratch, since ImageNet weights need a network; short, since it runs on two cores."""
-
-
-def demo(out: Path) -> Study:
-    """The whole study on phantoms, without a network, in minutes on two cores.
-
-    Phantoms of 384 px, shards at three small scales, two folds, every table and figure.
-    """
-    source, shards = out / "mimic-cxr-jpg", out / "shards"
-    if not source.exists():
-        drawing = out / "drawing"
-        shutil.rmtree(drawing, ignore_errors=True)  # of a demo that was stopped
-        synth(drawing, images=360, size=384)
-        drawing.rename(source)
-    build(source, shards, DEMO_SCALES)
-    return study(shards, out / "runs", DEMO_SCALES, DEMO_FOLDS, device="cpu", options=DEMO_OPTIONS)

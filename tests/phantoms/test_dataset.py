@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from cxrfast.errors import RunError
 from cxrfast.labels import MIMIC
 from cxrfast.phantoms import dataset as module
-from cxrfast.phantoms.cohort import FINDINGS, Image, make_cohort
+from cxrfast.phantoms.cohort import Image, make_cohort
 from cxrfast.phantoms.dataset import synth, tables
+from cxrfast.phantoms.findings import FINDINGS
 
 COLUMNS = """
 dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime

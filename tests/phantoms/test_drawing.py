@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from cxrfast.phantoms.anatomy import Anatomy, heart
-from cxrfast.phantoms.cohort import FINDINGS, Image, stream
+from cxrfast.phantoms.cohort import Image, stream
 from cxrfast.phantoms.drawing import draw
+from cxrfast.phantoms.findings import FINDINGS
 
 
 def of_kind(kind: str) -> list[str]:

@@ -220,6 +220,7 @@ MEASURED = {
         ("Card", True, 2048, 1, "dali", "at 2048 px"),
         ("Card", True, 2048, 2, "host", "at 2048 px"),
         ("Card", True, 1800, 2, "host", "at 2048 px"),  # the nearest scale counts
+        ("Card", True, 1024, 1, "dali", "at 2048 px"),  # half of 2048, four times 256
         ("Slow", True, 256, 4, "dali", "at 256 px"),  # neither feeds the step: the faster one decodes
         ("Slow", True, 256, 6, "host", "at 256 px"),
     ],
