@@ -7,6 +7,7 @@ from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.grey import as_mimic, full_range, stretched
 from cxrfast.shards.images.jpeg import decode_jpeg
 from cxrfast.shards.images.png import SIGNATURE, decode_png
+from cxrfast.shards.images.remark import Remark, remarks_on
 
 UNSUPPORTED = (
     (b"GIF8", "GIF"),
@@ -48,6 +49,12 @@ def decode(data: bytes, grey: str) -> np.ndarray:
     if data[:4] + data[8:12] == b"RIFFWEBP":
         raise BadImage(Reason.UNSUPPORTED, "WebP")
     raise BadImage(Reason.NOT_AN_IMAGE)
+
+
+def decode_with_remarks(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
+    """`decode`, and what is noteworthy about the image."""
+    image = decode(data, grey)
+    return image, remarks_on(image)
 
 
 def encode(image: np.ndarray, quality: int) -> bytes:
