@@ -145,6 +145,7 @@ def tiny_images(folder: Path, images: int, scale: int) -> Path:
         rows_per_shard=rows_per_shard(images),
         codec="jpeg",
         quality=95,
+        dct="accurate",
         resize="squash",
         grey="none",
         versions=versions(),

@@ -96,7 +96,7 @@ def build(
         out=Path(out).absolute(),
         source=source,
         source_options=source_options or {},
-        recipe=recipe or ImageRecipe(),
+        recipe=_with_encoder(recipe or ImageRecipe(), Path(out)),
         workers=max(1, workers or usable_cores()),
         part=part,
         dask=dask,
@@ -120,6 +120,12 @@ def build(
         _finish(blueprint, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
+
+
+def _with_encoder(recipe: ImageRecipe, out: Path) -> ImageRecipe:
+    """The recipe with the JPEG encoder of the set in `out`, if there is one: what it lacks is encoded as what it has."""
+    dct = read_set(out).dct if is_laid_out(out) else None
+    return replace(recipe, dct=dct) if dct and recipe.dct else recipe
 
 
 def _source_tree(data: Tree | Path | str, dask: str | None) -> Tree:

@@ -47,7 +47,7 @@ def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
             continue  # the build itself reports it
         meta = meta_json(image, *source.shape)
         for scale, picture in at_scales(source, task.scales, task.info.resize).items():
-            member = encode_member(picture, task.info.codec, task.info.quality)
+            member = encode_member(picture, task.info.codec, task.info.quality, task.info.dct)
             sizes[scale].append(len(member) + len(meta) + OVERHEAD)
         seconds.append(time.perf_counter() - start)
     return sizes, seconds

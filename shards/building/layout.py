@@ -54,8 +54,12 @@ def rows_per_shard(n: int) -> int:
 
 
 def set_id(rows: pd.DataFrame, recipe: ImageRecipe) -> str:
-    """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, and the same patients."""
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, and the same patients.
+
+    The DCT counts only where it is accurate: earlier sets had no such choice, and keep their ids.
+    """
+    parts = {name: value for name, value in asdict(recipe).items() if name != "dct" or value == "accurate"}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for row, image, patient in zip(rows["row"], rows["image_id"], rows["patient_id"], strict=True):
         digest.update(f"\n{row}\t{image}\t{patient}".encode())
     return digest.hexdigest()[:32]

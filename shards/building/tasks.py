@@ -169,7 +169,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             meta = meta_json(image, *source.shape)
             for scale, picture in at_scales(source, task.scales, info.resize).items():
                 grids[scale].append(grid(picture))
-                writers[scale].add(image.row, encode_member(picture, info.codec, info.quality), meta)
+                writers[scale].add(image.row, encode_member(picture, info.codec, info.quality, info.dct), meta)
         for scale in task.scales:  # a replaced shard is not whole until its new manifest is written
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}

@@ -19,12 +19,13 @@ PGM = re.compile(rb"P5\n([1-9][0-9]{0,4}) ([1-9][0-9]{0,4})\n255\n")
 """Width and height, px; 255 is white."""
 
 
-def encode_member(image: np.ndarray, codec: str, quality: int | None) -> bytes:
-    """uint8 (H, W) → the bytes of an image in a tar; `quality` is JPEG's."""
+def encode_member(image: np.ndarray, codec: str, quality: int | None, dct: str | None) -> bytes:
+    """uint8 (H, W) → the bytes of an image in a tar; `quality` and `dct` are JPEG's, None for raw pixels."""
     if codec == "raw":
         return pgm_header(*image.shape) + image.tobytes()
-    assert quality is not None  # ImageRecipe guarantees it
-    return encode(image, quality)
+    assert quality is not None, "guaranteed by ImageRecipe"
+    assert dct is not None, "guaranteed by ImageRecipe"
+    return encode(image, quality, dct)
 
 
 def decode_member(data: bytes, codec: str) -> np.ndarray:

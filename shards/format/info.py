@@ -46,6 +46,9 @@ class SetInfo:
     codec: str
     quality: int | None
     """Quality of the JPEGs; None (JSON: null) where the codec is raw."""
+    dct: str | None
+    """Forward DCT of the JPEGs, `accurate` or `fast`; None where the codec is raw. In set.json only where it is accurate:
+    sets from before the choice existed are fast."""
     resize: str
     grey: str
     versions: dict[str, str]
@@ -63,11 +66,14 @@ class SetInfo:
 
     @property
     def recipe(self) -> ImageRecipe:
-        return ImageRecipe(seed=self.seed, codec=self.codec, quality=self.quality, resize=self.resize, grey=self.grey)
+        return ImageRecipe(**{field.name: getattr(self, field.name) for field in fields(ImageRecipe)})
 
     def to_bytes(self) -> bytes:
         """Contents of set.json."""
-        return json_bytes(asdict(self))
+        value = asdict(self)
+        if self.dct != "accurate":
+            del value["dct"]
+        return json_bytes(value)
 
     def write(self, folder: Path) -> None:
         write_bytes(folder / "set.json", self.to_bytes())
@@ -139,13 +145,15 @@ def parse_set(data: bytes, path: object) -> SetInfo:
 
 def _checked(value: dict[str, Any]) -> SetInfo:
     """A description from its fields. Raises ValueError or ShardError if they are wrong."""
-    info = typed(value, SetInfo)
+    info = typed({"dct": "fast" if value.get("codec") == "jpeg" else None, **value}, SetInfo)
     if "schema" not in value:
         raise ValueError("it has no schema version")
     if len(set(info.labels)) < len(info.labels):
         raise ValueError("a label is listed twice")
     if info.recipe.quality != info.quality:
         raise ValueError("its JPEGs have no quality")
+    if info.recipe.dct != info.dct:
+        raise ValueError("its JPEGs have no DCT")
     return info
 
 

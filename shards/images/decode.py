@@ -1,5 +1,6 @@
 """One image: bytes → grey pixels → bytes. The first bytes, not the file name, choose between `jpeg`, `png` and `dicom`."""
 
+import cv2
 import numpy as np
 import simplejpeg
 
@@ -57,6 +58,12 @@ def decode_with_remarks(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark
     return image, remarks_on(image)
 
 
-def encode(image: np.ndarray, quality: int) -> bytes:
-    """uint8 (H, W) → baseline grey JPEG bytes."""
+def encode(image: np.ndarray, quality: int, dct: str = "accurate") -> bytes:
+    """uint8 (H, W) → baseline grey JPEG bytes, the same as Pillow's where `dct` is accurate.
+
+    `fast` is TurboJPEG's choice at quality 95 and below: rougher, and only for images that must keep their earlier bytes.
+    """
+    if dct == "accurate":
+        options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+        return cv2.imencode(".jpg", np.ascontiguousarray(image), options)[1].tobytes()
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image)[:, :, None], quality=quality, colorspace="GRAY")

@@ -129,7 +129,8 @@ def _scales(counts: SetCounts) -> Table:
         for line in counts.scales.astype(float).to_dict("records")
     ]
     head = ["Scale", "Shards", "Rows", "Tars", "Files", "kB per image"]
-    codec = "Raw (PGM)" if counts.info.codec == "raw" else f"JPEG, quality {counts.info.quality}"
+    info = counts.info
+    codec = "Raw (PGM)" if info.codec == "raw" else f"JPEG, quality {info.quality}, {info.dct} DCT"
     note = f"{codec}, {counts.info.resize}; 1 kB = 1,000 bytes, labels and padding included."
     return Table(title="Shards", head=head, rows=lines, note=note)
 

@@ -130,7 +130,7 @@ def test_any_flipped_bit_of_a_raw_image_names_row_and_tar(raw_set, tmp_path, nam
     [
         *(header + bytes(64 * 64) for header in (b"P5\n32 128\n255\n", b"P5\n64 64\n127\n", b"P5 64 64 255\n\n")),
         b"P6\n64 64\n255\n" + bytes(64 * 64),
-        *(encode_member(np.zeros((side, side), np.uint8), "raw", None) for side in (16, 63)),
+        *(encode_member(np.zeros((side, side), np.uint8), "raw", None, None) for side in (16, 63)),
     ],
 )
 @pytest.mark.parametrize("name", ENGINES)

@@ -87,7 +87,7 @@ def test_a_set_holds_the_pixels_of_its_source_resized_and_their_grids_in_either_
             for row, path in enumerate(paths(tiny_set)):
                 picture = at_scales(decode_grey((phantoms / path).read_bytes()), [32, 64])[scale]
                 assert bytes(jpegs.read(row)) == encode(picture, 95)
-                assert bytes(raws.read(row)) == encode_member(picture, "raw", None)
+                assert bytes(raws.read(row)) == encode_member(picture, "raw", None, None)
                 np.testing.assert_array_equal(jpegs.grids[row], grid(picture))
 
 

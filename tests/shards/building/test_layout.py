@@ -91,6 +91,8 @@ def test_rows_are_permuted_and_differently_by_seed_which_alone_changes_the_set_i
         (images(), {"seed": 1}, False),
         (images(), {"quality": 94}, False),
         (images(), {"codec": "raw"}, False),
+        (images(), {"dct": "accurate"}, True),
+        (images(), {"dct": "fast"}, False),
         (images().assign(path="other", view="other", split="other", study_id="other", Edema=0.0), {}, True),
     ],
 )
@@ -101,7 +103,8 @@ def test_the_set_id_changes_with_an_image_a_patient_and_every_part_of_the_recipe
 def test_permutations_and_set_ids_are_the_same_in_every_version():
     assert permutation(10, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert permutation(10, 7, 3).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
-    assert identity(images()) == identity(images(), codec="jpeg", quality=95) == "e7306155b6d0a1573e595c3d76dd4443"
+    assert identity(images(), dct="fast") == "e7306155b6d0a1573e595c3d76dd4443"
+    assert identity(images()) == identity(images(), codec="jpeg", quality=95) == "7cf114d72c544a31f13e8193cd0d3cf0"
     assert identity(images(), codec="raw") == "41286f57e3b7122fb1f72c52a0869fb6"
 
 
@@ -128,6 +131,8 @@ def test_scales_are_sorted_and_unique_and_one_out_of_range_is_named():
         *(({"quality": value}, f"--quality {value} is not between") for value in (0, 101)),
         *(({"seed": value}, f"--seed {value} is not between") for value in (-1, 2**63)),
         ({"codec": "raw", "quality": 95}, "--quality 95 is for JPEG"),
+        ({"codec": "raw", "dct": "accurate"}, "'accurate' is unknown: use accurate or fast, for JPEG only"),
+        ({"dct": "slow"}, "dct 'slow' is unknown"),
         *(({name: value}, value) for name, value in (("codec", "png"), ("resize", "crop"), ("grey", "colour"))),
     ],
 )

@@ -28,12 +28,13 @@ def reason(data: bytes) -> Reason:
 @given(SIDES, SIDES, st.booleans())
 def test_raw_pixels_come_back_as_they_were_pillow_reads_the_same_and_a_jpeg_has_its_quality(height, width, transposed):
     image = noise(width, height).T if transposed else noise(height, width)
-    data = encode_member(image, "raw", None)
+    data = encode_member(image, "raw", None, None)
     np.testing.assert_array_equal(decode_member(data, "raw"), image)
     with Image.open(io.BytesIO(data)) as picture:
         assert (picture.format, picture.mode) == ("PPM", "L")
         np.testing.assert_array_equal(picture, image)
-    assert encode_member(image, "jpeg", 80) == encode(np.ascontiguousarray(image), 80)
+    for dct in ("accurate", "fast"):
+        assert encode_member(image, "jpeg", 80, dct) == encode(np.ascontiguousarray(image), 80, dct)
     assert decode_member(encode(image, 80), "jpeg").shape == image.shape
     header = pgm_header(height, width)
     assert data.startswith(header)
@@ -42,7 +43,7 @@ def test_raw_pixels_come_back_as_they_were_pillow_reads_the_same_and_a_jpeg_has_
 
 @pytest.mark.parametrize("pixels", [np.zeros((20, 30), np.uint8), np.full((20, 30), ord("\n"), np.uint8)])
 def test_a_raw_image_cut_short_anywhere_is_truncated(pixels):
-    data = encode_member(pixels, "raw", None)
+    data = encode_member(pixels, "raw", None, None)
     for keep in range(2, len(data)):
         assert reason(data[:keep]) is Reason.TRUNCATED, f"{keep} of {len(data)} bytes"
 
@@ -78,5 +79,5 @@ def test_real_radiographs_are_held_to_the_pixel(real_tree, real_set, tmp_path):
         with Reader(tmp_path / "set", scale) as raws, Reader(real_set, scale) as jpegs:
             for row in raws.rows.tolist():
                 pixels = decode_member(bytes(raws.read(row)), "raw")
-                assert bytes(raws.read(row)) == encode_member(pixels, "raw", None)
+                assert bytes(raws.read(row)) == encode_member(pixels, "raw", None, None)
                 assert bytes(jpegs.read(row)) == encode(pixels, 95), f"row {row}"

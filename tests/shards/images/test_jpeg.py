@@ -1,8 +1,10 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutator import jpeg_segments
@@ -130,6 +132,34 @@ def test_what_is_encoded_is_a_baseline_grey_jpeg_of_that_quality(height, width, 
     assert (ours.format, ours.mode, ours.size) == ("JPEG", "L", (width, height))
     assert "progressive" not in ours.info
     assert ours.quantization == Image.open(theirs).quantization
+
+
+@settings(max_examples=60)
+@given(SIDES, SIDES, st.integers(1, 100), st.booleans())
+def test_an_accurate_jpeg_has_pillow_s_bytes_and_the_fast_one_turbojpeg_s(height, width, quality, transposed):
+    image = cv2.GaussianBlur(noise(height, width), (0, 0), 1)
+    image = image.T if transposed else image
+    saved_by_pillow = io.BytesIO()
+    Image.fromarray(image).save(saved_by_pillow, "JPEG", quality=quality)
+    assert encode(image, quality) == encode(image, quality, "accurate") == saved_by_pillow.getvalue()
+    fast = simplejpeg.encode_jpeg(np.ascontiguousarray(image)[:, :, None], quality, "GRAY")
+    assert encode(image, quality, "fast") == fast
+
+
+def test_the_accurate_dct_is_nearer_to_the_image_and_its_files_are_no_larger():
+    image = cv2.add(smooth(512, 512), noise(512, 512) // 16)
+    data = {dct: encode(image, 95, dct) for dct in ("accurate", "fast")}
+    errors = {dct: np.square(decode_grey(jpeg).astype(float) - image).mean() for dct, jpeg in data.items()}
+    assert errors["accurate"] < 0.95 * errors["fast"]
+    assert len(data["accurate"]) <= len(data["fast"])
+
+
+def test_any_number_of_threads_encodes_the_same_bytes():
+    images = [cv2.add(smooth(256, 256), noise(256, 256) // (4 + n)) for n in range(8)]
+    expected = [encode(image, 95) for image in images]
+    for threads in range(1, 9):
+        with ThreadPoolExecutor(threads) as pool:
+            assert list(pool.map(lambda image: encode(image, 95), images)) == expected
 
 
 def test_quality_95_costs_a_grey_level_or_so():

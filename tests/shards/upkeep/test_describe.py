@@ -145,7 +145,7 @@ def test_bytes_and_files_are_those_on_disk_and_the_codec_is_said_as_a_paper_woul
         assert line.bytes == sum(path.stat().st_size for path in files if path.suffix == ".tar")
         assert line.kB_per_image == pytest.approx(line.bytes / 1000 / 73)
         assert (line.rows, line.shards) == (73, read_set(odd).shards)
-    assert "JPEG, quality 95, squash; 1 kB" in description_markdown(count_set(tiny_set))
+    assert "JPEG, quality 95, accurate DCT, squash; 1 kB" in description_markdown(count_set(tiny_set))
     assert "Raw (PGM), squash; 1 kB" in description_markdown(count_set(raw_set))
 
 

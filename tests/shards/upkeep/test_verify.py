@@ -209,7 +209,7 @@ OFF = r"row 70 differs from its grid, by up to \d+\.\d grey levels"
         ("raw_set", written(lambda pgm: pgm_header(33, 32) + pgm[15:]), "row 70: truncated"),
         ("raw_set", written(lambda pgm: pgm_header(31, 32) + pgm[15:]), "row 70: corrupt"),
         ("raw_set", written(lambda pgm: pgm_header(16, 64) + pgm[15:]), "row 70 is 64 × 16 px"),
-        ("raw_set", written(lambda pgm: encode_member(FLAT, "raw", None)), OFF),
+        ("raw_set", written(lambda pgm: encode_member(FLAT, "raw", None, None)), OFF),
         ("tiny_set", change_checksum, "row 70 differs from its crc32"),
         ("raw_set", change_checksum, "row 70 differs from its crc32"),
         ("tiny_set", shift_grid, OFF),
