@@ -3,7 +3,9 @@
 The command line turns each of them into one line and exit code 2.
 """
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 
 class CxrfastError(Exception):
@@ -24,6 +26,13 @@ class RunError(CxrfastError):
 
 class DeviceError(CxrfastError):
     """A requested GPU, driver or library cannot be used here."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "did you mean 'Pneumonia'? ", for the known name that is most like `name`; "" if none is."""
+    by_plain = {other.lower().strip(): other for other in known}
+    close = difflib.get_close_matches(name.lower().strip(), by_plain, n=1)
+    return f"did you mean {by_plain[close[0]]!r}? " if close else ""
 
 
 MEMORY_WORDS = (

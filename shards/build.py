@@ -34,7 +34,9 @@ from cxrfast.shards.format.names import WORKSHOP, is_foreign, is_temporary, shar
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.shards.sources.read import read_source, with_defaults
+from cxrfast.shards.sources.image_files import where_instead
+from cxrfast.shards.sources.read import as_stored, read_source, with_defaults
+from cxrfast.shards.sources.source import Source
 from cxrfast.shards.storage import Tree
 
 MISSING_ALLOWED = 0.001
@@ -90,12 +92,13 @@ def build(
     `limit` rows; `dry_run` estimates and writes nothing. Raises ShardError; finished shards are kept.
     """
     start = time.monotonic()
+    tree = _source_tree(data, dask)
     request = _Request(
         scales=check_scales(scales),
-        tree=_source_tree(data, dask),
+        tree=tree,
         out=Path(out).absolute(),
         source=source,
-        source_options=source_options or {},
+        source_options=as_stored(tree, source_options or {}),
         recipe=_with_encoder(recipe or ImageRecipe(), Path(out)),
         workers=max(1, workers or usable_cores()),
         part=part,
@@ -151,21 +154,28 @@ def _check_folder(tree: Tree, out: Path) -> None:
 
 def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
     """Lay the set out and estimate the work left; write nothing."""
-    blueprint, counts = _lay_out(request)
+    blueprint, listed = _lay_out(request)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
     needed = _estimate(blueprint, todo, request.workers, pool)
-    return blueprint, todo, Report(info=blueprint.info, scales=request.scales, source_counts=counts, estimate=needed)
+    report = Report(
+        info=blueprint.info,
+        scales=request.scales,
+        source_counts=listed.counts,
+        source_notes=listed.notes,
+        estimate=needed,
+    )
+    return blueprint, todo, report
 
 
-def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
-    """The set's description and rows, new or read from `out`, and the counts of the source."""
+def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
+    """The set's description and rows, new or read from `out`, and what the source lists."""
     tree, out, recipe = request.tree, request.out, request.recipe
     listed = read_source(request.source, tree, request.source_options)
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
     identity = set_id(rows, recipe)
     if is_laid_out(out):
         info = _read_same_set(request, identity)
-        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed.counts
+        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed
     rows["bytes"] = tree.sizes(rows["path"].tolist())
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
@@ -180,7 +190,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, dict[str, int]]:
         versions=versions(),
         **asdict(recipe),
     )
-    return Blueprint(tree=tree, out=out, info=info, rows=rows), listed.counts
+    return Blueprint(tree=tree, out=out, info=info, rows=rows), listed
 
 
 def _read_same_set(request: _Request, identity: str) -> SetInfo:
@@ -211,16 +221,19 @@ def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
     """Raises ShardError if too many images are missing."""
     missing = int(rows["bytes"].lt(0).sum())
     if missing == len(rows):
+        advice = (
+            where_instead(tree, rows["path"].tolist()) or "give --data the folder that holds the tables and the images"
+        )
         raise ShardError(
-            f"none of the {len(rows):,} images that the tables list is in {tree} (first: {rows['path'].iloc[0]}): "
-            "give --data the folder that holds the tables and the images"
+            f"none of the {len(rows):,} images that the tables list is in {tree} (first: {rows['path'].iloc[0]}): {advice}"
         )
     if missing > MISSING_ALLOWED * len(rows) and not allow_missing:
         folders = missing_by_folder(rows).query("missing > 0")
         lines = "\n".join(f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples())
         raise ShardError(
             f"{missing:,} of {len(rows):,} images are missing in {tree}:\n{lines}\n"
-            "finish the download, or leave them out with --allow-missing"
+            + (f"{found}\n" if (found := where_instead(tree, rows["path"][rows["bytes"] < 0].tolist())) else "")
+            + "finish the download, or leave them out with --allow-missing"
         )
 
 

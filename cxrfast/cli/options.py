@@ -48,7 +48,20 @@ def flag(name: str, help: str, field: str | None = None) -> Decorator:
 
 
 def scales(help: str, required: bool = False) -> Decorator:
-    return click.option("--scale", "scales", type=int, multiple=True, required=required, help=help)
+    return click.option(
+        "--scale",
+        "scales",
+        type=SCALES,
+        multiple=True,
+        required=required,
+        callback=_joined,
+        help=help,
+        metavar="INTEGER",
+    )
+
+
+def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(scale for some in values for scale in some)
 
 
 def workers(help: str) -> Decorator:
@@ -66,6 +79,13 @@ class Parsed(click.ParamType):
             return value if isinstance(value, tuple) else self.parse(str(value))
         except ValueError:
             self.fail(f"{value!r} is not {self.name}, such as {self.example}", param, ctx)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+SCALES = Parsed("a whole number of px", "256 or 256,1024", _numbers)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -148,6 +168,7 @@ SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "image_column": {"help": "table: image ids. [default: paths without suffix]"},
     "study_column": {"help": "table: studies. [default: each image is one]"},
     "view_column": {"help": "table: view positions. [default: unknown]"},
+    "allow_unmatched": {"is_flag": True, "help": "mimic, nih: accept tables that name other studies or images."},
     "split_column": {"help": "table: official train, validate, test. [default: none]"},
 }
 """By argument of the sources' functions; `read_source` refuses those that the chosen one does not have."""
@@ -156,7 +177,8 @@ SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
 def of_source(command: Command) -> Command:
     """Options of `shard` that say what the source tree is and how its tables are read."""
     for name, settings in reversed(SOURCE_OPTIONS.items()):
-        command = click.option(f"--{name.replace('_', '-')}", **{"metavar": "NAME", **settings})(command)
+        metavar = {} if "is_flag" in settings else {"metavar": "NAME"}
+        command = click.option(f"--{name.replace('_', '-')}", **{**metavar, **settings})(command)
     source = click.option("--source", default="mimic", help="mimic, chexpert, nih, table or package.module:name.")
     return click.option("--data", default=config.DATA, help="Source tree; or set CXRFAST_DATA.")(source(command))
 
@@ -164,7 +186,7 @@ def of_source(command: Command) -> Command:
 def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of one source that were given out of `options`."""
     values = {name: options.pop(name) for name in SOURCE_OPTIONS}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, ())}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, (), False)}
 
 
 TYPES = {"micro_batch": MicroBatch(), "sizes": SIZES, "label_policies": LABEL_POLICY}

@@ -78,6 +78,9 @@ def shard(data: str, out: Path, scales: tuple[int, ...], **options: Any) -> None
 @click.option(
     "--unmatched", type=option.FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE."
 )
+@option.flag(
+    "--allow-unmatched", "Accept a table that lacks more than 1 % of the ids of SET, or has more than 1 % others."
+)
 def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -> None:
     """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). Tars do not change."""
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels

@@ -53,13 +53,13 @@ def tables(made: list[Image], seed: int) -> dict[str, list[list[str]]]:
 
 
 def label_rows(made: list[Image], seed: int) -> list[list[str]]:
-    """One row per study: mostly blank, some negatives stated, some positives uncertain. From ten studies on, one in
-    fifty (rounded up) has no row, and as many have a blank one."""
+    """One row per study: mostly blank, some negatives stated, some positives uncertain. From ten studies on, one in a
+    hundred (at least one) has no row, and one in fifty (rounded up) has a blank one."""
     rng = stream(seed, "labels")
     studies = {image.study_id: image for image in made}
     odd = [int(study) for study in rng.permutation(sorted(studies))]
-    few = -(-len(odd) // 50) if len(odd) >= 10 else 0
-    missing, blank = set(odd[:few]), set(odd[few : 2 * few])
+    few, fewer = (-(-len(odd) // 50), max(1, len(odd) // 100)) if len(odd) >= 10 else (0, 0)
+    missing, blank = set(odd[:fewer]), set(odd[few : 2 * few])
     rows = []
     for study, image in studies.items():
         row = [_label(name, image.present, float(rng.random())) for name in MIMIC]

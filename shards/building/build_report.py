@@ -16,6 +16,7 @@ class Report:
     info: SetInfo
     scales: list[int]
     source_counts: dict[str, int]
+    source_notes: tuple[str, ...] = ()
     estimate: Estimate
     rows: dict[int, int] = field(default_factory=dict)
     """Rows at each scale, including shards of earlier builds."""
@@ -37,6 +38,7 @@ class Report:
         info = self.info
         lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
         lines += [f"{what}: {n:,}" for what, n in self.source_counts.items() if n]
+        lines += self.source_notes
         return lines + (self._done(out) if self.is_done else self._to_do(out))
 
     def _to_do(self, out: Path) -> list[str]:

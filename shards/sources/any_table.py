@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.sources.ids import normal_ids
+from cxrfast.shards.sources.image_files import SUFFIX, as_in_tree
 from cxrfast.shards.sources.source import SPLITS, Source
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.text_columns import filled, is_blank, lines, pixels, raw_labels
+from cxrfast.shards.sources.text_columns import filled, is_blank, lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import URL, Tree, relative
 
 
@@ -45,8 +47,14 @@ def table(
     ids = [c for c in (path_column, patient_column, image_column, study_column) if c]
     other = [c for c in (view_column, split_column, height_column, width_column) if c]
     rows = read_table(place, file, list(dict.fromkeys((*ids, *other, *labels))), ids=ids)
-    path = _below(tree, filled(rows[path_column], table))
-    image = filled(rows[image_column], table) if image_column else path.str.replace(r"\.[^./]*$", "", regex=True)
+    path = as_in_tree(tree, _below(tree, filled(rows[path_column], table)))
+    if (twice := path.duplicated(keep=False)).any():
+        several = path.index[path == path[twice].iloc[0]]
+        raise ShardError(
+            f"{table} lists {path[twice].iloc[0]} in {lines(several)} ({path[twice].nunique():,} images have several lines): "
+            "keep one line an image, such as one with all its labels"
+        )
+    image = normal_ids(rows[image_column], table) if image_column else path.str.replace(SUFFIX, "", regex=True)
     if (twice := image.duplicated(keep=False)).any():
         raise ShardError(
             f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): name a column "
@@ -55,8 +63,8 @@ def table(
     frame = pd.DataFrame(
         {
             "image_id": image,
-            "study_id": filled(rows[study_column], table) if study_column else image,
-            "patient_id": filled(rows[patient_column], table),
+            "study_id": normal_ids(rows[study_column], table) if study_column else image,
+            "patient_id": normal_ids(rows[patient_column], table),
             "path": path,
             **{name: raw_labels(rows[name], table) for name in labels},
             "view": rows[view_column] if view_column else None,
@@ -65,7 +73,7 @@ def table(
             "width": pixels(rows[width_column], table) if width_column else None,
         }
     )
-    return Source(images=frame, labels=labels, counts={})
+    return Source(images=frame, labels=labels, counts={}, notes=notes_on_words(rows[list(labels)]))
 
 
 def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:

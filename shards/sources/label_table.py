@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from cxrfast.errors import ShardError
+from cxrfast.errors import ShardError, did_you_mean
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.text_columns import filled, raw_labels
+from cxrfast.shards.sources.text_columns import filled, notes_on_words, raw_labels
 from cxrfast.shards.storage import Tree
 
 KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
@@ -45,6 +45,8 @@ class LabelTable:
     """float32, one column per label: 1, 0, -1 or NaN; same lines as `ids`."""
     left: list[str]
     """Columns that may be labels too but were not read."""
+    notes: tuple[str, ...] = ()
+    """Sentences to report, such as how words were read as labels."""
 
 
 class CachedTree(Tree):
@@ -80,7 +82,8 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
         raise ShardError(f"{error}; name each label column with --label") from None
     source = f"{name} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
     ids = filled(lines[key], location)
-    return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left)
+    notes = notes_on_words(lines[list(labels.values())])
+    return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left, notes=notes)
 
 
 def _plain(name: str) -> str:
@@ -98,7 +101,8 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
             raise ShardError(f"{table} {what}: name the column of image ids, study ids or paths with --key COLUMN")
         key = known[0]
     if key not in columns:
-        raise ShardError(f"{table} has no column {key!r} (--key): its columns are {', '.join(columns)}")
+        hint = did_you_mean(key, columns)
+        raise ShardError(f"{table} has no column {key!r} (--key): {hint}its columns are {', '.join(columns)}")
     return key, KEYS.get(_plain(key))
 
 
@@ -114,7 +118,10 @@ def choose_labels(
     column_of = {name if (now := EARLIER.get(name, name)) in columns else now: name for name in columns}
     if asked:
         if unknown := [name for name in asked if name not in columns and name not in column_of]:
-            raise ShardError(f"{table} has no column {unknown[0]!r} (--label): its columns are {', '.join(columns)}")
+            hint = did_you_mean(unknown[0], columns)
+            raise ShardError(
+                f"{table} has no column {unknown[0]!r} (--label): {hint}its columns are {', '.join(columns)}"
+            )
         candidates = {label: name for label, name in column_of.items() if label in asked or name in asked}
         taken = candidates
     else:

@@ -8,30 +8,39 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import REFERENCE
+from cxrfast.shards.sources.ids import check_join, normal_ids
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
-from cxrfast.shards.sources.text_columns import filled, pixels, raw_labels
+from cxrfast.shards.sources.text_columns import lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import Tree
 
+PREFIXES = {"dicom_id": r"^$", "subject_id": r"^p(?=\d+$)", "study_id": r"^s(?=\d+$)"}
+"""Columns of ids, and the letter at the start of those in paths."""
 
-def mimic(tree: Tree, *, labels: str = "chexpert") -> Source:
+
+def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False) -> Source:
     """MIMIC-CXR-JPG 2.0.0 or 2.1.0 (Johnson et al. 2019), labels by study, the official split.
 
     `labels`: the labeller whose table is read, `chexpert` or `negbio`. If the tree has the radiologist's table of 2.1.0, its
-    labels become reference columns.
+    labels become reference columns. `allow_unmatched`: accept tables that name other studies or images than the metadata.
     """
     if labels not in ("chexpert", "negbio"):
         raise ShardError(f"--labels {labels!r} is unknown: use chexpert or negbio")
-    labelled = _mimic_table(tree, labels, ["study_id", *MIMIC])
     metadata = _mimic_table(tree, "metadata", ["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "Columns"])
-    split = _mimic_table(tree, "split", ["dicom_id", "split"])
+    split = _mimic_table(tree, "split", ["dicom_id", "split"], ["subject_id", "study_id"])
+    labelled = _mimic_table(tree, labels, ["study_id", *MIMIC], ["subject_id"])
     if not tree.is_dir("files"):
         raise ShardError(f"{tree} has no folder files/: give --data the folder that holds files/ and the CSV tables")
     _once(labelled["study_id"], f"the {labels} table in {tree}")
     _once(split["dicom_id"], f"the split table in {tree}")
-    if (empty := metadata[["dicom_id", "subject_id", "study_id"]].isna().any(axis=1)).any():
-        raise ShardError(f"the metadata table in {tree} lacks ids in {int(empty.sum()):,} lines: download it again")
     image, subject, study = metadata["dicom_id"], metadata["subject_id"], metadata["study_id"]
+    for name, other, key in ((labels, labelled, "study_id"), ("split", split, "dicom_id")):
+        _check_same(metadata, other, key, f"the {name} table in {tree}")
+        what = "studies" if key == "study_id" else "images"
+        theirs = f"the {name} table"
+        check_join(
+            metadata[key], other[key], images="the metadata table", table=theirs, what=what, allowed=allow_unmatched
+        )
     values = {name: raw_labels(labelled[name], f"the {labels} table in {tree}").to_numpy() for name in MIMIC}
     raw = pd.DataFrame(values, index=labelled["study_id"])
     reference = _radiologist(tree)
@@ -51,22 +60,45 @@ def mimic(tree: Tree, *, labels: str = "chexpert") -> Source:
     frame = pd.concat([frame, *(values.set_axis(metadata.index) for values in by_study)], axis=1)
     counts = {
         "studies without a label row": study[~study.isin(raw.index)].nunique(),
+        "label rows without an image": int((~raw.index.isin(study)).sum()),
+        "images without an official split": int(frame["split"].isna().sum()),
         "label rows that are all blank": int(raw.isna().all(axis=1).sum()),
         "studies read by a radiologist": int(reference.index.isin(study).sum()),
         "studies read by a radiologist, without an image": int((~reference.index.isin(study)).sum()),
     }
-    return Source(images=frame, labels=MIMIC, counts=counts)
+    return Source(images=frame, labels=MIMIC, counts=counts, notes=notes_on_words(labelled[list(MIMIC)]))
 
 
-def _mimic_table(tree: Tree, kind: str, columns: list[str]) -> pd.DataFrame:
-    """Read columns of mimic-cxr-2.x.y-KIND.csv; the latest version wins, uncompressed before .gz."""
+def _check_same(metadata: pd.DataFrame, other: pd.DataFrame, key: str, where: str) -> None:
+    """Raises ShardError if a table gives a study or image to another patient or study than the metadata does."""
+    for name in ("subject_id", "study_id"):
+        if name == key or name not in other:
+            continue
+        expected = other[key].map(metadata.drop_duplicates(key).set_index(key)[name])
+        if (wrong := expected.notna() & other[name].notna() & (expected != other[name])).any():
+            at = other.index[wrong]
+            raise ShardError(
+                f"{where} gives {key} {other[key][at[0]]} the {name} {other[name][at[0]]} in {lines(at)}, and the metadata "
+                f"{expected[at[0]]}: use tables of the same release"
+            )
+
+
+def _mimic_table(tree: Tree, kind: str, columns: list[str], optional: list[str] | None = None) -> pd.DataFrame:
+    """Read columns of mimic-cxr-2.x.y-KIND.csv, with normal ids; the latest version wins, uncompressed before .gz."""
     path = _mimic_path(tree, kind)
     if path is None:
         raise ShardError(
             f"no mimic-cxr-2.0.0-{kind}.csv or .csv.gz in {tree} (its tables: {tables_in(tree)}): "
             "download it, or restore its published name"
         )
-    return read_table(tree, path, columns, f"the {kind} table of MIMIC-CXR-JPG")
+    table = read_table(tree, path, columns, f"the {kind} table of MIMIC-CXR-JPG", optional=optional or ())
+    ids = {name: _ids(table[name], f"the {kind} table in {tree}") for name in PREFIXES if name in table}
+    return table.assign(**ids)
+
+
+def _ids(column: pd.Series, where: str) -> pd.Series:
+    """Normal ids, without the letter that they have in paths: `50000014` for `s50000014`."""
+    return normal_ids(column, where).str.replace(PREFIXES[str(column.name)], "", regex=True)
 
 
 def _mimic_path(tree: Tree, kind: str) -> str | None:
@@ -85,7 +117,8 @@ def _radiologist(tree: Tree) -> pd.DataFrame:
     labelled = read_table(tree, path, ["study_id"], what, optional=[*MIMIC, *EARLIER])
     labelled = labelled.rename(columns={old: new for old, new in EARLIER.items() if new not in labelled})
     where = posixpath.join(str(tree), path)
-    _once(filled(labelled["study_id"], where), where)
+    labelled["study_id"] = _ids(labelled["study_id"], where)
+    _once(labelled["study_id"], where)
     found = [name for name in MIMIC if name in labelled]
     if not found:
         raise ShardError(f"{where} has no label column: is it {what}?")

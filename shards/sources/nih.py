@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.sources.ids import check_join, normal_ids
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
 from cxrfast.shards.sources.text_columns import filled, lines, pixels
@@ -33,10 +34,15 @@ NIH = (
 NIH_SPLIT = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
 
-def nih(tree: Tree) -> Source:
+FILE = r"^0*(\d+)_\d+\.png$"
+"""Published names of images: the patient's number with leading zeros, then the image's."""
+
+
+def nih(tree: Tree, *, allow_unmatched: bool = False) -> Source:
     """NIH ChestX-ray14 (Wang et al. 2017): a finding is 1 if the table names it, else 0.
 
     Height and width are the table's: the size before publication, which scaled all images to 1024 × 1024 px.
+    `allow_unmatched`: accept lists of the split that name other images than the table.
     """
     names = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     path = find_table(tree, names)
@@ -48,9 +54,10 @@ def nih(tree: Tree) -> Source:
     sizes = ["OriginalImage[Width", "Height]"]  # the comma splits the published name
     table = read_table(tree, path, [*columns, *sizes], "the table of NIH ChestX-ray14")
     where = posixpath.join(str(tree), path)
-    image, patient, visit = (filled(table[c], where) for c in ("Image Index", "Patient ID", "Follow-up #"))
+    image, patient, visit = (normal_ids(table[c], where) for c in ("Image Index", "Patient ID", "Follow-up #"))
+    patient = _patients(image, patient, where)
     found = image.map(_nih_images(tree))
-    split, counts = _nih_split(tree, image)
+    split, counts = _nih_split(tree, image, allow_unmatched)
     frame = pd.DataFrame(
         {
             "image_id": image.str.removesuffix(".png"),
@@ -67,6 +74,19 @@ def nih(tree: Tree) -> Source:
     return Source(images=frame, labels=NIH, counts=counts)
 
 
+def _patients(image: pd.Series, patient: pd.Series, where: str) -> pd.Series:
+    """Patients without leading zeros. Raises ShardError for one who is not the patient in the image's published name."""
+    number = patient.str.replace(r"^0+(?=\d+$)", "", regex=True)
+    named = image.str.extract(FILE)[0]
+    if (wrong := named.notna() & (named != number)).any():
+        at = patient.index[wrong]
+        raise ShardError(
+            f"{where} gives {image[at[0]]} the Patient ID {patient[at[0]]} in {lines(at)}: the name of the image says "
+            f"{named[at[0]]}; download the table again"
+        )
+    return number
+
+
 def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
     """`Mass|Nodule` → 1 for both and 0 for the rest, float32, by finding."""
     kinds = {text: set(text.split("|")) for text in findings.unique()}
@@ -77,15 +97,17 @@ def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
 
 
 def _nih_images(tree: Tree) -> dict[str, str]:
-    """{name: path} of every image in images_001/images/ … images_012/images/, images/ or the tree itself."""
+    """{name: path} of every image in images_001/images/ … images_012/images/, images/ (also in itself) or the tree itself."""
     found: dict[str, str] = {}
     for folder in reversed(["", *(name for name in tree.folders("") if name.startswith("images"))]):
-        for place in dict.fromkeys((f"{folder}/images" if folder else "", folder)):
+        for place in dict.fromkeys(
+            (f"{folder}/images" if folder else "", f"{folder}/{folder}" if folder else "", folder)
+        ):
             found |= {name: posixpath.join(place, name) for name in tree.files(place)}
     return found
 
 
-def _nih_split(tree: Tree, image: pd.Series) -> tuple[pd.Series, dict[str, int]]:
+def _nih_split(tree: Tree, image: pd.Series, allow_unmatched: bool) -> tuple[pd.Series, dict[str, int]]:
     """train or test by the published lists, null for images in neither; and how many images the lists miss or add."""
     listed: dict[str, str] = {}
     for name in (name for name in NIH_SPLIT if tree.exists(name)):
@@ -101,6 +123,8 @@ def _nih_split(tree: Tree, image: pd.Series) -> tuple[pd.Series, dict[str, int]]
     split = image.map(listed).astype(object)
     if not listed:
         return split, {}
+    sides = {"images": "the table", "table": "the lists of the split", "what": "images"}
+    check_join(image, pd.Series(list(listed)), allowed=allow_unmatched, **sides)
     unknown = len(listed.keys() - set(image))
     return split, {
         "images in no list of the split": int(split.isna().sum()),

@@ -1,6 +1,7 @@
 """Read a source by its name, with its options, and check what it lists."""
 
 import inspect
+import os
 import pkgutil
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from cxrfast.shards.sources.chexpert import chexpert
 from cxrfast.shards.sources.mimic import mimic
 from cxrfast.shards.sources.nih import nih
 from cxrfast.shards.sources.source import Source, checked
-from cxrfast.shards.storage import Tree
+from cxrfast.shards.storage import URL, Tree
 
 SOURCES: dict[str, Callable[..., Source]] = {"mimic": mimic, "chexpert": chexpert, "nih": nih, "table": any_table}
 
@@ -48,6 +49,19 @@ def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | No
             f"source {name} returned {type(listed).__name__}: it must return a cxrfast.shards.sources.Source"
         )
     return checked(listed, tree)
+
+
+def as_stored(tree: Tree, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as a set keeps them, valid in any working folder: a table that is not in the tree but in the working folder
+    (as a shell completes its name) is given by its path in the tree, or by its absolute path."""
+    table = options.get("table")
+    if not isinstance(table, str) or URL.match(table) or not os.path.isfile(table):
+        return options
+    path = os.path.abspath(table)
+    if os.path.isabs(table) or (".." not in Path(table).parts and tree.exists(table)):
+        return options
+    inside = next((path.removeprefix(root) for root in tree.roots if path.startswith(root)), path)
+    return {**options, "table": inside}
 
 
 def _imported(name: str) -> Callable[..., Source]:

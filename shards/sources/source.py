@@ -7,6 +7,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
+from cxrfast.shards.sources.ids import check_distinct, normal_ids
 from cxrfast.shards.storage import Tree
 
 IDS = ("image_id", "study_id", "patient_id", "path")
@@ -28,13 +29,18 @@ class Source:
     labels: tuple[str, ...]
     counts: dict[str, int]
     """Numbers to report about the tables, such as how many studies have no labels."""
+    notes: tuple[str, ...] = ()
+    """Sentences to report about the tables, such as how words were read as labels."""
 
 
 def checked(source: Source, tree: Tree) -> Source:
-    """Return the source with all columns, ordered and typed. Raises ShardError for the first thing wrong."""
+    """Return the source with all columns, ordered and typed, and ids in their normal form (`sources.ids`).
+
+    Raises ShardError for the first thing wrong; the frame's index gives the lines that it names.
+    """
     where = f"the tables in {tree}"
     labels = _label_names(source, where)
-    images = source.images.reset_index(drop=True)
+    images = source.images
     if absent := [c for c in (*IDS, *labels) if c not in images.columns]:
         raise ShardError(f"{where} were listed without the columns {', '.join(absent)}: the source must give them")
     if not len(images):
@@ -43,6 +49,8 @@ def checked(source: Source, tree: Tree) -> Source:
     for name, what in (("image_id", "image"), ("path", "the file")):
         if (twice := columns[name].duplicated()).any():
             raise ShardError(f"{where} list {what} {columns[name][twice].iloc[0]} twice: it must be unique")
+    for name in ("patient_id", "study_id"):
+        check_distinct(columns[name], where)
     pairs = pd.DataFrame(columns)[["study_id", "patient_id"]].drop_duplicates()
     if (twice := pairs["study_id"].duplicated()).any():
         study = pairs["study_id"][twice].iloc[0]
@@ -61,7 +69,12 @@ def checked(source: Source, tree: Tree) -> Source:
     if (bad := columns["split"].notna() & ~columns["split"].isin(SPLITS)).any():
         raise ShardError(f"{where} hold the split {columns['split'][bad].iloc[0]!r}: use {', '.join(SPLITS)} or null")
     columns |= {name: _values(images[name], where) for name in (*labels, *reference_names(images))}
-    return Source(images=pd.DataFrame(columns), labels=labels, counts=dict(source.counts))
+    return Source(
+        images=pd.DataFrame(columns).reset_index(drop=True),
+        labels=labels,
+        counts=dict(source.counts),
+        notes=tuple(source.notes),
+    )
 
 
 def _label_names(source: Source, where: str) -> tuple[str, ...]:
@@ -80,7 +93,7 @@ def _ids(column: pd.Series, where: str) -> pd.Series:
         raise ShardError(f"{where} list {int(empty.sum()):,} images without {column.name}: give every image one")
     if (bad := column.str.contains(CONTROL, regex=True)).any():
         raise ShardError(f"{where} list the {column.name} {column[bad].iloc[0]!r}: it must hold no tabs or line breaks")
-    return column
+    return column if column.name == "path" else normal_ids(column, where)
 
 
 def _text(column: pd.Series, where: str) -> pd.Series:

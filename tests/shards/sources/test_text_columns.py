@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.text_columns import BLANK, filled, lines, pixels, raw_labels
+from cxrfast.shards.sources.text_columns import BLANK, filled, lines, notes_on_words, pixels, raw_labels
 
 
 @settings(max_examples=30)
@@ -52,3 +52,28 @@ def test_blank_ids_are_named_by_their_lines():
     assert filled(column.iloc[[0, 5, 6]], "t.csv").tolist() == ["a", "0", "None"]
     assert lines(pd.Index([7])) == "line 7"
     assert lines(pd.RangeIndex(2000)) == "lines 0, 1, 2, 3, 4, … (2,000)"
+
+
+@pytest.mark.parametrize(
+    ("texts", "values", "note"),
+    [
+        (["Yes", "No", "", None], [1, 0, np.nan, np.nan], "labels read from words, No as 0, Yes as 1: Mass"),
+        ([" yes ", "NO", "n/a"], [1, 0, np.nan], "labels read from words, NO as 0, yes as 1: Mass"),
+        (["positive", "Negative", "negative"], [1, 0, 0], "Negative as 0, negative as 0, positive as 1: Mass"),
+        (["Y", "N"], [1, 0], "N as 0, Y as 1: Mass"),
+        (["True", "False", ""], [1, 0, np.nan], "False as 0, True as 1: Mass"),
+        (["0.0", "1.0", "-1.0", "1", ""], [0, 1, -1, 1, np.nan], None),
+        (["", None], [np.nan, np.nan], None),
+    ],
+)
+def test_words_are_labels_where_a_column_holds_nothing_else_and_the_user_is_told(texts, values, note):
+    column = pd.Series(texts, dtype=object, name="Mass")
+    np.testing.assert_array_equal(raw_labels(column, "t"), np.float32(values))
+    notes = notes_on_words(pd.DataFrame({"Mass": column, "Edema": ["1", *[""] * (len(texts) - 1)]}))
+    assert notes == () if note is None else notes[0].endswith(note)
+
+
+@pytest.mark.parametrize("texts", [["yes", "1"], ["yes", "negative"], ["positive", "uncertain"], ["present", "-1"]])
+def test_words_next_to_anything_else_are_refused_with_their_lines(texts):
+    with pytest.raises(ShardError, match=rf"holds '({'|'.join(texts)})' for Mass in line 2: only 1, 0, -1 and blank"):
+        raw_labels(pd.Series([texts[0], "", texts[1]], range(2, 5), dtype=object, name="Mass"), "t")

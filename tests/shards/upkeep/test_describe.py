@@ -43,7 +43,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split[~split["dicom_id"].isin([p.stem for p in sound[2:5]])].to_csv(
         tree / "mimic-cxr-2.0.0-split.csv.gz", index=False
     )
-    build(tree, out, [16, 32], workers=1, allow_missing=True)
+    build(tree, out, [16, 32], workers=1, allow_missing=True, source_options={"allow_unmatched": True})
     return out
 
 

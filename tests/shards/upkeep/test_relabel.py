@@ -101,7 +101,16 @@ def test_ids_of_one_side_alone_are_counted_listed_and_blank(phantoms, folder, tm
     added = [f"9{i:07d}" for i in range(25)]
     strangers = table.iloc[:25].assign(study_id=added)
     pd.concat([kept, strangers]).sample(frac=1, random_state=3).to_csv(tmp_path / "t.csv", index=False)
-    done = invoke("relabel", folder, tmp_path / "t.csv", "--unmatched", tmp_path / "out.csv")
+    before, command = contents(folder), ("relabel", folder, tmp_path / "t.csv", "--unmatched", tmp_path / "out.csv")
+    refused = invoke(*command)
+    assert refused.exit_code == 2
+    assert (
+        f"{len(gone)} of the {len(gone) + len(kept)} studies in {folder} are not in {tmp_path}/t.csv" in refused.output
+    )
+    assert f"and 25 of the {len(kept) + 25} studies in {tmp_path}/t.csv are not in {folder}" in refused.output
+    assert "--allow-unmatched (--unmatched FILE lists them); nothing was changed" in refused.output
+    assert contents(folder) == before
+    done = invoke(*command, "--allow-unmatched")
     assert done.exit_code == 0, done.output
     rows = rows_of(folder)
     lost = rows["study_id"].isin(gone)
@@ -123,7 +132,7 @@ def test_more_than_half_of_the_images_without_a_label_are_warned_of(phantoms, fo
     studies = rows_of(folder)["study_id"].drop_duplicates()
     for keep, warns in ((0.2, True), (0.9, False)):
         studies.sample(frac=keep, random_state=1).to_frame().assign(ill=1).to_csv(tmp_path / "t.csv", index=False)
-        done = invoke("relabel", folder, tmp_path / "t.csv")
+        done = invoke("relabel", folder, tmp_path / "t.csv", "--allow-unmatched")
         blank = rows_of(folder)["ill"].isna().sum()
         assert bool(blank > 75) is warns
         assert (f"warning: {blank} of 150 images have no label now" in done.stdout.splitlines()[-1]) is warns
