@@ -8,7 +8,7 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import check_join, normal_ids
 from cxrfast.shards.sources.source import Source
-from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
+from cxrfast.shards.sources.table_files import find_table, read_list, read_table, tables_in
 from cxrfast.shards.sources.text_columns import filled, lines, pixels
 from cxrfast.shards.storage import Tree
 
@@ -111,10 +111,7 @@ def _nih_split(tree: Tree, image: pd.Series, allow_unmatched: bool) -> tuple[pd.
     """train or test by the published lists, null for images in neither; and how many images the lists miss or add."""
     listed: dict[str, str] = {}
     for name in (name for name in NIH_SPLIT if tree.exists(name)):
-        try:
-            names = tree.read(name).decode().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ShardError(f"{name} in {tree} cannot be read ({error}): download it again") from error
+        names = read_list(tree, name)
         if both := listed.keys() & set(names):
             raise ShardError(
                 f"{len(both):,} images (first: {min(both)}) are in both lists in {tree}: download them again"

@@ -1,5 +1,7 @@
 """Text columns of source tables → labels and sizes as numbers. Errors name the lines."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -32,7 +34,7 @@ def filled(column: pd.Series, where: str) -> pd.Series:
     return column
 
 
-def lines(index: pd.Index) -> str:
+def lines(index: pd.Index | Sequence[int]) -> str:
     """`line 7`, or `lines 7, 9, 12, 15, 16, … (40)`."""
     first = ", ".join(map(str, index[:5]))
     return (

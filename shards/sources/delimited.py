@@ -1,0 +1,422 @@
+r"""Delimited text (CSV, TSV) → records, read strictly: each has the header's number of fields, or an error names its line.
+
+Quoting is that of RFC 4180. A field that opens with a quote may hold delimiters, doubled quotes and line breaks; after the
+closing quote comes a delimiter or the end of the line. A quote in the middle of an unquoted field is text. Blank lines are
+skipped. Lines are counted as an editor counts them: a record of two lines counts as two, and has the number of its first.
+
+A quote that is opened by mistake swallows records up to the next quote. It never does so unnoticed:
+
+- Text after a closing quote is refused, and so is a quote that is never closed.
+- Lines inside a quoted field are refused if they look like records: with at least half of the header's columns, a digit
+  among them, holding text of the shape (`ab12.jpg` → `m.a`) that the column has elsewhere. So a comment of several lines
+  is read, but one that repeats lines of the table is not.
+- A quote that closes a field nothing opened is refused, in all columns of a table that quotes fields elsewhere and in all
+  the columns that are read. In text whose quotes are correct, one quote too many or too few leaves an odd number: the last
+  of them then stands in one of these places.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import itemgetter
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from cxrfast.shards.sources.text_columns import lines as at_lines
+
+DELIMITERS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
+"""Delimiters that are recognised, as a message calls them."""
+
+SAMPLE = 20
+"""Records that are looked at to find out the delimiter."""
+
+BLOCK = 10_000
+"""Lines that are split at once, if none holds a quote."""
+
+SHAPES = 2000
+"""Records whose fields show what the columns look like."""
+
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+"""Zero-width characters."""
+
+CUE = re.compile(r'"?sep=([!-/:-@[-~\t])"?', re.ASCII)
+"""First line that Excel understands and some programs write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Lines, delimiter and header of a text table."""
+
+    lines: Sequence[str]
+    """Lines of the file, without line ends."""
+    delimiter: str
+    header: list[str]
+    """Column names, as written."""
+    below: int
+    """Index, from 0, of the first line below the header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quoted:
+    """A quoted field over several lines."""
+
+    first: int
+    """Index, from 0, of the line where it opens."""
+    last: int
+    """Index of the line where it closes."""
+    end: int | None
+    """Length of the text before the closing quote in its last line; None for all of the line."""
+
+
+class QuoteError(Exception):
+    """A quote opens in line `first` and text follows it where it closes in line `last`, or it does not close (None)."""
+
+    def __init__(self, first: int, last: int | None) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+
+@dataclass
+class _Record:
+    fields: list[str]
+    end: int
+    """Index of the line after it."""
+    spans: list[Quoted]
+    strays: list[tuple[int, int]]
+    """(column, line) of unquoted fields that hold quotes."""
+    quoted: bool
+
+
+@dataclass
+class _Findings:
+    """What is remarkable about the records of a table, by line number."""
+
+    spans: list[Quoted] = field(default_factory=list)
+    strays: list[tuple[int, int, str]] = field(default_factory=list)
+    quotes: bool = False
+    wrong: list[tuple[int, int, list[Quoted]]] = field(default_factory=list)
+    """(line, number of fields, its fields over several lines) of records of another length."""
+    repeated: list[int] = field(default_factory=list)
+    broken: QuoteError | None = None
+
+
+def plain_name(name: str) -> str:
+    """A column name without blanks and invisible characters around it."""
+    return name.strip().strip(INVISIBLE).strip()
+
+
+def find_layout(text: str, expected: str) -> Layout:
+    """Find header and delimiter: the `expected` one, unless another splits header and records into the same columns.
+
+    Raises ValueError if there is no header.
+    """
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    top = next((i for i, line in enumerate(lines) if line.strip()), None)
+    if top is None:
+        raise ValueError("it is empty")
+    if (cue := CUE.fullmatch(lines[top].strip(" "))) and top + 1 < len(lines):
+        delimiter, top = cue[1], top + 1
+    else:
+        delimiter = max((expected, *DELIMITERS), key=lambda d: (*_fit(lines, top, d), d == expected))
+    try:
+        header = _record(lines, top, delimiter)
+    except QuoteError as error:
+        raise ValueError(_quote_message(error)) from None
+    if header.strays:
+        raise ValueError(f"its header, line {top + 1}, has a quote inside a name")
+    return Layout(lines=lines, delimiter=delimiter, header=header.fields, below=header.end)
+
+
+def _fit(lines: Sequence[str], top: int, delimiter: str) -> tuple[int, int]:
+    """How well a delimiter fits: how many of the first records have the header's number of fields, if more than one."""
+    count = fitting = 0
+    try:
+        header = _record(lines, top, delimiter)
+        count, at = len(header.fields), header.end
+        if count == 1:
+            return 0, 0
+        for _ in range(SAMPLE):
+            if at >= len(lines):
+                break
+            record = _record(lines, at, delimiter)
+            fitting, at = fitting + (len(record.fields) == count), record.end
+    except QuoteError:
+        pass
+    return fitting, count
+
+
+def _record(lines: Sequence[str], at: int, delimiter: str) -> _Record:
+    """The record that starts in line `at`. Raises QuoteError."""
+    if (fields := _simple_fields(lines[at], delimiter)) is not None:
+        return _Record(fields, at + 1, [], [], '"' in lines[at])
+    record = _Record([], at + 1, [], [], False)
+    line, pos, now = lines[at], 0, at
+    while True:
+        if not line.startswith('"', pos):
+            end = line.find(delimiter, pos)
+            text = line[pos:] if end < 0 else line[pos:end]
+            if '"' in text:
+                record.strays.append((len(record.fields), now))
+            record.fields.append(text)
+            if end < 0:
+                break
+            pos = end + 1
+            continue
+        record.quoted, first, parts, pos = True, now, [], pos + 1
+        while (end := line.find('"', pos)) < 0 or line.startswith('"', end + 1):
+            if end >= 0:
+                parts.append(line[pos : end + 1])
+                pos = end + 2
+                continue
+            parts += (line[pos:], "\n")
+            now += 1
+            if now == len(lines):
+                raise QuoteError(first, None)
+            line, pos = lines[now], 0
+        parts.append(line[pos:end])
+        pos = end + 1
+        if pos < len(line) and not line.startswith(delimiter, pos):
+            raise QuoteError(first, now)
+        if now > first:
+            record.spans.append(Quoted(first=first, last=now, end=end))
+        record.fields.append("".join(parts))
+        if pos == len(line):
+            break
+        pos += 1
+    record.end = now + 1
+    return record
+
+
+def _simple_fields(line: str, delimiter: str) -> list[str] | None:
+    """Fields of a record of one line, if its only quotes are those around fields; else None."""
+    if '"' not in line:
+        return line.split(delimiter)
+    try:
+        fields = next(csv.reader((line,), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return None if any('"' in text for text in fields) else fields
+
+
+def read_columns(layout: Layout, wanted: Sequence[int]) -> tuple[list[int], list[pa.ChunkedArray]]:
+    """Line numbers, and the text of the columns at the indices `wanted`, null where empty, by record.
+
+    Line breaks in text are `\\n`. Raises ValueError for the first thing wrong with the table.
+    """
+    starts: list[int] = []
+    parts: list[list[pa.Array]] = [[] for _ in wanted]
+    found = _Findings()
+    at = layout.below
+    while at < len(layout.lines) and not found.broken:
+        block = layout.lines[at : at + BLOCK]
+        plain = _read_plain(layout, block, wanted)
+        if plain is None:
+            read, at = _read_records(layout, at, wanted, starts, found)
+        else:
+            starts.extend(range(at + 1, at + 1 + len(block)))
+            read, at = plain, at + len(block)
+        for column, part in zip(parts, read, strict=True):
+            column.append(part)
+    if problem := _first_problem(layout, starts, found):
+        raise ValueError(problem)
+    return starts, [pa.chunked_array(column, pa.string()) for column in parts]
+
+
+def _read_plain(layout: Layout, block: Sequence[str], wanted: Sequence[int]) -> list[pa.Array] | None:
+    """Columns of lines, if each line is a record without quotes; else None. Much faster than record by record."""
+    text = "\n".join(block)
+    if '"' in text or len(layout.header) == 1 or layout.delimiter.join(layout.header) in block:
+        return None
+    data = text.encode()
+    try:
+        table = pacsv.read_csv(
+            pa.BufferReader(data),
+            pacsv.ReadOptions(
+                use_threads=False, block_size=len(data) + 1, column_names=[str(i) for i in range(len(layout.header))]
+            ),
+            pacsv.ParseOptions(delimiter=layout.delimiter, quote_char=False, ignore_empty_lines=False),
+            pacsv.ConvertOptions(
+                include_columns=[str(i) for i in wanted],
+                column_types={str(i): pa.string() for i in wanted},
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except pa.ArrowInvalid:  # a line has more or fewer fields
+        return None
+    return [column.combine_chunks() for column in table.columns] if table.num_rows == len(block) else None
+
+
+def _read_records(
+    layout: Layout, at: int, wanted: Sequence[int], starts: list[int], found: _Findings
+) -> tuple[list[pa.Array], int]:
+    """Columns of the records from line `at` on, at least a block of lines, and the line after them; add to the last two."""
+    columns: list[list[str | None]] = [[] for _ in wanted]
+    end = min(at + BLOCK, len(layout.lines))
+    while at < end:
+        line = layout.lines[at]
+        if not line or (line.isspace() and layout.delimiter not in line):
+            at += 1
+            continue
+        try:
+            record = _record(layout.lines, at, layout.delimiter)
+        except QuoteError as error:
+            found.broken = error
+            break
+        if record.strays or record.quoted:
+            _note(found, record, len(layout.header), wanted)
+        if len(record.fields) != len(layout.header):
+            found.wrong.append((at + 1, len(record.fields), record.spans))
+        elif record.fields == layout.header:
+            found.repeated.append(at + 1)
+        else:
+            starts.append(at + 1)
+            for column, index in zip(columns, wanted, strict=True):
+                column.append(record.fields[index] or None)
+        at = record.end
+    return [pa.array(column, pa.string()) for column in columns], at
+
+
+def _note(found: _Findings, record: _Record, columns: int, wanted: Sequence[int]) -> None:
+    """Add what is remarkable about the quotes of a record."""
+    found.quotes |= record.quoted
+    found.spans += record.spans
+    for column, line in record.strays:
+        text = record.fields[column]
+        is_odd, is_last = text.count('"') % 2 == 1, text.endswith('"')
+        if len(record.fields) == columns and column in wanted and (is_odd or is_last):
+            found.strays.append((line + 1, column, "read"))
+        elif is_odd and is_last:
+            found.strays.append((line + 1, column, "not read"))
+
+
+def _first_problem(layout: Layout, starts: list[int], found: _Findings) -> str | None:
+    """The message about what is wrong first, by line; None if nothing is."""
+    problems: list[tuple[int, str]] = []
+    spans = found.spans
+    if error := found.broken:
+        last = len(layout.lines) - 1 if error.last is None else error.last
+        spans = [*spans, Quoted(first=error.first, last=last, end=None)]
+    if spans and (swallowed := _swallowed(layout, starts, spans)):
+        problems.append(swallowed)
+    if error:
+        problems.append((error.first + 1, _quote_message(error)))
+    for line, column, kind in found.strays:
+        if kind == "read" or found.quotes:
+            name = plain_name(layout.header[column]) if column < len(layout.header) else f"field {column + 1}"
+            problems.append(
+                (
+                    line,
+                    f"line {line} has a quote in an unquoted field ({name}): quote the whole field and double the quotes inside it",
+                )
+            )
+            break
+    if found.wrong:
+        problems.append((found.wrong[0][0], _count_message(layout, not starts, found.wrong)))
+    if found.repeated:
+        at = at_lines(found.repeated)
+        problems.append(
+            (found.repeated[0], f"{at} {_verb(found.repeated, 'repeat')} the header, as in tables that were joined")
+        )
+    if not problems:
+        return None
+    return min(problems, key=itemgetter(0))[1]
+
+
+def _verb(lines: Sequence[int], verb: str) -> str:
+    return verb + "s" * (len(lines) == 1)
+
+
+def _quote_message(error: QuoteError) -> str:
+    if error.last is None:
+        return f"the quote that opens in line {error.first + 1} is never closed"
+    opened, closed = error.first + 1, error.last + 1
+    where = (
+        f"opens and closes in line {opened}"
+        if opened == closed
+        else f"opens in line {opened} and closes in line {closed}"
+    )
+    return f"a quoted field {where}, where more text follows: quotes inside a quoted field must be doubled"
+
+
+def _count_message(layout: Layout, is_all: bool, wrong: list[tuple[int, int, list[Quoted]]]) -> str:
+    columns, counts = len(layout.header), sorted({count for _, count, _ in wrong})
+    at = [line for line, _, _ in wrong]
+    if is_all and counts == [columns + 1]:
+        return (
+            f"all lines have {columns + 1} fields but its header, line {layout.below}, has {columns}: name the column that "
+            "lacks a name, or remove the delimiter at the end of each line"
+        )
+    has = f"{at_lines(at)} {'has' if len(at) == 1 else 'have'} {_range(counts)} instead of the {columns} of its header"
+    spans = [f"a quote opens in line {s.first + 1} and closes in line {s.last + 1}" for s in wrong[0][2]]
+    return has + (f"; {', '.join(spans)}" if spans else "")
+
+
+def _range(counts: list[int]) -> str:
+    if counts == [1]:
+        return "1 field"
+    return f"{counts[0]} fields" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} fields"
+
+
+def _swallowed(layout: Layout, starts: list[int], spans: list[Quoted]) -> tuple[int, str] | None:
+    """(line, message) about the first field over several lines that holds what looks like records."""
+    shapes = None
+    for span in spans:
+        for at in range(span.first + 1, span.last + 1):
+            line = layout.lines[at] if at < span.last else layout.lines[at][: span.end]
+            if len(layout.header) > 1 and layout.delimiter not in line:
+                continue
+            shapes = _shapes(layout, starts, spans) if shapes is None else shapes
+            if _looks_like_a_record(line, layout.delimiter, shapes):
+                opened = f"a quote opens in line {span.first + 1}"
+                closed = (
+                    f"closes in line {span.last + 1}"
+                    if span.last + 1 < len(layout.lines)
+                    else "does not close before the end"
+                )
+                return span.first + 1, (
+                    f"{opened} and {closed}, and what it quotes looks like lines of the table (line {at + 1}); if that is "
+                    "right, put the quoted text on one line"
+                )
+    return None
+
+
+def _shapes(layout: Layout, starts: list[int], spans: list[Quoted]) -> list[set[str]]:
+    """Shapes of the fields of each column, in a sample of the records and in the text before each span."""
+    shapes: list[set[str]] = [set() for _ in layout.header]
+    chosen = [start - 1 for start in starts[:: max(1, len(starts) // SHAPES)]]
+    for fields in _fields_of(layout, [*chosen, *(span.first for span in spans[:SHAPES])]):
+        for seen, text in zip(shapes, fields, strict=False):
+            if "\n" not in text:
+                seen.add(_shape(text))
+    return shapes
+
+
+def _fields_of(layout: Layout, at: Sequence[int]) -> Iterator[list[str]]:
+    for line in at:
+        text = layout.lines[line]
+        if '"' not in text:
+            yield text.split(layout.delimiter)
+            continue
+        try:
+            yield _record(layout.lines, line, layout.delimiter).fields
+        except QuoteError:  # keep what stands before the quote
+            yield text[: text.index('"')].split(layout.delimiter)[:-1]
+
+
+def _looks_like_a_record(line: str, delimiter: str, shapes: list[set[str]]) -> bool:
+    """Whether at least half of the columns, one with a digit among them, have text of a shape known from the column."""
+    fields = [_shape(text.strip('"')) for text in line.split(delimiter)]
+    known = [shape for shape, seen in zip(fields, shapes, strict=False) if shape in seen]
+    return 2 * len(known) >= len(shapes) and any("0" in shape or "m" in shape for shape in known)
+
+
+@lru_cache(maxsize=100_000)
+def _shape(text: str) -> str:
+    """`00000001_000.png` → `0_0.a`, `p12` → `m`: runs of letters, of digits and of both become one character each."""
+    return re.sub(r"[^\W_]+", lambda run: "a" if run[0].isalpha() else "0" if run[0].isdigit() else "m", text)
