@@ -51,18 +51,16 @@ def where_instead(tree: Tree, missing: list[str]) -> str:
     if not kinds:
         return ""
     kind, files = max(kinds.items(), key=lambda item: len(item[1]))
-    like = f"{files[0]} is there" + (
-        "" if len(files) == len(some) else f", like {len(files)} of {len(some)} looked for"
-    )
+    like = f"{len(files)} of {len(some)} images looked for are there"
     if kind == "folder":
         path = next(path for path in some if here.in_other_folder(path) == files[0])
         inside = files[0].removesuffix("/" + path)
         if inside != files[0]:
-            return f"{like}: give --data {posixpath.join(str(tree), inside)}, and the tables' own place with it"
+            return f"{like}, in {inside} (such as {files[0]}): give --data {posixpath.join(str(tree), inside)}"
         return (
-            f"{like}, in another folder than the tables say: give a table with the paths as they are (--source table)"
+            f"{like}, in other folders (such as {files[0]}): give a table with the paths as they are (--source table)"
         )
-    return f"{like}, {kind}: rename the files, or give a table with the names that they have (--source table)"
+    return f"{like}, {kind} (such as {files[0]}): rename them, or give a table with the names that they have (--source table)"
 
 
 def _difference(path: str, found: str) -> str:

@@ -14,8 +14,8 @@ from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
 from cxrfast.shards.sources.text_columns import lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import Tree
 
-PREFIXES = {"dicom_id": r"^$", "subject_id": r"^p(?=\d+$)", "study_id": r"^s(?=\d+$)"}
-"""Columns of ids, and the letter at the start of those in paths."""
+IN_PATHS = {"dicom_id": r"\.(?:jpe?g|png|dcm)$", "subject_id": r"^p(?=\d+$)", "study_id": r"^s(?=\d+$)"}
+"""Columns of ids, and what ids have more in paths: the letter of a folder, the suffix of a file."""
 
 
 def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False) -> Source:
@@ -92,13 +92,13 @@ def _mimic_table(tree: Tree, kind: str, columns: list[str], optional: list[str] 
             "download it, or restore its published name"
         )
     table = read_table(tree, path, columns, f"the {kind} table of MIMIC-CXR-JPG", optional=optional or ())
-    ids = {name: _ids(table[name], f"the {kind} table in {tree}") for name in PREFIXES if name in table}
+    ids = {name: _ids(table[name], f"the {kind} table in {tree}") for name in IN_PATHS if name in table}
     return table.assign(**ids)
 
 
 def _ids(column: pd.Series, where: str) -> pd.Series:
-    """Normal ids, without the letter that they have in paths: `50000014` for `s50000014`."""
-    return normal_ids(column, where).str.replace(PREFIXES[str(column.name)], "", regex=True)
+    """Normal ids, without what they have more in paths: `50000014` for `s50000014`."""
+    return normal_ids(column, where).str.replace(IN_PATHS[str(column.name)], "", regex=True)
 
 
 def _mimic_path(tree: Tree, kind: str) -> str | None:

@@ -1,5 +1,6 @@
 """The options of `train` and `study` are made from the configuration, and arguments from its values: there and back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cxrfast.cli.study import study
 from cxrfast.cli.training import train
 from cxrfast.config import COMPILE_MODES, Option, Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
+from cxrfast.shards.shard_set import ShardSet
 
 LABELS = ("Edema", "Lung Opacity", "a=b")
 REQUIRED: dict[str, Any] = {
@@ -84,6 +86,8 @@ def test_a_field_without_an_option_has_no_argument():
         ("train --scale 32 --label-policy Edema", "'Edema' is not LABEL=POLICY, such as Edema=u_ones"),
         ("train --scale 32 --micro-batch 0", "0 is not in the range x>=1"),
         ("train --scale 32 --shards s3://bucket/set", "s3://bucket/set is a URL"),
+        ("shard --scale 32,big", "'32,big' is not a whole number of px, such as 256 or 256,1024"),
+        ("shard --scale 32,7", "--scale 7 is not between 8 and 4096 px"),
         ("shard --scale 32 --part 9/8", "'9/8' is not I/N, such as 2/8"),
         ("study set runs --rate 48=fast", "'48=fast' is not SCALE=IMAGES_PER_S, such as 2048=75"),
         ("study set runs --rate 48=inf", "'48=inf' is not SCALE=IMAGES_PER_S"),
@@ -96,3 +100,10 @@ def test_a_value_of_the_wrong_form_is_refused_with_an_example(command, message):
     done = invoke(*command.split())
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
+
+
+def test_scales_may_be_joined_by_commas(tiny_set, tmp_path):
+    for options in (["--scale", "64,32"], ["--scale", "32", "--scale", "64"]):
+        assert invoke("stage", tiny_set, tmp_path / "copy", *options).exit_code == 0
+        assert ShardSet(tmp_path / "copy").scales == [32, 64]
+        shutil.rmtree(tmp_path / "copy")

@@ -1,4 +1,5 @@
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import invoke
-from sets import REAL
+from sets import REAL, build
 
 from cxrfast.errors import ShardError
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.format.rows import label_names, read_rows
-from cxrfast.shards.sources.read import read_source
+from cxrfast.shards.sources.read import as_stored, read_source
+from cxrfast.shards.storage import Tree
 
 FRAME = pd.DataFrame(
     {
@@ -197,3 +199,123 @@ def test_real_radiographs_of_a_table_become_shards_by_the_command_line(tmp_path)
             source = cv2.imread(str(data / rows["path"][row]), cv2.IMREAD_GRAYSCALE)
             error = pixels - cv2.resize(source, (56, 56), interpolation=cv2.INTER_AREA).astype(float)
             assert np.abs(error).mean() < 3, "the picture is that of the row's path"
+
+
+# Ids, names of files, words, places
+
+
+def write(tree: Path, **columns: list[str]) -> None:
+    pd.DataFrame(columns).to_csv(tree / "t.csv", index=False)
+
+
+def simple(tree: Path, **options):
+    return read_source("table", tree, {"table": "t.csv", "label": ["Mass"], **options})
+
+
+def test_one_patient_written_in_several_ways_is_one_patient(tree):
+    patients = ["7", " 7", "7\u00a0", "7.0", "\ufeff7", "M\u00fcller", "Mu\u0308ller"]
+    write(tree, path=[f"{n}.png" for n in range(7)], patient_id=patients, Mass=["1"] * 7)
+    assert simple(tree).images["patient_id"].tolist() == ["7"] * 5 + ["M\u00fcller"] * 2
+
+
+@pytest.mark.parametrize("column", ["patient_id", "study"])
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ("1", "0001", r"holds ids that may be the same: '1' in line 2; '0001' in line 3: write each id in one way"),
+        ("a", "nan", r"is blank in line 3 \('nan'\)"),
+        ("a", "8.4E+35", "was rounded by a spreadsheet in line 3"),
+    ],
+)
+def test_ids_that_may_be_those_of_one_or_two_patients_are_refused(tree, column, one, other, message):
+    write(
+        tree,
+        path=["1.png", "2.png"],
+        **{"patient_id": ["a", "b"], "study": ["x", "y"], column: [one, other]},
+        Mass=["1", "0"],
+    )
+    with pytest.raises(ShardError, match=message):
+        simple(tree, study_column="study")
+
+
+def test_a_uid_is_an_image_s_id_to_its_last_number_and_a_suffix_is_not_part_of_it(tree):
+    names = ["1.2.840.10008.1", "1.2.840.10008.2", "1.2.840.10008.3.dcm", "a.b/c.JPG", "a.b/d", "x.tar.gz"]
+    write(tree, path=names, patient_id=list("abcdef"), Mass=["1"] * 6)
+    expected = ["1.2.840.10008.1", "1.2.840.10008.2", "1.2.840.10008.3", "a.b/c", "a.b/d", "x.tar"]
+    assert simple(tree).images["image_id"].tolist() == expected
+
+
+def test_an_image_in_several_lines_is_to_have_one(tree):
+    write(tree, path=["1.png", "1.png", "2.png", "./2.png"], patient_id=list("aabb"), Mass=["1", "0", "1", "1"])
+    with pytest.raises(ShardError, match=r"t.csv lists 1.png in lines 2, 3 \(2 images have .*: keep one line an image"):
+        simple(tree)
+    with pytest.raises(ShardError, match="keep one line an image"):
+        simple(tree, image_column="patient_id")
+
+
+def test_paths_with_backslashes_or_in_another_unicode_form_are_found(tree):
+    (tree / "a").mkdir()
+    for name in ("a/1.png", "a/Mu\u0308ller.png", "\u00e9.png", r"odd\name.png"):
+        (tree / name).write_bytes(b"an image")
+    asked = [r"a\1.png", "a\\M\u00fcller.png", "e\u0301.png", r"odd\name.png", r"a\absent.png"]
+    write(tree, path=asked, patient_id=list("abcde"), Mass=["1"] * 5)
+    expected = ["a/1.png", "a/Mu\u0308ller.png", "\u00e9.png", r"odd\name.png", r"a\absent.png"]
+    assert simple(tree).images["path"].tolist() == expected
+
+
+def test_words_for_labels_are_read_and_reported(tree):
+    write(tree, path=["1.png", "2.png", "3.png"], patient_id=list("abc"), Mass=["Yes", "no", ""])
+    source = simple(tree)
+    np.testing.assert_array_equal(source.images["Mass"], np.float32([1, 0, np.nan]))
+    assert source.notes == ("labels read from words, Yes as 1, no as 0: Mass",)
+
+
+def test_a_table_is_found_as_a_shell_completes_its_name_and_stored_by_its_place_in_the_tree(
+    tree, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tree / "t.csv", tmp_path / "other")
+    place = Tree("data")
+    for given, stored in [
+        ("data/t.csv", "t.csv"),
+        ("./data/t.csv", "t.csv"),
+        ("other/t.csv", str(tmp_path / "other" / "t.csv")),
+        ("data/../other/t.csv", str(tmp_path / "other" / "t.csv")),
+        ("t.csv", "t.csv"),  # in the tree
+        ("absent.csv", "absent.csv"),
+        (f"file://{tree}/t.csv", f"file://{tree}/t.csv"),
+    ]:
+        assert as_stored(place, {"table": given, "label": ["Mass"]}) == {"table": stored, "label": ["Mass"]}
+    shutil.copy(tree / "t.csv", tmp_path)
+    assert as_stored(place, {"table": "t.csv"}) == {"table": "t.csv"}, "the tree's own comes first"
+
+
+# Images that are not where the table says
+
+
+@pytest.mark.parametrize(
+    ("listed", "there", "message"),
+    [
+        ("{}.jpg", "{}.png", r"2 of 2 .* with the suffix .png instead of .jpg \(such as \d.png\): rename them"),
+        ("a/{}.jpg", "a/{}.JPG", r"with the suffix .JPG instead of .jpg \(such as a/\d.JPG\)"),
+        ("a/{}.jpg", "a/{}", r"without the suffix .jpg \(such as a/\d\)"),
+        ("a/x{}.jpg", "a/X{}.jpg", r"with other capital letters \(such as a/X\d.jpg\)"),
+        ("a/b/{}.jpg", "{}.jpg", r"in other folders \(such as \d.jpg\): give a table with the paths as they are"),
+        (
+            "{}.jpg",
+            "images-224/images-224/{}.jpg",
+            r"in images-224/images-224 .*: give --data \S+/images-224/images-224$",
+        ),
+        ("a/{}.jpg", "deep/a/{}.jpg", r"in deep \(such as deep/a/\d.jpg\): give --data \S+/deep$"),
+        ("{}.jpg", "1.2.{}.4", "give --data the folder that holds the tables and the images"),
+    ],
+)
+def test_a_message_says_where_images_of_these_names_are(tree, tmp_path, listed, there, message):
+    for n in range(2):
+        (tree / there.format(n)).parent.mkdir(parents=True, exist_ok=True)
+        (tree / there.format(n)).write_bytes(b"an image")
+    write(tree, path=[listed.format(n) for n in range(2)], patient_id=["a", "b"], Mass=["1", "0"])
+    with pytest.raises(ShardError, match=r"(?m)^none of the 2 images .* is in .*" + message):
+        build(tree, tmp_path / "set", [32], source="table", source_options={"table": "t.csv", "label": ["Mass"]})
+    assert not (tmp_path / "set").exists()

@@ -84,6 +84,77 @@ def test_an_entry_listed_twice_and_a_table_missing_or_renamed_are_refused(tree, 
         read_source("mimic", tree)
 
 
+# Joins
+
+
+@pytest.mark.parametrize("form", ["{}.0", "s{}", " {} ", "{}.000"])
+@pytest.mark.parametrize("kind", ["chexpert", "metadata"])
+def test_studies_are_joined_whatever_a_spreadsheet_made_of_their_numbers(tree, kind, form):
+    expected = read_source("mimic", tree).images
+
+    def spoil(lines: list[str]) -> list[str]:
+        column = lines[0].split(",").index("study_id")
+        fields = [line.split(",") for line in lines]
+        return [lines[0], *(",".join([*f[:column], form.format(f[column]), *f[column + 1 :]]) for f in fields[1:])]
+
+    change(tree, kind, spoil)
+    pd.testing.assert_frame_equal(read_source("mimic", tree).images, expected)
+
+
+def test_images_are_joined_with_a_split_of_file_names(tree):
+    expected = read_source("mimic", tree).images
+    change(tree, "split", lambda lines: [lines[0], *(line.replace(",", ".jpg,", 1) for line in lines[1:])])
+    pd.testing.assert_frame_equal(read_source("mimic", tree).images, expected)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("chexpert", "studies"), ("split", "images")])
+@pytest.mark.parametrize("share", [0, 0.5, 0.9])
+def test_tables_that_do_not_match_are_refused_with_counts_and_examples_unless_that_is_allowed(tree, kind, what, share):
+    strangers: list[str] = []
+
+    def spoil(lines: list[str]) -> list[str]:
+        kept = 1 + int(share * (len(lines) - 1))
+        key = 1 if kind == "chexpert" else 0
+        for n, line in enumerate(lines[kept:]):
+            fields = line.split(",")
+            fields[key] = f"99{n:06d}"
+            strangers.append(",".join(fields))
+        return [*lines[:kept], *strangers]
+
+    change(tree, kind, spoil)
+    message = rf"\d+ of the \d+ {what} in the metadata table are not in the {kind} table \(such as .*--allow-unmatched"
+    with pytest.raises(ShardError, match=message) as error:
+        read_source("mimic", tree)
+    assert f"{len(strangers)} of the " in str(error.value)
+    assert f"{what} in the {kind} table are not in the metadata table (such as 99000000, 99000001, 99000002)" in str(
+        error.value
+    )
+    counts = read_source("mimic", tree, {"allow_unmatched": True}).counts
+    assert counts["label rows without an image" if kind == "chexpert" else "images without an official split"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "message"),
+    [
+        (
+            "chexpert",
+            "subject_id",
+            r"the chexpert table in .* gives study_id \d+ the subject_id 10000000 in line 5, and the metadata \d+",
+        ),
+        ("split", "subject_id", r"the split table in .* gives dicom_id \S+ the subject_id 10000000 in line 5"),
+        ("split", "study_id", r"the split table in .* gives dicom_id \S+ the study_id 10000000 in line 5"),
+    ],
+)
+def test_a_row_that_another_table_gives_to_another_patient_or_study_is_refused(tree, kind, column, message):
+    def spoil(lines: list[str]) -> list[str]:
+        at, fields = lines[0].split(",").index(column), lines[4].split(",")
+        return [*lines[:4], ",".join([*fields[:at], "10000000", *fields[at + 1 :]]), *lines[5:]]
+
+    change(tree, kind, spoil)
+    with pytest.raises(ShardError, match=message):
+        read_source("mimic", tree)
+
+
 def test_an_image_without_official_split_or_view_stays_without_one(tree):
     gone = []
 

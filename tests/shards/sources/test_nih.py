@@ -126,6 +126,35 @@ def test_an_nih_table_that_is_wrong_is_named_with_its_line(tmp_path, old, new, m
         read_source("nih", tmp_path)
 
 
+@pytest.mark.parametrize("patient", ["1", "00001", " 1", "1.0", "00000001"])
+def test_a_patient_is_the_one_in_the_image_s_name_however_the_table_writes_the_number(tmp_path, patient):
+    path = write_nih(tmp_path) / "Data_Entry_2017_v2020.csv"
+    path.write_text(path.read_text().replace("Emphysema,1,1,", f"Emphysema,1,{patient},"))
+    images = read_source("nih", tmp_path).images
+    assert images["patient_id"].tolist() == ["1", "1", "2", "30805"]
+    assert images["study_id"].tolist() == ["1_0", "1_1", "2_0", "30805_0"]
+
+
+def test_lists_that_name_other_images_are_refused_unless_that_is_allowed(tmp_path):
+    write_nih(tmp_path)
+    (tmp_path / "train_val_list.txt").write_text("\n".join(f"{n:08d}_000.png" for n in range(100, 200)))
+    with pytest.raises(
+        ShardError, match=r"4 of the 4 images in the table are not in the lists .*, and 100 of the 100 images"
+    ):
+        read_source("nih", tmp_path)
+    assert read_source("nih", tmp_path, {"allow_unmatched": True}).counts["images in no list of the split"] == 4
+
+
+def test_nih_s_images_are_found_in_a_folder_in_a_folder_of_the_same_name(tmp_path):
+    write_nih(tmp_path)
+    (tmp_path / "images-224" / "images-224").mkdir(parents=True)
+    for name in NIH_ROWS:
+        (tmp_path / "images-224" / "images-224" / name).write_bytes(b"an image")
+    assert read_source("nih", tmp_path).images["path"].tolist() == [
+        f"images-224/images-224/{name}" for name in NIH_ROWS
+    ]
+
+
 @pytest.mark.slow
 def test_all_of_nih_is_listed_as_plain_pandas_counts_it(tmp_path):
     published = REAL / "tables" / "nih_Data_Entry_2017_v2020.csv.gz"
