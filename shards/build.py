@@ -347,7 +347,7 @@ def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []
     for m in built.manifests():
-        manifests.append(replace(m, rows=[], crc32=[], sizes=[]))  # a gigabyte in large sets
+        manifests.append(replace(m, rows=[], crc32=[], sizes=[], sources="", grids=""))  # a gigabyte in large sets
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})

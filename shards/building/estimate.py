@@ -2,22 +2,27 @@
 
 import os
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.tasks import Task, decoded, meta_json
+from cxrfast.shards.building.earlier import SourceChanged
+from cxrfast.shards.building.tasks import Task, decoded, meta_json, pictures_of
 from cxrfast.shards.format.codec import encode_member
+from cxrfast.shards.format.source_hashes import source_hash
 from cxrfast.shards.images.bad_image import BadImage
-from cxrfast.shards.images.resize import at_scales
 from cxrfast.units import size
 
 OVERHEAD = 2048
 """Bytes per sample in a tar in addition to image and metadata: two headers, padding."""
+
+MANY_CHANGED = 2
+"""Changed images in the sample that stop a build at once; a single one stops its shard only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +38,47 @@ class Estimate:
     """Bytes free on the set's file system."""
     free_files: int
     """Files that can still be created there."""
+    sampled: int = 0
+    """Images of the sample that could be decoded."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """Number of sampled images by remark."""
 
 
-def measure(task: Task) -> tuple[dict[int, list[int]], list[float]]:
-    """Bytes at each scale and seconds per image of a task: decoded, resized and encoded in memory."""
-    sizes: dict[int, list[int]] = {scale: [] for scale in task.scales}
-    seconds = []
+@dataclass(kw_only=True)
+class Measured:
+    """What was found about the images of a task, decoded, resized and encoded in memory."""
+
+    sizes: dict[int, list[int]]
+    """Bytes of each image by scale."""
+    seconds: list[float] = field(default_factory=list)
+    """Time that each image took."""
+    remarks: list[list[str]] = field(default_factory=list)
+    """Remarks on each image."""
+    changed: list[str] = field(default_factory=list)
+    """Why images are not those that other scales were made from."""
+
+
+def measure(task: Task) -> Measured:
+    """Decode, resize and encode the images of a task."""
+    found = Measured(sizes={scale: [] for scale in task.scales})
     for image in task.images:
         start = time.perf_counter()
         try:
-            source = decoded(task, image, task.tree.read(image.path))
+            data = task.tree.read(image.path)
+            source, remarks = decoded(task, image, data)
+            pictures = pictures_of(task, image, source_hash(data), source)
+        except SourceChanged as error:
+            found.changed.append(str(error))
+            continue
         except (BadImage, OSError):
             continue  # the build itself reports it
         meta = meta_json(image, *source.shape)
-        for scale, picture in at_scales(source, task.scales, task.info.resize).items():
-            member = encode_member(picture, task.info.codec, task.info.quality, task.info.dct)
-            sizes[scale].append(len(member) + len(meta) + OVERHEAD)
-        seconds.append(time.perf_counter() - start)
-    return sizes, seconds
+        for scale in task.scales:
+            member = encode_member(pictures[scale], task.info.codec, task.info.quality, task.info.dct)
+            found.sizes[scale].append(len(member) + len(meta) + OVERHEAD)
+        found.seconds.append(time.perf_counter() - start)
+        found.remarks.append([remark.value for remark in remarks])
+    return found
 
 
 def estimate(
@@ -62,17 +90,27 @@ def estimate(
 ) -> Estimate:
     """Measure the images of `sample` in `pool`, where a decoder may crash, and extrapolate.
 
-    `remaining`: scale → (shards, images) left to build. Raises ShardError if the recipe does not fit the images.
+    `remaining`: scale → (shards, images) left to build. Raises ShardError if the recipe does not fit the images, or if
+    several are not those that other scales were made from.
     """
     sizes: dict[int, list[int]] = {scale: [] for scale in remaining}
     seconds: list[float] = []
+    remarks: list[list[str]] = []
+    changed: list[str] = []
     try:
-        for by_scale, took in pool.map(measure, sample):
-            seconds += took
-            for scale, values in by_scale.items():
+        for found in pool.map(measure, sample):
+            seconds += found.seconds
+            remarks += found.remarks
+            changed += found.changed
+            for scale, values in found.sizes.items():
                 sizes[scale] += values
     except BrokenProcessPool:
         pass  # the build finds the image
+    if len(changed) >= MANY_CHANGED:
+        raise SourceChanged(
+            f"{len(changed)} of {len(sample)} sampled images are not those that the set was built from, such as "
+            f"{changed[0]}. Nothing was written"
+        )
     most = max((images for _, images in remaining.values()), default=0)
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     disk = os.statvfs(folder)
@@ -83,6 +121,8 @@ def estimate(
         seconds=float(np.mean(seconds or [0.0])) * most / workers,
         free=disk.f_bavail * disk.f_frsize,
         free_files=disk.f_favail,
+        sampled=len(remarks),
+        remarks=dict(Counter(remark for some in remarks for remark in some)),
     )
 
 

@@ -5,23 +5,29 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.files import sha256
+from cxrfast.shards.building.earlier import Earlier, SourceChanged, earlier
 from cxrfast.shards.format import manifest
+from cxrfast.shards.format.checksums import listed_sums
 from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
-from cxrfast.shards.format.names import shard_path
+from cxrfast.shards.format.names import shard_name, shard_path
 from cxrfast.shards.format.rows import label_names
+from cxrfast.shards.format.source_hashes import pack as pack_hashes
+from cxrfast.shards.format.source_hashes import source_hash
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.cell_means import grid, pack
-from cxrfast.shards.images.decode import decode
+from cxrfast.shards.images.decode import decode_with_remarks
+from cxrfast.shards.images.remark import Remark
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.storage import Tree
 
@@ -50,6 +56,8 @@ class Todo:
     """Rows left out at an earlier scale."""
     held: frozenset[int] | None
     """Rows held at an earlier scale; None without one."""
+    earlier: Earlier = field(default_factory=Earlier)
+    """What the manifests of scales built before say about the source images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +88,22 @@ def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: boo
     set.
     """
     present = manifest.scales_in(blueprint.out) if blueprint.out.is_dir() else []
+    sums = listed_sums(blueprint.out) if present else {}
     todo = []
     for shard in shards:
         there = {scale: m for scale in present if (m := _whole_shard(blueprint, scale, shard))}
         again = retry and any(m.quarantined for m in there.values())
         wanted = sorted({*scales, *there}) if again else [scale for scale in scales if scale not in there]
-        earlier = next(iter(there.values()), None)
+        first = next(iter(there.values()), None)
         if wanted:
             todo.append(
                 Todo(
                     shard=shard,
                     scales=wanted,
                     rows=blueprint.info.rows_of(shard),
-                    quarantined=earlier.quarantined if earlier and not again else {},
-                    held=frozenset(earlier.rows) if earlier else None,
+                    quarantined=first.quarantined if first and not again else {},
+                    held=frozenset(first.rows) if first else None,
+                    earlier=_undamaged(blueprint, there, sums),
                 )
             )
     return todo
@@ -109,6 +119,24 @@ def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest 
         )
     others = (shard_path(blueprint.out, scale, shard, suffix) for suffix in ("tar", "idx"))
     return m if m and all(path.is_file() for path in others) else None
+
+
+def _undamaged(blueprint: Blueprint, there: dict[int, ShardManifest], sums: dict[str, str]) -> Earlier:
+    """What the shard's manifests say about its source images, without those that have changed since they were signed.
+
+    Raises ShardError if they all have, and for a set so old that its manifests say nothing.
+    """
+    names = {scale: shard_name(scale, m.shard, "json") for scale, m in there.items()}
+    sound = [m for scale, m in there.items() if sums.get(names[scale]) in (None, sha256(blueprint.out / names[scale]))]
+    first, repair = names[min(there)] if there else "", f"`cxrfast verify --repair {blueprint.out}`"
+    if there and not sound:
+        raise ShardError(f"{blueprint.out / first} is damaged: repair it first, with {repair}")
+    if any(m.rows for m in sound) and not any(m.sources or m.grids for m in sound):
+        raise ShardError(
+            f"{blueprint.out / first} is of an earlier version and does not say which images its rows were made from: run "
+            f"{repair} first, which adds grids to compare new scales with"
+        )
+    return earlier(sound)
 
 
 def make_task(blueprint: Blueprint, todo: Todo, rows: list[int] | range | None = None) -> Task:
@@ -140,14 +168,13 @@ def _images(rows: pd.DataFrame) -> list[Image]:
 def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> None:
     """Write one shard at its scales; `began` is called with each row before its image is read.
 
-    Raises ShardError if a row that was fine when the set was laid out, or at another scale, is not fine now.
+    Raises ShardError if a row that was fine when the set was laid out, or at another scale, is not fine now, and if its
+    source image is not the one that another scale was made from.
     """
     info = task.info
     writers: dict[int, TarWriter] = {}
     quarantined = dict(task.quarantined)
-    rows: list[int] = []
-    sizes: list[list[int]] = []
-    grids: dict[int, list[np.ndarray]] = {scale: [] for scale in task.scales}
+    shard = _Shard(grids={scale: [] for scale in task.scales})
     try:
         for scale in task.scales:
             writers[scale] = TarWriter(task.out, scale, task.shard, info.codec)
@@ -156,7 +183,8 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                 continue
             began(image.row)
             try:
-                source = decoded(task, image, _read(task, image))
+                data = _read(task, image)
+                source, remarks = decoded(task, image, data)
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
                     raise ShardError(
@@ -164,12 +192,13 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                     ) from error
                 quarantined[str(image.row)] = error.reason.value
                 continue
-            rows.append(image.row)
-            sizes.append(list(source.shape))
             meta = meta_json(image, *source.shape)
-            for scale, picture in at_scales(source, task.scales, info.resize).items():
-                grids[scale].append(grid(picture))
-                writers[scale].add(image.row, encode_member(picture, info.codec, info.quality, info.dct), meta)
+            of_file = source_hash(data)
+            pictures = pictures_of(task, image, of_file, source)
+            shard.add(image.row, of_file, source, remarks)
+            for scale in task.scales:
+                shard.grids[scale].append(grid(pictures[scale]))
+                writers[scale].add(image.row, encode_member(pictures[scale], info.codec, info.quality, info.dct), meta)
         for scale in task.scales:  # a replaced shard is not whole until its new manifest is written
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}
@@ -180,15 +209,55 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                 shard=task.shard,
                 sha256=digest,
                 bytes=length,
-                rows=rows,
+                rows=shard.rows,
                 crc32=writers[scale].crc32,
-                sizes=sizes,
+                sizes=shard.sizes,
                 quarantined=quarantined,
-                grids=pack(grids[scale]),
+                remarks=shard.remarks,
+                sources=pack_hashes(shard.hashes),
+                grids=pack(shard.grids[scale]),
             ).write(task.out)
     finally:
         for writer in writers.values():
             writer.discard()
+
+
+@dataclass(kw_only=True)
+class _Shard:
+    """What the manifests of a shard record about its rows, in their order."""
+
+    grids: dict[int, list[np.ndarray]]
+    """By scale."""
+    rows: list[int] = field(default_factory=list)
+    sizes: list[list[int]] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, row: int, digest: bytes, source: np.ndarray, remarks: list[Remark]) -> None:
+        """Add a row: the hash of its source image, and the decoded pixels."""
+        self.rows.append(row)
+        self.sizes.append(list(source.shape))
+        self.hashes.append(digest)
+        if remarks:
+            self.remarks[str(row)] = [remark.value for remark in remarks]
+
+
+def pictures_of(task: Task, image: Image, digest: bytes, source: np.ndarray) -> dict[int, np.ndarray]:
+    """{scale: uint8 (scale, scale)} of a decoded source image, uint8 (H, W), at the task's scales at least.
+
+    Raises SourceChanged if its hash or pixels are not those that another scale was made from.
+    """
+    known = task.earlier
+    try:
+        known.check_hash(image.row, image.path, digest)
+        compared = known.scale if image.row in known.grids else None
+        scales = {*task.scales, compared} if compared else {*task.scales}
+        pictures = at_scales(source, sorted(scales), task.info.resize)
+        if compared:
+            known.check_pixels(image.row, image.path, pictures[compared], task.info)
+    except SourceChanged as error:
+        raise SourceChanged(f"shard {task.shard}: {error}") from error
+    return pictures
 
 
 def _read(task: Task, image: Image) -> bytes:
@@ -209,10 +278,10 @@ def _read(task: Task, image: Image) -> bytes:
     return data
 
 
-def decoded(task: Task, image: Image, data: bytes) -> np.ndarray:
-    """Decode to uint8 (H, W). Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault."""
+def decoded(task: Task, image: Image, data: bytes) -> tuple[np.ndarray, list[Remark]]:
+    """Decode to uint8 (H, W), with remarks. Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault."""
     try:
-        return decode(data, task.info.grey)
+        return decode_with_remarks(data, task.info.grey)
     except BadImage:
         raise
     except ShardError as error:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,11 @@ from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes
 from cxrfast.shards.format.info import Count, Positive, parse_json, typed
 from cxrfast.shards.format.names import SCALE, SHARD_FILE, shard_path
+from cxrfast.shards.format.source_hashes import unpack as unpack_hashes
 from cxrfast.shards.images.cell_means import unpack
+
+Row = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")]
+"""Number of a row as a JSON key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,12 @@ class ShardManifest:
     """Checksum of each row's image bytes."""
     sizes: list[Annotated[list[Positive], Meta(min_length=2, max_length=2)]]
     """[height, width] of each row's source image as it was decoded, px."""
-    quarantined: dict[Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")], str]
-    """Rows left out (JSON keys are text) and why."""
+    quarantined: dict[Row, str]
+    """Rows left out and why."""
+    remarks: dict[Row, list[str]] = field(default_factory=dict)
+    """Rows held about which there is something to say, and what; see `images.remark`."""
+    sources: str = ""
+    """`source_hashes.pack` of the hashes of the source images of the rows held; "" in shards of versions before hashes."""
     grids: str = ""
     """`cell_means.pack` of the grids of the rows held; "" in shards of versions before grids."""
 
@@ -44,14 +52,20 @@ class ShardManifest:
         return bool(self.rows) and not self.grids
 
     def to_json(self) -> str:
-        """Contents of the file. Without grids, the bytes that earlier versions wrote."""
+        """Contents of the file. Without grids, hashes and remarks, the bytes that earlier versions wrote."""
         fields = asdict(self)
-        if not self.grids:
-            del fields["grids"]
+        for name in ("remarks", "sources", "grids"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields) + "\n"
 
     def write(self, folder: Path) -> None:
         write_bytes(shard_path(folder, self.scale, self.shard, "json"), self.to_json().encode())
+
+
+def source_hashes(m: ShardManifest) -> dict[int, bytes]:
+    """{row: hash of its source image}; empty if the manifest holds no hashes."""
+    return dict(zip(m.rows, unpack_hashes(m.sources, len(m.rows)), strict=True)) if m.sources else {}
 
 
 def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = None) -> ShardManifest | None:
@@ -81,6 +95,10 @@ def _check(m: ShardManifest, rows: range | None) -> None:
         raise ValueError("rows both held and quarantined")
     if rows is not None and not set(named) <= set(rows):
         raise ValueError(f"rows outside {rows.start} to {rows.stop - 1}")
+    if not set(map(int, m.remarks)) <= set(m.rows):
+        raise ValueError("remarks on rows that it does not hold")
+    if m.sources:
+        unpack_hashes(m.sources, len(m.rows))
     if m.grids:
         unpack(m.grids, len(m.rows))
 

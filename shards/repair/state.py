@@ -4,6 +4,7 @@ import csv
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,6 +19,9 @@ from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 
 ASK = "give the source tree with --data"
+
+NOTHING: dict[str, Any] = {"sources": "", "remarks": {}}
+"""The fields of a manifest about source images, in a shard of an earlier version."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +94,18 @@ class RepairState:
             f"neither a manifest of shard {shard} nor quarantine.csv says which rows were quarantined: delete the shard's "
             "files at all scales and run the same `cxrfast shard` command again"
         )
+
+    def about_sources(self, info: SetInfo, of: ShardManifest) -> dict[str, Any]:
+        """The fields `sources` and `remarks` of an undamaged manifest of the same rows at another scale; else empty ones.
+
+        They are about the source images, so they are the same at every scale.
+        """
+        for scale in scales_in(self.folder):
+            if scale != of.scale and self.is_good(shard_name(scale, of.shard, "json")):
+                m = self.manifest(info, scale, of.shard)
+                if m and m.sources and m.rows == of.rows:
+                    return {"sources": m.sources, "remarks": m.remarks}
+        return NOTHING
 
     def lines(self) -> list[str]:
         """One line for each file that was repaired or could not be."""

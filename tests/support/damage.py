@@ -87,12 +87,21 @@ def replace_image(folder: Path, scale: int, row: int, data: bytes) -> None:
 
 def without_grids(folder: Path, shards: list[tuple[int, int]] | None = None) -> Path:
     """Remove the grids from the set or some (scale, shard) of it, and sign it, as an earlier version built it."""
+    return _without(folder, shards, "grids")
+
+
+def without_hashes(folder: Path, shards: list[tuple[int, int]] | None = None) -> Path:
+    """Remove the hashes of source images likewise, as a version after grids and before hashes built it."""
+    return _without(folder, shards, "sources")
+
+
+def _without(folder: Path, shards: list[tuple[int, int]] | None, field: str) -> Path:
     if shards is None:
         shards = [(scale, shard) for scale in scales_in(folder) for shard in built(folder, scale)]
     for scale, shard in shards:
         path = shard_path(folder, scale, shard, "json")
         value = json.loads(path.read_bytes())
-        del value["grids"]
+        del value[field]
         path.write_text(json.dumps(value) + "\n")
     sign(folder)
     return folder

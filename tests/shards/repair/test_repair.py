@@ -30,7 +30,8 @@ def test_lists_indexes_and_manifests_are_made_again_without_the_source(corrupt, 
     elif how == "empty":
         path.write_bytes(b"")
     else:
-        flip_bit(path, path.stat().st_size // 2, 4)
+        is_manifest = path.match("32/*.json")  # in its grids, which its tar does not hold
+        flip_bit(path, path.stat().st_size - 40 if is_manifest else path.stat().st_size // 2, 4)
     if how == "gone" and name == "SHA256SUMS":
         with pytest.raises(ShardError, match="not finished"):
             repair(folder)
