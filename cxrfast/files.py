@@ -1,10 +1,12 @@
 """Files that are whole or absent: written under a temporary name in the same folder, synced, renamed."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from cxrfast.errors import is_disk_full
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+NOT_REGULAR = "is not a regular file"
 
 TEMPORARY = ".tmp"
 """Suffix of files being written. Leftovers of a killed process are overwritten or removed by the next one."""
@@ -64,6 +68,51 @@ def write_figure(path: Path, figure: "Figure", dpi: float | None = None) -> None
         figure.savefig(file, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
 
 
+LARGEST = 2**30
+"""Bytes of a file that is read whole, unless said otherwise; those of the largest sets are a tenth of it."""
+
+
+def open_file(path: Path, flags: int = 0) -> int:
+    """Descriptor of an existing regular file, or of a link to one, open for reading unless `flags` say otherwise.
+
+    A folder from elsewhere may hold anything: raises OSError for a pipe, which would never answer, and for a device.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+    return descriptor
+
+
+def read_file(path: Path, largest: int = LARGEST) -> bytes:
+    """The whole content of a regular file. Raises OSError as `open_file` does, and for more than `largest` bytes."""
+    with open(open_file(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > largest:
+            raise OSError(errno.EFBIG, f"has more than {largest:,} bytes", str(path))
+        return file.read()
+
+
+def open_own(path: Path, flags: int = 0) -> int:
+    """Descriptor of a file in a folder that others may write to, such as /tmp; made if absent, and nobody else can open it.
+
+    A file with a name that others can guess may be theirs, or a link to one of ours. Raises OSError unless it is a regular
+    file of this user without other names.
+    """
+    try:
+        descriptor = open_file(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "is a link, which another user may have put there", str(path)) from error
+    found = os.fstat(descriptor)
+    if found.st_uid != os.geteuid() or found.st_nlink != 1:
+        os.close(descriptor)
+        what = "has a second name" if found.st_uid == os.geteuid() else f"belongs to user {found.st_uid}"
+        raise OSError(errno.EPERM, what, str(path))
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
 def json_bytes(value: Any) -> bytes:
     """Readable JSON with a fixed layout, so that equal values are equal bytes."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
@@ -74,5 +123,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    """Of a regular file. Raises OSError as `open_file` does."""
+    with open(open_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cxrfast.text import masked, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,7 +30,9 @@ def console() -> "Console":
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            console().print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
+            console().print(
+                printable(masked(self.format(record))), soft_wrap=True, markup=False, highlight=False, emoji=False
+            )
         except Exception:
             self.handleError(record)
 

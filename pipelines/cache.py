@@ -3,7 +3,8 @@
 The file is mapped for reading, which saves a copy, and written with `pwrite`, so that a full disk is an error and not
 a signal. A row is valid once two checksums are stored: of the bytes it was decoded from, and of its pixels, which each
 process checks at first use. So the file may be deleted, cut off by a crash or left over from another version at any time:
-invalid rows are decoded again. The file must not be shortened while in use.
+invalid rows are decoded again. The file must not be shortened while in use. Only its user may read it, and neither links
+nor files of others are used, since anybody can guess its name.
 """
 
 import mmap
@@ -17,6 +18,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from cxrfast.errors import LoadError, is_disk_full
+from cxrfast.files import open_own
 from cxrfast.pipelines.reader import Reader
 from cxrfast.units import size as in_words
 
@@ -35,7 +37,7 @@ class PixelCache:
         self.path = Path(folder) / f"{reader.info.id}-{reader.scale}-{size}.pixels"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = open_own(self.path)
             needed = len(reader.rows) * size * size - os.fstat(self._file).st_blocks * 512
             free = shutil.disk_usage(self.path.parent).free
             if needed > free:
@@ -44,14 +46,14 @@ class PixelCache:
                     "choose another folder, or train without a cache"
                 )
             os.ftruncate(self._file, images * size * size)  # unwritten parts are holes
-            with open(self.path.with_suffix(".sums"), "ab+") as sums:
+            with open(open_own(self.path.with_suffix(".sums"), os.O_APPEND), "ab+") as sums:
                 os.posix_fallocate(sums.fileno(), 0, 8 * images)  # writing to a mapped hole on a full disk is a signal
                 self._sums = np.frombuffer(mmap.mmap(sums.fileno(), 8 * images), np.uint32).reshape(images, 2)
             self._pixels = np.frombuffer(mmap.mmap(self._file, images * size * size, prot=mmap.PROT_READ), np.uint8)
             self._pixels = self._pixels.reshape(images, size, size)
         except OSError as error:
             raise LoadError(
-                f"the cache {self.path} cannot be used ({error.strerror}): choose another folder"
+                f"the cache {self.path} cannot be used ({_what(error)}): choose another folder, which only you write to"
             ) from error
         self._checked = np.zeros(images, bool)
         self._is_full = False
@@ -109,3 +111,9 @@ class PixelCache:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _what(error: OSError) -> str:
+    """What happened, and to which file if not to the cache's first one."""
+    name = Path(str(error.filename or "")).name
+    return f"{name} {error.strerror}" if name.endswith(".sums") else str(error.strerror)

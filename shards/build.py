@@ -38,6 +38,7 @@ from cxrfast.shards.sources.image_files import where_instead
 from cxrfast.shards.sources.read import as_stored, read_source, with_defaults
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.storage import Tree
+from cxrfast.text import without_credentials
 
 MISSING_ALLOWED = 0.001
 """Fraction of the images that may be missing; with more, the download is taken to be incomplete."""
@@ -181,7 +182,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
     info = SetInfo(
         id=identity,
         source=request.source,
-        source_options=request.source_options,
+        source_options=_stored(request.source_options),
         labels=list(listed.labels),
         images=len(rows),
         studies=rows["study_id"].nunique(),
@@ -191,6 +192,15 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
         **asdict(recipe),
     )
     return Blueprint(tree=tree, out=out, info=info, rows=rows), listed
+
+
+def _stored(options: Any) -> Any:
+    """Options of a source as set.json holds them: whoever gets the set gets no credentials, so a repair asks for the table."""
+    if isinstance(options, dict):
+        return {name: _stored(value) for name, value in options.items()}
+    if isinstance(options, list | tuple):
+        return [_stored(value) for value in options]
+    return without_credentials(options) if isinstance(options, str) else options
 
 
 def _read_same_set(request: _Request, identity: str) -> SetInfo:
@@ -207,7 +217,9 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
             f"{out} was built from other input ({'; '.join(differing) or 'its images differ'}): "
             "choose another --out, or give the same --data and options"
         )
-    there, asked = (with_defaults(s.source, s.source_options) for s in (info, request))
+    if info.source != request.source:  # which may name code, and must not be imported
+        raise ShardError(f"{out} was built with --source {info.source}, not {request.source}: give the same value")
+    there, asked = (with_defaults(request.source, s.source_options) for s in (info, request))
     for name in ("label", "labels"):
         if there.get(name) != asked.get(name):
             raise ShardError(

@@ -19,9 +19,10 @@ from typing import IO, Any
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.files import replacing
+from cxrfast.files import LARGEST, open_file, replacing
 from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.names import NAMES
+from cxrfast.text import masked
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 """Start of a location that is not a path on this machine: `s3://bucket`, `zip://folder::archive.zip`."""
@@ -61,10 +62,10 @@ class Tree:
         return Tree, (self.location,)
 
     def __str__(self) -> str:
-        return self.location
+        return masked(self.location)
 
     def __repr__(self) -> str:
-        return f"Tree({self.location!r})"
+        return f"Tree({str(self)!r})"
 
     @property
     def name(self) -> str:
@@ -206,7 +207,7 @@ class Tree:
         except ShardError:
             raise
         except Exception as error:
-            where = posixpath.join(self.location, path) if path else self.location
+            where = posixpath.join(str(self), path) if path else str(self)
             raise ShardError(f"{where} cannot be reached ({_reason(error)})") from error
 
 
@@ -244,10 +245,10 @@ class SetStorage:
         self.root = os.path.abspath(root) if self.is_local else root.rstrip("/")
         """Its path on its file system: absolute, or bucket and prefix, or empty in an archive."""
         if self.is_local and os.path.exists(self.root) and not os.path.isdir(self.root):
-            raise ShardError(f"{self.location} is a file: give the folder of a shard set")
+            raise ShardError(f"{self} is a file: give the folder of a shard set")
 
     def __str__(self) -> str:
-        return self.location
+        return masked(self.location)
 
     def overlaps(self, other: "SetStorage") -> bool:
         """Is one the same place as the other, or inside it?"""
@@ -284,9 +285,11 @@ class SetStorage:
         return found
 
     def read(self, name: str) -> bytes:
-        """A small file, whole."""
+        """A small file, whole. Raises ShardError for one that is too large to be part of a set."""
         with self._reached(), self.open(name) as file:
-            return file.read()
+            if len(data := file.read(LARGEST + 1)) > LARGEST:
+                raise ShardError(f"{name} in {self} has more than {LARGEST:,} bytes: it is damaged")
+            return data
 
     def sha256(self, name: str) -> str:
         digest = hashlib.sha256()
@@ -298,7 +301,9 @@ class SetStorage:
     def open(self, name: str) -> IO[bytes]:
         """A file, open for reading chunk by chunk, without read-ahead."""
         with as_oserror(at := self._at(name)):
-            return open(at, "rb") if self.is_local else self._fs.open(at, "rb", block_size=CHUNK, cache_type="none")
+            if self.is_local:
+                return open(open_file(Path(at)), "rb")
+            return self._fs.open(at, "rb", block_size=CHUNK, cache_type="none")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
@@ -374,13 +379,13 @@ def _connect(url: str) -> tuple[Any, str]:
         fs.invalidate_cache()  # instances are shared, and their listings may be stale
     except ImportError as error:
         hint = " (pip install 'cxrfast[remote]')" if url.startswith("s3://") else ""
-        raise ShardError(f"{url} needs a driver that is not installed: {error}{hint}") from error
+        raise ShardError(f"{masked(url)} needs a driver that is not installed: {masked(str(error))}{hint}") from error
     except ValueError as error:
         raise ShardError(
-            f"{url} cannot be opened ({error}): give a folder, or a URL that fsspec knows (s3://, gs://, sftp://, zip://, …)"
+            f"{masked(url)} cannot be opened ({masked(str(error))}): give a folder, or a URL that fsspec knows (s3://, gs://, sftp://, zip://, …)"
         ) from error
     except Exception as error:  # drivers raise unrelated exceptions
-        raise ShardError(f"{url} cannot be opened ({_reason(error)})") from error
+        raise ShardError(f"{masked(url)} cannot be opened ({_reason(error)})") from error
     return (None, root) if isinstance(fs, LocalFileSystem) else (fs, root)
 
 
@@ -395,4 +400,4 @@ def as_oserror(path: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return masked(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__

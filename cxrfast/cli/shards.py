@@ -109,14 +109,23 @@ def describe(shards: Path, out: Path) -> None:
 @option.flag("--repair", "Restore the original bytes of what is broken and add missing grids; report how.")
 @click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
 @option.flag("--accept-new-bytes", "With --repair: accept other bytes where the original ones cannot be restored.")
+@click.option(
+    "--trust-source",
+    metavar="MODULE:FUNCTION",
+    help="With --repair: run this function if SET names it as its source. [default: only the built-in sources]",
+)
+@click.option(
+    "--table", metavar="FILE", help="With --repair: where the table of --source table is. [default: in --data]"
+)
 @option.workers("Processes for --repair. [default: usable cores]")
 def verify(shards: Path, deep: bool, source: bool, repair: bool, data: str | None, **options: Any) -> None:
     """Compare a shard set with its hashes, indexes and plan. Exit code 2 if anything differs."""
     from cxrfast.shards.repair.repair import repair as restore
     from cxrfast.shards.upkeep.verify import find_source, inspect
 
-    if options["accept_new_bytes"] and not repair:
-        fail("--accept-new-bytes needs --repair")
+    for name in ("accept_new_bytes", "trust_source", "table"):
+        if options[name] and not repair:
+            fail(f"--{name.replace('_', '-')} needs --repair")
     tree = find_source(data, config.DATA, source)
     if repair:
         for line in restore(shards, tree, **options).lines():

@@ -6,12 +6,18 @@ import sys
 import click
 
 from cxrfast.tables import Table
+from cxrfast.text import masked, printable
 
 
 def fail(message: str) -> None:
     rank = os.environ.get("RANK")
-    click.echo(f"cxrfast: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+    click.echo(f"cxrfast: {f'rank {rank}: ' if rank else ''}{safe(message)}", err=True)
     sys.exit(2)
+
+
+def safe(text: str) -> str:
+    """Text from outside for a terminal: without escape sequences and credentials."""
+    return printable(masked(text))
 
 
 def show(*tables: Table) -> None:

@@ -6,6 +6,7 @@ Options come in; the configuration and the objects it describes go out, or an er
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ from cxrfast import config as presets
 from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import World, parallel, pick_device
 from cxrfast.errors import RunError
+from cxrfast.files import open_own
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import compiled, resolve_precision
 from cxrfast.models.weights import fetch_weights
@@ -114,12 +116,13 @@ def read_subset(path: Path) -> np.ndarray:
 def staged(shards: Path, folder: Path, scale: int) -> Path:
     """Copy one scale of the set into `folder` on a local disk, once for all ranks and jobs of this machine. Returns the copy.
 
-    Raises ShardError if that fails.
+    Raises ShardError if that fails, RunError if another user has put something in the way.
     """
     copy = folder / ShardSet(shards).info.id
     folder.mkdir(parents=True, exist_ok=True)
+    _check_own(copy)
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none") + "/" + os.environ.get("SLURM_RESTART_COUNT", "0")
-    with open(folder / f"{copy.name}-{scale}.lock", "a+") as lock:
+    with open(_own_lock(folder / f"{copy.name}-{scale}.lock"), "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # later ranks wait
         lock.seek(0)
         if launch.startswith("none") or lock.read() != launch:  # otherwise another rank of this launch has checked it
@@ -127,6 +130,22 @@ def staged(shards: Path, folder: Path, scale: int) -> Path:
             lock.truncate(0)
             lock.write(launch)
     return copy
+
+
+def _own_lock(path: Path) -> int:
+    try:
+        return open_own(path, os.O_APPEND)
+    except OSError as error:
+        raise RunError(f"--stage: {path} {error.strerror}: choose a folder of your own") from error
+
+
+def _check_own(folder: Path) -> None:
+    """Raises RunError if `folder` is a link or another user's: everybody can guess its name."""
+    with suppress(FileNotFoundError):
+        found = folder.lstat()
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
+            what = "is a link" if stat.S_ISLNK(found.st_mode) else f"belongs to user {found.st_uid}"
+            raise RunError(f"--stage: {folder} {what}: choose a folder of your own")
 
 
 def weights_file(config: TrainConfig) -> Path | None:

@@ -10,17 +10,23 @@ from msgspec import Meta
 
 from cxrfast import __version__
 from cxrfast.errors import ShardError
-from cxrfast.files import json_bytes, write_bytes
+from cxrfast.files import json_bytes, read_file, write_bytes
 from cxrfast.machine import installed
 from cxrfast.shards.format.recipe import ImageRecipe
+from cxrfast.text import LONGEST_NAME, find_fault, name_fault, shown
 
 SCHEMA = 2
 
 COPY = b"set.json"
 """Key of the copy of set.json in the metadata of rows.parquet."""
 
+MOST_IMAGES = 10**8
+"""Images of a set; a description that claims more is damaged, and memory for them would be allocated in vain."""
+
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Number = Annotated[int, Meta(ge=1, le=MOST_IMAGES)]
+SetId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""Also the name of a folder (`--stage`) and of a file (`--cache`), so nothing else may be in it."""
 
 T = TypeVar("T")
 
@@ -30,19 +36,20 @@ class SetInfo:
     """Description of a set. Written when the set is laid out; only `relabel` changes it, and only its labels."""
 
     schema: int = SCHEMA
-    id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    id: SetId
     """Hash of rows, images, patients and recipe; see `building.layout.set_id`."""
-    source: str
+    source: Annotated[str, Meta(pattern=r"\A\w[\w.]*(:\w[\w.]*)?\Z", max_length=LONGEST_NAME)]
+    """One of `sources.read.SOURCES`, or `package.module:function`."""
     source_options: dict[str, Any]
     """Options of the source in addition to the tree, as JSON values."""
     labels: list[str]
     labels_from: str = ""
     """Table that `relabel` took the labels from, as `name sha256:…`; "" if they are the source's own."""
     seed: int
-    images: Positive
+    images: Number
     studies: Count
     patients: Count
-    rows_per_shard: Positive
+    rows_per_shard: Number
     codec: str
     quality: int | None
     """Quality of the JPEGs; None (JSON: null) where the codec is raw."""
@@ -99,7 +106,7 @@ def read_set_json(folder: Path) -> SetInfo:
     path = Path(folder) / "set.json"
     if not path.is_file():
         raise ShardError(f"{folder} is not a shard set (no set.json): give the folder that `cxrfast shard --out` wrote")
-    return parse_set(path.read_bytes(), path)
+    return parse_set(read_file(path), path)
 
 
 def read_info(path: Path) -> SetInfo:
@@ -110,7 +117,7 @@ def read_info(path: Path) -> SetInfo:
 def write_set_json(folder: Path) -> None:
     """Write the description in rows.parquet to set.json, unless it is there already."""
     path, data = folder / "set.json", _description(folder / "rows.parquet")
-    if not path.is_file() or path.read_bytes() != data:
+    if not path.is_file() or read_file(path) != data:
         write_bytes(path, data)
 
 
@@ -148,6 +155,9 @@ def _checked(value: dict[str, Any]) -> SetInfo:
     info = typed({"dct": "fast" if value.get("codec") == "jpeg" else None, **value}, SetInfo)
     if "schema" not in value:
         raise ValueError("it has no schema version")
+    told = (*info.versions.keys(), *info.versions.values(), *info.labels_from.split(" sha256:", 1))
+    if fault := find_fault((*info.labels, *told), name_fault):
+        raise ValueError(fault)
     if len(set(info.labels)) < len(info.labels):
         raise ValueError("a label is listed twice")
     if info.recipe.quality != info.quality:
@@ -168,7 +178,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 def typed(value: dict[str, Any], kind: type[T]) -> T:
     """A dataclass from its fields. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
     if unknown := value.keys() - {field.name for field in fields(kind)}:  # type: ignore[arg-type]
-        raise ValueError(f"unknown field {min(unknown)!r}")
+        raise ValueError(f"unknown field {shown(min(unknown))}")
     return msgspec.convert(value, kind)
 
 

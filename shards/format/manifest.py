@@ -13,13 +13,15 @@ from typing import Annotated
 from msgspec import Meta
 
 from cxrfast.errors import ShardError
-from cxrfast.files import write_bytes
-from cxrfast.shards.format.info import Count, Positive, parse_json, typed
+from cxrfast.files import read_file, write_bytes
+from cxrfast.shards.format.info import MOST_IMAGES, Count, Number, SetId, parse_json, typed
 from cxrfast.shards.format.names import SCALE, SHARD_FILE, shard_path
 from cxrfast.shards.format.source_hashes import unpack as unpack_hashes
+from cxrfast.shards.images.bad_image import MAX_SIDE
 from cxrfast.shards.images.cell_means import unpack
+from cxrfast.text import find_fault, name_fault
 
-Row = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")]
+Row = Annotated[str, Meta(pattern=r"\A(0|[1-9][0-9]{0,11})\Z")]
 """Number of a row as a JSON key."""
 
 
@@ -27,16 +29,16 @@ Row = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,11})$")]
 class ShardManifest:
     """Contents of NNNNNN.json: written after the tar and its index, so its presence means that the shard is whole."""
 
-    set: str
-    scale: Positive
-    shard: Count
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    set: SetId
+    scale: Number
+    shard: Annotated[int, Meta(ge=0, lt=MOST_IMAGES)]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     bytes: Count
-    rows: list[Count]
+    rows: list[Annotated[int, Meta(ge=0, lt=MOST_IMAGES)]]
     """Rows held, ascending, in the order of the tar."""
     crc32: list[Annotated[int, Meta(ge=0, lt=2**32)]]
     """Checksum of each row's image bytes."""
-    sizes: list[Annotated[list[Positive], Meta(min_length=2, max_length=2)]]
+    sizes: list[Annotated[list[Annotated[int, Meta(ge=1, le=MAX_SIDE)]], Meta(min_length=2, max_length=2)]]
     """[height, width] of each row's source image as it was decoded, px."""
     quarantined: dict[Row, str]
     """Rows left out and why."""
@@ -72,7 +74,7 @@ def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = Non
     """The manifest of a shard, None if it is not built. Raises ShardError if it is damaged or names rows outside `rows`."""
     path = shard_path(folder, scale, shard, "json")
     try:
-        m = typed(parse_json(path.read_bytes()), ShardManifest)
+        m = typed(parse_json(read_file(path)), ShardManifest)
         _check(m, rows)
         return m
     except FileNotFoundError:
@@ -99,6 +101,9 @@ def _check(m: ShardManifest, rows: range | None) -> None:
         raise ValueError("remarks on rows that it does not hold")
     if m.sources:
         unpack_hashes(m.sources, len(m.rows))
+    told = (*m.quarantined.values(), *(remark for remarks in m.remarks.values() for remark in remarks))
+    if fault := find_fault(told, name_fault):
+        raise ValueError(f"the reason {fault}")
     if m.grids:
         unpack(m.grids, len(m.rows))
 

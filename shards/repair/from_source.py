@@ -41,7 +41,11 @@ def build_again(
         if state.failed.get(shard_name(*shard, "tar"), "").startswith(OTHER_BYTES)
     }
     if differing and blueprint.info.labels_from:  # tars keep the labels they were built with
-        rows = rows_of_source(state.tree, blueprint.info)[1].assign(bytes=blueprint.rows["bytes"])
+        try:
+            rows = rows_of_source(state, blueprint.info)[1].assign(bytes=blueprint.rows["bytes"])
+        except ShardError as error:
+            state.failed.update({shard_name(*shard, "tar"): str(error) for shard in differing})
+            return built
         for shard in differing:
             del state.failed[shard_name(*shard, "tar")]
         built += _build_aside(state, replace(blueprint, rows=rows), differing)

@@ -40,12 +40,16 @@ def repair(
     *,
     accept_new_bytes: bool = False,
     workers: int | None = None,
+    trust_source: str | None = None,
+    table: str | None = None,
 ) -> RepairState:
     """Repair what `verify` finds, then add grids to the manifests that lack them.
 
     `tree` is the source, needed to repair a tar or rows.parquet, and for the old bytes of a lost manifest of JPEGs. A file
     whose restored bytes would differ from the old ones, because libraries or images have changed, is not replaced unless
-    `accept_new_bytes`. Foreign files are left alone. Raises ShardError if nothing says what the right bytes were.
+    `accept_new_bytes`. A source other than the four built-in ones is only imported if it is `trust_source`
+    (`package.module:function`); `table` says where the table of a set from the source `table` is, and must be given if it is
+    not in the tree. Foreign files are left alone. Raises ShardError if nothing says what the right bytes were.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -60,6 +64,8 @@ def repair(
             tree=tree,
             accept=accept_new_bytes,
             workers=workers or usable_cores(),
+            trusted=trust_source,
+            table=table,
             sums=sums,
             suspects=found,
         )
@@ -120,7 +126,10 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     if not state.tree:
         return f"{ASK}, to plan it again"
     path = state.folder / "rows.parquet"
-    labels, rows = rows_of_source(state.tree, info)
+    try:
+        labels, rows = rows_of_source(state, info)
+    except ShardError as error:
+        return str(error)
     if set_id(rows, info.recipe) != info.id:
         return f"the tables in {state.tree} list other images than the set was planned from"
     rows["bytes"] = state.tree.sizes(rows["path"].tolist())

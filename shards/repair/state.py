@@ -14,7 +14,8 @@ from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_name
-from cxrfast.shards.sources.read import read_source
+from cxrfast.shards.sources.any_table import is_outside
+from cxrfast.shards.sources.read import SOURCES, read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 
@@ -33,6 +34,10 @@ class RepairState:
     accept: bool
     """Keep new bytes where the old ones cannot be restored."""
     workers: int
+    trusted: str | None = None
+    """`package.module:function` that may be imported if the set names it as its source."""
+    table: str | None = None
+    """The table of a set whose source is `table`, where the user says it is."""
     sums: dict[str, str]
     """The readable lines of SHA256SUMS."""
     suspects: set[str]
@@ -118,7 +123,25 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rows_of_source(tree: Tree, info: SetInfo) -> tuple[list[str], pd.DataFrame]:
-    """Labels and rows from the source's tables; `bytes` is 0."""
-    listed = read_source(info.source, tree, info.source_options)
+def rows_of_source(state: RepairState, info: SetInfo) -> tuple[list[str], pd.DataFrame]:
+    """Labels and rows from the source's tables; `bytes` is 0.
+
+    A set may come from anybody, so what it says is not enough to import code, or to open a table outside the source tree.
+    Raises ShardError that asks the user for either.
+    """
+    assert state.tree is not None
+    if info.source not in SOURCES and info.source != state.trusted:
+        raise ShardError(
+            f"{state.folder} names the source {info.source}, which is code that a repair would run: if you trust it, add "
+            f"--trust-source {info.source}"
+        )
+    options = dict(info.source_options)
+    if state.table:
+        options["table"] = state.table
+    elif info.source == "table" and is_outside(location := str(options.get("table"))):
+        raise ShardError(
+            f"{state.folder} was built from the table {location}, which is outside --data: say where the table is, with "
+            "--table"
+        )
+    listed = read_source(info.source, state.tree, options)
     return list(listed.labels), assign_rows(listed.images, listed.labels, info.seed)

@@ -15,6 +15,7 @@ from cxrfast.shards.sources.source import SPLITS, Source
 from cxrfast.shards.sources.table_files import columns_of, read_table
 from cxrfast.shards.sources.text_columns import filled, is_blank, lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import URL, Tree, relative
+from cxrfast.text import masked
 
 
 def table(
@@ -38,9 +39,9 @@ def table(
     """
     labels = (label,) if isinstance(label, str) else tuple(label)
     place, file = tree, table
-    if URL.match(table) or posixpath.isabs(table):
+    if is_outside(table):
         folder, _, file = table.rpartition("/")
-        place = Tree(folder or "/")
+        place, table = Tree(folder or "/"), masked(table)  # as messages name it
     header = columns_of(place, file)
     path_column = path_column or _usual(header, "path", ("path", "file", "filename"), table)
     patient_column = patient_column or _usual(header, "patient", ("patient_id", "subject_id", "patient"), table)
@@ -74,6 +75,11 @@ def table(
         }
     )
     return Source(images=frame, labels=labels, counts={}, notes=notes_on_words(rows[list(labels)]))
+
+
+def is_outside(table: str) -> bool:
+    """Is this the location of a table that need not be in the source tree: an absolute path or a URL?"""
+    return bool(URL.match(table)) or posixpath.isabs(table)
 
 
 def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:

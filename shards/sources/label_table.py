@@ -15,6 +15,7 @@ from cxrfast.shards.format.rows import COLUMNS, REFERENCE
 from cxrfast.shards.sources.table_files import columns_of, read_table
 from cxrfast.shards.sources.text_columns import filled, notes_on_words, raw_labels
 from cxrfast.shards.storage import Tree
+from cxrfast.text import find_fault, label_fault, masked, without_credentials
 
 KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
 """The set's id column by the plain name (see `_plain`) of the table's."""
@@ -68,6 +69,7 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
     `present`: the set's labels. Raises ShardError for anything wrong with the table.
     """
     head, chain, rest = location.partition("::")  # zip://labels.csv::archive.zip
+    location = masked(location)
     folder, slash, name = head.rpartition("/")
     tree = CachedTree(folder + slash + chain + rest or ".")
     columns = columns_of(tree, name)
@@ -80,7 +82,7 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
         values = pd.DataFrame({label: raw_labels(lines[column], location) for label, column in labels.items()})
     except ShardError as error:
         raise ShardError(f"{error}; name each label column with --label") from None
-    source = f"{name} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
+    source = f"{without_credentials(name).partition('?')[0]} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
     ids = filled(lines[key], location)
     notes = notes_on_words(lines[list(labels.values())])
     return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left, notes=notes)
@@ -135,6 +137,8 @@ def choose_labels(
             raise ShardError(
                 f"{name!r} of {table} cannot be a label: a set uses that name for something else, rename it"
             )
+    if fault := find_fault(taken, label_fault):
+        raise ShardError(f"{table}: the label {fault}: rename its column")
     left = [name for label, name in candidates.items() if label not in taken]
     return {label: taken[label] for label in (MIMIC if set(taken) == set(MIMIC) else taken)}, left
 

@@ -22,7 +22,8 @@ SOURCES: dict[str, Callable[..., Source]] = {"mimic": mimic, "chexpert": chexper
 def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | None = None) -> Source:
     """The images that source `name` lists in `tree`: one of `SOURCES`, or a function named `package.module:function`.
 
-    `options` are the function's keyword arguments. The result is checked: every row can go into a set. Raises ShardError
+    A function is imported and called, so the name must come from the user, never from a file. `options` are its keyword
+    arguments. The result is checked: every row can go into a set. Raises ShardError
     for anything wrong with the tree, its tables or the options.
     """
     tree = tree if isinstance(tree, Tree) else Tree(tree)
@@ -32,6 +33,8 @@ def read_source(name: str, tree: Tree | Path | str, options: dict[str, Any] | No
     if not tree.is_dir(""):
         raise ShardError(f"the source {tree} does not exist or is not a folder: give --data DIR or set CXRFAST_DATA")
     if name in SOURCES:
+        if wrong := [_flag(key) for key, value in options.items() if not _is_text(value)]:
+            raise ShardError(f"{wrong[0]} of source {name} is neither text nor a list of texts")
         return checked(function(tree, **options), tree)
     try:
         listed = function(tree, **options)
@@ -62,6 +65,14 @@ def as_stored(tree: Tree, options: dict[str, Any]) -> dict[str, Any]:
         return options
     inside = next((path.removeprefix(root) for root in tree.roots if path.startswith(root)), path)
     return {**options, "table": inside}
+
+
+def _is_text(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, str | bool)
+        or (isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value))
+    )
 
 
 def _imported(name: str) -> Callable[..., Source]:
@@ -98,7 +109,7 @@ def _check_options(name: str, function: Callable[..., Source], options: dict[str
 
 
 def with_defaults(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a source, with the defaults of those that were not given."""
+    """The options of a source, with the defaults of those that were not given. Imports it: `name` must be the user's."""
     function = SOURCES.get(name) or _imported(name)
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
     return {**{key: value for key, value in defaults.items() if value is not inspect.Parameter.empty}, **options}

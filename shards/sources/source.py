@@ -9,13 +9,12 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
 from cxrfast.shards.storage import Tree
+from cxrfast.text import find_fault, label_fault, name_fault, path_fault
 
 IDS = ("image_id", "study_id", "patient_id", "path")
 SPLITS = ("train", "validate", "test")
 
 NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
-CONTROL = r"[\x00-\x1f]"
-"""Characters that would break the hash of the rows and the lists of files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,8 @@ def checked(source: Source, tree: Tree) -> Source:
         )
     nothing = pd.Series(None, images.index, dtype=object)
     columns["view"] = _text(images.get("view", nothing), where)
+    if fault := find_fault(columns["view"].dropna().unique(), name_fault):
+        raise ShardError(f"{where} hold the view {fault}: rename it")
     columns |= {side: _size(images.get(side, nothing), where) for side in ("height", "width")}
     columns["split"] = _text(images.get("split", nothing), where)
     if (bad := columns["split"].notna() & ~columns["split"].isin(SPLITS)).any():
@@ -85,15 +86,19 @@ def _label_names(source: Source, where: str) -> tuple[str, ...]:
         raise ShardError(f"label {twice[0]!r} is named twice: name it once")
     if taken := [name for name in labels if name in COLUMNS or name.startswith(REFERENCE)]:
         raise ShardError(f"a label cannot be called {taken[0]!r}, as a column of rows.parquet is: rename it")
+    if fault := find_fault((*labels, *reference_names(source.images)), label_fault):
+        raise ShardError(f"the label {fault}: rename its column")
     return labels
 
 
 def _ids(column: pd.Series, where: str) -> pd.Series:
     if (empty := _text(column, where).isna()).any():
         raise ShardError(f"{where} list {int(empty.sum()):,} images without {column.name}: give every image one")
-    if (bad := column.str.contains(CONTROL, regex=True)).any():
-        raise ShardError(f"{where} list the {column.name} {column[bad].iloc[0]!r}: it must hold no tabs or line breaks")
-    return column if column.name == "path" else normal_ids(column, where)
+    is_path = column.name == "path"
+    found = column if is_path else normal_ids(column, where)
+    if fault := find_fault(found, path_fault if is_path else name_fault):
+        raise ShardError(f"{where} list the {column.name} {fault}: rename it")
+    return found
 
 
 def _text(column: pd.Series, where: str) -> pd.Series:

@@ -20,6 +20,7 @@ from cxrfast.shards.sources.delimited import DELIMITERS, find_layout, plain_name
 from cxrfast.shards.sources.table_bytes import decoded, unpacked
 from cxrfast.shards.sources.text_columns import lines
 from cxrfast.shards.storage import Tree
+from cxrfast.text import masked
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
@@ -70,7 +71,7 @@ def read_table(
     table in messages; `ids` are columns that must not be floating-point. Raises ShardError for a file that cannot be read,
     lacks a column or has no rows. `cxrfast.shards.sources.delimited` says how text is read.
     """
-    where = posixpath.join(str(tree), path)
+    where = masked(posixpath.join(str(tree), path))
     with _reading(tree, path) as (data, kind):
         if kind in PARQUET:
             table = _read_parquet(data, columns, optional, ids, where, what)
@@ -101,18 +102,21 @@ def _kind(path: str) -> str | None:
 @contextmanager
 def _reading(tree: Tree, path: str) -> Iterator[tuple[bytes, str]]:
     """Yield a table's uncompressed bytes and suffix; errors of the block that reads them become ShardError."""
-    kind = _kind(path)
+    name = path if tree.is_local else path.partition("?")[0]  # a URL may have parameters
+    kind = _kind(name)
     if kind is None:
-        raise ShardError(f"{path} is not a table: give a .csv or .tsv file (may be .gz), or .parquet")
-    where = posixpath.join(str(tree), path)
+        raise ShardError(f"{masked(name)} is not a table: give a .csv or .tsv file (may be .gz), or .parquet")
+    where = masked(posixpath.join(str(tree), path))
     try:
-        packed = path.lower().endswith(PACKED)
+        packed = name.lower().endswith(PACKED)
         yield unpacked(tree.read(path), where, packed=packed, parquet=kind in PARQUET), kind
     except FileNotFoundError:
-        raise ShardError(f"no {path} in {tree} (its tables: {tables_in(tree)})") from None
+        raise ShardError(f"no {masked(path)} in {tree} (its tables: {tables_in(tree)})") from None
     except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
         form = "Parquet" if kind in PARQUET else kind[1:].upper()
-        raise ShardError(f"{where} cannot be read as a {form} table ({error}): fix it or download it again") from error
+        raise ShardError(
+            f"{where} cannot be read as a {form} table ({masked(str(error))}): fix it or download it again"
+        ) from error
 
 
 def _read_text(

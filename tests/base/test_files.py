@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from cxrfast.files import TEMPORARY, replacing, sha256, temporary_name, write_bytes, write_json
+from cxrfast.files import TEMPORARY, open_own, read_file, replacing, sha256, temporary_name, write_bytes, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -82,3 +82,50 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+# What others put in the way
+
+
+def test_only_regular_files_and_links_to_them_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("pipe", "zero", "loop", "."):
+        for read in (read_file, sha256):
+            with pytest.raises(OSError, match=r"not a regular file|symbolic links|Is a directory"):
+                read(tmp_path / name)
+    assert read_file(tmp_path / "link") == b"abc"
+    with pytest.raises(OSError, match="has more than 2 bytes"):
+        read_file(tmp_path / "file", 2)
+
+
+def test_a_file_in_a_shared_folder_is_ours_alone_or_refused(tmp_path):
+    os.close(open_own(tmp_path / "new"))
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    os.link(victim, tmp_path / "second")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("link", "is a link, which another user may have put there"),
+        ("dangling", "is a link, which another user may have put there"),
+        ("second", "has a second name"),
+        ("pipe", "is not a regular file"),
+    ):
+        with pytest.raises(OSError, match=message):
+            open_own(tmp_path / name)
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_another_user_is_refused(tmp_path):
+    (tmp_path / "theirs").touch()
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    with pytest.raises(OSError, match="belongs to user 65534"):
+        open_own(tmp_path / "theirs")

@@ -274,6 +274,33 @@ def test_a_disk_that_fills_up_is_warned_of_once_and_the_pixels_are_right(tiny_se
         assert equal(run(unread, work, disk), expected)
 
 
+# Other users
+
+
+@pytest.mark.parametrize("kind", ["pixels", "sums"])
+def test_a_link_with_the_name_of_the_cache_is_refused_and_its_target_stays(tiny_set, tmp_path, kind):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    with Reader(tiny_set, 64) as reader:
+        name = f"{reader.info.id}-64-48.{kind}"
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        (shared / name).symlink_to(victim)
+        with pytest.raises(
+            LoadError, match=r"cannot be used .*is a link, which another user may have put there.*choose another"
+        ):
+            PixelCache(shared, reader, 48)
+        (shared / name).unlink()
+        os.mkfifo(shared / name)
+        with pytest.raises(LoadError, match=r"cannot be used .*is not a regular file"):
+            PixelCache(shared, reader, 48)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_nobody_else_may_read_the_pixels_of_a_cache(filled):
+    assert {path.stat().st_mode & 0o777 for path in filled.iterdir()} == {0o600}
+
+
 # Closing
 
 

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cxrfast.files import sha256, write_bytes
 from cxrfast.shards.format.checksums import sums_bytes
+from cxrfast.shards.format.info import COPY
 from cxrfast.shards.format.manifest import built, scales_in
 from cxrfast.shards.format.names import files_in, shard_path
 from cxrfast.shards.format.tar import read_index
@@ -103,6 +105,16 @@ def _without(folder: Path, shards: list[tuple[int, int]] | None, field: str) -> 
         value = json.loads(path.read_bytes())
         del value[field]
         path.write_text(json.dumps(value) + "\n")
+    sign(folder)
+    return folder
+
+
+def redescribe(folder: Path, **fields) -> Path:
+    """Change fields of set.json and of its copy in rows.parquet, and sign the set, as somebody hostile would."""
+    change(folder / "set.json", **fields)
+    path = folder / "rows.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({COPY: (folder / "set.json").read_bytes()}), path)
     sign(folder)
     return folder
 

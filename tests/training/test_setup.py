@@ -125,6 +125,20 @@ def test_jobs_share_one_copy_of_the_scale_and_ranks_make_it_once_per_launch_and_
     assert len(calls) == 4, "two launches on two nodes"
 
 
+def test_a_link_with_the_name_of_the_copy_or_of_its_lock_is_refused_and_its_target_stays(tiny_set, tmp_path):
+    copy = staged(tiny_set, tmp_path / "first", 32)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_bytes(b"precious")
+    for name, target in ((copy.name, victim), (f"{copy.name}-32.lock", victim / "file")):
+        shared = tmp_path / f"shared {name}"
+        shared.mkdir()
+        (shared / name).symlink_to(target)
+        with pytest.raises(RunError, match=rf"--stage: {shared}/.* is a link.*choose a folder of your own"):
+            staged(tiny_set, shared, 32)
+    assert [path.read_bytes() for path in victim.iterdir()] == [b"precious"]
+
+
 STAGING = """
 import sys
 from pathlib import Path

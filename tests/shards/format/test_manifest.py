@@ -23,7 +23,7 @@ from cxrfast.shards.format.names import shard_path
 def manifest(**fields) -> ShardManifest:
     return ShardManifest(
         **{
-            "set": "abc",
+            "set": "abc0" * 8,
             "scale": 32,
             "shard": 3,
             "sha256": "0" * 64,
@@ -86,7 +86,7 @@ def test_a_manifest_comes_back_as_it_was_written_and_scales_are_those_with_one(t
         (b"[1]", "Expected `object`, got `array`"),
         (b"\xff", "malformed"),
         (b'{"set": "\xff"}', "utf-8"),
-        (b'{"set": "abc"}', "missing required field `scale`"),
+        (b'{"set": "' + b"abc0" * 8 + b'"}', "missing required field `scale`"),
         (dict(scale=None), r"Expected `int`, got `null` - at `\$.scale`"),
         (dict(shard="3"), r"Expected `int`, got `str`"),
         (dict(colour=3), "unknown field 'colour'"),

@@ -66,9 +66,10 @@ def test_what_passes_can_be_planned_and_written(tmp_path):
 @pytest.mark.parametrize("column", IDS)
 def test_an_id_that_is_missing_blank_or_not_one_line_is_refused(column):
     values = dict.fromkeys((None, np.nan, "", "  "), f"list 1 images without {column}: give every image one")
-    values |= dict.fromkeys(
-        ("a\tb", "a\nb", "a\rb", "\0"), f"list the {column} .*: it must hold no tabs or line breaks"
-    )
+    for value in ("a\tb", "a\nb", "a\rb", "\0", "a\x1b[31m", "a\u202eb", "a\u2028b"):
+        code = next(f"{ord(c):04X}" for c in value if not c.isprintable())
+        values[value] = rf"list the {column} '.*' holds the character U\+{code}.*: rename it"
+    values["a" * 5000] = rf"list the {column} 'a{{60}}'… has 5,000 (characters|bytes), and at most [0-9,]+ are allowed"
     for value, message in values.items():
         frame = images()
         frame[column] = frame[column].astype(object)
@@ -110,6 +111,13 @@ def test_a_path_that_is_below_the_tree_passes(path):
         (("Mass", "Mass"), "label 'Mass' is named twice"),
         (("Mass", "Nodule"), "were listed without the columns Nodule"),
         (("Mass", "radiologist/Mass"), "a label cannot be called 'radiologist/Mass'"),
+        *(
+            (("Mass", f"Mass{bad}"), r"the label 'Mass.*' holds the character U\+")
+            for bad in ("\n", "\0", "\x1b[1m", "\u200b")
+        ),
+        (("Mass", "Mass "), "the label 'Mass ' starts or ends with a blank: rename its column"),
+        (("Mass", "M" * 201), "the label 'M{60}'… has 201 characters, and at most 200 are allowed"),
+        (("Mass", "=cmd|'/C calc'!A0"), "would be run as a formula by a spreadsheet"),
         *((("Mass", name), f"a label cannot be called '{name}'") for name in COLUMNS),
     ],
 )
