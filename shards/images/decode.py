@@ -1,5 +1,7 @@
 """One image: bytes → grey pixels → bytes. The first bytes, not the file name, choose between `jpeg`, `png` and `dicom`."""
 
+import struct
+
 import cv2
 import numpy as np
 import simplejpeg
@@ -7,7 +9,7 @@ import simplejpeg
 from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.images.grey import as_mimic, full_range, stretched
 from cxrfast.shards.images.jpeg import decode_jpeg
-from cxrfast.shards.images.png import SIGNATURE, decode_png
+from cxrfast.shards.images.png import BIT_DEPTH, SIGNATURE, decode_png
 from cxrfast.shards.images.remark import Remark, remarks_on
 
 UNSUPPORTED = (
@@ -25,6 +27,10 @@ UNSUPPORTED = (
 """First bytes of image formats that are recognised but not decoded."""
 
 
+EXPLICIT_VRS = frozenset(b"AE AS AT CS DA DS DT IS LO LT OB PN SH ST TM UI UL US".split())
+"""Value representations of the elements in groups 0002 and 0008 that are not sequences."""
+
+
 def decode(data: bytes, grey: str) -> np.ndarray:
     """The bytes of a JPEG, PNG or DICOM file → uint8 (H, W). Raises BadImage, or ShardError where the recipe is at fault.
 
@@ -32,16 +38,30 @@ def decode(data: bytes, grey: str) -> np.ndarray:
     stretches and equalises the way MIMIC-CXR-JPG was made; `window` stretches a PNG from its lowest to its highest value and
     shows a DICOM file as a viewer does. Other 8-bit files are not changed.
     """
+    return _decode(data, grey)[0]
+
+
+def decode_with_remarks(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
+    """`decode`, and what is noteworthy about the image."""
+    image, remarks = _decode(data, grey)
+    seen = remarks_on(image)
+    if Remark.NARROW in seen and grey == "none" and data.startswith(SIGNATURE) and data[BIT_DEPTH] == 16:
+        seen = [Remark.NARROW_PNG]
+    return image, [*remarks, *seen]
+
+
+def _decode(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
+    """Pixels, and remarks on how they were made."""
     if data.startswith(b"\xff\xd8"):
-        return decode_jpeg(data)
+        return decode_jpeg(data), []
     if data.startswith(SIGNATURE):
         pixels = decode_png(data)
         wide = {"none": full_range, "mimic": as_mimic, "window": stretched}
-        return wide[grey](pixels) if pixels.dtype == np.uint16 else pixels
-    if data[128:132] == b"DICM":
+        return wide[grey](pixels) if pixels.dtype == np.uint16 else pixels, []
+    if dicom := with_preamble(data):
         from cxrfast.shards.images.dicom import decode_dicom
 
-        return decode_dicom(data, grey)
+        return decode_dicom(dicom, grey)
     if not data:
         raise BadImage(Reason.EMPTY)
     for start, name in UNSUPPORTED:
@@ -52,10 +72,31 @@ def decode(data: bytes, grey: str) -> np.ndarray:
     raise BadImage(Reason.NOT_AN_IMAGE)
 
 
-def decode_with_remarks(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
-    """`decode`, and what is noteworthy about the image."""
-    image = decode(data, grey)
-    return image, remarks_on(image)
+def with_preamble(data: bytes) -> bytes | None:
+    """A DICOM file, its preamble and prefix put in front where a writer left them out; None if it is something else."""
+    if data[128:132] == b"DICM":
+        return data
+    start = 4 if data[:4] == b"DICM" else 0 if any(data[:128]) else 128
+    return bytes(128) + b"DICM" + data[start:] if starts_as_dicom(data, start) else None
+
+
+def starts_as_dicom(data: bytes, start: int) -> bool:
+    """Do two little-endian DICOM elements start here, in order, the first of group 0002 or 0008 (PS3.5, section 7.1)?"""
+    before = (0, -1)
+    for _ in range(2):
+        header = data[start : start + 12]
+        if len(header) < 12:
+            return False
+        tag = struct.unpack("<2H", header[:4])
+        if tag[0] not in (2, 8) or tag <= before:
+            return False
+        if header[4:6] in EXPLICIT_VRS:
+            long = header[4:6] == b"OB"
+            start += 12 + int.from_bytes(header[8:12], "little") if long else 8 + int.from_bytes(header[6:8], "little")
+        else:
+            start += 8 + int.from_bytes(header[4:8], "little")
+        before = tag
+    return start <= len(data)
 
 
 def encode(image: np.ndarray, quality: int, dct: str = "accurate") -> bytes:

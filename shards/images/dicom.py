@@ -16,15 +16,17 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.images.bad_image import BadImage, Reason, check_size
 from cxrfast.shards.images.grey import as_mimic
 from cxrfast.shards.images.jpeg import BASELINE, EOI, EXTENDED, JPEG_LS, LOSSLESS, decode_grey, read_frame
+from cxrfast.shards.images.remark import Remark
 
 try:
     from pydicom.dataelem import RawDataElement
     from pydicom.dataset import Dataset
-    from pydicom.encaps import generate_frames
+    from pydicom.encaps import encapsulate, generate_frames
     from pydicom.filereader import read_dataset, read_partial, read_preamble
     from pydicom.pixels import get_decoder
-    from pydicom.pixels.processing import apply_modality_lut, apply_windowing
     from pydicom.uid import UID
+
+    from cxrfast.shards.images import voi
 except ImportError as missing:
     raise ShardError("DICOM files need pydicom: pip install 'cxrfast[dicom]'") from missing
 
@@ -56,17 +58,19 @@ TAGS: list = [
     0x00080016,  # SOP class
     0x00080060,  # modality
     *(0x00280000 + n for n in (0x0002, 0x0004, 0x0008, 0x0010, 0x0011, 0x0100, 0x0101, 0x0102, 0x0103)),  # the pixels
+    *(0x00280000 + n for n in (0x0120, 0x0121)),  # padding
     *(0x00280000 + n for n in (0x1050, 0x1051, 0x1052, 0x1053, 0x1056, 0x3000, 0x3010)),  # what their values mean
+    0x20500020,  # presentation LUT shape
     PIXEL_DATA,
 ]
 
 
-def decode_dicom(data: bytes, grey: str) -> np.ndarray:
-    """DICOM bytes → uint8 (H, W) by the grey transform `mimic` or `window`. Raises BadImage, or ShardError if a decoder is missing.
+def decode_dicom(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
+    """DICOM bytes, preamble included → uint8 (H, W) by the grey transform `mimic` or `window`, and remarks.
 
-    `mimic`: stored values without modality or VOI LUT, the way MIMIC-CXR-JPG was made (`grey.as_mimic`).
-    `window`: as a viewer shows it: modality LUT, then VOI LUT or first window; without either, lowest to highest value.
-    MONOCHROME1 is inverted. Colour, several frames and modalities other than radiography are refused.
+    `mimic`: stored values without modality or VOI LUT and with any padding, the way MIMIC-CXR-JPG was made
+    (`grey.as_mimic`). `window`: as a viewer shows them (`voi.Display`). MONOCHROME1 is inverted. Colour, several frames and
+    modalities other than radiography are refused. Raises BadImage, or ShardError if a decoder is missing.
     """
     if grey not in ("mimic", "window"):
         raise ShardError("DICOM files need a grey transform: --grey mimic (as MIMIC-CXR-JPG was made) or --grey window")
@@ -76,8 +80,10 @@ def decode_dicom(data: bytes, grey: str) -> np.ndarray:
             dataset = _read(data)
             _check(dataset)
             codes = _codes(dataset)
-            inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-            return as_mimic(codes, inverted) if grey == "mimic" else _windowed(codes, dataset, inverted)
+            if grey == "mimic":
+                return as_mimic(codes, voi.is_inverted(dataset)), []
+            display = voi.Display(dataset)
+            return display.table(codes)[codes], display.remarks
         except (ShardError, MemoryError):
             raise
         except EOFError as error:
@@ -87,18 +93,25 @@ def decode_dicom(data: bytes, grey: str) -> np.ndarray:
 
 
 def _read(data: bytes) -> Dataset:
-    """Read the elements in TAGS, once the transfer syntax is known to be supported."""
+    """Read the elements in TAGS, once the transfer syntax is known to be supported.
+
+    A file that names no transfer syntax is read by what its first element looks like, little endian and implicit unless
+    it has a value representation (PS3.10 asks for the name, PS3.5, section 10.1, for the default).
+    """
     file = io.BytesIO(data)
     read_preamble(file, False)
     meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     _check_whole(meta)
-    if "TransferSyntaxUID" not in meta:
-        raise BadImage(Reason.CORRUPT, "no transfer syntax")
-    if meta.TransferSyntaxUID not in SYNTAXES:
+    if "TransferSyntaxUID" in meta and meta.TransferSyntaxUID not in SYNTAXES:
         raise BadImage(Reason.UNSUPPORTED, f"DICOM, {UID(meta.TransferSyntaxUID).name}")
     file.seek(0)
     dataset = read_partial(file, stop_when=lambda tag, vr, length: tag > PIXEL_DATA, specific_tags=TAGS)
     _check_whole(dataset)
+    if "TransferSyntaxUID" not in meta:
+        if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+            raise BadImage(Reason.UNSUPPORTED, "compressed DICOM that does not name its transfer syntax")
+        implicit, little = dataset.original_encoding
+        dataset.file_meta.TransferSyntaxUID = UID(IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN)
     return dataset
 
 
@@ -122,8 +135,9 @@ def _check(dataset: Dataset) -> None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise BadImage(Reason.MULTI_FRAME, f"{frames:,}")
-    if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise BadImage(Reason.UNSUPPORTED, f"DICOM in colour ({dataset.PhotometricInterpretation})")
+    dataset.PhotometricInterpretation = photometric = str(dataset.PhotometricInterpretation).strip(" \0").upper()
+    if dataset.SamplesPerPixel != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise BadImage(Reason.UNSUPPORTED, f"DICOM in colour ({photometric})")
     check_size(int(dataset.Rows), int(dataset.Columns))
     allocated, stored, high = dataset.BitsAllocated, dataset.BitsStored, _high_bit(dataset)
     if allocated not in (8, 16):
@@ -148,11 +162,15 @@ def _codes(dataset: Dataset) -> np.ndarray:
 
 
 def _native(dataset: Dataset) -> np.ndarray:
+    """Uncompressed pixels. More bytes than the image has are padding if they are all the same; else the header is wrong."""
     expected, found = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8, len(dataset.PixelData)
-    if not expected <= found <= expected + expected % 2:
+    surplus = dataset.PixelData[expected + expected % 2 :]
+    if found < expected or surplus.strip(surplus[:1]):
         raise BadImage(
             Reason.TRUNCATED if found < expected else Reason.CORRUPT, f"{found:,} bytes of pixels, not {expected:,}"
         )
+    if surplus:
+        dataset.PixelData = dataset.PixelData[: -len(surplus)]
     return get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, **AS_STORED)[0]
 
 
@@ -161,6 +179,9 @@ def _unpacked(dataset: Dataset) -> np.ndarray:
     syntax = dataset.file_meta.TransferSyntaxUID
     frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
     size = dataset.Rows, dataset.Columns
+    if syntax in JPEG_2000 and frame[4:8] == b"jP  ":
+        frame = _codestream(frame)
+        dataset.PixelData = encapsulate([frame])
     if syntax == RLE:
         return _run_lengths(frame, dataset)
     if syntax in JPEG:
@@ -207,52 +228,25 @@ def _run_lengths(frame: bytes, dataset: Dataset) -> np.ndarray:
     return pixels.reshape(dataset.Rows, dataset.Columns)
 
 
+def _codestream(file: bytes) -> bytes:
+    """The JPEG 2000 codestream in a JP2 file (ISO 15444-1, annex I), which DICOM does not allow but some writers store."""
+    at = 0
+    while at + 8 <= len(file):
+        length, kind = int.from_bytes(file[at : at + 4]), file[at + 4 : at + 8]
+        header = 16 if length == 1 else 8
+        if length == 1:
+            length = int.from_bytes(file[at + 8 : at + 16])
+        if kind == b"jp2c":
+            return file[at + header : at + length if length else len(file)]
+        if length < header:
+            break
+        at += length
+    raise BadImage(Reason.CORRUPT, "a JP2 file without a codestream")
+
+
 def _jpeg_2000_size(frame: bytes) -> tuple[int, int] | None:
     """(height, width) of a codestream with one component, from its SIZ segment (ISO 15444-1, section A.5.1)."""
     if frame[:4] != b"\xff\x4f\xff\x51" or int.from_bytes(frame[40:42]) != 1:
         return None
     right, bottom, left, top = struct.unpack(">4L", frame[8:24])
     return bottom - top, right - left
-
-
-def _windowed(codes: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray:
-    """uint8 (H, W): all possible values go through the LUTs, then the pixels through the resulting table."""
-    stored = dataset.BitsStored
-    values = np.arange(2**stored) - (2 ** (stored - 1) if dataset.PixelRepresentation else 0)
-    item = (dataset.get("ModalityLUTSequence") or [None])[0]
-    values = _look_up(values, item, dataset) if item is not None else apply_modality_lut(values, dataset)
-    item = (dataset.get("VOILUTSequence") or [None])[0]
-    if item is not None:
-        shown = _look_up(np.rint(values).astype(int), item, dataset)
-        black, white = 0, shown.max()
-    elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        with np.errstate(over="ignore"):  # values beyond any window give black and white
-            shown = apply_windowing(np.concatenate(([-np.inf], values, [np.inf])), dataset)
-        black, shown, white = shown[0], shown[1:-1], shown[-1]
-        if black == white:
-            raise BadImage(Reason.CORRUPT, "a rescale slope of 0")
-    else:
-        shown, present = values, values[np.flatnonzero(np.bincount(codes.ravel()))]
-        black, white = present.min(), present.max()
-    fractions = ((shown - black) / ((white - black) or 1)).clip(0, 1)
-    if not np.isfinite(fractions).all():
-        raise BadImage(Reason.CORRUPT, "a window or rescale slope that is not a number")
-    table = (fractions * 255 + 0.5).astype(np.uint8)
-    return (255 - table if inverted else table)[codes]
-
-
-def _look_up(values: np.ndarray, item: Dataset, dataset: Dataset) -> np.ndarray:
-    """Whole numbers through a modality or VOI LUT (PS3.3, sections C.11.1.1 and C.11.2.1.1).
-
-    Not by pydicom 3.0: it uses only the first 256 of a VOI LUT's 8-bit entries, and refuses a modality LUT of 12 bits.
-    """
-    count, first, _ = item.LUTDescriptor
-    count = count % 2**16 or 2**16
-    data = item.LUTData
-    if isinstance(data, bytes):
-        little = dataset.file_meta.TransferSyntaxUID != BIG_ENDIAN
-        data = np.frombuffer(data, "u1" if len(data) < 2 * count else "<u2" if little else ">u2")
-    entries = np.atleast_1d(data).astype(int) % 2**16
-    if len(entries) < count:
-        raise BadImage(Reason.CORRUPT, f"a LUT of {len(entries):,} entries, not {count:,}")
-    return entries[(values - first).clip(0, count - 1)]

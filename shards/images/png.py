@@ -13,6 +13,8 @@ import numpy as np
 from cxrfast.shards.images.bad_image import MAX_PIXELS, BadImage, Reason, check_size
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+BIT_DEPTH = 24
+"""Place in the file of the byte that says the bits per sample."""
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}
 DEPTHS = {GREY: (1, 2, 4, 8, 16), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16), RGB_ALPHA: (8, 16)}
@@ -26,7 +28,8 @@ def decode_png(data: bytes) -> np.ndarray:
     """PNG bytes → uint8, or uint16 of a 16-bit file, (H, W); colour becomes luma (ITU-R 601). Raises BadImage.
 
     Alpha is ignored, not composited: it is constant in the radiographs that have it (a few hundred of NIH ChestX-ray14).
-    Text, profiles, gamma, orientation and animation are ignored too. A wrong checksum and missing or extra rows are refused.
+    Text, profiles, gamma, orientation and animation are ignored too, and so are significant bits (sBIT): samples fill the
+    whole depth whatever their number (PNG specification, section 12.4). A wrong checksum and missing or extra rows are refused.
     """
     header, palette, packed = _read(data)
     width, height, depth, colour, *rest, interlaced = struct.unpack(">IIBBBBB", header)

@@ -14,6 +14,12 @@ class Remark(StrEnum):
 
     UNIFORM = "one grey value"
     NARROW = "less than a quarter of the grey range"
+    NARROW_PNG = "16-bit PNG that uses less than a quarter of its range: see --grey"
+    WINDOW = "invalid window ignored"
+    FUNCTION = "unknown VOI LUT function taken for LINEAR"
+    LUT = "invalid VOI LUT ignored"
+    RESCALE = "invalid modality LUT or rescale slope ignored"
+    SHAPE = "presentation LUT shape that contradicts MONOCHROME1 or 2 ignored"
 
 
 def remarks_on(image: np.ndarray) -> list[Remark]:

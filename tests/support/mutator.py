@@ -35,7 +35,7 @@ def accident(data: bytes, rng: np.random.Generator) -> bytes:
         for start, of_its_own in ((b"\xff\xd8", of_a_jpeg), (PNG, of_a_png)):
             if data.startswith(start):
                 return of_its_own(data, rng)
-        if data[128:132] == b"DICM":
+        if data[128:132] == b"DICM" or data[:2] == b"\2\0":
             return of_a_dicom(data, rng)
     image, at, length = bytearray(data), int(rng.integers(len(data))), int(rng.integers(1, 600))
     match rng.integers(8):
@@ -126,7 +126,7 @@ def of_a_png(data: bytes, rng: np.random.Generator) -> bytes:
     n = int(rng.integers(len(chunks)))
     kind, content = chunks[n]
     match rng.integers(6):
-        case 0:  # another size, depth, colour or interlacing
+        case 0 if chunks[0][1]:  # another size, depth, colour or interlacing
             header = bytearray(chunks[0][1])
             header[int(rng.integers(len(header)))] = int(rng.choice([0, 1, 2, 3, 4, 6, 8, 16, 255]))
             chunks[0] = chunks[0][0], bytes(header)
@@ -146,7 +146,7 @@ def of_a_png(data: bytes, rng: np.random.Generator) -> bytes:
                 raw = bytearray(zlib.decompress(b"".join(content for kind, content in chunks if kind == b"IDAT")))
             except zlib.error:
                 return data
-            raw[int(rng.integers(len(raw))) :: int(rng.integers(1, 5000))] = b""
+            raw[int(rng.integers(len(raw) or 1)) :: int(rng.integers(1, 5000))] = b""
             raw += rng.bytes(int(rng.integers(0, 3000)))
             others = [chunk for chunk in chunks if chunk[0] != b"IDAT"]
             chunks = [*others[:-1], (b"IDAT", zlib.compress(bytes(raw), 1)), *others[-1:]]

@@ -30,6 +30,8 @@ from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGExtended12Bit,
     JPEGLosslessSV1,
@@ -98,6 +100,98 @@ def test_a_syntax_that_is_not_taken_is_named_and_a_deflated_bomb_not_unpacked():
     assert reason(bomb) is Reason.UNSUPPORTED
 
 
+def bare(data: bytes) -> bytes:
+    """The file without preamble, prefix and group 0002."""
+    start = data.index(b"\x08\0\x16\0")
+    return data[start:]
+
+
+@pytest.mark.parametrize("left", ["the prefix", "zeros", "group 2", "nothing", "no name of the syntax"])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_file_without_preamble_or_transfer_syntax_is_read_as_with_them(syntax, left):
+    dataset = radiograph(shapes(), 12, WindowCenter="1500", WindowWidth="2000")
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.TransferSyntaxUID = syntax
+    whole = written(dataset)
+    expected = decode(whole, "window")
+    if left == "no name of the syntax":
+        at = whole.index(b"\x02\0\x10\0UI")
+        length = 8 + int.from_bytes(whole[at + 6 : at + 8], "little")
+        data = whole[:at] + whole[at + length :]
+    else:
+        data = {
+            "the prefix": whole[128:],
+            "zeros": bytes(128) + whole[132:],
+            "group 2": whole[132:],
+            "nothing": bare(whole),
+        }[left]
+    np.testing.assert_array_equal(decode(data, "window"), expected)
+
+
+def test_compressed_pixels_need_the_name_of_their_transfer_syntax():
+    with pytest.raises(BadImage, match="unsupported format: compressed DICOM that does not name its transfer syntax"):
+        decode(bare(written(rle(shapes(), 12))), "window")
+
+
+def test_a_file_without_preamble_cut_short_anywhere_is_refused():
+    whole = bare(written(radiograph(shapes(20, 20), 12)))
+    for keep in range(1, len(whole)):
+        assert reason(whole[:keep]) in (Reason.TRUNCATED, Reason.CORRUPT, Reason.NOT_AN_IMAGE), keep
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x08\0\x05\0CS\x0a\0ISO_IR 100",  # one element
+        b"\x08\0\x60\0CS\2\0CR\x08\0\x05\0CS\x0a\0ISO_IR 100",  # not in order
+        b"\x08\0\x05\0CS\x0a\0ISO_IR 100\x28\0\x60\0CS\2\0CR",  # another group
+        b"\x08\0\x05\0\xff\xff\xff\xffISO_IR 100" * 9,
+        b"\x02\0",
+        b"DICM",
+        bytes(128),
+        bytes(4096),
+        b"The patient was seen on Monday. " * 99,
+    ],
+)
+def test_bytes_that_do_not_start_with_two_elements_are_no_dicom_file(data):
+    assert reason(data) is Reason.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize("surplus", [b"\0\0", bytes(4096), b"\xff" * 10, b" " * 512])
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_padding_bytes_after_the_pixels_do_not_matter(syntax, bits, surplus):
+    pixels = shapes(15, 7, bits).astype(np.uint8 if bits == 8 else np.uint16)
+    dataset = radiograph(pixels, bits)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    expected = decode(written(dataset), "window")
+    dataset.PixelData += surplus
+    np.testing.assert_array_equal(decode(written(dataset), "window"), expected)
+
+
+def test_other_bytes_after_the_pixels_are_the_sign_of_a_wrong_header():
+    dataset = radiograph(shapes(), 12)
+    dataset.PixelData += bytes(range(100))
+    assert reason(written(dataset)) is Reason.CORRUPT
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_jpeg_2000_in_a_jp2_file_is_read_like_its_codestream(long):
+    dataset = jpeg_2000(shapes(), 12)
+    expected = decode(written(dataset), "window")
+    stream = next(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)).rstrip(b"\0")
+    height, width = shapes().shape
+    header = struct.pack(">4s2LH4B", b"ihdr", height, width, 1, 11, 7, 1, 0)
+    colour = struct.pack(">4s3BL", b"colr", 1, 0, 0, 17)
+    inner = b"".join(struct.pack(">L", len(box) + 4) + box for box in (header, colour))
+    code = struct.pack(">L4sQ", 1, b"jp2c", len(stream) + 16) if long else struct.pack(">L4s", 0, b"jp2c")
+    start = b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">L", 20) + b"ftypjp2 \0\0\0\0jp2 "
+    file = start + struct.pack(">L4s", len(inner) + 8, b"jp2h") + inner + code + stream
+    np.testing.assert_array_equal(decode(written(framed(dataset, JPEG2000Lossless, file)), "window"), expected)
+    for keep in range(12, len(file) - 8, 7):
+        assert reason(written(framed(dataset, JPEG2000Lossless, file[:keep]))) in (Reason.TRUNCATED, Reason.CORRUPT)
+
+
 # Files that are not radiographs
 
 
@@ -141,8 +235,10 @@ def test_what_a_header_says_is_believed_before_its_pixels(elements, expected):
         {"Modality": None, "SOPClassUID": None},
         {"NumberOfFrames": "1"},
         {"HighBit": None},
+        {"PhotometricInterpretation": "Monochrome2"},
     ],
 )
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_a_radiograph_is_taken_whatever_else_it_lacks(elements):
     expected = decode(written(radiograph(shapes(), 12)), "window")
     np.testing.assert_array_equal(decode(written(radiograph(shapes(), 12, **elements)), "window"), expected)

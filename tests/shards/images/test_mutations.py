@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from commands import run
-from dicoms import baseline, jpeg_2000, lossless, radiograph, rle, written
+from dicoms import baseline, jpeg_2000, lossless, lut, radiograph, rle, written
 from mutator import damaged
 from pictures import saved, smooth
 from PIL import Image
@@ -46,7 +46,14 @@ def made() -> list[bytes]:
         cv2.imencode(".png", cv2.merge([deep, deep, deep]))[1].tobytes(),
     ]
     dicoms = [radiograph(deep, 12), baseline(grey), lossless(deep, 12), jpeg_2000(deep, 12), rle(deep, 12)]
-    return [*jpegs * 4, *pngs, *map(written, dicoms)]
+    windowed = radiograph(
+        deep, 12, PixelPaddingValue=0, WindowCenter="2000", WindowWidth="1500", VOILUTFunction="SIGMOID"
+    )
+    looked_up = radiograph(
+        deep, 12, VOILUTSequence=lut([*range(300)], 100, 10), ModalityLUTSequence=lut([*range(4096)], 0, 12)
+    )
+    bare = written(windowed)[132:]
+    return [*jpegs * 4, *pngs, *map(written, [*dicoms, windowed, looked_up]), bare, bare]
 
 
 def real() -> list[bytes]:
