@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.ids import check_join, normal_ids
+from cxrfast.shards.sources.ids import check_join, normal_id, normal_ids
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_list, read_table, tables_in
 from cxrfast.shards.sources.text_columns import filled, lines, pixels
@@ -111,19 +111,25 @@ def _nih_split(tree: Tree, image: pd.Series, allow_unmatched: bool) -> tuple[pd.
     """train or test by the published lists, null for images in neither; and how many images the lists miss or add."""
     listed: dict[str, str] = {}
     for name in (name for name in NIH_SPLIT if tree.exists(name)):
-        names = read_list(tree, name)
+        names = [_stem(entry) for entry in read_list(tree, name)]
         if both := listed.keys() & set(names):
             raise ShardError(
                 f"{len(both):,} images (first: {min(both)}) are in both lists in {tree}: download them again"
             )
         listed |= dict.fromkeys(names, NIH_SPLIT[name])
-    split = image.map(listed).astype(object)
+    stems = image.map(_stem)
+    split = stems.map(listed).astype(object)
     if not listed:
         return split, {}
     sides = {"images": "the table", "table": "the lists of the split", "what": "images"}
-    check_join(image, pd.Series(list(listed)), allowed=allow_unmatched, **sides)
-    unknown = len(listed.keys() - set(image))
+    check_join(stems, pd.Series(list(listed)), allowed=allow_unmatched, **sides)
+    unknown = len(listed.keys() - set(stems))
     return split, {
         "images in no list of the split": int(split.isna().sum()),
         "listed images that the table lacks": unknown,
     }
+
+
+def _stem(name: str) -> str:
+    """`00000001_000` for `images_001/images/00000001_000.png`, as other copies of the lists name it."""
+    return normal_id(posixpath.basename(name)).removesuffix(".png")
