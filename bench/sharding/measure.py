@@ -31,7 +31,7 @@ from cxrfast.shards.building.tasks import Blueprint, Task, Todo, build_shard, ma
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.tar import TarWriter
-from cxrfast.shards.images.decode import decode, encode
+from cxrfast.shards.images.decode import decode_with_remarks, encode
 from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
@@ -119,7 +119,7 @@ SMALLEST, LARGEST = 64, 1024
 
 STAGES = {
     "read": [Tree.read.__code__],
-    "decode": [decode.__code__],
+    "decode": [decode_with_remarks.__code__],
     "resize": [at_scales.__code__],
     "encode": [encode.__code__],
     "tar, hash": [f.__code__ for f in (TarWriter.add, TarWriter.close, ShardManifest.write)],

@@ -1,6 +1,6 @@
 """One image: bytes → grey pixels → bytes. The first bytes, not the file name, choose between `jpeg`, `png` and `dicom`."""
 
-import struct
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -81,20 +81,19 @@ def with_preamble(data: bytes) -> bytes | None:
 
 
 def starts_as_dicom(data: bytes, start: int) -> bool:
-    """Do two little-endian DICOM elements start here, in order, the first of group 0002 or 0008 (PS3.5, section 7.1)?"""
+    """Do two DICOM elements start here, in order, both of group 0002 or 0008 (PS3.5, section 7.1)?"""
+    order: Literal["little", "big"] = "big" if data[start : start + 1] == b"\0" else "little"
     before = (0, -1)
     for _ in range(2):
         header = data[start : start + 12]
         if len(header) < 12:
             return False
-        tag = struct.unpack("<2H", header[:4])
-        if tag[0] not in (2, 8) or tag <= before:
+        tag = int.from_bytes(header[:2], order), int.from_bytes(header[2:4], order)
+        is_explicit = header[4:6] in EXPLICIT_VRS
+        if tag[0] not in (2, 8) or tag <= before or not (is_explicit or order == "little"):
             return False
-        if header[4:6] in EXPLICIT_VRS:
-            long = header[4:6] == b"OB"
-            start += 12 + int.from_bytes(header[8:12], "little") if long else 8 + int.from_bytes(header[6:8], "little")
-        else:
-            start += 8 + int.from_bytes(header[4:8], "little")
+        at, end = (4, 8) if not is_explicit else (8, 12) if header[4:6] == b"OB" else (6, 8)
+        start += end + int.from_bytes(header[at:end], order)
         before = tag
     return start <= len(data)
 

@@ -9,6 +9,7 @@ import simplejpeg
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
     ExplicitVRLittleEndian,
@@ -130,3 +131,12 @@ def as_published(pixels: np.ndarray, inverted: bool) -> np.ndarray:
     shifted = pixels - pixels.min()
     image = (shifted / shifted.max() * 255).astype(np.uint8)
     return cv2.equalizeHist(cv2.bitwise_not(image) if inverted else image)
+
+
+def shown_by_pydicom(dataset: Dataset) -> np.ndarray:
+    """pydicom's own chain on every pixel, from what it makes of the lowest to what it makes of the highest value: 0–255."""
+    pixels = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+    signed = dataset.PixelRepresentation * 2 ** (dataset.BitsStored - 1)
+    low, high = (slope * value + intercept for value in (-signed, 2**dataset.BitsStored - 1 - signed))
+    return (pixels - low) / (high - low) * 255

@@ -30,6 +30,7 @@ from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForPresentation,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -102,7 +103,7 @@ def test_a_syntax_that_is_not_taken_is_named_and_a_deflated_bomb_not_unpacked():
 
 def bare(data: bytes) -> bytes:
     """The file without preamble, prefix and group 0002."""
-    start = data.index(b"\x08\0\x16\0")
+    start = max(data.find(tag) for tag in (b"\x08\0\x16\0UI", b"\x08\0\x16\0\x1a", b"\0\x08\0\x16UI"))
     return data[start:]
 
 
@@ -128,6 +129,14 @@ def test_a_file_without_preamble_or_transfer_syntax_is_read_as_with_them(syntax,
     np.testing.assert_array_equal(decode(data, "window"), expected)
 
 
+def test_a_big_endian_file_without_its_group_2_is_read():
+    dataset = radiograph(shapes(), 12, WindowCenter="1500", WindowWidth="2000")
+    expected = decode(written(dataset), "window")
+    dataset.PixelData = shapes().byteswap().tobytes()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    np.testing.assert_array_equal(decode(bare(written(dataset)), "window"), expected)
+
+
 def test_compressed_pixels_need_the_name_of_their_transfer_syntax():
     with pytest.raises(BadImage, match="unsupported format: compressed DICOM that does not name its transfer syntax"):
         decode(bare(written(rle(shapes(), 12))), "window")
@@ -146,6 +155,7 @@ def test_a_file_without_preamble_cut_short_anywhere_is_refused():
         b"\x08\0\x60\0CS\2\0CR\x08\0\x05\0CS\x0a\0ISO_IR 100",  # not in order
         b"\x08\0\x05\0CS\x0a\0ISO_IR 100\x28\0\x60\0CS\2\0CR",  # another group
         b"\x08\0\x05\0\xff\xff\xff\xffISO_IR 100" * 9,
+        b"\0\x08\0\x05\0\0\0\x0aISO_IR 100\0\x08\0\x08\0\0\0\x0aISO_IR 100",  # big endian without representations
         b"\x02\0",
         b"DICM",
         bytes(128),
