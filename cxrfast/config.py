@@ -22,9 +22,12 @@ RUNS = Path("runs")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """Modes of torch.compile that work with gradient accumulation; see `Runtime.compile`."""
-SPLITS = ("folds", "official")
+SPLITS = ("folds", "official", "auto")
 ORDERS = ("global", "block")
 ENGINES = ("auto", "dali", "host")
+
+LATER = ("allow_shared_patients", "blank", "unlabelled")
+"""Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
 
 AUTO = -1
 """Micro-batch that `train` replaces by the largest that fits, before the run starts."""
@@ -94,12 +97,31 @@ class TrainConfig:
         tuple[tuple[str, str], ...],
         Option("Another policy for one label; repeatable.", name="label-policy", multiple=True, write="=".join),
     ] = ()
+    blank: Annotated[
+        tuple[tuple[str, str], ...],
+        Option(
+            "Blank labels: negative (the default) or ignore, of all labels or as LABEL=ignore of one; repeatable.",
+            multiple=True,
+            metavar="[LABEL=]POLICY",
+            write=lambda item: "=".join(filter(None, item)),
+        ),
+    ] = ()
+    """Label and policy; label "" is all those that are not named."""
+    unlabelled: Annotated[
+        str, Option("Images without any label: left out, or negative for every label.", choices=("drop", "negative"))
+    ] = "drop"
     positive_weights: Annotated[
         bool, Option("Weight the positives of each label by its negatives / positives in the training rows.")
     ] = False
-    split: Annotated[str, Option("folds: the set's own five; official: the data set's train, validate and test.")] = (
-        "folds"
-    )
+    split: Annotated[
+        str,
+        Option(
+            "folds: the set's five; official: the data set's train, validate and test; auto: official if the set was built "
+            "with --split-column, else folds."
+        ),
+    ] = "auto"
+    """`make_config` resolves auto, so that runs store what they used."""
+    allow_shared_patients: Annotated[bool, Option("Train even if a patient is in two parts of the split.")] = False
     views: Annotated[
         tuple[str, ...], Option("Use only this view position, such as PA; repeatable.", name="view", multiple=True)
     ] = ()
@@ -142,10 +164,13 @@ class TrainConfig:
     seed: Annotated[int, Option("Seed of the weights, the order and the augmentation.")] = 0
 
     def __post_init__(self) -> None:
-        from cxrfast.labels import POLICIES  # not at the top: numpy would slow down `cxrfast --help`
+        # not at the top: numpy would slow down `cxrfast --help`
+        from cxrfast.labels import BLANKS, POLICIES, UNLABELLED
         from cxrfast.splits import FOLDS
 
-        for name, allowed in (("policy", POLICIES), ("precision", PRECISIONS), ("split", SPLITS), ("order", ORDERS)):
+        known = {"policy": POLICIES, "unlabelled": UNLABELLED}
+        known |= {"precision": PRECISIONS, "split": SPLITS, "order": ORDERS}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
         if not 0 <= self.fold < FOLDS:
@@ -165,6 +190,12 @@ class TrainConfig:
                     f"--label-policy {label}={policy}: give LABEL=POLICY with a label of the set "
                     f"({', '.join(self.labels)}) and one of {', '.join(POLICIES)}"
                 )
+        for label, policy in self.blank:
+            if label not in ("", *self.labels) or policy not in BLANKS:
+                raise RunError(
+                    f"--blank {'='.join(filter(None, (label, policy)))}: give {' or '.join(BLANKS)}, or LABEL=ignore with a "
+                    f"label of the set ({', '.join(self.labels)})"
+                )
         if any(side <= 0 or epochs <= 0 for side, epochs in self.sizes):
             raise RunError(f"--sizes {self.sizes}: sides and epochs must be above 0, as in --sizes 64x2,96x2")
 
@@ -172,6 +203,12 @@ class TrainConfig:
     def policies(self) -> tuple[str, ...]:
         """The policy of each label, in the order of `labels`."""
         return tuple(dict(self.label_policies).get(label, self.policy) for label in self.labels)
+
+    @property
+    def blanks(self) -> tuple[str, ...]:
+        """What a blank value of each label becomes, in the order of `labels`."""
+        given = dict(self.blank)
+        return tuple(given.get(label, given.get("", "negative")) for label in self.labels)
 
     @property
     def sides(self) -> set[int]:
@@ -200,7 +237,9 @@ class TrainConfig:
     @property
     def hash(self) -> str:
         """Hash of all fields. Equal hashes train equal runs."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        later = {f.name: f.default for f in fields(self) if f.name in LATER}
+        values = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """`name: mine, not theirs` for every field that differs."""

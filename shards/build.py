@@ -21,6 +21,7 @@ from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.build_report import Report
+from cxrfast.shards.building.cautions import cautions
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
@@ -62,6 +63,7 @@ class _Request:
     dask: str | None
     limit: int | None
     allow_missing: bool
+    allow_shared_patients: bool
     retry_quarantined: bool
 
     def shards(self, info: SetInfo) -> range:
@@ -83,6 +85,7 @@ def build(
     dask: str | None = None,
     limit: int | None = None,
     allow_missing: bool = False,
+    allow_shared_patients: bool = False,
     retry_quarantined: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -90,7 +93,8 @@ def build(
 
     Adds what an existing set lacks and leaves the rest alone. `part` (i, n) builds every n-th shard; `dask` is the address
     of a scheduler whose workers build instead of `workers` processes here; `limit` builds the shards that hold the first
-    `limit` rows; `dry_run` estimates and writes nothing. Raises ShardError; finished shards are kept.
+    `limit` rows; `dry_run` estimates and writes nothing. Raises ShardError, also for a patient in two parts of the source's
+    split unless `allow_shared_patients`; finished shards are kept.
     """
     start = time.monotonic()
     tree = _source_tree(data, dask)
@@ -106,6 +110,7 @@ def build(
         dask=dask,
         limit=limit,
         allow_missing=allow_missing,
+        allow_shared_patients=allow_shared_patients,
         retry_quarantined=retry_quarantined,
     )
     if part and (dask or retry_quarantined):
@@ -163,6 +168,7 @@ def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, li
         scales=request.scales,
         source_counts=listed.counts,
         source_notes=listed.notes,
+        cautions=cautions(blueprint.info, blueprint.rows),
         estimate=needed,
     )
     return blueprint, todo, report
@@ -173,10 +179,16 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
     tree, out, recipe = request.tree, request.out, request.recipe
     listed = read_source(request.source, tree, request.source_options)
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
-    identity = set_id(rows, recipe)
+    own_folds = "fold" in listed.images
+    identity = set_id(rows, recipe, own_folds)
     if is_laid_out(out):
-        info = _read_same_set(request, identity)
+        info = _read_same_set(request, identity, own_folds)
         return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed
+    if listed.shared and not request.allow_shared_patients:
+        raise ShardError(
+            f"the tables in {tree} hold a split in which {listed.shared}: a model would be tested on patients that it was "
+            "trained on; correct the table, or continue with --allow-shared-patients"
+        )
     rows["bytes"] = tree.sizes(rows["path"].tolist())
     _check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
@@ -184,6 +196,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
         source=request.source,
         source_options=_stored(request.source_options),
         labels=list(listed.labels),
+        own_folds=own_folds,
         images=len(rows),
         studies=rows["study_id"].nunique(),
         patients=rows["patient_id"].nunique(),
@@ -203,7 +216,7 @@ def _stored(options: Any) -> Any:
     return without_credentials(options) if isinstance(options, str) else options
 
 
-def _read_same_set(request: _Request, identity: str) -> SetInfo:
+def _read_same_set(request: _Request, identity: str, own_folds: bool) -> SetInfo:
     """The description in `out`. Raises ShardError if that set has other images or labels, or another recipe."""
     out = request.out
     info = read_set(out)
@@ -213,8 +226,9 @@ def _read_same_set(request: _Request, identity: str) -> SetInfo:
             for name, asked in asdict(request.recipe).items()
             if (there := getattr(info, name)) != asked and None not in (there, asked)  # None: raw has no quality
         ]
+        what = f"its images {'or folds ' if own_folds or info.own_folds else ''}differ"
         raise ShardError(
-            f"{out} was built from other input ({'; '.join(differing) or 'its images differ'}): "
+            f"{out} was built from other input ({'; '.join(differing) or what}): "
             "choose another --out, or give the same --data and options"
         )
     if info.source != request.source:  # which may name code, and must not be imported

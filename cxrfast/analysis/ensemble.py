@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cxrfast import metrics
 from cxrfast.analysis import mixture
-from cxrfast.analysis.join import check_same_study, choose_scales, join_logits
+from cxrfast.analysis.join import check_same_study, choose_scales, join_logits, rules_note
 from cxrfast.analysis.scores import by_fold, folds_text, is_defined, mean_note, score_rows, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
@@ -45,6 +45,8 @@ class EnsembleResult:
     """fold, label, method (a name, voting or stacked), auroc of the test rows; NaN where undefined."""
     bce: pd.DataFrame
     """fold, label, voting, stacked, optimum: cross-entropy of the validation rows; NaN as in `weights`."""
+    rules: str = ""
+    """How rows and labels were chosen, the same for all runs."""
 
     @property
     def short_names(self) -> tuple[str, ...]:
@@ -102,7 +104,15 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     configs = [group[folds[0]].config for group in groups.values()]
     left_out = {name: sorted(rest) for name, group in groups.items() if (rest := set(group) - set(folds))}
     result = EnsembleResult(
-        tuple(groups), tuple(c.scale for c in configs), configs[0].labels, tuple(folds), left_out, weights, auroc, bce
+        tuple(groups),
+        tuple(c.scale for c in configs),
+        configs[0].labels,
+        tuple(folds),
+        left_out,
+        weights,
+        auroc,
+        bce,
+        rules_note(configs[0]),
     )
     write(runs / FOLDER, result)
     return result
@@ -195,6 +205,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         if len(fitted)
         else "",
         origin_footnote(result.origins),
+        result.rules,
         *(
             f"Validation rows of {folds_text(folds)} lack positives or negatives of {missing}: no weights can be fitted, so "
             "stacked is voting there."

@@ -13,7 +13,15 @@ import pandas as pd
 from sklearn.metrics import average_precision_score
 
 from cxrfast import metrics
-from cxrfast.analysis.join import Answers, by_name, check_same_rows, check_same_study, read_answers, with_predictions
+from cxrfast.analysis.join import (
+    Answers,
+    by_name,
+    check_same_rows,
+    check_same_study,
+    read_answers,
+    rules_note,
+    with_predictions,
+)
 from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, undefined_note
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
@@ -41,6 +49,8 @@ class Evaluation:
     """By finding: rows of the part that hold it, over all folds, each row counted once."""
     skipped: tuple[str, ...]
     """Runs without predictions."""
+    rules: str = ""
+    """How rows and labels were chosen, the same for all runs."""
 
     def matrix(self, name: str) -> np.ndarray:
         """AUROC of one group, float64 (K, L), folds ascending, NaN where undefined."""
@@ -90,7 +100,8 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
             advance(note=run.name)
     labels = predicted[0].config.labels
     positives = dict(zip(labels, distinct_positives(answers.values()), strict=True))
-    evaluation = Evaluation(part, names, labels, pd.concat(frames, ignore_index=True), positives, tuple(skipped))
+    table, rules = pd.concat(frames, ignore_index=True), rules_note(predicted[0].config)
+    evaluation = Evaluation(part, names, labels, table, positives, tuple(skipped), rules)
     write(runs / FOLDER, evaluation)
     return evaluation
 
@@ -143,6 +154,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
     notes = (
         f"Mean ± standard deviation over {over}. Positives: rows that hold the finding, over all folds. "
         + mean_note(labels, columns),
+        evaluation.rules,
         undefined_note(labels, columns, evaluation.part),
         origin_footnote(evaluation.origins),
         f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",

@@ -118,7 +118,7 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
     frame = run.rows()
     frame = frame[frame["part"] == part]
     raw = frame[list(run.config.labels)].to_numpy(np.float32)
-    target, mask = targets(raw, run.config.policies)
+    target, mask = targets(raw, run.config.policies, run.config.blanks, run.config.unlabelled)
     rows = frame["row"].to_numpy(np.int64, copy=True)[(target[:, index] == 1) & mask[:, index]]
     if run.has_predictions:
         predicted = run.read_predictions(part)

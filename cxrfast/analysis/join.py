@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
@@ -30,8 +31,22 @@ class Answers:
     """float32 (n, L), finite."""
 
     def targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Targets float32 (n, L) in {0, 1} and mask bool (n, L), by the run's label policy."""
-        return targets(self.raw, self.run.config.policies)
+        """Targets float32 (n, L) in {0, 1} and mask bool (n, L), by the run's label policies."""
+        config = self.run.config
+        return targets(self.raw, config.policies, config.blanks, config.unlabelled)
+
+
+def rules_note(config: TrainConfig) -> str:
+    """How rows and labels were chosen, as a sentence below a table: split and label policies."""
+    policies = [config.policy, *(f"{label} {policy}" for label, policy in config.label_policies)]
+    blank = {"": "negative", **dict(config.blank)}
+    blanks = [blank.pop(""), *(f"{label} {policy}" for label, policy in blank.items())]
+    left = {"drop": "left out", "negative": "negative"}[config.unlabelled]
+    shared = "; patients may be in two parts (--allow-shared-patients)" if config.allow_shared_patients else ""
+    return (
+        f"Split: {config.split}{shared}. Uncertain labels: {', '.join(policies)}; blank labels: {', '.join(blanks)}; images "
+        f"without any label: {left}."
+    )
 
 
 def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
@@ -65,9 +80,16 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
 
 
 def check_same_study(runs: Sequence[Run]) -> None:
-    """Raises RunError naming two runs whose shard set, findings or label policy differ, or two folds whose raw labels do."""
+    """Raises RunError naming two runs whose shard set, findings, split or label policies differ, or two folds whose raw
+    labels do."""
     for run in runs[1:]:
-        _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "label policy": "policy"})
+        _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "split": "split", "label policy": "policy"})
+        _check_equal(runs[0], run, {"policy for images without any label": "unlabelled"})
+        for what, field in (("label policy", "policies"), ("policy for blank", "blanks")):
+            by_label = zip(run.config.labels, getattr(runs[0].config, field), getattr(run.config, field), strict=True)
+            for label, one, other in by_label:
+                if one != other:
+                    _refuse(runs[0], run, f"{what} {label}: {one} is not {other}")
     by_fold: dict[int, Run] = {}
     for run in runs:
         by_fold.setdefault(run.config.fold, run)  # one per fold: `check_same_rows` compares the runs of a fold

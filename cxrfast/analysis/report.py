@@ -96,6 +96,7 @@ def _summary(runs: list[Run]) -> Chapter:
             {
                 "Run": marked_name(run.name, origin_of(run.config)),
                 "State": run.state().get("state", "not started"),
+                "Split": run.config.split,
                 "Train": f"{parts.get('train', 0):,}",
                 "Validation": f"{parts.get('val', 0):,}",
                 "Test": f"{parts.get('test', 0):,}",
@@ -105,7 +106,7 @@ def _summary(runs: list[Run]) -> Chapter:
             }
         )
     note = "Rows by part. The best epoch has the lowest validation loss; its weights are used."
-    return Chapter("Runs", tables=[_table(records, f"{note} {_footnote(runs)}", ["State"])])
+    return Chapter("Runs", tables=[_table(records, f"{note} {_footnote(runs)}", ["State", "Split"])])
 
 
 def _auroc(runs: Path, evaluation: evaluate.Evaluation) -> Chapter:

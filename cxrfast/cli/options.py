@@ -104,6 +104,11 @@ def _label_policy(text: str) -> tuple[str, str]:
     return label, policy
 
 
+def _blank(text: str) -> tuple[str, str]:
+    label, _, policy = text.rpartition("=")
+    return label, policy
+
+
 def _rate(text: str) -> tuple[int, float]:
     scale, rate = text.split("=")
     if not 0 < float(rate) < math.inf:
@@ -113,6 +118,7 @@ def _rate(text: str) -> tuple[int, float]:
 
 PART = Parsed("I/N", "2/8, with I from 1 to N", _part)
 SIZES = Parsed("SIDExEPOCHS,…", "64x2,96x2", _sizes)
+BLANK = Parsed("[LABEL=]POLICY", "ignore or Edema=ignore", _blank)
 LABEL_POLICY = Parsed("LABEL=POLICY", "Edema=u_ones", _label_policy)
 RATE = Parsed("SCALE=IMAGES_PER_S", "2048=75", _rate)
 
@@ -169,7 +175,7 @@ SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "study_column": {"help": "table: studies. [default: each image is one]"},
     "view_column": {"help": "table: view positions. [default: unknown]"},
     "allow_unmatched": {"is_flag": True, "help": "mimic, nih: accept tables that name other studies or images."},
-    "split_column": {"help": "table: official train, validate, test. [default: none]"},
+    "split_column": {"help": "table: train, validate, test, or folds, 0 to 4. [default: none]"},
 }
 """By argument of the sources' functions; `read_source` refuses those that the chosen one does not have."""
 
@@ -189,7 +195,7 @@ def chosen_source(options: dict[str, Any]) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, (), False)}
 
 
-TYPES = {"micro_batch": MicroBatch(), "sizes": SIZES, "label_policies": LABEL_POLICY}
+TYPES = {"micro_batch": MicroBatch(), "sizes": SIZES, "label_policies": LABEL_POLICY, "blank": BLANK}
 """Options whose help differs from the text in the field's type."""
 
 

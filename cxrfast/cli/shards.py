@@ -57,6 +57,7 @@ def synth(out: Path, **options: Any) -> None:
 )
 @click.option("--seed", default=0, help="Seed of the row permutation and the folds.")
 @option.flag("--allow-missing", "Continue even if more than 0.1 % of the images are missing.")
+@option.flag("--allow-shared-patients", "Continue even if a patient is in two parts of the split.")
 @option.flag("--retry-quarantined", "Retry the images that could not be used before.")
 def shard(data: str, out: Path, scales: tuple[int, ...], **options: Any) -> None:
     """Write the source tree as tar shards at every --scale. After an interruption, run it again: it resumes."""
@@ -98,6 +99,8 @@ def describe(shards: Path, out: Path) -> None:
 
     description = describe_set(shards, out)
     click.echo(description.heading)
+    for caution in description.cautions:
+        click.echo(f"warning: {caution}")
     show(*description.tables)
     click.echo(f"written: {', '.join(map(str, description.written))}")
 

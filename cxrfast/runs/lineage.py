@@ -15,7 +15,10 @@ FROM_RUN = "from "
 
 
 def origin_of(config: TrainConfig) -> str:
-    """`ImageNet`, `none`, `from densenet121-64/fold-0` for the folder of a run, or the name of a file of weights."""
+    """`ImageNet`, `none`, `from densenet121-64/fold-0` for the folder of a run, or the name of a file of weights.
+
+    `from fold 1 of densenet121-64` if that run has another fold: its training rows hold this run's test patients.
+    """
     if config.weights in ("imagenet", "none"):
         return {"imagenet": "ImageNet", "none": "none"}[config.weights]
     path = PurePath(config.weights)
@@ -23,6 +26,8 @@ def origin_of(config: TrainConfig) -> str:
         path = path.parent
     elif path.suffix in (".pth", ".pt", ".safetensors"):
         return path.name
+    if (fold := re.fullmatch(r"fold-(\d+)", path.name)) and int(fold[1]) != config.fold and len(path.parts) > 1:
+        return f"{FROM_RUN}fold {fold[1]} of {path.parts[-2]}"
     return FROM_RUN + "/".join(path.parts[-2:])
 
 

@@ -8,7 +8,7 @@ from cxrfast.config import Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
-from cxrfast.training.setup import make_config
+from cxrfast.training.setup import make_config, resolve_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +73,20 @@ def make_plan(
     options: dict[str, Any] | None = None,
     **runtime: Any,
 ) -> Plan:
-    """Plan `scales` (default: all of the set) × `folds` (default: all five). `runtime`: further fields of Runtime.
+    """Plan `scales` (default: all of the set) × `folds` (default: all five, or 0 with an official split).
+
+    `runtime`: further fields of Runtime.
 
     `options`: fields of TrainConfig, None for the preset's. Raises ShardError if `shards` is not a set, RunError if it is
     empty.
     """
-    built = ShardSet(shards).scales
+    shard_set = ShardSet(shards)
+    built = shard_set.scales
     options = {name: value for name, value in (options or {}).items() if value is not None}
     scales = sorted(set(scales or built))
     if not scales:
         raise RunError(f"{shards} holds no shards yet: build them with `cxrfast shard --out {shards}`")
-    folds = sorted(set(folds or ([0] if options.get("split") == "official" else range(FOLDS))))
+    is_official = resolve_split(shard_set.info, options.get("split", "auto")) == "official"
+    folds = sorted(set(folds or ([0] if is_official else range(FOLDS))))
     where = Runtime(shards=shards, runs=runs, **runtime)
     return Plan(runtime=where, scales=scales, folds=folds, options=options, nproc=nproc, nodes=nodes)

@@ -24,7 +24,8 @@ class Targets:
     def __init__(self, rows: pd.DataFrame, config: TrainConfig, images: int, device: torch.device) -> None:
         """`rows`: the run's table; `images`: number of rows in the whole set."""
         self.labels = config.labels
-        target, mask = targets(rows[list(config.labels)].to_numpy(), config.policies)
+        raw = rows[list(config.labels)].to_numpy()
+        target, mask = targets(raw, config.policies, config.blanks, config.unlabelled)
         self.host_target = np.zeros((images, target.shape[1]), np.float32)
         self.host_mask = np.zeros((images, target.shape[1]), bool)
         self.host_target[rows["row"]], self.host_mask[rows["row"]] = target, mask

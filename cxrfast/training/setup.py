@@ -22,15 +22,17 @@ from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import World, parallel, pick_device
 from cxrfast.errors import RunError
 from cxrfast.files import open_own
+from cxrfast.labels import targets
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import compiled, resolve_precision
 from cxrfast.models.weights import fetch_weights
 from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs.folder import WEIGHTS, RunFolder
 from cxrfast.runs.run import Run, part_rows
+from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
-from cxrfast.splits import check_parts, official_masks, part_masks
+from cxrfast.splits import PARTS, check_official, check_parts, official_masks, part_masks, shared_patients
 
 
 def make_config(
@@ -38,7 +40,7 @@ def make_config(
 ) -> TrainConfig:
     """Configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: file of row numbers, one per line, to which the parts are restricted.
+    `subset`: file of row numbers, one per line, to which the parts are restricted. Raises RunError for impossible values.
     """
     info = ShardSet(shards).info
     preset = presets.preset(scale)
@@ -50,8 +52,26 @@ def make_config(
     given.setdefault("learning_rate", presets.learning_rate(global_batch))
     if subset is not None:
         given["subset"] = hashlib.sha256(read_subset(subset).astype("<i8").tobytes()).hexdigest()[:16]
+    asked, given["split"] = given.get("split", "auto"), resolve_split(info, given.get("split", "auto"))
+    if (asked, given["split"]) == ("auto", "official") and given.get("fold"):
+        raise RunError(
+            f"--fold {given['fold']}: {shards} was built with --split-column, so its split is used, and it is only one: give "
+            "--fold 0, or --split folds"
+        )
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
-    return TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+    config = TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+    if config.unlabelled == "negative" and set(config.blanks) == {"ignore"}:
+        raise RunError(
+            "--unlabelled negative --blank ignore: images without any label would have no label that counts: give one of them"
+        )
+    return config
+
+
+def resolve_split(info: SetInfo, split: str) -> str:
+    """`folds` or `official`; for `auto`, official if the set was built with a column of train, validate and test."""
+    if split != "auto":
+        return split
+    return "official" if info.source_options.get("split_column") and not info.own_folds else "folds"
 
 
 def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
@@ -74,9 +94,12 @@ def select_rows(
 ) -> pd.DataFrame:
     """Rows used by a run: row, image_id, patient_id, part, raw labels; sorted by row.
 
-    Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label, and other
-    views. Raises RunError if a part is empty, or if the set has been relabelled since `config` was made.
+    Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label (unless they
+    are negative), and other views. Raises RunError if a part is empty, if patients are in two parts and `config` does not allow it, or if the set has
+    been relabelled since `config` was made.
     """
+    if config.split == "auto":
+        raise RunError("split auto is not resolved: make the configuration with make_config, or give folds or official")
     if absent := [name for name in config.labels if name not in table]:
         raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start a new training")
     parts = (
@@ -84,7 +107,11 @@ def select_rows(
         if config.split == "official"
         else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold)
     )
-    usable = table["row"].isin(held).to_numpy() & table[list(config.labels)].notna().any(axis=1).to_numpy()
+    if config.split == "official":
+        check_official(parts)
+    usable = table["row"].isin(held).to_numpy(copy=True)
+    if config.unlabelled == "drop":
+        usable &= table[list(config.labels)].notna().any(axis=1).to_numpy()
     if subset is not None:
         if unknown := np.setdiff1d(subset, table["row"]).tolist():
             raise RunError(
@@ -99,7 +126,44 @@ def select_rows(
     check_parts(masks, f"split {config.split}, fold {config.fold}")
     part = np.select(list(masks.values()), list(masks), default="")
     chosen = table.assign(part=part)[part != ""]
+    if not config.allow_shared_patients:
+        refuse_shared_patients(chosen, config.split)
     return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
+
+
+def split_in_words(config: TrainConfig, info: SetInfo, rows: pd.DataFrame) -> str:
+    """`split official (column part): 90 train, 30 val, 30 test images`, for a training's first lines."""
+    count = rows["part"].value_counts()
+    column = info.source_options.get("split_column")
+    own = f" (column {column})" if column and (config.split == "official" or info.own_folds) else ""
+    which = "official" if config.split == "official" else f"folds, fold {config.fold}"
+    return f"split {which}{own}: {', '.join(f'{count[part]:,} {part}' for part in PARTS)} images"
+
+
+def label_warnings(config: TrainConfig, rows: pd.DataFrame) -> list[str]:
+    """What to know about labels that no training row names, in sentences; `rows`: the run's table."""
+    raw = rows.loc[rows["part"] == "train", list(config.labels)].to_numpy(np.float32)
+    _, mask = targets(raw, config.policies, config.blanks, config.unlabelled)
+    unused, blank = ~mask.any(axis=0), np.isnan(raw).all(axis=0)
+    found = []
+    if names := np.array(config.labels)[blank & ~unused].tolist():
+        found.append(
+            f"blank in every training row, so negative in all of them: {', '.join(names)}; --blank LABEL=ignore leaves a label "
+            "out of the loss"
+        )
+    if names := np.array(config.labels)[unused].tolist():
+        found.append(f"no training row counts for {', '.join(names)}: nothing is learned about it")
+    return found
+
+
+def refuse_shared_patients(chosen: pd.DataFrame, split: str) -> None:
+    """Raises RunError if a patient of the rows chosen is in two of train, val and test; names rows, no patients."""
+    if found := shared_patients(chosen["patient_id"].tolist(), chosen["part"].tolist()):
+        row = chosen["row"].tolist()
+        raise RunError(
+            f"--split {split}: {found.in_words(lambda at: f'row {row[at]}')}: the model would be tested on patients that it "
+            "was trained on; use --split folds of a set that deals its own, or continue with --allow-shared-patients"
+        )
 
 
 def read_subset(path: Path) -> np.ndarray:

@@ -45,6 +45,9 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         reader = Reader(runtime.shards, config.scale)
         subset = None if runtime.subset is None else setup.read_subset(runtime.subset)
         rows = setup.select_rows(reader.shard_set.rows(), config, reader.rows, subset)
+        log.info(f"{folder.name}: {setup.split_in_words(config, reader.info, rows)}")
+        for warning in setup.label_warnings(config, rows) if ranks.is_first else []:
+            log.warning(f"{folder.name}: {warning}")
         if config.micro_batch == AUTO:
             own, other = ranks.on_first(lambda: setup.earlier_micro_batch(folder, config))
             chosen = own or largest_micro_batch(config, runtime, ranks, most=other)

@@ -18,6 +18,8 @@ class Report:
     source_counts: dict[str, int]
     source_notes: tuple[str, ...] = ()
     estimate: Estimate
+    cautions: list[str] = field(default_factory=list)
+    """What to know about the rows before training on them."""
     rows: dict[int, int] = field(default_factory=dict)
     """Rows at each scale, including shards of earlier builds."""
     bytes: dict[int, int] = field(default_factory=dict)
@@ -39,6 +41,7 @@ class Report:
         lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
         lines += [f"{what}: {n:,}" for what, n in self.source_counts.items() if n]
         lines += self.source_notes
+        lines += [f"warning: {text}" for text in self.cautions]
         return lines + (self._done(out) if self.is_done else self._to_do(out))
 
     def _to_do(self, out: Path) -> list[str]:

@@ -36,6 +36,7 @@ ROW_ORDER = 2**63
 def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.DataFrame:
     """A source's images → the rows table, `bytes` still 0: permuted once, patients assigned to folds and blocks.
 
+    Folds that the source gives, in a column `fold`, are kept.
     The order of the source's own tables does not matter: images are sorted by id before they are permuted.
     """
     rows = images.sort_values("image_id", ignore_index=True)
@@ -44,7 +45,8 @@ def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.
     rows["bytes"] = 0
     for side in ("height", "width"):
         rows[side] = rows[side].fillna(0).astype(np.int32)
-    rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed)
+    own = rows["fold"].to_numpy() if "fold" in rows else None
+    rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed, own)
     return rows[[*COLUMNS, *labels, *reference_names(rows)]]
 
 
@@ -53,15 +55,18 @@ def rows_per_shard(n: int) -> int:
     return min(1024, max(64, -(-n // 64)))
 
 
-def set_id(rows: pd.DataFrame, recipe: ImageRecipe) -> str:
-    """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, and the same patients.
+def set_id(rows: pd.DataFrame, recipe: ImageRecipe, own_folds: bool = False) -> str:
+    """Hash of row, image, patient and recipe: equal ids mean equal pixels in equal rows, the same patients and folds.
 
-    The DCT counts only where it is accurate: earlier sets had no such choice, and keep their ids.
+    The DCT counts only where it is accurate: earlier sets had no such choice, and keep their ids. The recipe's seed decides
+    the folds; if the source gave them (`own_folds`), they are hashed themselves.
     """
     parts = {name: value for name, value in asdict(recipe).items() if name != "dct" or value == "accurate"}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for row, image, patient in zip(rows["row"], rows["image_id"], rows["patient_id"], strict=True):
         digest.update(f"\n{row}\t{image}\t{patient}".encode())
+    if own_folds:
+        digest.update(b"\nfolds\t" + rows["fold"].to_numpy(np.uint8).tobytes())
     return digest.hexdigest()[:32]
 
 

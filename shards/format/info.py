@@ -46,6 +46,8 @@ class SetInfo:
     labels_from: str = ""
     """Table that `relabel` took the labels from, as `name sha256:…`; "" if they are the source's own."""
     seed: int
+    own_folds: bool = False
+    """Whether the source gave the folds; else the seed decides them. In set.json only if it is true."""
     images: Number
     studies: Count
     patients: Count
@@ -80,6 +82,8 @@ class SetInfo:
         value = asdict(self)
         if self.dct != "accurate":
             del value["dct"]
+        if not self.own_folds:
+            del value["own_folds"]
         return json_bytes(value)
 
     def write(self, folder: Path) -> None:

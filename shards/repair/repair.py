@@ -130,7 +130,7 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
         labels, rows = rows_of_source(state, info)
     except ShardError as error:
         return str(error)
-    if set_id(rows, info.recipe) != info.id:
+    if set_id(rows, info.recipe, info.own_folds) != info.id:
         return f"the tables in {state.tree} list other images than the set was planned from"
     rows["bytes"] = state.tree.sizes(rows["path"].tolist())
     manifests = filter(None, (state.manifest(info, *shard) for shard in state.shards(info)))

@@ -11,9 +11,10 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import normal_ids
 from cxrfast.shards.sources.image_files import SUFFIX, as_in_tree
-from cxrfast.shards.sources.source import SPLITS, Source
+from cxrfast.shards.sources.parts import read_parts
+from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.text_columns import filled, is_blank, lines, notes_on_words, pixels, raw_labels
+from cxrfast.shards.sources.text_columns import filled, lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import URL, Tree, relative
 from cxrfast.text import masked
 
@@ -35,7 +36,8 @@ def table(
     """Any CSV, TSV (or .gz) or Parquet table with one line per image.
 
     `table`: path in the tree, absolute path or URL; `label`: the label columns. Without `image_column` an image's id is its
-    path without suffix; without `study_column` each image is its own study.
+    path without suffix; without `study_column` each image is its own study. `split_column` holds train, validate and test, or
+    folds, 0 to 4.
     """
     labels = (label,) if isinstance(label, str) else tuple(label)
     place, file = tree, table
@@ -61,6 +63,7 @@ def table(
             f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): name a column "
             "of unique ids with --image-column"
         )
+    parts = read_parts(rows[split_column], table) if split_column else {}
     frame = pd.DataFrame(
         {
             "image_id": image,
@@ -69,12 +72,16 @@ def table(
             "path": path,
             **{name: raw_labels(rows[name], table) for name in labels},
             "view": rows[view_column] if view_column else None,
-            "split": _parts(rows[split_column], table) if split_column else None,
+            "split": None,
+            **parts,
             "height": pixels(rows[height_column], table) if height_column else None,
             "width": pixels(rows[width_column], table) if width_column else None,
         }
     )
-    return Source(images=frame, labels=labels, counts={}, notes=notes_on_words(rows[list(labels)]))
+    left_out = (
+        {f"images in no part ({split_column} is blank)": int(parts["split"].isna().sum())} if "split" in parts else {}
+    )
+    return Source(images=frame, labels=labels, counts=left_out, notes=notes_on_words(rows[list(labels)]))
 
 
 def is_outside(table: str) -> bool:
@@ -104,17 +111,3 @@ def _below(tree: Tree, column: pd.Series) -> pd.Series:
             raise ShardError(f"line {line} names {path}, which is not in {tree}: give paths inside --data") from None
 
     return pd.Series(list(map(below, column, column.index)), column.index, dtype=object)
-
-
-def _parts(column: pd.Series, where: str) -> pd.Series:
-    """Translate the usual words for the parts into train, validate and test."""
-    words = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-    words |= dict.fromkeys(("valid", "val", "validate", "validation", "dev"), "validate")
-    text = column.str.strip().str.lower().where(~is_blank(column))
-    known = text.map(words).astype(object)
-    if (wrong := known.isna() & text.notna()).any():
-        at = lines(column.index[wrong])
-        raise ShardError(
-            f"{where} holds {column[wrong].iloc[0]!r} for {column.name} in {at}: use {', '.join(SPLITS)} or blank"
-        )
-    return known

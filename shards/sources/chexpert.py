@@ -42,7 +42,7 @@ def chexpert(tree: Tree) -> Source:
             f"none of {wanted} (or .gz) in {tree} or a CheXpert… folder in it (its tables: {tables_in(tree)}): "
             "give --data the folder that holds train.csv, or the one that holds the batches of the full download"
         )
-    images = pd.concat(parts, ignore_index=True)
+    images = pd.concat(parts)  # the index is each table's own lines
     return Source(
         images=images,
         labels=MIMIC,

@@ -8,11 +8,11 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
+from cxrfast.shards.sources.parts import SPLITS, checked_folds, shared_in_words
 from cxrfast.shards.storage import Tree
 from cxrfast.text import find_fault, label_fault, name_fault, path_fault
 
 IDS = ("image_id", "study_id", "patient_id", "path")
-SPLITS = ("train", "validate", "test")
 
 NOT_RELATIVE = r"^/|(?:^|/)\.{1,2}(?:/|$)|//|/$|^[A-Za-z][A-Za-z0-9+.-]*://"
 
@@ -23,13 +23,16 @@ class Source:
 
     images: pd.DataFrame
     """One line per image: image_id, study_id, patient_id and path (relative to the tree, POSIX) as text; one float column
-    per label with 1, 0, -1 or NaN; and, where known, view, height, width (px), split (train, validate, test) and reference
-    labels, `radiologist/<label>`. Other columns are dropped."""
+    per label with 1, 0, -1 or NaN; and, where known, view, height, width (px), split (train, validate, test), fold (0 to 4
+    for every image; else the set deals its own) and reference labels, `radiologist/<label>`. Other columns are dropped. The
+    index is the line of each image in its table, for messages."""
     labels: tuple[str, ...]
     counts: dict[str, int]
     """Numbers to report about the tables, such as how many studies have no labels."""
     notes: tuple[str, ...] = ()
     """Sentences to report about the tables, such as how words were read as labels."""
+    shared: str = ""
+    """Patients in two parts of the split, or in two folds, in words; `checked` finds them."""
 
 
 def checked(source: Source, tree: Tree) -> Source:
@@ -69,12 +72,16 @@ def checked(source: Source, tree: Tree) -> Source:
     columns["split"] = _text(images.get("split", nothing), where)
     if (bad := columns["split"].notna() & ~columns["split"].isin(SPLITS)).any():
         raise ShardError(f"{where} hold the split {columns['split'][bad].iloc[0]!r}: use {', '.join(SPLITS)} or null")
+    if "fold" in images:
+        columns["fold"] = checked_folds(images["fold"], where)
     columns |= {name: _values(images[name], where) for name in (*labels, *reference_names(images))}
+    frame = pd.DataFrame(columns)
     return Source(
-        images=pd.DataFrame(columns).reset_index(drop=True),
+        images=frame.reset_index(drop=True),
         labels=labels,
         counts=dict(source.counts),
         notes=tuple(source.notes),
+        shared=shared_in_words(frame),
     )
 
 

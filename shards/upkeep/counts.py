@@ -16,6 +16,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.labels import targets
+from cxrfast.shards.building.cautions import cautions
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifests
 from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
@@ -59,6 +60,8 @@ class SetCounts:
     """scale (px), shards, rows, bytes (of the tars), files, kB_per_image."""
     views: pd.DataFrame
     """view (`unknown` if an image has none), images, studies, patients; most frequent first."""
+    cautions: list[str]
+    """What to know about the rows before training on them."""
     state: str
     """`complete`, or what is missing so that the counts are not final."""
 
@@ -87,6 +90,7 @@ def count_set(folder: Path) -> SetCounts:
         **sizes,
         scales=_scales(info, built.manifests),
         views=_by_value(rows["view"].fillna("unknown"), "view", count),
+        cautions=cautions(info, rows),
         state=_state(info, built),
     )
 

@@ -26,6 +26,8 @@ from cxrfast.units import size
 class Description:
     heading: str
     """The set in one line."""
+    cautions: list[str]
+    """What to know about the rows before training on them."""
     tables: list[Table]
     written: list[Path]
     """describe.md and, if a size is known, sizes.png."""
@@ -34,7 +36,10 @@ class Description:
 def describe(folder: Path, out: Path) -> Description:
     """Write the description of a set to the folder `out`. Raises ShardError for a damaged set, and if `out` is inside it."""
     counts = count_set(folder)
-    return Description(heading=heading(counts), tables=description_tables(counts), written=write(counts, folder, out))
+    written = write(counts, folder, out)
+    return Description(
+        heading=heading(counts), cautions=counts.cautions, tables=description_tables(counts), written=written
+    )
 
 
 # Tables
@@ -54,7 +59,8 @@ def _splits(counts: SetCounts) -> Table:
     lines = [["all", *_numbers(counts.flow.iloc[0])]]
     lines += [[f"official {line['split']}", *_numbers(line)] for _, line in counts.splits.iterrows()]
     lines += [[f"fold {line['fold']}", *_numbers(line)] for _, line in counts.folds.query("part == 'test'").iterrows()]
-    note = f"Fold k is the test part of training k. Folds are assigned by patient, seed {counts.info.seed}."
+    how = "the source's own" if counts.info.own_folds else f"assigned by patient, seed {counts.info.seed}"
+    note = f"Fold k is the test part of training k. Folds are {how}."
     return Table(
         title="Images, studies and patients", head=["Part", "Images", "Studies", "Patients"], rows=lines, note=note
     )
@@ -150,6 +156,7 @@ def _references(counts: SetCounts) -> Table:
 def description_markdown(counts: SetCounts) -> str:
     """The tables for a terminal, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
+    text += "".join(f"\nWarning: {caution}.\n" for caution in counts.cautions)
     return "\n".join([text, *(table.markdown() for table in [*description_tables(counts), *_by_fold(counts)])])
 
 

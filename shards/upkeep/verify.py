@@ -160,11 +160,12 @@ def _unreadable(folder: Path) -> Iterator[Problem]:
 
 def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     rows = read_rows(folder / "rows.parquet")
-    fold, block = deal(rows["patient_id"].tolist(), info.seed)
+    own = rows["fold"].to_numpy() if info.own_folds else None  # which the set id covers
+    fold, block = deal(rows["patient_id"].tolist(), info.seed, own)
     paths = dict(zip(rows["row"], rows["path"], strict=True))
     if rows["row"].tolist() != list(range(info.images)):
         yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
-    elif set_id(rows, info.recipe) != info.id:
+    elif set_id(rows, info.recipe, info.own_folds) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
     elif (rows["fold"] != fold).any() or (rows["block"] != block).any():
         yield Problem("rows.parquet", "assigns patients to other folds than the seed in set.json gives")

@@ -10,6 +10,7 @@ import pytest
 from runs import LABELS, make_run, predict, shown, study_rows
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import auroc_table, evaluate
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Predictions, Run
@@ -121,6 +122,64 @@ def test_positives_count_each_row_once(made, tmp_path):
     expected = (rows[rows["part"] == "test"]["Edema"] == 1).sum()
     assert evaluate(tmp_path).positives["Edema"] == expected
     assert evaluate(made).positives["Edema"] == expected + (study_rows(1).query("part == 'test'")["Edema"] == 1).sum()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"label_policies": (("Edema", "u_ones"),)}, "label policy Edema: u_zeros is not u_ones"),
+        ({"policy": "u_ones"}, "label policy u_zeros is not u_ones"),
+        ({"blank": (("Pneumonia", "ignore"),)}, "policy for blank Pneumonia: negative is not ignore"),
+        ({"blank": (("", "ignore"),)}, "policy for blank Edema: negative is not ignore"),
+        ({"unlabelled": "negative"}, "policy for images without any label drop is not negative"),
+        ({"split": "official"}, "split folds is not official"),
+    ],
+)
+def test_runs_whose_rows_or_labels_were_chosen_otherwise_are_not_joined(tmp_path, other, message):
+    make_run(tmp_path, 256, split="folds")
+    make_run(tmp_path, 512, **{"split": "folds", **other})
+    for join in (evaluate, ensemble):
+        with pytest.raises(RunError, match=message):
+            join(tmp_path)
+
+
+def test_policies_that_say_the_same_in_other_words_are_joined(tmp_path):
+    for scale, blank in ((256, ()), (512, (("Edema", "negative"), ("", "negative")))):
+        make_run(tmp_path, scale, blank=blank, label_policies=(("Edema", "u_zeros"),) if blank else ())
+    assert len(evaluate(tmp_path).names) == 2
+
+
+def test_the_tables_name_the_split_and_the_policies(tmp_path):
+    told = {"policy": "u_ones", "label_policies": (("Edema", "u_ignore"),), "blank": (("Pneumonia", "ignore"),)}
+    for scale in (256, 512):
+        make_run(tmp_path, scale, split="official", unlabelled="negative", allow_shared_patients=True, **told)
+    note = (
+        "Split: official; patients may be in two parts (--allow-shared-patients). Uncertain labels: u_ones, Edema u_ignore; "
+        "blank labels: negative, Pneumonia ignore; images without any label: negative."
+    )
+    evaluate(tmp_path)
+    ensemble(tmp_path)
+    for table in ("evaluation/auroc.md", "ensemble/summary.md"):
+        assert note in (tmp_path / table).read_text()
+
+
+def test_blanks_and_unlabelled_rows_are_scored_as_their_policy_says(tmp_path):
+    rows = study_rows(0)
+    tested = rows.index[rows["part"] == "test"]
+    rows.loc[tested[:5], list(LABELS)] = np.nan
+    policies = {"ignored": {"blank": (("", "ignore"),)}, "negative": {"unlabelled": "negative"}, "default": {}}
+    for name, options in policies.items():
+        make_run(tmp_path / name, 256, rows=rows, **options)
+    test = rows.loc[tested]
+    expected = {
+        "ignored": test["Edema"].notna().sum(),
+        "negative": len(test),
+        "default": (~test[list(LABELS)].isna().all(axis=1)).sum(),
+    }
+    assert len(set(expected.values())) == 3
+    for name, counted in expected.items():
+        line = evaluate(tmp_path / name).table.query("label == 'Edema'").iloc[0]
+        assert line["positives"] + line["negatives"] == counted
 
 
 def test_u_ignore_masks_the_uncertain_once_predicted(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cxrfast.errors import RunError
-from cxrfast.labels import POLICIES, targets
+from cxrfast.labels import BLANKS, POLICIES, UNLABELLED, targets
 
 NAN = float("nan")
 RAW = hnp.arrays(
@@ -39,6 +39,47 @@ def test_every_entry_becomes_what_its_policy_says(raw, policy):
         value, counts = expected(float(raw[i, j]), policy, labelled=not np.isnan(raw[i]).all())
         assert mask[i, j] == counts
         assert value is None or target[i, j] == value
+
+
+@settings(max_examples=100)
+@given(st.data(), RAW, st.sampled_from(UNLABELLED))
+def test_an_entry_counts_unless_a_policy_leaves_it_out(data, raw, unlabelled):
+    """Against a plain implementation, entry by entry, with another policy for each column."""
+    columns = raw.shape[1]
+    policy, blank = (
+        data.draw(st.lists(st.sampled_from(k), min_size=columns, max_size=columns)) for k in (POLICIES, BLANKS)
+    )
+    target, mask = targets(raw, policy, blank, unlabelled)
+    assert np.isin(target, (0.0, 1.0)).all()
+    for i, j in np.ndindex(raw.shape):
+        left_out = False
+        if all(math.isnan(value) for value in raw[i]) and unlabelled == "drop":
+            left_out = True
+        if math.isnan(raw[i, j]) and blank[j] == "ignore":
+            left_out = True
+        if raw[i, j] == -1 and policy[j] == "u_ignore":
+            left_out = True
+        assert mask[i, j] != left_out
+        if not left_out:
+            assert target[i, j] == (raw[i, j] == 1 or (raw[i, j] == -1 and policy[j] == "u_ones"))
+
+
+def test_without_a_policy_for_blanks_they_are_negative_and_unlabelled_rows_do_not_count():
+    raw = np.array([[1.0, NAN], [NAN, NAN], [-1.0, 0.0]])
+    target, mask = targets(raw)
+    assert mask.tolist() == [[True, True], [False, False], [True, True]]
+    assert target.tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert targets(raw, blank="ignore")[1].tolist() == [[True, False], [False, False], [True, True]]
+    assert targets(raw, unlabelled="negative")[1].all()
+    assert targets(raw, blank=("negative", "ignore"), unlabelled="negative")[1].tolist() == [
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
+    with pytest.raises(RunError, match="policy for blank labels 'drop' is unknown: use one of negative, ignore"):
+        targets(raw, blank="drop")
+    with pytest.raises(RunError, match="policy for images without any label 'ignore' is unknown: use one of drop, neg"):
+        targets(raw, unlabelled="ignore")
 
 
 def test_uncertain_findings_are_negative_unless_said_otherwise_and_an_unknown_policy_is_refused():

@@ -6,7 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import RunError
-from cxrfast.splits import BLOCKS, FOLDS, LARGE, PARTS, check_parts, deal, official_masks, part_masks
+from cxrfast.splits import (
+    BLOCKS,
+    FOLDS,
+    LARGE,
+    PARTS,
+    SHOWN,
+    check_official,
+    check_parts,
+    deal,
+    official_masks,
+    part_masks,
+    shared_patients,
+)
 
 PATIENTS = st.lists(st.integers(10_000_000, 10_000_300).map(str), min_size=1, max_size=150)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -130,3 +142,76 @@ def test_a_fold_tests_its_own_patients_and_validates_on_block_2k_of_the_others(k
     assert np.flatnonzero(parts["test"]).tolist() == list(range(10 * k, 10 * k + 10))
     assert np.flatnonzero(parts["val"]).tolist() == [10 * other + 2 * k for other in range(5) if other != k]
     assert (np.stack(list(parts.values())).sum(axis=0) == 1).all()
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), min_size=1, max_size=200), SEEDS)
+def test_given_folds_are_kept_and_blocks_are_dealt_within_them(pairs, seed):
+    patients, folds = [str(patient) for patient, _ in pairs], np.array([fold for _, fold in pairs])
+    fold, block = deal(patients, seed, folds)
+    assert fold.dtype == block.dtype == np.int8
+    assert (fold == folds).all()
+    dealt = dict(zip(pairs, block, strict=True))
+    assert [dealt[pair] for pair in pairs] == block.tolist()
+    for k in range(FOLDS):
+        sizes = np.bincount([at for (_, own), at in dealt.items() if own == k], minlength=BLOCKS)
+        assert np.ptp(sizes) <= 1
+
+
+@pytest.mark.parametrize("n", [100, LARGE + 100])
+def test_the_folds_that_the_seed_gives_have_the_same_blocks_when_they_are_given(n):
+    patients = numbered(n)
+    fold, block = deal(patients, 7)
+    again = deal(patients, 7, fold)
+    assert (again[0] == fold).all()
+    assert (again[1] == block).all()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 9).map(str), st.sampled_from([None, "", np.nan, "train", "val", "test"]))))
+def test_shared_patients_are_those_in_two_parts_and_none_is_no_part(pairs):
+    parts: dict[str, set[str]] = {}
+    for patient, part in pairs:
+        parts.setdefault(patient, set()).update({part} if isinstance(part, str) and part else ())
+    shared = {patient for patient, its in parts.items() if len(its) > 1}
+    found = shared_patients([patient for patient, _ in pairs], [part for _, part in pairs])
+    if found is None:
+        assert not shared
+        return
+    assert found.patients == len(shared)
+    assert found.images == sum(patient in shared and isinstance(part, str) and part != "" for patient, part in pairs)
+    assert len(found.examples) == min(SHOWN, len(shared))
+    for example in found.examples:
+        (patient,) = {pairs[at][0] for at in example.values()}
+        assert set(example) == parts[patient]
+        for part, at in example.items():
+            assert at == next(n for n, pair in enumerate(pairs) if pair == (patient, part))
+
+
+def test_shared_patients_are_told_in_a_sentence():
+    found = shared_patients(["a", "b", "a", "b", "c"], ["train", "test", "val", "test", "train"])
+    words = "1 patient with 2 images is in more than one part, such as row 0 in train and row 2 in val"
+    assert found is not None
+    assert found.in_words(lambda at: f"row {at}") == words
+    patients = [str(n) for n in range(SHOWN + 1)] * 2
+    many = shared_patients(patients, ["train"] * (SHOWN + 1) + ["test"] * (SHOWN + 1))
+    assert many is not None
+    assert many.in_words(str).endswith("2 in train and 6 in test and others")
+    assert many.in_words(str).startswith(
+        "4 patients with 8 images are in more than one part, such as 0 in train and 4 in"
+    )
+
+
+def test_an_official_split_without_a_part_is_refused_with_its_name():
+    def masks(*split):
+        return official_masks(np.array(split, object))
+
+    check_official(masks("train", "validate", "test", None))
+    with pytest.raises(RunError, match="the set has no split of its own; use --split folds"):
+        check_official(masks(None, None))
+    with pytest.raises(
+        RunError, match="the set's own split has no test rows, and a training needs all of train, val, test"
+    ):
+        check_official(masks("train", "validate", None))
+    with pytest.raises(RunError, match="has no val and no test rows"):
+        check_official(masks("train", "train"))

@@ -31,7 +31,10 @@ POLICIES = st.sampled_from(["u_zeros", "u_ones", "u_ignore"])
 CHOSEN = {
     "policy": POLICIES,
     "label_policies": st.lists(st.tuples(st.sampled_from(LABELS), POLICIES), max_size=3).map(tuple),
-    "split": st.sampled_from(["folds", "official"]),
+    "blank": st.lists(
+        st.tuples(st.sampled_from(["", *LABELS]), st.sampled_from(["negative", "ignore"])), max_size=3
+    ).map(tuple),
+    "split": st.sampled_from(["folds", "official", "auto"]),
     "precision": st.sampled_from(["auto", "bf16", "fp32"]),
     "micro_batch": st.integers(1, 10**6) | st.just("auto"),
     "sizes": st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 100)), max_size=3).map(tuple),
@@ -84,6 +87,7 @@ def test_a_field_without_an_option_has_no_argument():
         ("train --scale 32 --sizes 64", "'64' is not SIDExEPOCHS,…, such as 64x2,96x2"),
         ("train --scale 32 --sizes 64xmany", "'64xmany' is not SIDExEPOCHS"),
         ("train --scale 32 --label-policy Edema", "'Edema' is not LABEL=POLICY, such as Edema=u_ones"),
+        ("train --scale 32 --unlabelled ignore", "'ignore' is not one of 'drop', 'negative'"),
         ("train --scale 32 --micro-batch 0", "0 is not in the range x>=1"),
         ("train --scale 32 --shards s3://bucket/set", "s3://bucket/set is a URL"),
         ("shard --scale 32,big", "'32,big' is not a whole number of px, such as 256 or 256,1024"),

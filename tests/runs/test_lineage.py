@@ -33,6 +33,18 @@ def test_folds_that_each_started_from_their_own_fold_share_a_start() -> None:
     assert shared_origin(["none", "ImageNet", "none"]) == "none; ImageNet"
 
 
+@pytest.mark.parametrize("path", ["runs/densenet121-32/fold-1", "runs/densenet121-32/fold-1/best.safetensors"])
+def test_weights_of_another_fold_are_named_with_that_fold(path: str) -> None:
+    """Its training rows hold test patients of this one: the file can be given by its path, and the table says so."""
+    start = origin_of(config(path, fold=0))
+    assert start == "from fold 1 of densenet121-32"
+    footnote = origin_footnote({"densenet121-64": shared_origin([start])})
+    assert (
+        footnote == "† weights started from the run of a smaller scale: densenet121-64 from fold 1 of densenet121-32."
+    )
+    assert origin_of(config(path, fold=1)) == "from densenet121-32/fold-1"
+
+
 def test_the_footnote_names_those_it_marks_and_stays_away_without_any() -> None:
     starts = {"densenet121-64": "ImageNet", "densenet121-128": "from densenet121-64"}
     assert [marked_name(name, start) for name, start in starts.items()] == ["densenet121-64", "densenet121-128†"]

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from damage import contents
+from pictures import noise
+from PIL import Image
 
 from cxrfast.labels import MIMIC
 from cxrfast.shards.build import build as build_set
@@ -77,3 +79,29 @@ def other_labels(table: pd.DataFrame) -> pd.DataFrame:
     """The same studies, with other values for every label."""
     rng = np.random.default_rng(7)
     return table.assign(**{name: rng.choice([1.0, 0.0, -1.0, np.nan], len(table)) for name in MIMIC})
+
+
+def write_table(tree: Path, patients: list[str], **columns: list) -> Path:
+    """A tree of small noise images, i00.jpg and so on, with a table t.csv: path, patient_id and `columns`."""
+    tree.mkdir(parents=True, exist_ok=True)
+    names = [f"i{n:02d}.jpg" for n in range(len(patients))]
+    for n, name in enumerate(names):
+        Image.fromarray(noise(32, 32, n)).save(tree / name)
+    pd.DataFrame({"path": names, "patient_id": patients, **columns}).to_csv(tree / "t.csv", index=False)
+    return tree
+
+
+def table_arguments(tree: Path, out: Path, *labels: str) -> list[str]:
+    """Arguments of `cxrfast shard` for a tree that `write_table` wrote."""
+    named = [f"--label={label}" for label in labels]
+    return [
+        "--data",
+        str(tree),
+        "--out",
+        str(out),
+        "--source=table",
+        "--table=t.csv",
+        "--scale=32",
+        "--workers=1",
+        *named,
+    ]
