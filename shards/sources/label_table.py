@@ -12,6 +12,7 @@ import pandas as pd
 from cxrfast.errors import ShardError, did_you_mean
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE
+from cxrfast.shards.sources.ids import normal_ids
 from cxrfast.shards.sources.table_files import columns_of, read_table
 from cxrfast.shards.sources.text_columns import filled, notes_on_words, raw_labels
 from cxrfast.shards.storage import Tree
@@ -84,6 +85,10 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
         raise ShardError(f"{error}; name each label column with --label") from None
     source = f"{without_credentials(name).partition('?')[0]} sha256:{hashlib.sha256(tree.read(name)).hexdigest()}"
     ids = filled(lines[key], location)
+    if by != "path":
+        normal_ids(
+            ids, location
+        )  # raises for what is not an id; the set may hold ids of earlier versions as they are written
     notes = notes_on_words(lines[list(labels.values())])
     return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left, notes=notes)
 

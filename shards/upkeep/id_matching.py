@@ -4,6 +4,8 @@ Image and study ids are matched as text, files by the end of their paths. Nothin
 ambiguous ids stay unmatched or are refused.
 """
 
+import unicodedata
+
 import pandas as pd
 
 from cxrfast.errors import ShardError
@@ -14,12 +16,12 @@ ID_COLUMNS = ("image_id", "study_id", "path")
 """Columns of the set that a table can be matched with."""
 
 
-def best_column(ids: pd.Series, rows: pd.DataFrame, what: str) -> str:
-    """The column of `ID_COLUMNS` with most of the table's `ids`; `what` names the table in messages."""
+def best_column(ids: pd.Series, rows: pd.DataFrame) -> str:
+    """The column of `ID_COLUMNS` with most of the table's `ids`."""
 
     def found(column: str) -> int:
         known = rows[column]
-        return int(as_in_set(ids, known, shared_tail(ids, known), what).isin(known).sum())
+        return int(as_in_set(ids, known, shared_tail(ids, known)).isin(known).sum())
 
     return max(ID_COLUMNS, key=found)
 
@@ -30,7 +32,7 @@ def match_ids(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Seri
     `tail`: from `shared_tail`; `what`: names table and column in messages. Raises ShardError for ids that are listed twice
     or have lost their leading zeros.
     """
-    ids = as_in_set(ids, known, tail, what)
+    ids = as_in_set(ids, known, tail)
     if repeated := ids[ids.duplicated()].drop_duplicates().tolist():
         more = f" and {len(repeated) - 3:,} more" if len(repeated) > 3 else ""
         raise ShardError(f"{what} lists {', '.join(repeated[:3])}{more} more than once: keep one line for each")
@@ -51,18 +53,15 @@ def _check_zeros(in_table: pd.Series, in_set: pd.Series, what: str) -> None:
         )
 
 
-def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Series:
+def as_in_set(ids: pd.Series, known: pd.Series, tail: int) -> pd.Series:
     """The ids as the set may write them: 50000014.0 or s50000014 as study 50000014 and 0001.png as image 0001, unless it has
     these ids."""
     if known.name == "path":
         whole = dict(zip(tails(known, tail), known, strict=True)) if tail else {}
         return pd.Series([whole.get(t, i) for t, i in zip(tails(ids, tail), ids, strict=True)], ids.index, dtype=object)
-    exact, text = ids.astype(object), ids.str.strip()
-    bare = ids.map(normal_id)
+    exact, bare = ids.astype(object), ids.map(normal_id)
     if known.name == "study_id":  # MIMIC's folders are called s50000014
         bare = bare.where(bare.isin(known), bare.str.replace(r"^s(?=\d+$)", "", regex=True))
-    if (text.ne(bare) & bare.str.len().gt(15) & ~exact.isin(known)).any():  # more digits than a float64 holds
-        raise ShardError(f"{what} holds floating-point numbers too long for ids: write them as text")
     found = exact.where(exact.isin(known), bare.astype(object))
     if known.name == "image_id":
         stem = bare.str.replace(SUFFIX, "", regex=True).astype(object)
@@ -74,8 +73,9 @@ def as_in_set(ids: pd.Series, known: pd.Series, tail: int, what: str) -> pd.Seri
 
 
 def tails(paths: pd.Series, parts: int) -> list[str]:
-    """The last `parts` parts of every path, or all if it has fewer."""
-    return ["/".join([p for p in path.strip().split("/") if p not in ("", ".")][-parts:]) for path in paths]
+    """The last `parts` parts of every path, or all if it has fewer; with slashes and in Unicode's form NFC."""
+    plain = (unicodedata.normalize("NFC", path.strip().replace("\\", "/")) for path in paths)
+    return ["/".join([p for p in path.split("/") if p not in ("", ".")][-parts:]) for path in plain]
 
 
 def shared_tail(ids: pd.Series, known: pd.Series) -> int:
@@ -88,7 +88,7 @@ def shared_tail(ids: pd.Series, known: pd.Series) -> int:
         return 0
     sides = [column.drop_duplicates() for column in (ids.str.strip(), known)]
     best, most = 0, 0
-    for parts in range(1 + max(int(side.str.count("/").max()) for side in sides), 0, -1):
+    for parts in range(1 + max(int(side.str.count(r"[/\\]").max()) for side in sides), 0, -1):
         in_table, in_set = (set(tails(side, parts)) for side in sides)
         if len(in_table) < len(sides[0]) or len(in_set) < len(sides[1]):
             break

@@ -129,7 +129,7 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None, all
     info = read_set(folder)
     rows = read_rows(folder / "rows.parquet", info)
     rows = rows.astype(dict.fromkeys(ID_COLUMNS, object))  # pandas looks Arrow's text up ten times more slowly
-    by = table.by or best_column(table.ids, rows, table.location)
+    by = table.by or best_column(table.ids, rows)
     known = rows[by]
     tail = shared_tail(table.ids, known)
     ids = match_ids(table.ids, known, tail, f"{table.key} of {table.location}")

@@ -143,7 +143,7 @@ REFUSED = {
     "'radiologist/Edema'": lambda t: t.rename(columns={"Edema": "radiologist/Edema"})[
         ["study_id", "radiologist/Edema"]
     ],
-    "too long for ids": lambda t: t.assign(study_id=[f"12345678901234567{i}.0" for i in range(len(t))]),
+    "cannot hold all its digits": lambda t: t.assign(study_id=[f"12345678901234567{i}.0" for i in range(len(t))]),
 }
 
 

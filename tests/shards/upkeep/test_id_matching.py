@@ -101,6 +101,34 @@ def test_paths_count_only_where_the_table_has_no_other_ids(tiny_set, folder, tmp
     assert "by location (by the last 5 parts of each path)" in done.stdout
 
 
+def test_paths_are_found_with_backslashes_and_in_another_unicode_form():
+    known = pd.Series(["a/M\u00fcller.png", "b/M\u00fcller.png", "b/2.png"], name="path")
+    ids = pd.Series(["C:\\films\\a\\Mu\u0308ller.png", "C:\\films\\b\\M\u00fcller.png", "D:\\b\\2.png"])
+    assert match_ids(ids, known, shared_tail(ids, known), "t").tolist() == known.tolist()
+
+
+@pytest.mark.parametrize("form", ["s{}", "{}\u00a0", "\ufeff{}"])
+def test_a_study_is_found_with_its_folder_s_letter_and_with_invisible_characters(form):
+    known = pd.Series(["50000014", "50000111"], name="study_id")
+    assert match_ids(known.map(form.format), known, 0, "t").tolist() == known.tolist()
+    lettered = pd.Series(["s50000014", "s50000111"], name="study_id")
+    assert match_ids(lettered, lettered, 0, "t").tolist() == lettered.tolist(), "ids that the set itself has stay"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("nan", r"study_id is blank in line 3 \('nan'\)"), ("5.0E+07", "study_id was rounded by a spreadsheet in line 3")],
+)
+def test_a_table_with_what_is_no_id_is_refused_with_its_line(text, message, folder, tmp_path):
+    studies = rows_of(folder)["study_id"].unique().tolist()
+    studies[1] = text
+    pd.DataFrame({"study_id": studies, "ill": 1}).to_csv(tmp_path / "t.csv", index=False)
+    before = contents(folder)
+    with pytest.raises(ShardError, match=message):
+        relabel(folder, tmp_path / "t.csv")
+    assert contents(folder) == before
+
+
 @given(data=st.data())
 def test_paths_that_their_ends_do_not_tell_apart_are_never_matched_to_another_file(data):
     parts = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map("/".join)
