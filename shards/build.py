@@ -24,7 +24,8 @@ from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.building.cautions import cautions
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
-from cxrfast.shards.building.layout import assign_rows, check_scales, missing_by_folder, rows_per_shard, set_id
+from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
+from cxrfast.shards.building.missing import check_missing
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
@@ -35,14 +36,10 @@ from cxrfast.shards.format.names import WORKSHOP, is_foreign, is_temporary, shar
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.shard_set import ShardSet
-from cxrfast.shards.sources.image_files import where_instead
 from cxrfast.shards.sources.read import as_stored, read_source, with_defaults
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.storage import Tree
 from cxrfast.text import without_credentials
-
-MISSING_ALLOWED = 0.001
-"""Fraction of the images that may be missing; with more, the download is taken to be incomplete."""
 
 SAMPLE = 12
 """Images that the estimate decodes."""
@@ -183,14 +180,15 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
     identity = set_id(rows, recipe, own_folds)
     if is_laid_out(out):
         info = _read_same_set(request, identity, own_folds)
-        return Blueprint(tree=tree, out=out, info=info, rows=read_rows(out / "rows.parquet", info)), listed
+        there = read_rows(out / "rows.parquet", info)
+        return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=there), listed
     if listed.shared and not request.allow_shared_patients:
         raise ShardError(
             f"the tables in {tree} hold a split in which {listed.shared}: a model would be tested on patients that it was "
             "trained on; correct the table, or continue with --allow-shared-patients"
         )
     rows["bytes"] = tree.sizes(rows["path"].tolist())
-    _check_missing(tree, rows, request.allow_missing)
+    check_missing(tree, rows, request.allow_missing)
     info = SetInfo(
         id=identity,
         source=request.source,
@@ -204,7 +202,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
         versions=versions(),
         **asdict(recipe),
     )
-    return Blueprint(tree=tree, out=out, info=info, rows=rows), listed
+    return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=rows), listed
 
 
 def _stored(options: Any) -> Any:
@@ -241,26 +239,6 @@ def _read_same_set(request: _Request, identity: str, own_folds: bool) -> SetInfo
                 "give the same value, and replace labels with `cxrfast relabel`"
             )
     return info
-
-
-def _check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
-    """Raises ShardError if too many images are missing."""
-    missing = int(rows["bytes"].lt(0).sum())
-    if missing == len(rows):
-        advice = (
-            where_instead(tree, rows["path"].tolist()) or "give --data the folder that holds the tables and the images"
-        )
-        raise ShardError(
-            f"none of the {len(rows):,} images that the tables list is in {tree} (first: {rows['path'].iloc[0]}): {advice}"
-        )
-    if missing > MISSING_ALLOWED * len(rows) and not allow_missing:
-        folders = missing_by_folder(rows).query("missing > 0")
-        lines = "\n".join(f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples())
-        raise ShardError(
-            f"{missing:,} of {len(rows):,} images are missing in {tree}:\n{lines}\n"
-            + (f"{found}\n" if (found := where_instead(tree, rows["path"][rows["bytes"] < 0].tolist())) else "")
-            + "finish the download, or leave them out with --allow-missing"
-        )
 
 
 def _estimate(blueprint: Blueprint, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import posixpath
 import re
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,10 +23,14 @@ from cxrfast.errors import ShardError
 from cxrfast.files import LARGEST, open_file, replacing
 from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.names import NAMES
+from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, UNREADABLE, read_file, size_of
 from cxrfast.text import masked
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 """Start of a location that is not a path on this machine: `s3://bucket`, `zip://folder::archive.zip`."""
+
+FAILING = 0.001
+"""Fraction of the files that may fail with errors that come and go; with more, the file server is taken to be gone."""
 
 STATS = 256
 """Files that a thread looks up in one call."""
@@ -82,9 +87,31 @@ class Tree:
     def read(self, path: str) -> bytes:
         """Return the whole file. Raises OSError, and FileNotFoundError if it does not exist, for any file system."""
         with as_oserror(path):
+            return read_file(self._at(path)) if self.is_local else self._fs.cat_file(self._at(path))
+
+    def head(self, path: str, size: int) -> bytes:
+        """Return the first bytes of a file, `size` at most; raises as `read` does."""
+        with as_oserror(path):
             if self.is_local:
-                return Path(self._at(path)).read_bytes()
-            return self._fs.cat_file(self._at(path))
+                return read_file(self._at(path), size)
+            return self._fs.cat_file(self._at(path), start=0, end=size)
+
+    def why_not(self, path: str) -> str:
+        """Why a file cannot be read; "" if it can."""
+        try:
+            self.head(path, 1)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def is_there(self) -> bool:
+        """Whether the tree can be reached and holds anything: a mount that is lost leaves an empty folder."""
+        if not self.is_local:
+            self._fs.invalidate_cache()
+        try:
+            return any(self._list(""))
+        except ShardError:
+            return False
 
     def open(self, path: str) -> IO[bytes]:
         """The file, open for reading; raises as `read` does."""
@@ -123,29 +150,42 @@ class Tree:
         return sorted(found)
 
     def sizes(self, paths: Iterable[str]) -> np.ndarray:
-        """Bytes of every file, int64; -1 for a missing one.
+        """Bytes of every file, int64; MISSING, NOT_A_FILE or UNREADABLE (all negative) where there is none to read.
 
         Local files are looked up in threads, since network file systems answer slowly; remote folders are listed, since
-        one request per file would take hours.
+        one request per file would take hours. Raises ShardError if the tree does not answer.
         """
         paths = [relative(path) for path in paths]
         with progress("looking for images", len(paths)) as advance:
             return self._stat(paths, advance) if self.is_local else self._listed_sizes(paths, advance)
 
     def _stat(self, paths: list[str], advance: Advance) -> np.ndarray:
-        def stat(path: str) -> int:
-            try:
-                return os.stat(f"{self._root}/{path}").st_size
-            except (FileNotFoundError, NotADirectoryError):
-                return -1
+        """Errors that may pass are tried again; a few that stay are bad files, many are a server that is gone."""
 
-        sizes: list[int] = []
+        def look(path: str) -> int | OSError:
+            try:
+                return size_of(f"{self._root}/{path}")
+            except OSError as error:
+                return error
+
+        found: list[int | OSError] = []
         with ThreadPoolExecutor(16) as pool:
             starts = range(0, len(paths), STATS)
-            for some in pool.map(lambda start: [stat(path) for path in paths[start : start + STATS]], starts):
-                sizes += some
+            for some in pool.map(lambda start: [look(path) for path in paths[start : start + STATS]], starts):
+                found += some
                 advance(len(some))
-        return np.array(sizes, np.int64)
+        for pause in PAUSES:
+            if again := [n for n, size in enumerate(found) if isinstance(size, OSError)]:
+                time.sleep(pause)
+                for n in again:
+                    found[n] = look(paths[n])
+        failed = [n for n, size in enumerate(found) if isinstance(size, OSError)]
+        if len(failed) > max(1, FAILING * len(paths)):
+            raise ShardError(
+                f"{len(failed):,} of {len(paths):,} images cannot be looked up in {self} (first: {paths[failed[0]]}: "
+                f"{found[failed[0]]}): check the file server and run the same command again"
+            )
+        return np.array([UNREADABLE if isinstance(size, OSError) else size for size in found], np.int64)
 
     def _listed_sizes(self, paths: list[str], advance: Advance) -> np.ndarray:
         listings = _listings({posixpath.dirname(path) for path in paths})
@@ -153,7 +193,7 @@ class Tree:
         for n, (folder, deep) in enumerate(listings):
             found |= self._sizes_in(folder, deep)
             advance(len(paths) * (n + 1) // len(listings) - len(paths) * n // len(listings))
-        sizes = [found.get(path, -1) for path in paths]
+        sizes = [found.get(path, MISSING) for path in paths]
         if None in sizes:
             raise ShardError(
                 f"{self} does not report the size of {paths[sizes.index(None)]}: copy it to a local disk first"
@@ -165,10 +205,14 @@ class Tree:
         infos: dict[str, Any] = {}
         with self._reaching(folder), suppress(FileNotFoundError, NotADirectoryError):
             if deep:
-                infos = self._fs.find(self._at(folder), detail=True)
+                infos = self._fs.find(self._at(folder), detail=True, withdirs=True)
             else:
-                infos = {i["name"]: i for i in self._fs.ls(self._at(folder), detail=True) if i["type"] == "file"}
-        return {name.removeprefix(self._root).lstrip("/"): info["size"] for name, info in infos.items()}
+                infos = {info["name"]: info for info in self._fs.ls(self._at(folder), detail=True)}
+        return {
+            name.removeprefix(self._root).strip("/"): NOT_A_FILE if info["type"] == "directory" else info["size"]
+            for name, info in infos.items()
+            if info["type"] in ("file", "directory")
+        }
 
     def _list(self, path: str) -> tuple[list[str], list[str]]:
         """Names of the files and of the folders in a folder, each sorted; a link counts as its target."""

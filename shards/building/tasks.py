@@ -14,6 +14,7 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.shards.building.earlier import Earlier, SourceChanged, earlier
+from cxrfast.shards.building.reading import ImageReader
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import listed_sums
 from cxrfast.shards.format.codec import encode_member
@@ -24,7 +25,7 @@ from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.format.source_hashes import pack as pack_hashes
 from cxrfast.shards.format.source_hashes import source_hash
 from cxrfast.shards.format.tar import TarWriter
-from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import grid, pack
 from cxrfast.shards.images.decode import decode_with_remarks
 from cxrfast.shards.images.remark import Remark
@@ -43,6 +44,8 @@ class Blueprint:
     info: SetInfo
     rows: pd.DataFrame
     """The table that `layout.assign_rows` makes, `bytes` included."""
+    allow_missing: bool = False
+    """Leave out images that have vanished since the set was planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ class Task(Todo):
     out: Path
     info: SetInfo
     images: list[Image]
+    allow_missing: bool = False
 
 
 def find_todo(blueprint: Blueprint, scales: list[int], shards: range, retry: bool = False) -> list[Todo]:
@@ -143,7 +147,14 @@ def make_task(blueprint: Blueprint, todo: Todo, rows: list[int] | range | None =
     """The task for a shard, or for some `rows` of it."""
     assert blueprint.tree is not None
     images = _images(blueprint.rows.iloc[list(todo.rows if rows is None else rows)])
-    return Task(**vars(todo), tree=blueprint.tree, out=blueprint.out, info=blueprint.info, images=images)
+    return Task(
+        **vars(todo),
+        tree=blueprint.tree,
+        out=blueprint.out,
+        info=blueprint.info,
+        images=images,
+        allow_missing=blueprint.allow_missing,
+    )
 
 
 def _images(rows: pd.DataFrame) -> list[Image]:
@@ -174,6 +185,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
     info = task.info
     writers: dict[int, TarWriter] = {}
     quarantined = dict(task.quarantined)
+    reader = ImageReader(tree=task.tree, images=len(task.images), allow_missing=task.allow_missing)
     shard = _Shard(grids={scale: [] for scale in task.scales})
     try:
         for scale in task.scales:
@@ -183,7 +195,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
                 continue
             began(image.row)
             try:
-                data = _read(task, image)
+                data = _read(reader, task, image)
                 source, remarks = decoded(task, image, data)
             except BadImage as error:
                 if task.held is not None and image.row in task.held:
@@ -260,22 +272,14 @@ def pictures_of(task: Task, image: Image, digest: bytes, source: np.ndarray) -> 
     return pictures
 
 
-def _read(task: Task, image: Image) -> bytes:
-    """Read the file. Raises BadImage if it was missing when the set was laid out, ShardError if it has changed since."""
-    if image.bytes < 0:
-        raise BadImage(Reason.MISSING)
+def _read(reader: ImageReader, task: Task, image: Image) -> bytes:
+    """Read the file. Raises BadImage, or ShardError naming the shard if it must stop."""
     try:
-        data = task.tree.read(image.path)
-    except FileNotFoundError:
-        raise ShardError(f"shard {task.shard}: {image.path} has vanished since the set was planned") from None
-    except OSError as error:
-        raise ShardError(f"shard {task.shard}: {image.path} cannot be read ({error.strerror or error})") from error
-    if len(data) != image.bytes:
-        raise ShardError(
-            f"shard {task.shard}: {image.path} has {len(data):,} bytes, but had {image.bytes:,} "
-            "when the set was planned"
-        )
-    return data
+        return reader.read(image.path, image.bytes)
+    except BadImage:
+        raise
+    except ShardError as error:
+        raise ShardError(f"shard {task.shard}: {error}") from error
 
 
 def decoded(task: Task, image: Image, data: bytes) -> tuple[np.ndarray, list[Remark]]:

@@ -14,6 +14,9 @@ class Reason(StrEnum):
     """Why an image is quarantined."""
 
     MISSING = "missing"
+    VANISHED = "vanished since the set was planned"
+    NOT_A_FILE = "not a file"
+    UNREADABLE = "unreadable"
     EMPTY = "empty"
     NOT_AN_IMAGE = "not an image"
     UNSUPPORTED = "unsupported format"

@@ -22,10 +22,12 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import SET_FILES, WORKSHOP, is_temporary, shard_files, shard_name
 from cxrfast.shards.format.rows import is_relabelled, read_rows, write_rows
+from cxrfast.shards.images.bad_image import Reason
 from cxrfast.shards.repair.cell_means import add_grids
 from cxrfast.shards.repair.from_source import Shard, build_again
 from cxrfast.shards.repair.from_tar import Derived, derive
 from cxrfast.shards.repair.state import ASK, RepairState, rows_of_source
+from cxrfast.shards.source_file import MISSING, NOT_A_FILE
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem
 from cxrfast.shards.upkeep.verify import verify
@@ -135,7 +137,8 @@ def _rebuild_rows(state: RepairState, info: SetInfo) -> str:
     rows["bytes"] = state.tree.sizes(rows["path"].tolist())
     manifests = filter(None, (state.manifest(info, *shard) for shard in state.shards(info)))
     reasons = {int(row): why for m in manifests for row, why in m.quarantined.items()}
-    rows.loc[rows["row"].map(reasons).eq("missing"), "bytes"] = -1  # it may have been downloaded since
+    for reason, size in ((Reason.MISSING, MISSING), (Reason.NOT_A_FILE, NOT_A_FILE)):  # it may be there by now
+        rows.loc[rows["row"].map(reasons).eq(reason), "bytes"] = size
     if state.accept:
         info = replace(info, labels=labels, labels_from="")
     new = temporary_name(path)

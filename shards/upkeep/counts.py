@@ -21,6 +21,7 @@ from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifests
 from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
 from cxrfast.shards.shard_set import ShardSet
+from cxrfast.shards.source_file import MISSING
 from cxrfast.splits import FOLDS, PARTS, part_masks
 
 COUNTED = ("images", "studies", "patients")
@@ -224,7 +225,7 @@ def exclusions(rows: pd.DataFrame, raw: np.ndarray, built: Built, count: CountMa
 
     The last step is the default of `cxrfast train`: rows that the set holds and that have a label.
     """
-    found = rows["bytes"].ge(0).to_numpy()
+    found = rows["bytes"].ne(MISSING).to_numpy()
     labelled = targets(raw)[1].any(axis=1)
     masks = {"listed by the tables": np.ones(len(rows), bool), "found in the tree": found}
     if not built.tried.all():

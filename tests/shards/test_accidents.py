@@ -13,10 +13,8 @@ from sets import build
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.layout import assign_rows
-from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.images.decode import encode
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.upkeep.verify import verify
@@ -66,15 +64,6 @@ def test_a_full_disk_is_an_error_and_after_making_room_the_build_is_finished(tre
         build(tree, disk / "set", [128])
         build(tree, tmp_path / "undisturbed", [128])
         assert contents(disk / "set") == contents(tmp_path / "undisturbed")
-
-
-def test_an_image_that_cannot_be_opened_stops_its_shard_and_no_other(tree, tmp_path, tiny_set):
-    path = tree / read_rows(tiny_set / "rows.parquet")["path"][70]
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(ShardError, match="shard 1"):
-        build(tree, tmp_path / "set", [32])
-    assert [n for n in range(3) if read_manifest(tmp_path / "set", 32, n)] == [0, 2]
 
 
 def test_a_packed_table_with_flipped_bytes_is_named(tree):

@@ -1,0 +1,74 @@
+"""Read the source images of a shard: which failures leave an image out, and which stop the shard.
+
+Left out: what was missing, not a file or unreadable when the set was planned, and a single file that cannot be read now
+while the rest of the tree can. Stopped: a file that was there and has vanished or changed, unless the user allows images to
+be missing; and more failures than a few bad files explain, since a file server that is gone must not cost rows.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from cxrfast.errors import ShardError
+from cxrfast.shards.images.bad_image import BadImage, Reason
+from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, TRANSIENT, UNREADABLE, size_after
+from cxrfast.shards.storage import Tree
+
+FAILING = 0.01
+"""Fraction of a shard's images that may fail to be read; at least one image may."""
+
+PLANNED = {MISSING: Reason.MISSING, NOT_A_FILE: Reason.NOT_A_FILE, UNREADABLE: Reason.UNREADABLE}
+"""Why an image without a size is left out."""
+
+
+@dataclass(kw_only=True)
+class ImageReader:
+    """Reads the images of one shard, of `images` rows."""
+
+    tree: Tree
+    images: int
+    allow_missing: bool
+    failed: list[str] = field(default_factory=list)
+    """What could not be read, and why."""
+
+    def read(self, path: str, size: int) -> bytes:
+        """The file, which had `size` bytes when the set was planned. Raises BadImage, or ShardError if the shard must stop."""
+        if size < 0:
+            raise BadImage(PLANNED[size])
+        try:
+            data = self._read(path)
+        except OSError as error:
+            raise self._failure(path, error) from error
+        if len(data) != size:
+            raise ShardError(f"{path} has {len(data):,} bytes, but had {size:,} when the set was planned")
+        return data
+
+    def _read(self, path: str) -> bytes:
+        for pause in PAUSES:
+            try:
+                return self.tree.read(path)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+            time.sleep(pause)
+        return self.tree.read(path)
+
+    def _failure(self, path: str, error: OSError) -> BadImage | ShardError:
+        """What to raise for a file that cannot be read."""
+        state = size_after(error)
+        why = (
+            "has vanished since the set was planned"
+            if state == MISSING
+            else f"cannot be read ({error.strerror or error})"
+        )
+        if state != UNREADABLE and not self.allow_missing:
+            return ShardError(f"{path} {why}: put it back, or leave it out with --allow-missing")
+        self.failed.append(f"{path} {why}")
+        is_lasting = self.allow_missing and state == UNREADABLE and error.errno not in TRANSIENT
+        if len(self.failed) > max(1, FAILING * self.images) and not is_lasting:
+            return ShardError(
+                f"{len(self.failed)} images cannot be read, the last because {path} {why}: is the source tree complete, and "
+                "does its file server answer?"
+            )
+        if not self.tree.is_there():
+            return ShardError(f"{path} {why}, and {self.tree} is empty or cannot be reached")
+        return BadImage({MISSING: Reason.VANISHED, NOT_A_FILE: Reason.NOT_A_FILE}.get(state, Reason.UNREADABLE))
