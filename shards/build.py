@@ -4,6 +4,7 @@ A task is one shard at all scales that lack it. Its files appear whole or not at
 finishes a build that was killed at any instant, with the same bytes. Nothing is written into the source.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
 from cxrfast.shards.building.missing import check_missing
+from cxrfast.shards.building.remark_lines import sample_lines
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
@@ -40,6 +42,8 @@ from cxrfast.shards.sources.read import as_stored, read_source, with_defaults
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.storage import Tree
 from cxrfast.text import without_credentials
+
+log = logging.getLogger(__name__)
 
 SAMPLE = 12
 """Images that the estimate decodes."""
@@ -119,6 +123,8 @@ def build(
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
         blueprint, todo, report = _survey(request, pool)
+        for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
+            log.warning(line)  # now, not after hours
         if not retry_quarantined:  # a retry replaces files
             check_room(report.estimate, request.out)
         _prepare(request, blueprint, todo)
@@ -351,10 +357,13 @@ def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []
     for m in built.manifests():
-        manifests.append(replace(m, rows=[], crc32=[], sizes=[], sources="", grids=""))  # a gigabyte in large sets
+        manifests.append(
+            replace(m, rows=[], crc32=[], sizes=[], remarks={}, sources="", grids="")
+        )  # a gigabyte in large sets
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})
+        report.remarks.update({int(row): remarks for row, remarks in m.remarks.items()})
     report.missing_shards = sum(built.info.shards - len(built.shards(scale)) for scale in report.scales)
     report.is_done = True
     if whole or report.complete:

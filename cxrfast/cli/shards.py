@@ -92,7 +92,9 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -
 
 @click.command()
 @option.SET
-@click.option("--out", type=option.FOLDER, default=Path("set-description"), help="Folder for describe.md, sizes.png.")
+@click.option(
+    "--out", type=option.FOLDER, default=Path("set-description"), help="Folder for describe.md, sizes.png, remarks.csv."
+)
 def describe(shards: Path, out: Path) -> None:
     """Describe SET: patients, splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as describe_set

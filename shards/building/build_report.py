@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxrfast.shards.building.estimate import Estimate
+from cxrfast.shards.building.remark_lines import remark_lines, sample_lines
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.units import duration, size
 
@@ -25,6 +26,8 @@ class Report:
     bytes: dict[int, int] = field(default_factory=dict)
     quarantined: dict[int, str] = field(default_factory=dict)
     """Rows left out, and why."""
+    remarks: dict[int, list[str]] = field(default_factory=dict)
+    """What is noteworthy about rows that are held, by row."""
     seconds: float = 0.0
     is_done: bool = False
     """False after a dry run."""
@@ -52,6 +55,7 @@ class Report:
         ] or ["nothing left to do"]
         return [
             *lines,
+            *(f"warning: {line}" for line in sample_lines(needed.remarks, needed.sampled)),
             f"free in {out}: {size(needed.free)}",
             f"estimated time: {duration(needed.seconds)}, from a sample of the images",
         ]
@@ -64,5 +68,6 @@ class Report:
             f"quarantined: {len(self.quarantined):,}"
             + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
             + (f" (see {out / 'quarantine.csv'})" if reasons else ""),
+            *(f"warning: {line}" for line in remark_lines(self.remarks)),
             f"set {self.info.id} in {out}: {'complete' if self.complete else left}, {duration(self.seconds)}",
         ]

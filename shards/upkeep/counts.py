@@ -63,6 +63,8 @@ class SetCounts:
     """view (`unknown` if an image has none), images, studies, patients; most frequent first."""
     cautions: list[str]
     """What to know about the rows before training on them."""
+    remarks: pd.DataFrame
+    """row, remark: what is noteworthy about images that are held; a row may have several remarks."""
     state: str
     """`complete`, or what is missing so that the counts are not final."""
 
@@ -92,6 +94,10 @@ def count_set(folder: Path) -> SetCounts:
         scales=_scales(info, built.manifests),
         views=_by_value(rows["view"].fillna("unknown"), "view", count),
         cautions=cautions(info, rows),
+        remarks=pd.DataFrame(
+            [(row, remark) for row, on_row in sorted(built.remarks.items()) for remark in on_row],
+            columns=["row", "remark"],
+        ),
         state=_state(info, built),
     )
 
@@ -108,6 +114,8 @@ class Built:
     """bool (N,): rows whose shard is built at any scale."""
     quarantined: dict[int, str]
     """{row: why it could not be used}."""
+    remarks: dict[int, list[str]]
+    """{row held: what is noteworthy about its image}."""
     sizes: np.ndarray
     """int32 (N, 2): height and width of the decoded image, px; 0 if unknown."""
 
@@ -123,6 +131,7 @@ def read_built(folder: Path, info: SetInfo, rows: pd.DataFrame) -> Built:
     """Read the manifests, or quarantine.csv if there are none, as in a copy without its scales."""
     tried, sizes = np.zeros(info.images, bool), np.zeros((info.images, 2), np.int32)
     quarantined: dict[int, str] = {}
+    remarks: dict[int, list[str]] = {}
     manifests = list(read_manifests(folder))
     for m in manifests:
         left_out = {int(row): reason for row, reason in m.quarantined.items()}
@@ -134,11 +143,12 @@ def read_built(folder: Path, info: SetInfo, rows: pd.DataFrame) -> Built:
             )
         tried[mine] = True
         quarantined |= left_out
+        remarks |= {int(row): on_row for row, on_row in m.remarks.items()}
         sizes[m.rows] = size.reshape(-1, 2)
     if not manifests and (folder / "quarantine.csv").exists():
         quarantined = read_quarantine(folder / "quarantine.csv", info.images)
         tried[:] = True
-    return Built(manifests=manifests, tried=tried, quarantined=quarantined, sizes=sizes)
+    return Built(manifests=manifests, tried=tried, quarantined=quarantined, remarks=remarks, sizes=sizes)
 
 
 def read_quarantine(path: Path, images: int) -> dict[int, str]:

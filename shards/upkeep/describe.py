@@ -1,4 +1,4 @@
-"""Describe what is in a shard set: tables for a terminal, describe.md, and a figure for a paper, sizes.png.
+"""Describe what is in a shard set: tables for a terminal, describe.md, a figure for a paper, sizes.png, and remarks.csv.
 
 The set need not be finished; its tars, torch and DALI are not needed. Nothing is written into the set.
 """
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes, write_figure
+from cxrfast.shards.building.remark_lines import by_remark, rows_in_words
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
 from cxrfast.tables import Table
@@ -30,7 +31,7 @@ class Description:
     """What to know about the rows before training on them."""
     tables: list[Table]
     written: list[Path]
-    """describe.md and, if a size is known, sizes.png."""
+    """describe.md; if a size is known, sizes.png; if there are remarks on images, remarks.csv."""
 
 
 def describe(folder: Path, out: Path) -> Description:
@@ -48,6 +49,7 @@ def describe(folder: Path, out: Path) -> Description:
 def description_tables(counts: SetCounts) -> list[Table]:
     """Tables for a terminal of 100 columns or more."""
     parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales(counts), _views(counts)]
+    parts += [_remarks(counts)] if len(counts.remarks) else []
     return parts + ([_references(counts)] if len(counts.references) else [])
 
 
@@ -146,6 +148,16 @@ def _views(counts: SetCounts) -> Table:
     return Table(title="Views", head=["View", "Images", "Studies", "Patients"], rows=lines)
 
 
+def _remarks(counts: SetCounts) -> Table:
+    rows, remarks = (counts.remarks[name].tolist() for name in ("row", "remark"))
+    found: dict[int, list[str]] = {row: [] for row in rows}
+    for row, remark in zip(rows, remarks, strict=True):
+        found[row].append(remark)
+    lines = [[remark, f"{len(rows):,}", rows_in_words(rows)] for remark, rows in by_remark(found).items()]
+    note = "These images are used all the same. remarks.csv lists them all."
+    return Table(title="Remarks on images", head=["Remark", "Images", "Rows"], rows=lines, note=note, text=["Rows"])
+
+
 def _references(counts: SetCounts) -> Table:
     names = ("studies", *STATES)
     lines = [[line["label"], *_numbers(line, names)] for _, line in counts.references.iterrows()]
@@ -224,7 +236,10 @@ def figure(counts: SetCounts) -> Figure:
 
 
 def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
-    """Write describe.md and, if a size is known, sizes.png to `out`. Raises ShardError if that is inside the set."""
+    """Write describe.md and, where there is something to show, sizes.png and remarks.csv to `out`.
+
+    Raises ShardError if that is inside the set.
+    """
     if out.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
             f"--out {out} is inside the set {folder}, which must hold only its own files: choose another folder"
@@ -234,5 +249,10 @@ def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
     write_bytes(written[0], description_markdown(counts).encode())
     if len(counts.sizes):
         written.append(out / "sizes.png")
-        write_figure(written[1], figure(counts), dpi=150)
+        write_figure(written[-1], figure(counts), dpi=150)
+    if len(counts.remarks):
+        written.append(out / "remarks.csv")
+        write_bytes(written[-1], counts.remarks.to_csv(index=False, lineterminator="\n").encode())
+    else:
+        (out / "remarks.csv").unlink(missing_ok=True)  # of an earlier description
     return written

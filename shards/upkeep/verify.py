@@ -26,6 +26,7 @@ from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
+from cxrfast.shards.upkeep.verify_scales import scale_problems
 from cxrfast.shards.upkeep.verify_source import verify_source
 from cxrfast.splits import deal
 
@@ -63,7 +64,8 @@ class Verdict:
 
 
 def verify(folder: Path, deep: bool = False) -> Verdict:
-    """Compare every file of the set with SHA256SUMS, and the files with each other; `deep` decodes every image.
+    """Compare every file of the set with SHA256SUMS, and the files with each other; `deep` decodes every image and compares the
+    scales with each other.
 
     Raises ShardError only if nothing can be compared: no set, another schema version, or a set never finished.
     """
@@ -144,6 +146,8 @@ def _look_inside(found: Verdict, folder: Path, info: SetInfo, sums: dict[str, st
             found.problems += _shard_problems(folder, info, scale, manifests, sums)
             if deep:
                 found.problems += _image_problems(folder, info, scale, manifests)
+        if deep:
+            found.problems += scale_problems(folder, info)
     except ShardError as error:  # a file that was already invalid when it was signed
         found.problems.append(Problem(".", str(error)))
 
