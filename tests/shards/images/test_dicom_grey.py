@@ -1,5 +1,6 @@
 """More than 8 bits to 8: `--grey mimic` and `--grey window` of DICOM files."""
 
+import io
 import warnings
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from dicoms import as_published, lut, radiograph, shapes, shown_by_pydicom, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydicom.pixels.processing import apply_voi_lut
+from pydicom import dcmread
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cxrfast.errors import ShardError
@@ -101,6 +103,29 @@ def test_a_voi_lut_comes_before_a_window_and_shows_what_pydicom_shows():
     dataset = radiograph(shapes(), 12, VOILUTSequence=lut(entries, 50, 16), WindowCenter="9", WindowWidth="9")
     expected = apply_voi_lut(dataset.pixel_array, dataset) / 65535 * 255
     assert abs(decode(written(dataset), "window") - expected).max() <= 0.5 + 1e-9
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([ImplicitVRLittleEndian, ExplicitVRLittleEndian]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(-2048, 4000),
+    st.integers(2, 5000),
+)
+def test_luts_show_what_pydicom_shows(syntax, signed, with_modality_lut, first, count):
+    pixels = (shapes().astype(np.int16) - 2048) if signed else shapes()
+    if with_modality_lut or not signed:
+        first = abs(first)
+    entries = (np.linspace(0, 1, count) ** 2 * 65_535).astype(int).tolist()
+    dataset = radiograph(pixels, 12, VOILUTSequence=lut(entries, first, 16))
+    if with_modality_lut:
+        dataset.ModalityLUTSequence = lut((np.arange(4096)[::-1] // 2).tolist(), -2048 if signed else 0, 16)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    data = written(dataset)
+    read = dcmread(io.BytesIO(data))
+    theirs = apply_voi_lut(apply_modality_lut(read.pixel_array, read), read)
+    assert abs(decode(data, "window") - theirs / 257).max() <= 0.5 + 1e-9
 
 
 def test_a_lut_with_entries_of_eight_bits_is_used_to_its_end():
