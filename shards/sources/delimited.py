@@ -15,17 +15,17 @@ A quote that is opened by mistake swallows records up to the next quote. It neve
   of them then stands in one of these places.
 """
 
-import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from operator import itemgetter
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from cxrfast.shards.sources.swallowed import find_swallowed
 from cxrfast.shards.sources.text_columns import lines as at_lines
+from cxrfast.shards.sources.text_records import Quoted, QuoteError, Record, record_at
 
 DELIMITERS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
 """Delimiters that are recognised, as a message calls them."""
@@ -35,9 +35,6 @@ SAMPLE = 20
 
 BLOCK = 10_000
 """Lines that are split at once, if none holds a quote."""
-
-SHAPES = 2000
-"""Records whose fields show what the columns look like."""
 
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 """Zero-width characters."""
@@ -57,37 +54,6 @@ class Layout:
     """Column names, as written."""
     below: int
     """Index, from 0, of the first line below the header."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quoted:
-    """A quoted field over several lines."""
-
-    first: int
-    """Index, from 0, of the line where it opens."""
-    last: int
-    """Index of the line where it closes."""
-    end: int | None
-    """Length of the text before the closing quote in its last line; None for all of the line."""
-
-
-class QuoteError(Exception):
-    """A quote opens in line `first` and text follows it where it closes in line `last`, or it does not close (None)."""
-
-    def __init__(self, first: int, last: int | None) -> None:
-        super().__init__()
-        self.first, self.last = first, last
-
-
-@dataclass
-class _Record:
-    fields: list[str]
-    end: int
-    """Index of the line after it."""
-    spans: list[Quoted]
-    strays: list[tuple[int, int]]
-    """(column, line) of unquoted fields that hold quotes."""
-    quoted: bool
 
 
 @dataclass
@@ -124,7 +90,7 @@ def find_layout(text: str, expected: str) -> Layout:
     else:
         delimiter = max((expected, *DELIMITERS), key=lambda d: (*_fit(lines, top, d), d == expected))
     try:
-        header = _record(lines, top, delimiter)
+        header = record_at(lines, top, delimiter)
     except QuoteError as error:
         raise ValueError(_quote_message(error)) from None
     if header.strays:
@@ -134,73 +100,24 @@ def find_layout(text: str, expected: str) -> Layout:
 
 def _fit(lines: Sequence[str], top: int, delimiter: str) -> tuple[int, int]:
     """How well a delimiter fits: how many of the first records have the header's number of fields, if more than one."""
-    count = fitting = 0
     try:
-        header = _record(lines, top, delimiter)
-        count, at = len(header.fields), header.end
-        if count == 1:
-            return 0, 0
-        for _ in range(SAMPLE):
-            if at >= len(lines):
-                break
-            record = _record(lines, at, delimiter)
-            fitting, at = fitting + (len(record.fields) == count), record.end
+        header = record_at(lines, top, delimiter)
     except QuoteError:
-        pass
-    return fitting, count
-
-
-def _record(lines: Sequence[str], at: int, delimiter: str) -> _Record:
-    """The record that starts in line `at`. Raises QuoteError."""
-    if (fields := _simple_fields(lines[at], delimiter)) is not None:
-        return _Record(fields, at + 1, [], [], '"' in lines[at])
-    record = _Record([], at + 1, [], [], False)
-    line, pos, now = lines[at], 0, at
-    while True:
-        if not line.startswith('"', pos):
-            end = line.find(delimiter, pos)
-            text = line[pos:] if end < 0 else line[pos:end]
-            if '"' in text:
-                record.strays.append((len(record.fields), now))
-            record.fields.append(text)
-            if end < 0:
-                break
-            pos = end + 1
-            continue
-        record.quoted, first, parts, pos = True, now, [], pos + 1
-        while (end := line.find('"', pos)) < 0 or line.startswith('"', end + 1):
-            if end >= 0:
-                parts.append(line[pos : end + 1])
-                pos = end + 2
-                continue
-            parts += (line[pos:], "\n")
-            now += 1
-            if now == len(lines):
-                raise QuoteError(first, None)
-            line, pos = lines[now], 0
-        parts.append(line[pos:end])
-        pos = end + 1
-        if pos < len(line) and not line.startswith(delimiter, pos):
-            raise QuoteError(first, now)
-        if now > first:
-            record.spans.append(Quoted(first=first, last=now, end=end))
-        record.fields.append("".join(parts))
-        if pos == len(line):
+        return 0, 0
+    count, at, fitting = len(header.fields), header.end, 0
+    if count == 1 or header.strays:
+        return 0, count
+    for _ in range(SAMPLE):
+        if at >= len(lines):
             break
-        pos += 1
-    record.end = now + 1
-    return record
-
-
-def _simple_fields(line: str, delimiter: str) -> list[str] | None:
-    """Fields of a record of one line, if its only quotes are those around fields; else None."""
-    if '"' not in line:
-        return line.split(delimiter)
-    try:
-        fields = next(csv.reader((line,), delimiter=delimiter, strict=True))
-    except csv.Error:
-        return None
-    return None if any('"' in text for text in fields) else fields
+        try:
+            record = record_at(lines, at, delimiter)
+        except QuoteError:
+            at += 1
+        else:
+            fitting += len(record.fields) == count
+            at = record.end
+    return fitting, count
 
 
 def read_columns(layout: Layout, wanted: Sequence[int]) -> tuple[list[int], list[pa.ChunkedArray]]:
@@ -230,7 +147,7 @@ def read_columns(layout: Layout, wanted: Sequence[int]) -> tuple[list[int], list
 def _read_plain(layout: Layout, block: Sequence[str], wanted: Sequence[int]) -> list[pa.Array] | None:
     """Columns of lines, if each line is a record without quotes; else None. Much faster than record by record."""
     text = "\n".join(block)
-    if '"' in text or len(layout.header) == 1 or layout.delimiter.join(layout.header) in block:
+    if '"' in text or "" in block or len(layout.header) == 1 or layout.delimiter.join(layout.header) in block:
         return None
     data = text.encode()
     try:
@@ -264,7 +181,7 @@ def _read_records(
             at += 1
             continue
         try:
-            record = _record(layout.lines, at, layout.delimiter)
+            record = record_at(layout.lines, at, layout.delimiter)
         except QuoteError as error:
             found.broken = error
             break
@@ -282,7 +199,7 @@ def _read_records(
     return [pa.array(column, pa.string()) for column in columns], at
 
 
-def _note(found: _Findings, record: _Record, columns: int, wanted: Sequence[int]) -> None:
+def _note(found: _Findings, record: Record, columns: int, wanted: Sequence[int]) -> None:
     """Add what is remarkable about the quotes of a record."""
     found.quotes |= record.quoted
     found.spans += record.spans
@@ -301,9 +218,11 @@ def _first_problem(layout: Layout, starts: list[int], found: _Findings) -> str |
     spans = found.spans
     if error := found.broken:
         last = len(layout.lines) - 1 if error.last is None else error.last
-        spans = [*spans, Quoted(first=error.first, last=last, end=None)]
-    if spans and (swallowed := _swallowed(layout, starts, spans)):
-        problems.append(swallowed)
+        is_closed = error.last is not None
+        spans = [*spans, Quoted(first=error.first, last=last, end=None, column=None, begin=0, is_closed=is_closed)]
+    columns = len(layout.header)
+    if spans and (swallowed := find_swallowed(layout.lines, layout.delimiter, columns, starts, spans)):
+        problems.append((swallowed[0].first + 1, _swallowed_message(*swallowed)))
     if error:
         problems.append((error.first + 1, _quote_message(error)))
     for line, column, kind in found.strays:
@@ -330,6 +249,16 @@ def _first_problem(layout: Layout, starts: list[int], found: _Findings) -> str |
 
 def _verb(lines: Sequence[int], verb: str) -> str:
     return verb + "s" * (len(lines) == 1)
+
+
+def _swallowed_message(span: Quoted, at: int) -> str:
+    opened, like = (
+        f"a quote opens in line {span.first + 1}",
+        f"what it quotes looks like lines of the table (line {at + 1})",
+    )
+    if not span.is_closed:
+        return f"{opened} and is never closed, and {like}"
+    return f"{opened} and closes in line {span.last + 1}, and {like}; if that is right, put the quoted text on one line"
 
 
 def _quote_message(error: QuoteError) -> str:
@@ -361,62 +290,3 @@ def _range(counts: list[int]) -> str:
     if counts == [1]:
         return "1 field"
     return f"{counts[0]} fields" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} fields"
-
-
-def _swallowed(layout: Layout, starts: list[int], spans: list[Quoted]) -> tuple[int, str] | None:
-    """(line, message) about the first field over several lines that holds what looks like records."""
-    shapes = None
-    for span in spans:
-        for at in range(span.first + 1, span.last + 1):
-            line = layout.lines[at] if at < span.last else layout.lines[at][: span.end]
-            if len(layout.header) > 1 and layout.delimiter not in line:
-                continue
-            shapes = _shapes(layout, starts, spans) if shapes is None else shapes
-            if _looks_like_a_record(line, layout.delimiter, shapes):
-                opened = f"a quote opens in line {span.first + 1}"
-                closed = (
-                    f"closes in line {span.last + 1}"
-                    if span.last + 1 < len(layout.lines)
-                    else "does not close before the end"
-                )
-                return span.first + 1, (
-                    f"{opened} and {closed}, and what it quotes looks like lines of the table (line {at + 1}); if that is "
-                    "right, put the quoted text on one line"
-                )
-    return None
-
-
-def _shapes(layout: Layout, starts: list[int], spans: list[Quoted]) -> list[set[str]]:
-    """Shapes of the fields of each column, in a sample of the records and in the text before each span."""
-    shapes: list[set[str]] = [set() for _ in layout.header]
-    chosen = [start - 1 for start in starts[:: max(1, len(starts) // SHAPES)]]
-    for fields in _fields_of(layout, [*chosen, *(span.first for span in spans[:SHAPES])]):
-        for seen, text in zip(shapes, fields, strict=False):
-            if "\n" not in text:
-                seen.add(_shape(text))
-    return shapes
-
-
-def _fields_of(layout: Layout, at: Sequence[int]) -> Iterator[list[str]]:
-    for line in at:
-        text = layout.lines[line]
-        if '"' not in text:
-            yield text.split(layout.delimiter)
-            continue
-        try:
-            yield _record(layout.lines, line, layout.delimiter).fields
-        except QuoteError:  # keep what stands before the quote
-            yield text[: text.index('"')].split(layout.delimiter)[:-1]
-
-
-def _looks_like_a_record(line: str, delimiter: str, shapes: list[set[str]]) -> bool:
-    """Whether at least half of the columns, one with a digit among them, have text of a shape known from the column."""
-    fields = [_shape(text.strip('"')) for text in line.split(delimiter)]
-    known = [shape for shape, seen in zip(fields, shapes, strict=False) if shape in seen]
-    return 2 * len(known) >= len(shapes) and any("0" in shape or "m" in shape for shape in known)
-
-
-@lru_cache(maxsize=100_000)
-def _shape(text: str) -> str:
-    """`00000001_000.png` → `0_0.a`, `p12` → `m`: runs of letters, of digits and of both become one character each."""
-    return re.sub(r"[^\W_]+", lambda run: "a" if run[0].isalpha() else "0" if run[0].isdigit() else "m", text)

@@ -188,7 +188,7 @@ def _wanted(
     """Columns to read and their indices. Raises ShardError unless all of `columns` are in the header, once."""
     names = [plain_name(name) for name in header]
     if absent := [c for c in columns if plain_name(c) not in names]:
-        hint = f"is it {what}?" if what else f"its columns: {', '.join(names)}"
+        hint = f"is it {what}?" if what else f"its columns: {', '.join(map(_shown, names))}"
         raise ShardError(f"{where} lacks the columns {', '.join(absent)}: {hint}{_meant(absent, names)}")
     wanted = [*columns, *(c for c in optional if plain_name(c) in names)]
     if twice := [c for c in wanted if names.count(plain_name(c)) > 1]:
@@ -196,8 +196,14 @@ def _wanted(
     return {name: names.index(plain_name(name)) for name in wanted}
 
 
+def _shown(name: str) -> str:
+    """A name on one line; a stray quote may make one of half a table."""
+    plain = " ".join(name.split())
+    return plain if len(plain) <= 60 else plain[:60] + "…"
+
+
 def _meant(absent: Sequence[str], names: Sequence[str]) -> str:
     """` (did you mean Pneumonia?)` for names that resemble a column's."""
     plain = {name.lower(): name for name in reversed(names) if name}
     close = [plain[near] for name in absent for near in difflib.get_close_matches(name.lower(), plain, 1, 0.75)]
-    return f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
+    return f" (did you mean {', '.join(map(_shown, dict.fromkeys(close)))}?)" if close else ""

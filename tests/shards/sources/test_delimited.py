@@ -47,7 +47,14 @@ def test_a_quote_that_swallows_rows_is_named_where_it_opens_and_where_it_closes(
             r"quote opens in line 4 and closes in line 10",
         )
     refused(tmp_path, rows(*clear[:2], '"left', 'base"', *clear), "quote opens in line 4 and closes in line 5")
-    refused(tmp_path, rows(*clear[:2], '"left base', *clear), r"quote opens in line 4 and does not close")
+    refused(
+        tmp_path,
+        rows(*clear[:2], '"left base', *clear),
+        r"quote opens in line 4 and is never closed, and what it quotes",
+    )
+    # the only evidence stands before and after the quotes
+    text = rows(*clear).replace("i03.jpg", '"i03.jpg').replace("i04.jpg", 'i04.jpg"')
+    refused(tmp_path, text, "quote opens in line 5 and closes in line 6")
     refused(tmp_path, rows('"left base'), "the quote that opens in line 2 is never closed")
     refused(tmp_path, rows('"left" base', "clear"), "opens and closes in line 2, where more text follows")
     refused(tmp_path, rows('"left "big" base"', "clear"), "opens and closes in line 2, where more text follows")
@@ -125,7 +132,7 @@ def test_a_quote_inside_an_unquoted_field_is_text_unless_it_closes_what_nothing_
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ShardError, match=r"line 3 has a quote in an unquoted field \(comment\)"):
         read_table(Tree(tmp_path), "t.csv", ["path"])
-    refused(tmp_path, 'path,"patient"x,label\n', "opens and closes in line 1, where more text follows")
+    refused(tmp_path, 'path,"patient"x,label\n', "its header, line 1, has a quote inside a name")
     refused(tmp_path, 'path, "patient",label\n', "its header, line 1, has a quote inside a name")
 
 
