@@ -23,6 +23,7 @@ from operator import itemgetter
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from cxrfast.shards.sources.ids import INVISIBLE
 from cxrfast.shards.sources.swallowed import find_swallowed
 from cxrfast.shards.sources.text_columns import lines as at_lines
 from cxrfast.shards.sources.text_records import Quoted, QuoteError, Record, record_at
@@ -35,9 +36,6 @@ SAMPLE = 20
 
 BLOCK = 10_000
 """Lines that are split at once, if none holds a quote."""
-
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
-"""Zero-width characters."""
 
 CUE = re.compile(r'"?sep=([!-/:-@[-~\t])"?', re.ASCII)
 """First line that Excel understands and some programs write."""

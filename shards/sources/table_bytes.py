@@ -69,21 +69,27 @@ def decoded(data: bytes, where: str) -> str:
     Raises ShardError that names the first line which is not text, and how to convert the file.
     """
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding = MARKS.get(mark, "utf-8")
+    encoding, body = MARKS.get(mark, "utf-8"), data[len(mark) :]
+    if encoding == "utf-8" and b"\0" in body:
+        raise ShardError(_nul_message(body, where))
     try:
-        text = data[len(mark) :].decode(encoding)
+        text = body.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ShardError(_not_text(data[len(mark) :], encoding, error, where)) from error
+        raise ShardError(_not_text(body, encoding, error, where)) from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ShardError(
-            f"{where} holds NUL bytes, first in line {line}: it is damaged (download it again) or not UTF-8 "
-            "(convert it: iconv -f UTF-16LE -t UTF-8)"
-        )
+        raise ShardError(_nul_message(text.encode(), where))
     if "\ufeff" in text:  # where files with marks were joined
         text = re.sub("^\ufeff+", "", text, flags=re.MULTILINE)
     return text
+
+
+def _nul_message(data: bytes, where: str) -> str:
+    line = len(LINE_BREAK.findall(data[: data.index(b"\0")])) + 1
+    if data.count(b"\0") > len(data) // 4 and data[:100].count(b"\0") > len(data[:100]) // 4:
+        byte_order = "BE" if data.startswith(b"\0") else "LE"
+        return f"{where} is UTF-16 without a byte order mark: convert it with iconv -f UTF-16{byte_order} -t UTF-8"
+    return f"{where} holds NUL bytes, first in line {line}: it is damaged, download it again"
 
 
 def _not_text(data: bytes, encoding: str, error: UnicodeDecodeError, where: str) -> str:

@@ -14,6 +14,7 @@ from staging import web_server
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
+from cxrfast.shards.sources.label_table import read_label_table
 from cxrfast.shards.upkeep.relabel import relabel
 
 # Columns
@@ -217,3 +218,26 @@ def test_a_table_is_fetched_once(phantoms, tiny_set, folder):
         relabel(folder, f"{url}/{MIMIC_CHEXPERT}")
     assert asked == [f"/{MIMIC_CHEXPERT}"]
     assert is_as_planned(folder, tiny_set, f"{url}/{MIMIC_CHEXPERT}")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_lines_of_a_label_table_are_those_of_the_file(tmp_path, ends):
+    """Records of two lines and blank lines count as what they are; short lines and stray quotes are refused."""
+
+    def read(text):
+        (tmp_path / "t.csv").write_bytes(text.replace("\n", ends).encode("utf-8-sig"))
+        return read_label_table(str(tmp_path / "t.csv"), ["Edema"], None, ["Edema"])
+
+    text = "study_id,Edema,note\n" + "".join(f's{k},{k % 2},"a\nb"\n\n' for k in range(4))
+    table = read(text)
+    assert table.ids.index.tolist() == [2, 5, 8, 11]
+    assert table.values["Edema"].tolist() == [0, 1, 0, 1]
+    with pytest.raises(ShardError, match=r"holds '7' for Edema in line 8"):
+        read(text.replace("s2,0", "s2,7"))
+    with pytest.raises(ShardError, match=r"line 11 has 2 fields instead of the 3 of its header"):
+        read(text.replace('s3,1,"a\nb"', "s3,1"))
+    with pytest.raises(ShardError, match=r"quote opens in line 3 and closes in line 5, .*\(line 4\)"):
+        read("study_id,Edema,note\ns1,0,a\n" + 's2,1,"a\ns3,1,b\ns4,1,c"\n')
+    with pytest.raises(ShardError, match=r"t.csv is not UTF-8: line 3"):
+        (tmp_path / "t.csv").write_bytes("study_id,Edema\ns1,1\nsé,1\n".replace("\n", ends).encode("latin-1"))
+        read_label_table(str(tmp_path / "t.csv"), ["Edema"], None, ["Edema"])

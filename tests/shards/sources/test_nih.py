@@ -84,12 +84,12 @@ def test_nih_s_images_are_found_in_twelve_folders_in_one_or_in_none(tmp_path):
         assert all((other / path).is_file() for path in read_source("nih", other).images["path"])
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r", "\n\n \n", "\n\ufeff"])
 def test_nih_s_lists_are_its_official_split(tmp_path, newline):
     write_nih(tmp_path)
     first, second, third, fourth = NIH_ROWS
     other_name = f"images_001/images/{second.removesuffix('.png')}"
-    (tmp_path / "train_val_list.txt").write_bytes((first + newline + other_name).encode())
+    (tmp_path / "train_val_list.txt").write_bytes((first + newline + other_name).encode("utf-8-sig"))
     (tmp_path / "test_list.txt").write_bytes(newline.join([fourth, "00099999_000.png", ""]).encode())
     source = read_source("nih", tmp_path)
     split = dict(zip(source.images["image_id"] + ".png", source.images["split"], strict=True))
