@@ -217,7 +217,11 @@ def _first_problem(layout: Layout, starts: list[int], found: _Findings) -> str |
     if error := found.broken:
         last = len(layout.lines) - 1 if error.last is None else error.last
         is_closed = error.last is not None
-        spans = [*spans, Quoted(first=error.first, last=last, end=None, column=None, begin=0, is_closed=is_closed)]
+        spans = [
+            *spans,
+            *error.before,
+            Quoted(first=error.first, last=last, end=None, column=None, begin=0, is_closed=is_closed),
+        ]
     columns = len(layout.header)
     if spans and (swallowed := find_swallowed(layout.lines, layout.delimiter, columns, starts, spans)):
         problems.append((swallowed[0].first + 1, _swallowed_message(*swallowed)))
@@ -274,13 +278,10 @@ def _quote_message(error: QuoteError) -> str:
 def _count_message(layout: Layout, is_all: bool, wrong: list[tuple[int, int, list[Quoted]]]) -> str:
     columns, counts = len(layout.header), sorted({count for _, count, _ in wrong})
     at = [line for line, _, _ in wrong]
-    if is_all and counts == [columns + 1]:
-        return (
-            f"all lines have {columns + 1} fields but its header, line {layout.below}, has {columns}: name the column that "
-            "lacks a name, or remove the delimiter at the end of each line"
-        )
     has = f"{at_lines(at)} {'has' if len(at) == 1 else 'have'} {_range(counts)} instead of the {columns} of its header"
     spans = [f"a quote opens in line {s.first + 1} and closes in line {s.last + 1}" for s in wrong[0][2]]
+    if is_all and len(at) > 1 and counts == [columns + 1]:
+        has += ", as all lines do: name the column that lacks a name, or remove the delimiter at the end of each line"
     return has + (f"; {', '.join(spans)}" if spans else "")
 
 

@@ -10,6 +10,10 @@ SHAPES = 2000
 """Records whose fields show what the columns look like."""
 
 
+NUMBER = re.compile(r"[+-]?\d+(?:[.,]\d*)?")
+RUN = re.compile(r"[^\W_]+")
+
+
 def find_swallowed(
     lines: Sequence[str], delimiter: str, columns: int, starts: Sequence[int], spans: Sequence[Quoted]
 ) -> tuple[Quoted, int] | None:
@@ -20,7 +24,7 @@ def find_swallowed(
     """
     shapes = None
     for span in spans:
-        for at in range(span.first, span.last + 1):
+        for at in (*range(span.first + 1, span.last + 1), span.first):
             line = lines[at] if at < span.last else lines[at][: span.end]
             if columns > 1 and delimiter not in line:
                 continue
@@ -72,5 +76,9 @@ def _fields_of(lines: Sequence[str], delimiter: str, at: Sequence[int]) -> Itera
 
 @lru_cache(maxsize=100_000)
 def _shape(text: str) -> str:
-    """`00000001_000.png` → `0_0.a`, `p12` → `m`: runs of letters, of digits and of both become one character each."""
-    return re.sub(r"[^\W_]+", lambda run: "a" if run[0].isalpha() else "0" if run[0].isdigit() else "m", text)
+    """`p1/00000001_000.png` → `0_0.a`, `p12` → `m`, `-1.0` → `0`: a number, or the last part of a path, with its runs of
+    letters, of digits and of both as one character each."""
+    if NUMBER.fullmatch(text):
+        return "0"
+    name = text.rpartition("/")[2]
+    return RUN.sub(lambda run: "a" if run[0].isalpha() else "0" if run[0].isdigit() else "m", name)

@@ -25,9 +25,11 @@ class Quoted:
 class QuoteError(Exception):
     """A quote opens in line `first` and text follows it where it closes in line `last`, or it does not close (None)."""
 
-    def __init__(self, first: int, last: int | None) -> None:
+    def __init__(self, first: int, last: int | None, before: list[Quoted]) -> None:
         super().__init__()
         self.first, self.last = first, last
+        self.before = before
+        """Fields over several lines that come before it in the same record."""
 
 
 @dataclass
@@ -69,12 +71,12 @@ def record_at(lines: Sequence[str], at: int, delimiter: str) -> Record:
             parts += (line[pos:], "\n")
             now += 1
             if now == len(lines):
-                raise QuoteError(first, None)
+                raise QuoteError(first, None, record.spans)
             line, pos = lines[now], 0
         parts.append(line[pos:end])
         pos = end + 1
         if pos < len(line) and not line.startswith(delimiter, pos):
-            raise QuoteError(first, now)
+            raise QuoteError(first, now, record.spans)
         if now > first:
             record.spans.append(Quoted(first=first, last=now, end=end, column=len(record.fields), begin=begin))
         record.fields.append("".join(parts))

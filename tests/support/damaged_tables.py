@@ -103,6 +103,9 @@ def _truth(rng: np.random.Generator) -> tuple[list[str], list[str], list[list[st
         some = {"float": ["1.0", "0.0", "-1.0", "", ""], "whole": ["1", "0", "0", "1", "-1"]}[values]
         row |= {label: str(rng.choice(some)) for label in labels}
         rows.append([row[header[i]] for i in order])
+    part = [header[i] for i in order].index("split")
+    if not any(row[part] for row in rows):  # a column of blanks is no split
+        rows = [[text or "train" if at == part else text for at, text in enumerate(row)] for row in rows]
     return [header[i] for i in order], labels, rows
 
 
@@ -136,6 +139,10 @@ Damage = Callable[[np.random.Generator, list[Record], str, list[str]], bool]
 """Changes the records; False if it does not apply."""
 
 
+def _header(records: list[Record]) -> Record:
+    return next(record for record in records if record.fields)
+
+
 def _spoiled(edit: Callable[[np.random.Generator, list[str], str], str | None], *, is_structure: bool = True) -> Damage:
     """Damage of one record that has none yet. `edit`: fields as written → the record, or None.
 
@@ -144,9 +151,11 @@ def _spoiled(edit: Callable[[np.random.Generator, list[str], str], str | None], 
 
     def damage(rng: np.random.Generator, records: list[Record], delimiter: str, header: list[str]) -> bool:
         whole = [r for r in records if r.fields and not (r.harmed or r.doubtful)]
-        if not whole:
+        if not whole or _header(records).harmed:  # a header and a row may be harmed alike
             return False
         record = whole[rng.integers(len(whole))]
+        if record is _header(records) and any(r.harmed for r in records):
+            return False
         raw = edit(rng, list(record.fields), delimiter)
         if raw is None or raw == record.raw or (is_structure and is_valid(raw, delimiter, len(header))):
             return False
@@ -290,10 +299,11 @@ def _truncated(rng: np.random.Generator, records: list[Record], delimiter: str, 
 
 def _repeated_header(rng: np.random.Generator, records: list[Record], delimiter: str, header: list[str]) -> bool:
     at = int(rng.integers(1, len(records) + 1))
-    if records[0].harmed or records[at - 1].end == "":
+    first = _header(records)
+    if first.harmed or at <= records.index(first) or records[at - 1].end == "":
         return False
     mark = str(rng.choice(["", "\ufeff"]))
-    records.insert(at, Record([], mark + records[0].raw, records[0].end, None, None, harmed=True))
+    records.insert(at, Record([], mark + first.raw, first.end, None, None, harmed=True))
     return True
 
 
@@ -430,7 +440,7 @@ def _rendered(
             table.doubtful.add(start)
         if record.text is not None and not record.harmed:
             table.rows[start], table.meanings[start] = record.text, record.meaning or []
-    table.is_header_harmed = next(r for r in records if r.fields).harmed
+    table.is_header_harmed = _header(records).harmed
     encoding = str(rng.choice(["utf-8", "utf-8", "utf-8-sig", "utf-16"]))
     if BAD_BYTE in text:
         encoding = "utf-8"

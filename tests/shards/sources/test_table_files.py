@@ -97,7 +97,7 @@ def test_what_a_table_lacks_is_named_with_what_it_has(tmp_path):
         (b"", "it is empty"),
         (b"\n\n", "it is empty"),
         (b"id,Edema\na,1\nb,c,0\n", "line 3"),
-        (b"id,Edema\na,1,2\nb,0,1\n", "all lines have 3 fields but its header, line 1, has 2"),
+        (b"id,Edema\na,1,2\nb,0,1\n", "lines 2, 3 have 3 fields instead of the 2 of its header, as all lines do"),
         (b"id,Edema\na,1\nb", "line 3 has 1 field instead of the 2 of its header"),
         (b'id,Edema\na,1\n"b,0\n', "the quote that opens in line 3 is never closed"),
         (b"id,Edema\n\xe4,1\n", "is not UTF-8: line 2 holds the byte 0xE4"),
