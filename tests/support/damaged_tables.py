@@ -381,7 +381,12 @@ def _label_word(rng: np.random.Generator, row: dict[str, str], labels: list[str]
 
 
 def _split_word(rng: np.random.Generator, row: dict[str, str], labels: list[str]) -> None:
-    words = {"train": ["Training", "trian"], "validate": ["val", "valid "], "test": ["TEST", "2"], "": [" ", "none?"]}
+    words = {
+        "train": ["Training", "trian"],
+        "validate": ["val", "valid "],
+        "test": ["TEST", "texts"],
+        "": [" ", "none?"],
+    }
     row["split"] = str(rng.choice(words[row["split"]]))
 
 
