@@ -82,7 +82,9 @@ class Display:
     def _voi(self, values: np.ndarray) -> np.ndarray | None:
         """Fraction of white of each value by the VOI LUT or the first valid window; None if the image has neither."""
         if self.dataset.get("VOILUTSequence"):
-            looked_up = self._looked_up(np.rint(values).astype(np.int64), "VOILUTSequence", Remark.LUT)
+            looked_up = self._looked_up(
+                np.rint(values).clip(-(2**20), 2**20).astype(np.int64), "VOILUTSequence", Remark.LUT
+            )
             if looked_up is not None:
                 entries, white = looked_up
                 return entries / white

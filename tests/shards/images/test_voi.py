@@ -231,6 +231,13 @@ def test_a_rescale_slope_that_means_nothing_is_ignored(slope):
     assert remarks == [Remark.RESCALE]
 
 
+@pytest.mark.parametrize(("slope", "grey"), [("1e30", 255), ("-1e30", 0)])
+def test_values_far_beyond_a_lut_get_its_last_or_first_entry(slope, grey):
+    luts = {"VOILUTSequence": lut([0, 100, 255], 10, 8), "RescaleSlope": slope, "RescaleIntercept": "0"}
+    image = decode(written(radiograph(shapes().clip(1), 12, **luts)), "window")
+    assert (image == grey).all()
+
+
 def test_a_rescale_slope_with_a_decimal_comma_is_a_number():
     window = {"WindowCenter": "1000", "WindowWidth": "700"}
     expected = decode(written(radiograph(shapes(), 12, RescaleSlope="0.5", RescaleIntercept="7", **window)), "window")
