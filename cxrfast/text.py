@@ -23,6 +23,10 @@ INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Names
 
 
+PLAIN = re.compile(rf"(?![=+@ -])[^\n]{{1,{LONGEST_NAME}}}(?<! )").fullmatch
+"""Matches printable text without any fault."""
+
+
 def name_fault(name: str) -> str | None:
     """What is wrong with a label or an id, for a message; None if it is at most 200 printable characters and no formula.
 
@@ -55,6 +59,9 @@ def path_fault(path: str) -> str | None:
 
 def find_fault(names: Iterable[str], fault: Callable[[str], str | None]) -> str | None:
     """The first name that has a fault, and which, as `'a\\tb' holds the character U+0009`; None if there is none."""
+    names = list(names)
+    if "".join(names).isprintable() and all(map(PLAIN, names)):  # a quick look: sets have millions of names
+        return None
     return next((f"{shown(name)} {what}" for name in names if (what := fault(name))), None)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from isal.isal_zlib import crc32  # ten times as fast as zlib's, the same values
 
 from cxrfast.errors import LoadError, ShardError
+from cxrfast.files import open_file
 from cxrfast.shards.format.codec import pgm_header
 from cxrfast.shards.format.tar import read_index
 from cxrfast.shards.images.cell_means import SIDE, unpack
@@ -73,6 +74,8 @@ class Reader:
             index = np.array(read_index(self.folder, self.scale, shard), np.int64).reshape(-1, 3)
         except FileNotFoundError:
             raise LoadError(f"{tar} is missing: {self._advice}") from None
+        except OSError as error:
+            raise LoadError(f"{error.filename} cannot be read ({error.strerror}): {self._advice}") from error
         except ShardError as error:
             raise LoadError(str(error)) from error
         if manifest.set != self.info.id:
@@ -149,7 +152,7 @@ class Reader:
         if descriptor is not None:
             yield descriptor
             return
-        descriptor = os.open(self._path(shard), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        descriptor = open_file(self._path(shard))
         try:
             yield descriptor
         finally:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import posixpath
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.files import LARGEST, open_file, replacing
+from cxrfast.files import LARGEST, NOT_REGULAR, open_file, replacing
 from cxrfast.progress import Advance, progress
 from cxrfast.shards.format.names import NAMES
 from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, UNREADABLE, read_file, size_of
@@ -318,7 +319,11 @@ class SetStorage:
             if self.is_local:
                 for path in Path(self.root).rglob("*"):
                     with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
-                        found[str(path.relative_to(self.root))] = path.stat().st_size
+                        status = path.stat()
+                        name = str(path.relative_to(self.root))
+                        if NAMES.fullmatch(name) and not stat.S_ISREG(status.st_mode):
+                            raise ShardError(f"{path} {NOT_REGULAR}: it cannot be part of a set")
+                        found[name] = status.st_size
             else:
                 self._fs.invalidate_cache()
                 listed = self._fs.find(self.root, detail=True)

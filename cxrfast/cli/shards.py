@@ -8,7 +8,7 @@ from click import Choice
 
 from cxrfast import config
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, show
+from cxrfast.cli.terminal import fail, safe, show
 
 
 @click.command()
@@ -134,12 +134,12 @@ def verify(shards: Path, deep: bool, source: bool, repair: bool, data: str | Non
     tree = find_source(data, config.DATA, source)
     if repair:
         for line in restore(shards, tree, **options).lines():
-            click.echo(line)
+            click.echo(safe(line))
     result = inspect(shards, tree if source else None, deep=deep, is_repaired=repair)
     for line in result.lines:
-        click.echo(line)
+        click.echo(safe(line))
     for problem in result.problems:
-        click.echo(f"{problem.path}: {problem.what}", err=True)
+        click.echo(safe(f"{problem.path}: {problem.what}"), err=True)
     if result.problems:
         fail(result.advice)
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sha256, write_bytes
+from cxrfast.files import read_file, sha256, write_bytes
 from cxrfast.shards.format.info import write_set_json
 from cxrfast.shards.format.manifest import ShardManifest
 from cxrfast.shards.format.names import NAMES, SET_FILES, shard_files, shard_name
@@ -82,7 +82,7 @@ def listed_sums(folder: Path) -> dict[str, str]:
     """{relative path: sha256}, of a set that is finished or not. Raises ShardError if SHA256SUMS is damaged."""
     path = folder / "SHA256SUMS"
     try:
-        sums, wrong = parse_sums(path.read_bytes())
+        sums, wrong = parse_sums(read_file(path))
     except FileNotFoundError:
         return {}
     if wrong:

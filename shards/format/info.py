@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from cxrfast import __version__
 from cxrfast.errors import ShardError
-from cxrfast.files import json_bytes, read_file, write_bytes
+from cxrfast.files import json_bytes, open_file, read_file, write_bytes
 from cxrfast.machine import installed
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.text import LONGEST_NAME, find_fault, name_fault, shown
@@ -115,7 +115,10 @@ def read_set_json(folder: Path) -> SetInfo:
 
 def read_info(path: Path) -> SetInfo:
     """The description in a rows table. Raises ShardError if it is missing or damaged."""
-    return parse_set(_description(path), f"the copy of set.json in {path}")
+    info = parse_set(_description(path), f"the copy of set.json in {path}")
+    if info.images > path.stat().st_size:  # a row takes four bytes or more
+        raise ShardError(f"{path} is too small for {info.images:,} images: it is damaged")
+    return info
 
 
 def write_set_json(folder: Path) -> None:
@@ -130,8 +133,9 @@ def _description(path: Path) -> bytes:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_schema(path).metadata[COPY]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        with open(open_file(path), "rb") as file:
+            return pq.read_schema(file).metadata[COPY]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise ShardError(
             f"{path} holds no copy of set.json ({error}): it is damaged, or from another version of cxrfast"
         ) from error

@@ -74,16 +74,28 @@ def read_manifest(folder: Path, scale: int, shard: int, rows: range | None = Non
     """The manifest of a shard, None if it is not built. Raises ShardError if it is damaged or names rows outside `rows`."""
     path = shard_path(folder, scale, shard, "json")
     try:
-        m = typed(parse_json(read_file(path)), ShardManifest)
-        _check(m, rows)
-        return m
+        return parse_manifest(read_file(path), path, rows)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}): {_advice(path)}") from error
+
+
+def parse_manifest(data: bytes, path: Path | str, rows: range | None = None) -> ShardManifest:
+    """A manifest from the content of its file. Raises ShardError, naming `path`, as `read_manifest` does."""
+    try:
+        m = typed(parse_json(data), ShardManifest)
+        _check(m, rows)
     except ValueError as error:
-        raise ShardError(
-            f"{path} is damaged ({error}): `cxrfast verify --repair {folder}` rebuilds it from its tar, or delete it "
-            "and run `cxrfast shard` again to rebuild this shard"
-        ) from error
+        raise ShardError(f"{path} is damaged ({error}): {_advice(path)}") from error
+    return m
+
+
+def _advice(path: Path | str) -> str:
+    return (
+        f"`cxrfast verify --repair {os.path.dirname(os.path.dirname(path))}` rebuilds it from its tar, or delete it "
+        "and run `cxrfast shard` again to rebuild this shard"
+    )
 
 
 def _check(m: ShardManifest, rows: range | None) -> None:
@@ -131,12 +143,17 @@ def read_manifests(folder: Path) -> Iterator[ShardManifest]:
                 yield m
 
 
+def _no_formula(path: str) -> str:
+    """The same path, for a table that people open in a spreadsheet."""
+    return f"./{path}" if path[:1] in "=+-@" else path
+
+
 def quarantine_bytes(paths: dict[int, str], manifests: Iterable[ShardManifest]) -> bytes:
     """Contents of quarantine.csv: row, path, reason. Raises ShardError for a row without a path."""
     reasons = {int(row): reason for m in manifests for row, reason in m.quarantined.items()}
     if unknown := reasons.keys() - paths.keys():
         raise ShardError(f"a manifest names row {min(unknown)}, which rows.parquet does not have")
     text = io.StringIO()
-    lines = ((row, paths[row], reason) for row, reason in sorted(reasons.items()))
+    lines = ((row, _no_formula(paths[row]), reason) for row, reason in sorted(reasons.items()))
     csv.writer(text, lineterminator="\n").writerows([("row", "path", "reason"), *lines])
     return text.getvalue().encode()

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-SCALE = re.compile(r"[1-9][0-9]*")
-SHARD_FILE = re.compile(r"[0-9]{6,}\.(tar|idx|json)")
+SCALE = re.compile(r"[1-9][0-9]{0,4}")
+SHARD_FILE = re.compile(r"[0-9]{6,9}\.(tar|idx|json)")
 NAMES = re.compile(rf"(set\.json|rows\.parquet|quarantine\.csv|{SCALE.pattern}/{SHARD_FILE.pattern})")
 """Files of a set other than SHA256SUMS, relative to it."""
 
@@ -37,7 +37,7 @@ WORKSHOP = "repair.tmp"
 
 
 TEMPORARIES = re.compile(
-    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.(json|lock)|[0-9]{6,}\.(tar|idx|json))\.[\w.-]+\.tmp"
+    r"(set\.json|rows\.parquet|quarantine\.csv|SHA256SUMS|lease.*\.(json|lock)|[0-9]{6,9}\.(tar|idx|json))\.[\w.-]+\.tmp"
 )
 
 

@@ -4,13 +4,17 @@ import io
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError
-from cxrfast.files import replacing
-from cxrfast.shards.format.info import COPY, SetInfo, parse_set, read_info, read_set_json
+from cxrfast.files import open_file, read_file, replacing
+from cxrfast.shards.format.info import COPY, MOST_IMAGES, SetInfo, parse_set, read_info, read_set_json
+from cxrfast.splits import BLOCKS, FOLDS
+from cxrfast.text import BIDI, LONGEST_PATH, find_fault, path_fault, shown
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
@@ -27,6 +31,21 @@ COLUMNS: dict[str, pa.DataType] = {
     "block": pa.int8(),
 }
 """The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
+
+ROOM, LARGEST_ROW = 2**26, 2**16
+"""Bytes that a table and one row of it may claim to have, uncompressed."""
+
+RANGES = {
+    "row": (0, MOST_IMAGES),
+    "bytes": (-1, 2**62),
+    "height": (0, 2**31 - 1),
+    "width": (0, 2**31 - 1),
+    "fold": (0, FOLDS - 1),
+    "block": (0, BLOCKS - 1),
+}
+
+HIDDEN = rf"[\p{{Cc}}\p{{Zl}}\p{{Zp}}{BIDI}]"
+"""Characters that break a line or change the order of others; earlier versions let others into ids."""
 
 REFERENCE = "radiologist/"
 """Prefix of columns that hold a reference standard: raw labels that are carried along and never trained on."""
@@ -58,10 +77,11 @@ def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
 def is_as_written(path: Path) -> bool:
     """Are these the bytes that `write_rows` wrote? Without a hash: page checksums hold, and rewriting it changes nothing."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        with open(open_file(path), "rb") as file:
+            table = pq.ParquetFile(file, page_checksum_verification=True).read()
         again = io.BytesIO()
         _write(again, table.to_pandas(), table.schema.metadata[COPY])
-        return again.getvalue() == path.read_bytes()
+        return again.getvalue() == read_file(path)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return False
 
@@ -76,20 +96,63 @@ def is_relabelled(folder: Path) -> bool:
         return False
 
 
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _check_columns(file: pq.ParquetFile) -> None:
+    """Raises ValueError if columns are missing or of another type, or claim more than a rows table can hold."""
+    schema, claimed = file.schema_arrow, file.metadata
+    if absent := [c for c in COLUMNS if c not in schema.names]:
+        raise ValueError(f"it lacks the columns {', '.join(absent)}")
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError("a column is there twice")
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if kind != (wanted := COLUMNS.get(name, pa.float32())):
+            raise ValueError(f"column {shown(name)} holds {kind}, not {wanted}")
+    groups = [claimed.row_group(n) for n in range(claimed.num_row_groups)]
+    if claimed.num_rows > MOST_IMAGES or sum(g.total_byte_size for g in groups) > ROOM + claimed.num_rows * LARGEST_ROW:
+        raise ValueError(f"it claims {claimed.num_rows:,} rows of {sum(g.total_byte_size for g in groups):,} bytes")
+
+
+def _check_values(table: pa.Table) -> None:
+    """Raises ValueError for values that `write_rows` never writes."""
+    for name, (low, high) in RANGES.items():
+        column = table[name]
+        if column.null_count or (len(column) and not low <= pc.min(column).as_py() <= pc.max(column).as_py() <= high):
+            raise ValueError(f"{name} is blank or not between {low} and {high}")
+    if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
+        raise ValueError("its rows are not numbered from 0 on")
+    for name in ("image_id", "study_id", "patient_id", "path", "view", "split"):
+        if table[name].null_count and name not in ("view", "split"):
+            raise ValueError(f"{name} is blank")
+        longest = pc.max(pc.binary_length(table[name])).as_py() or 0
+        if longest > LONGEST_PATH or pc.any(pc.match_substring_regex(table[name], HIDDEN)).as_py():
+            raise ValueError(f"{name} {find_fault(table[name].drop_null().to_pylist(), path_fault)}")
+    for name in table.column_names[len(COLUMNS) :]:
+        if not np.isin(table[name].drop_null().to_numpy(), (1, 0, -1)).all():
+            raise ValueError(f"the label {shown(name)} holds more than 1, 0, -1 and blank")
+
+
 def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
     """The table in the order of its rows. Raises ShardError if it is missing or damaged or lacks a column, or if the
     description inside is not `info`: its labels were replaced since."""
     try:
-        with pa.OSFile(str(path)) as file:  # opened once: it may be replaced at any time
-            table = pq.read_table(file, page_checksum_verification=True)
-        rows = table.to_pandas()
+        with open(open_file(path), "rb") as file:  # opened once: it may be replaced at any time
+            stored = pq.ParquetFile(file, page_checksum_verification=True)
+            _check_columns(stored)
+            table = stored.read()
+        _check_values(table)
+        rows = table.to_pandas(ignore_metadata=True)
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: run `cxrfast shard` again") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError(f"{path} cannot be read ({error}); `cxrfast verify` lists what else is damaged") from error
-    if absent := [c for c in COLUMNS if c not in table.column_names]:
-        raise ShardError(f"{path} lacks the columns {', '.join(absent)}: it is not a cxrfast rows table")
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise ShardError(
+            f"{path} cannot be read ({_words(error)}); `cxrfast verify` lists what else is damaged"
+        ) from error
+    if info and len(rows) != info.images:
+        raise ShardError(f"{path} holds {len(rows):,} rows, and its set {info.images:,}: it is damaged")
     inside = (table.schema.metadata or {}).get(COPY)
-    if info and inside and parse_set(inside, path) != info:
+    if inside and parse_set(inside, path) != info and info:
         raise ShardError(f"the labels in {path} were replaced since the set was opened: run this command again")
     return rows

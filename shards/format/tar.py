@@ -1,6 +1,5 @@
 """Write and read a shard's tar and its DALI index (v1.2)."""
 
-import json
 import os
 import re
 import tarfile
@@ -8,16 +7,21 @@ import zlib
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sync_folder, temporary_name, write_bytes
+from cxrfast.files import open_file, read_file, sync_folder, temporary_name, write_bytes
 from cxrfast.shards.format.codec import SUFFIX
 from cxrfast.shards.format.names import shard_path
+from cxrfast.shards.images.bad_image import MAX_SIDE
 
 AHEAD = 16 * 2**20
 """Bytes after which writing to disk is started, so that `close` waits for little."""
 
-LINE = re.compile(rf"({'|'.join(SUFFIX.values())}) ([0-9]+) ([0-9]+) ([0-9]+)\.\1 json [0-9]+ [0-9]+ \4\.json")
+PLACE = "([0-9]{1,13}) ([0-9]{1,10})"
+LINE = re.compile(rf"({'|'.join(SUFFIX.values())}) {PLACE} ([0-9]{{9,12}})\.\1 json {PLACE} \4\.json", re.ASCII)
 """Line of an index: suffix, offset, bytes and name of a row's image, then of its JSON."""
 
 
@@ -82,6 +86,18 @@ def index_bytes(lines: list[str]) -> bytes:
     return "".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode()
 
 
+LARGEST_MEMBER = 2**30
+"""Bytes of a file in a tar; the largest raw image has 17 million."""
+
+
+class Meta(msgspec.Struct):
+    """Of the JSON next to an image, what a manifest repeats."""
+
+    image_id: str
+    height: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """Samples of a tar, read from the tar alone."""
@@ -97,15 +113,20 @@ class Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Everything in an undamaged tar that its index and manifest repeat."""
+    """Everything in an undamaged tar that its index and manifest repeat.
+
+    Raises ValueError, OSError or tarfile.TarError for a tar that is damaged or was written by something else.
+    """
     lines: list[str] = []
     rows: list[int] = []
     places: list[tuple[int, int, int]] = []
     image_ids: list[str] = []
     crc32: list[int] = []
     sizes: list[list[int]] = []
-    with tarfile.open(path, "r:") as tar:
+    with open(open_file(path), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         members = tar.getmembers()
+        if any(m.type != tarfile.REGTYPE or m.pax_headers or not 0 < m.size <= LARGEST_MEMBER for m in members):
+            raise ValueError("something that `TarWriter` does not write")
         for image, text in zip(members[::2], members[1::2], strict=True):
             lines.append(
                 " ".join(f"{Path(m.name).suffix[1:]} {m.offset_data} {m.size} {m.name}" for m in (image, text))
@@ -114,9 +135,9 @@ def read_contents(path: Path) -> Contents:
             rows.append(int(Path(image.name).stem))
             places.append((rows[-1], image.offset_data, image.size))
             crc32.append(zlib.crc32(data))
-            values = json.loads(meta)
-            image_ids.append(values["image_id"])
-            sizes.append([values["height"], values["width"]])
+            values = msgspec.json.decode(meta, type=Meta)
+            image_ids.append(values.image_id)
+            sizes.append([values.height, values.width])
     return Contents(index=index_bytes(lines), rows=rows, places=places, image_ids=image_ids, crc32=crc32, sizes=sizes)
 
 
@@ -124,7 +145,7 @@ def read_index(folder: Path, scale: int, shard: int) -> list[tuple[int, int, int
     """(row, offset, bytes) of every image in a tar, from its DALI index. Raises ShardError if it is damaged."""
     path = shard_path(folder, scale, shard, "idx")
     try:
-        version, *lines = path.read_text().splitlines()
+        version, *lines = read_file(path).decode().splitlines()
         if version != f"v1.2 {len(lines)}":
             raise ValueError(f"first line {version!r}")
         samples = [LINE.fullmatch(line) for line in lines]

@@ -60,7 +60,7 @@ def derive(
         return None
     try:
         contents = read_contents(tar)
-    except (TarError, ValueError, KeyError, TypeError, AttributeError):
+    except (TarError, ValueError, OSError):
         return None
     quarantined = state.quarantined(info, scale, shard)
     rows = [row for row in info.rows_of(shard) if str(row) not in quarantined]

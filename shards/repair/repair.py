@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sha256, temporary_name, write_bytes
+from cxrfast.files import read_file, sha256, temporary_name, write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.building.tasks import Blueprint
@@ -60,7 +60,7 @@ def repair(
         shutil.rmtree(folder / WORKSHOP, ignore_errors=True)
         adopt_earlier(folder)
         found = {problem.path for problem in verify(folder).problems}
-        sums, _ = parse_sums((folder / "SHA256SUMS").read_bytes())
+        sums, _ = parse_sums(read_file(folder / "SHA256SUMS"))
         state = RepairState(
             folder=folder,
             tree=tree,
@@ -210,6 +210,6 @@ def _restore_lists(state: RepairState, blueprint: Blueprint, manifests: list[Sha
         is_same = state.is_good(name) and name not in repaired  # else the file is right and its line was wrong
         sums[name] = state.sums[name] if is_same else sha256(state.folder / name)
     state.sums, text = sums, sums_bytes(sums)
-    if (state.folder / "SHA256SUMS").read_bytes() != text:
+    if read_file(state.folder / "SHA256SUMS") != text:
         write_bytes(state.folder / "SHA256SUMS", text)
         state.done.append(Problem("SHA256SUMS", "written again"))

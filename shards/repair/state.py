@@ -1,6 +1,5 @@
 """A repair in progress: what SHA256SUMS says, which files are suspect, what was repaired and what could not be."""
 
-import csv
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.files import write_bytes
+from cxrfast.files import read_file, write_bytes
 from cxrfast.shards.building.layout import assign_rows
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest, scales_in
@@ -17,6 +16,7 @@ from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.sources.any_table import is_outside
 from cxrfast.shards.sources.read import SOURCES, read_source
 from cxrfast.shards.storage import Tree
+from cxrfast.shards.upkeep.counts import read_quarantine
 from cxrfast.shards.upkeep.problem import Problem
 
 ASK = "give the source tree with --data"
@@ -59,7 +59,7 @@ class RepairState:
         """Write a restored file if it differs; one that contradicts SHA256SUMS only if `is_new` or new bytes are accepted."""
         path = self.folder / name
         try:
-            if path.is_file() and path.read_bytes() == data:
+            if path.is_file() and read_file(path) == data:
                 return
             if self.sums.get(name) not in (None, digest(data)) and not (self.accept or is_new):
                 self.failed[name] = "the restored file differs from its hash in SHA256SUMS: restore it from a copy"
@@ -91,9 +91,9 @@ class RepairState:
         rows = info.rows_of(shard)
         try:
             if self.may_be_good("quarantine.csv"):
-                with open(self.folder / "quarantine.csv", newline="") as file:
-                    return {line["row"]: line["reason"] for line in csv.DictReader(file) if int(line["row"]) in rows}
-        except (OSError, ValueError, KeyError, TypeError):
+                listed = read_quarantine(self.folder / "quarantine.csv", info.images)
+                return {str(row): reason for row, reason in listed.items() if row in rows}
+        except ShardError:
             pass  # it cannot be read
         raise ShardError(
             f"neither a manifest of shard {shard} nor quarantine.csv says which rows were quarantined: delete the shard's "

@@ -103,7 +103,7 @@ def _ids(column: pd.Series, where: str) -> pd.Series:
         raise ShardError(f"{where} list {int(empty.sum()):,} images without {column.name}: give every image one")
     is_path = column.name == "path"
     found = column if is_path else normal_ids(column, where)
-    if fault := find_fault(found, path_fault if is_path else name_fault):
+    if fault := find_fault(found.tolist(), path_fault if is_path else name_fault):
         raise ShardError(f"{where} list the {column.name} {fault}: rename it")
     return found
 

@@ -5,6 +5,7 @@ nothing.
 """
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.files import read_file
 from cxrfast.labels import targets
 from cxrfast.shards.building.cautions import cautions
 from cxrfast.shards.format.info import SetInfo
@@ -23,6 +25,7 @@ from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.source_file import MISSING
 from cxrfast.splits import FOLDS, PARTS, part_masks
+from cxrfast.text import find_fault, name_fault
 
 COUNTED = ("images", "studies", "patients")
 """Columns of most tables."""
@@ -154,9 +157,11 @@ def read_built(folder: Path, info: SetInfo, rows: pd.DataFrame) -> Built:
 def read_quarantine(path: Path, images: int) -> dict[int, str]:
     """{row: reason}. Raises ShardError if the file is damaged."""
     try:
-        with open(path, newline="") as file:
-            reasons = {int(line["row"]): line["reason"] for line in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError) as error:
+        lines = list(csv.DictReader(io.StringIO(read_file(path).decode(), newline="")))
+        reasons = {int(line["row"]): line["reason"] for line in lines}
+        if fault := find_fault(reasons.values(), name_fault):
+            raise ValueError(fault)
+    except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
         raise ShardError(f"{path} is damaged: `cxrfast verify --repair {path.parent}` restores it") from error
     if not set(reasons) <= set(range(images)):
         raise ShardError(f"{path} lists rows that the set does not have: `cxrfast verify {path.parent}`")

@@ -4,7 +4,6 @@ Files are hashed while they are copied, and SHA256SUMS of the destination is wri
 that was killed. Nothing is written into the source.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from cxrfast.progress import megabytes, progress
 from cxrfast.shards.format.checksums import adopt_earlier, check_finished, parse_sums, sums_bytes
 from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import locked
+from cxrfast.shards.format.manifest import parse_manifest
 from cxrfast.shards.format.names import LOCK_FILE, SET_FILES, is_temporary, shard_files, shard_name
 from cxrfast.shards.storage import SetStorage
 from cxrfast.shards.upkeep.transfer import Transfer
@@ -272,7 +272,8 @@ def _write_sums(pool: Executor, target: SetStorage, cargo: Cargo, known: dict[st
         if name in known:
             return known[name]
         if name.endswith(".tar"):  # hashed when it was written
-            return json.loads(target.read(name.removesuffix("tar") + "json"))["sha256"]
+            text = name.removesuffix("tar") + "json"
+            return parse_manifest(target.read(text), f"{target}/{text}").sha256
         return target.sha256(name)
 
     text = sums_bytes(dict(zip(names, pool.map(digest, names), strict=True)))

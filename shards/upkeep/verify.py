@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import TarError
 from typing import NamedTuple
 
 from cxrfast.errors import ShardError
-from cxrfast.files import sha256
+from cxrfast.files import open_file, read_file, sha256
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
 from cxrfast.shards.building.layout import set_id
@@ -93,7 +94,7 @@ def verify(folder: Path, deep: bool = False) -> Verdict:
 def _read_sums(folder: Path) -> tuple[dict[str, str], list[Problem]]:
     """The readable lines of SHA256SUMS, and what is wrong with it. Raises ShardError if there is none."""
     try:
-        sums, wrong = parse_sums((folder / "SHA256SUMS").read_bytes())
+        sums, wrong = parse_sums(read_file(folder / "SHA256SUMS"))
     except FileNotFoundError:
         sums, wrong = {}, []
     if not sums:
@@ -167,7 +168,7 @@ def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
     own = rows["fold"].to_numpy() if info.own_folds else None  # which the set id covers
     fold, block = deal(rows["patient_id"].tolist(), info.seed, own)
     paths = dict(zip(rows["row"], rows["path"], strict=True))
-    if rows["row"].tolist() != list(range(info.images)):
+    if len(rows) != info.images:  # numbered from 0 on, or it could not be read
         yield Problem("rows.parquet", f"does not hold the rows 0 to {info.images - 1:,}")
     elif set_id(rows, info.recipe, info.own_folds) != info.id:
         yield Problem("rows.parquet", "does not match the set id in set.json")
@@ -175,7 +176,7 @@ def _rows_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
         yield Problem("rows.parquet", "assigns patients to other folds than the seed in set.json gives")
     elif read_set_json(folder) != info or list(label_names(rows)) != info.labels:
         yield Problem("set.json", "differs from its copy in rows.parquet, or from the labels there")
-    elif quarantine_bytes(paths, read_manifests(folder)) != (folder / "quarantine.csv").read_bytes():
+    elif quarantine_bytes(paths, read_manifests(folder)) != read_file(folder / "quarantine.csv"):
         yield Problem("quarantine.csv", "lists other rows than the manifests")
 
 
@@ -214,6 +215,7 @@ def _shard_problems(
 def _image_problems(folder: Path, info: SetInfo, scale: int, manifests: list[ShardManifest]) -> Iterator[Problem]:
     """Yield images that do not decode to scale × scale px or differ from their crc32 or grid. One thread per shard."""
     ids = read_rows(folder / "rows.parquet")["image_id"].astype(object).to_numpy()
+    manifests = [m for m in manifests if not m.rows or m.rows[-1] < len(ids)]  # the others were reported before
 
     def look(m: ShardManifest) -> list[Problem]:
         name = shard_name(scale, m.shard, "tar")
@@ -231,12 +233,24 @@ def _image_problems(folder: Path, info: SetInfo, scale: int, manifests: list[Sha
 def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> Iterator[str]:
     """Yield what is wrong with the images of one shard, which should have these ids."""
     path = shard_path(folder, m.scale, m.shard, "tar")
-    if read_contents(path).image_ids != ids:
+    try:
+        found = read_contents(path).image_ids
+    except (TarError, ValueError, OSError) as error:
+        yield f"cannot be read ({error})"
+        return
+    if found != ids:
         yield "holds other images than planned"
         return
+    places = read_index(folder, m.scale, m.shard)
+    if [row for row, *_ in places] != m.rows:
+        return  # which was reported before
     grids = unpack(m.grids, len(m.rows)) / STEPS if m.grids else None
-    with open(path, "rb") as tar:
-        for n, (row, offset, size) in enumerate(read_index(folder, m.scale, m.shard)):
+    with open(open_file(path), "rb") as tar:
+        end = os.fstat(tar.fileno()).st_size
+        for n, (row, offset, size) in enumerate(places):
+            if offset + size > end:
+                yield f"row {row} is beyond its end"
+                continue
             tar.seek(offset)
             data = tar.read(size)
             try:

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import pickle
@@ -125,7 +126,7 @@ def take_index_of_another(path: Path) -> None:
 
 
 def take_another_set(path: Path) -> None:
-    path.write_text(path.read_text().replace('"set": "', '"set": "0'))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "set": "0" * 32}))
 
 
 @pytest.mark.parametrize(
