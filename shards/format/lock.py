@@ -5,6 +5,7 @@ machine or has been silent for `WATCH` seconds. This module adds messages that n
 file systems that cannot exchange names (NFS) and of files of other users, where filelock never takes over.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ import psutil
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from cxrfast.errors import CxrfastError, ShardError
-from cxrfast.files import temporary_name
+from cxrfast.files import open_file, temporary_name
 from cxrfast.shards.format.names import LOCK_FILE
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ Part = tuple[int, int]
 """(i, n): the i-th of n parts of a build, from 1."""
 
 
+LARGEST_LEASE = 2**16
+"""Characters of a lease that are read; it has a few lines."""
+
+
 @dataclass(frozen=True)
 class _Mark:
     """State of a lease file; every sign of life changes it."""
@@ -43,9 +48,15 @@ class _Mark:
 
     @classmethod
     def read(cls, path: Path) -> "_Mark":
-        with open(path, errors="replace") as file:
+        try:
+            descriptor = open_file(path, os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ELOOP):
+                raise
+            raise ShardError(f"{path} is not a file that a build leaves: delete it") from error
+        with open(descriptor, errors="replace") as file:
             status = os.fstat(file.fileno())  # not of the path, which NFS caches
-            return cls(status.st_ino, status.st_mtime_ns, file.read())
+            return cls(status.st_ino, status.st_mtime_ns, file.read(LARGEST_LEASE))
 
     @property
     def holder(self) -> dict[str, str]:

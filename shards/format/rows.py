@@ -37,7 +37,7 @@ ROOM, LARGEST_ROW = 2**26, 2**16
 
 RANGES = {
     "row": (0, MOST_IMAGES),
-    "bytes": (-1, 2**62),
+    "bytes": (-3, 2**62),
     "height": (0, 2**31 - 1),
     "width": (0, 2**31 - 1),
     "fold": (0, FOLDS - 1),

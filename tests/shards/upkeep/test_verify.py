@@ -91,7 +91,7 @@ def lose_row(folder: Path) -> None:
     path = shard_path(folder, 64, 1, "json")
     value = json.loads(path.read_bytes())
     shorter = {name: value[name][:-1] for name in ("rows", "crc32", "sizes")}
-    change(path, **shorter, grids=pack(unpack(value["grids"], 64)[:-1]))
+    change(path, **shorter, grids=pack(unpack(value["grids"], 64)[:-1]), sources="")
 
 
 def copied(*suffixes: str, to: int) -> Callable[[Path], None]:
