@@ -25,6 +25,7 @@ from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.building.cautions import cautions
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
+from cxrfast.shards.building.kinds import look_at_kinds
 from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
 from cxrfast.shards.building.missing import check_missing
 from cxrfast.shards.building.remark_lines import sample_lines
@@ -116,13 +117,14 @@ def build(
     )
     if part and (dask or retry_quarantined):
         raise ShardError(f"--part cannot be combined with {'--dask' if dask else '--retry-quarantined'}")
+    listed = read_source(request.source, request.tree, request.source_options)  # its errors come before all others
     _check_folder(request.tree, request.out)
     if dry_run:
         with start_pool(request.workers) as pool:
-            _, _, report = _survey(request, pool)
+            _, _, report = _survey(request, listed, pool)
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
-        blueprint, todo, report = _survey(request, pool)
+        blueprint, todo, report = _survey(request, listed, pool)
         for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
             log.warning(line)  # now, not after hours
         if not retry_quarantined:  # a retry replaces files
@@ -152,42 +154,57 @@ def _check_folder(tree: Tree, out: Path) -> None:
     """Raises ShardError if `out` holds anything but a set, or if one of set and source contains the other."""
     if out.is_dir() and not is_laid_out(out) and any(is_foreign(path) for path in out.iterdir()):
         raise ShardError(f"{out} is not empty and not a shard set: choose another --out")
+    if overlap(tree, out):
+        raise ShardError(f"{out} and the source {tree} overlap (one contains the other): choose another --out")
+
+
+def overlap(tree: Tree, out: Path) -> bool:
+    """Whether the source tree contains the folder `out`, or the other way round."""
     ours = f"{out.resolve()}/"
-    for root in tree.roots if tree.is_local else ():
-        if ours.startswith(root) or root.startswith(ours):
-            raise ShardError(f"{out} and the source {tree} overlap (one contains the other): choose another --out")
+    return any(ours.startswith(root) or root.startswith(ours) for root in (tree.roots if tree.is_local else ()))
+
+
+def default_out(data: str, usual: Path) -> Path:
+    """Folder for a set of the tree `data`: the usual one, or one next to the tree if the usual one would lie inside it."""
+    tree = Tree(data)
+    if not overlap(tree, usual):
+        return usual
+    root = Path(data) if Path(data).name not in ("", "..") else Path(data).resolve()
+    return root.with_name(f"{root.name}-shards") if root.name else usual
 
 
 # Planning
 
 
-def _survey(request: _Request, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
+def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
     """Lay the set out and estimate the work left; write nothing."""
-    blueprint, listed = _lay_out(request)
+    blueprint = _lay_out(request, listed)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
+    left = blueprint.rows.iloc[[row for item in todo for row in item.rows]]
+    kinds = look_at_kinds(request.tree, left.loc[left["bytes"] > 0, "path"], blueprint.info.grey)
     needed = _estimate(blueprint, todo, request.workers, pool)
     report = Report(
         info=blueprint.info,
         scales=request.scales,
         source_counts=listed.counts,
         source_notes=listed.notes,
+        kinds=kinds,
         cautions=cautions(blueprint.info, blueprint.rows),
         estimate=needed,
     )
     return blueprint, todo, report
 
 
-def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
-    """The set's description and rows, new or read from `out`, and what the source lists."""
+def _lay_out(request: _Request, listed: Source) -> Blueprint:
+    """The set's description and rows, new or read from `out`."""
     tree, out, recipe = request.tree, request.out, request.recipe
-    listed = read_source(request.source, tree, request.source_options)
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
     own_folds = "fold" in listed.images
     identity = set_id(rows, recipe, own_folds)
     if is_laid_out(out):
         info = _read_same_set(request, identity, own_folds)
         there = read_rows(out / "rows.parquet", info)
-        return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=there), listed
+        return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=there)
     if listed.shared and not request.allow_shared_patients:
         raise ShardError(
             f"the tables in {tree} hold a split in which {listed.shared}: a model would be tested on patients that it was "
@@ -208,7 +225,7 @@ def _lay_out(request: _Request) -> tuple[Blueprint, Source]:
         versions=versions(),
         **asdict(recipe),
     )
-    return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=rows), listed
+    return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=rows)
 
 
 def _stored(options: Any) -> Any:

@@ -1,5 +1,6 @@
 """Commands that write, check and copy shard sets."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def synth(out: Path, **options: Any) -> None:
 
 @click.command()
 @option.of_source
-@click.option("--out", type=option.FOLDER, default=config.SHARDS, help="Shard set; or set CXRFAST_SHARDS.")
+@click.option("--out", type=option.FOLDER, help=f"Shard set; or set CXRFAST_SHARDS. [default: {config.SHARDS}]")
 @option.scales("Side, px; repeatable.", required=True)
 @option.workers("Processes. [default: usable cores]")
 @click.option(
@@ -59,14 +60,21 @@ def synth(out: Path, **options: Any) -> None:
 @option.flag("--allow-missing", "Continue even if more than 0.1 % of the images are missing.")
 @option.flag("--allow-shared-patients", "Continue even if a patient is in two parts of the split.")
 @option.flag("--retry-quarantined", "Retry the images that could not be used before.")
-def shard(data: str, out: Path, scales: tuple[int, ...], **options: Any) -> None:
+def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) -> None:
     """Write the source tree as tar shards at every --scale. After an interruption, run it again: it resumes."""
-    from cxrfast.shards.build import build
+    from cxrfast.shards.build import build, default_out
     from cxrfast.shards.format.recipe import ImageRecipe
 
     recipe = ImageRecipe(**{name: options.pop(name) for name in ("seed", "codec", "quality", "resize", "grey")})
+    note = ""
+    if out is None:
+        out = config.SHARDS if "CXRFAST_SHARDS" in os.environ else default_out(data, config.SHARDS)
+        if out != config.SHARDS:
+            note = (
+                f"--out is {out}, since {config.SHARDS} would lie inside --data {data}; give other commands this folder"
+            )
     report = build(data, out, list(scales), recipe=recipe, source_options=option.chosen_source(options), **options)
-    click.echo("\n".join(report.lines(out)))
+    click.echo("\n".join([note] * bool(note) + report.lines(out)))
 
 
 @click.command()

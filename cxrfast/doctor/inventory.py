@@ -16,6 +16,7 @@ from cxrfast.machine import installed, memory_bytes, processor, usable_cores
 from cxrfast.models.precision import resolve_precision
 from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.dali import OLDEST
+from cxrfast.shards.building.kinds import MODULES
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import Cell, Table
 
@@ -37,7 +38,7 @@ class Item:
 
 
 def examine() -> list[Item]:
-    return [*_software(), *_machine(), *_dali(), *_device(), *_data()]
+    return [*_software(), *_decoders(), *_machine(), *_dali(), *_device(), *_data()]
 
 
 def _software() -> Iterator[Item]:
@@ -50,6 +51,17 @@ def _software() -> Iterator[Item]:
     if found and _major(found) < 5:
         advice = f"rotates images less exactly, by a few grey levels at edges: pip install -U {OPENCV}"
     yield Item(OPENCV, found or "not installed", advice, not found)
+
+
+def _decoders() -> Iterator[Item]:
+    """Packages that only some source images need."""
+    reads = {"pylibjpeg-libjpeg": "lossless and 12-bit JPEG", "pylibjpeg-openjpeg": "JPEG 2000"}
+    for package, module in MODULES.items():
+        found = installed(package, module)
+        what = f"DICOM files in {reads[package]}" if package in reads else "DICOM files"
+        yield Item(
+            package, found or "not installed", "" if found else f"needed for {what}: pip install 'cxrfast[dicom]'"
+        )
 
 
 def _machine() -> Iterator[Item]:

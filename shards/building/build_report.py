@@ -19,6 +19,8 @@ class Report:
     source_counts: dict[str, int]
     source_notes: tuple[str, ...] = ()
     estimate: Estimate
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Source files looked at, by kind."""
     cautions: list[str] = field(default_factory=list)
     """What to know about the rows before training on them."""
     rows: dict[int, int] = field(default_factory=dict)
@@ -53,8 +55,10 @@ class Report:
             f"to do at {s} px: {needed.images[s]:,} rows, about {size(needed.bytes[s])} in {needed.files[s]:,} files"
             for s in needed.images
         ] or ["nothing left to do"]
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.kinds.items())
         return [
             *lines,
+            *([f"files looked at: {kinds}"] if kinds else []),
             *(f"warning: {line}" for line in sample_lines(needed.remarks, needed.sampled)),
             f"free in {out}: {size(needed.free)}",
             f"estimated time: {duration(needed.seconds)}, from a sample of the images",
