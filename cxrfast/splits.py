@@ -76,7 +76,7 @@ class SharedPatients:
         """
         several = self.patients > 1
         shown = "; ".join(" and ".join(f"{name(at)} in {part}" for part, at in one.items()) for one in self.examples)
-        more = " and others" if self.patients > len(self.examples) else ""
+        more = "; and others" if self.patients > len(self.examples) else ""
         return (
             f"{self.patients:,} patient{'s' if several else ''} with {self.images:,} images "
             f"{'are' if several else 'is'} in more than one part, such as {shown}{more}"
@@ -85,22 +85,27 @@ class SharedPatients:
 
 def shared_patients(patients: Sequence[str], parts: Sequence[object]) -> SharedPatients | None:
     """The patients in two or more parts; None if there are none. An image whose part is null or "" is in no part."""
-    text = np.array(["" if part is None or part != part else str(part) for part in parts])
-    names, part = np.unique(text, return_inverse=True)
-    unique, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    found = np.zeros((len(unique), len(names)), bool)
-    found[patient, part] = names[part] != ""
+    text = ["" if part is None or part != part else str(part) for part in parts]
+    patient, part = _numbered(patients), _numbered(text)
+    is_in_part = np.array([bool(name) for name in text], bool)
+    found = np.zeros((patient.max(initial=-1) + 1, part.max(initial=-1) + 1), bool)
+    found[patient[is_in_part], part[is_in_part]] = True
     shared = found.sum(axis=1) > 1
     if not shared.any():
         return None
-    images = np.flatnonzero(shared[patient] & (text != ""))
+    images = np.flatnonzero(shared[patient] & is_in_part)
     first = list(dict.fromkeys(patient[images].tolist()))[:SHOWN]
     examples = []
     for one in first:
-        its = images[patient[images] == one].tolist()
-        by_part = {str(text[at]): at for at in reversed(its)}
+        by_part = {text[at]: at for at in reversed(images[patient[images] == one].tolist())}
         examples.append(dict(sorted(by_part.items(), key=lambda item: item[1])))
     return SharedPatients(patients=int(shared.sum()), images=len(images), examples=tuple(examples))
+
+
+def _numbered(values: Sequence[str]) -> np.ndarray:
+    """Number of each value, int64, counted from 0 in the order of their first places. Faster than sorting text."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
 def check_official(masks: dict[str, np.ndarray]) -> None:

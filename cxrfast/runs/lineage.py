@@ -10,6 +10,9 @@ from cxrfast.runs.folder import WEIGHTS
 SIGN = "†"
 """Follows the name of a run, or of a group of runs, whose first weights came from another run."""
 
+OTHER_FOLD = ", another fold"
+"""End of the text of an origin that is a run of another fold, and which therefore stays in the text of a group."""
+
 FROM_RUN = "from "
 """Start of the text of an origin that is another run."""
 
@@ -17,7 +20,7 @@ FROM_RUN = "from "
 def origin_of(config: TrainConfig) -> str:
     """`ImageNet`, `none`, `from densenet121-64/fold-0` for the folder of a run, or the name of a file of weights.
 
-    `from fold 1 of densenet121-64` if that run has another fold: its training rows hold this run's test patients.
+    `from densenet121-64/fold-1, another fold` if it is not this run's: its training rows hold this run's test patients.
     """
     if config.weights in ("imagenet", "none"):
         return {"imagenet": "ImageNet", "none": "none"}[config.weights]
@@ -27,7 +30,7 @@ def origin_of(config: TrainConfig) -> str:
     elif path.suffix in (".pth", ".pt", ".safetensors"):
         return path.name
     if (fold := re.fullmatch(r"fold-(\d+)", path.name)) and int(fold[1]) != config.fold and len(path.parts) > 1:
-        return f"{FROM_RUN}fold {fold[1]} of {path.parts[-2]}"
+        return FROM_RUN + "/".join(path.parts[-2:]) + OTHER_FOLD
     return FROM_RUN + "/".join(path.parts[-2:])
 
 
@@ -61,5 +64,5 @@ def origin_footnote(origins: Mapping[str, str]) -> str:
 
 def _scale(name: str) -> int:
     """The number at the end of a group's name, as `densenet121-64`; 0 if there is none."""
-    found = re.search(r"-(\d+)$", name)
+    found = re.search(rf"-(\d+)(?:/fold-\d+{OTHER_FOLD})?$", name)
     return int(found[1]) if found else 0

@@ -43,6 +43,8 @@ class Plan:
         """Differences from the configuration of a run on disk, except in what was left for the machine to choose."""
         options = options_of(TrainConfig)
         left = [name for name in ("precision", "micro_batch") if self.options.get(name, options[name][2]) == "auto"]
+        if config.allow_shared_patients:
+            left.append("allow_shared_patients")  # an earlier version did not ask
         return [text for text in config.differences(other) if text.partition(":")[0] not in left]
 
     @property

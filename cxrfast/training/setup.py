@@ -89,6 +89,15 @@ def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | N
     return own, min(others, default=None)
 
 
+def as_started(folder: RunFolder, config: TrainConfig) -> TrainConfig:
+    """The configuration of the run in a folder if it was started before shared patients had to be allowed, else `config`."""
+    if config.allow_shared_patients and folder.is_started:
+        earlier = Run.open(folder.folder).config
+        if earlier == replace(config, allow_shared_patients=False):
+            return earlier
+    return config
+
+
 def select_rows(
     table: pd.DataFrame, config: TrainConfig, held: np.ndarray, subset: np.ndarray | None = None
 ) -> pd.DataFrame:
@@ -227,11 +236,15 @@ def weights_file(config: TrainConfig) -> Path | None:
     return path
 
 
-def refuse_other_fold(config: TrainConfig) -> None:
-    """Raises RunError if the run with the first weights may have trained on validation or test patients of this one."""
+def refuse_other_fold(config: TrainConfig, rows: pd.DataFrame | None = None) -> None:
+    """Raises RunError if the run with the first weights may have trained on validation or test patients of this one.
+
+    `rows`: this run's table, if it is known; two sets may differ in their official split alone.
+    """
     if not RunFolder(Path(config.weights)).is_started:
         return
-    parent = Run.open(Path(config.weights)).config
+    run = Run.open(Path(config.weights))
+    parent = run.config
     if parent.set_id != config.set_id:
         raise RunError(
             f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
@@ -243,6 +256,15 @@ def refuse_other_fold(config: TrainConfig) -> None:
             f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
             f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
         )
+    if rows is not None and not config.allow_shared_patients:
+        theirs = run.rows()
+        trained = theirs.loc[theirs["part"] == "train", "patient_id"]
+        seen = rows[(rows["part"] != "train") & rows["patient_id"].isin(trained)]
+        if len(seen):
+            raise RunError(
+                f"--weights {config.weights} was trained on {seen['patient_id'].nunique():,} patients of this run's validation "
+                f"and test parts, such as that of row {seen['row'].iloc[0]}: start from a run of the same split"
+            )
 
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:

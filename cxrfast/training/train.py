@@ -57,12 +57,13 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
                     f"not be joined: train them all with --micro-batch {chosen}"
                 )
             config = replace(config, micro_batch=chosen)
+        config = setup.as_started(folder, config)
         # refuse sizes that do not fit before anything is written
         setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 
         def start() -> Run:
             if not folder.has_checkpoint:  # a checkpoint has its own weights
-                setup.refuse_other_fold(config)
+                setup.refuse_other_fold(config, rows)
                 if file := setup.weights_file(config):
                     load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
             return Run.start(folder.folder, config, runtime.shards, rows)

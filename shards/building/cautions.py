@@ -12,8 +12,9 @@ def cautions(info: SetInfo, rows: pd.DataFrame) -> list[str]:
     patients = rows["patient_id"].tolist()
     found = [
         f"{what}: {shared.in_words(lambda row: f'row {row}')}; `cxrfast train` refuses it without --allow-shared-patients"
-        for what, parts in (("official split", rows["split"].tolist()), ("folds", [f"fold {k}" for k in rows["fold"]]))
-        if (shared := shared_patients(patients, parts))
+        for what, parts in (("official split", rows["split"]), ("folds", "fold " + rows["fold"].astype(str)))
+        if (what != "folds" or info.own_folds)  # the set's own are dealt by patient
+        and (shared := shared_patients(patients, parts.tolist()))
     ]
     lacking = [part for part in SPLITS if not rows["split"].eq(part).any()]
     if info.source_options.get("split_column") and not info.own_folds and lacking:

@@ -196,7 +196,7 @@ def test_shared_patients_are_told_in_a_sentence():
     patients = [str(n) for n in range(SHOWN + 1)] * 2
     many = shared_patients(patients, ["train"] * (SHOWN + 1) + ["test"] * (SHOWN + 1))
     assert many is not None
-    assert many.in_words(str).endswith("2 in train and 6 in test and others")
+    assert many.in_words(str).endswith("2 in train and 6 in test; and others")
     assert many.in_words(str).startswith(
         "4 patients with 8 images are in more than one part, such as 0 in train and 4 in"
     )

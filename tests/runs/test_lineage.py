@@ -37,10 +37,11 @@ def test_folds_that_each_started_from_their_own_fold_share_a_start() -> None:
 def test_weights_of_another_fold_are_named_with_that_fold(path: str) -> None:
     """Its training rows hold test patients of this one: the file can be given by its path, and the table says so."""
     start = origin_of(config(path, fold=0))
-    assert start == "from fold 1 of densenet121-32"
+    assert start == "from densenet121-32/fold-1, another fold"
     footnote = origin_footnote({"densenet121-64": shared_origin([start])})
     assert (
-        footnote == "† weights started from the run of a smaller scale: densenet121-64 from fold 1 of densenet121-32."
+        footnote
+        == "† weights started from the run of a smaller scale: densenet121-64 from densenet121-32/fold-1, another fold."
     )
     assert origin_of(config(path, fold=1)) == "from densenet121-32/fold-1"
 

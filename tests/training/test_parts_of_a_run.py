@@ -118,6 +118,22 @@ def test_a_study_of_a_split_of_its_own_has_one_fold(own, tiny_set, tmp_path):
     assert "so its split is used, and it is only one" in " ".join(done.output.split())
 
 
+def test_job_scripts_of_a_split_of_its_own_train_its_one_fold(own, tmp_path):
+    more = [
+        "--sbatch",
+        tmp_path / "jobs",
+        "--device=cpu",
+        "--arch=shufflenet_v2_x0_5",
+        "--weights=none",
+        "--global-batch=8",
+    ]
+    done = invoke("study", own, tmp_path / "runs", *more)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "jobs" / "train.sh").read_text()
+    assert "--array=0-0" in text
+    assert "--split" not in text, "each job finds the set's split itself"
+
+
 def test_folds_of_the_user_s_own_are_the_folds_of_its_runs(tmp_path):
     folds = [str(n % 5) for n in range(N)]
     shards = build(tmp_path, APART, "--split-column=part", part=folds)
@@ -152,12 +168,49 @@ def test_a_run_of_a_split_that_leaks_is_refused_unless_told_and_then_says_so(lea
     assert len(selected(leaking, allow_shared_patients=True)) == N
 
 
+def test_an_earlier_run_of_a_split_that_leaks_goes_on_when_told(leaking, tmp_path):
+    """Its configuration, and with it the hash in its checkpoint, stays what it was."""
+    config = make_config(leaking, 32, device="cpu", **BATCHES, allow_shared_patients=True)
+    folder, earlier = tmp_path / "shufflenet_v2_x0_5-32/fold-0", replace(config, allow_shared_patients=False)
+    run = Run.start(folder, earlier, leaking, selected(leaking, allow_shared_patients=True))
+    code, output = train(leaking, tmp_path)
+    assert code == 2
+    assert "are in more than one part" in output
+    plan = make_plan(leaking, tmp_path, options={**BATCHES, "allow_shared_patients": True}, device="cpu")
+    assert plan.differences(plan.config(32, 0, "cpu"), earlier) == []
+    code, output = train(leaking, tmp_path, "--allow-shared-patients")
+    assert code == 0, output
+    assert Run.open(folder).config == earlier
+    assert run.is_done
+
+
 def test_patients_count_only_where_they_are_used(leaking):
     """Those of a set that leaks may all be outside a list of rows."""
     table = rows_of(leaking)
     alone = table.loc[~table["patient_id"].isin(APART[:4]), "row"].to_numpy()
     config = make_config(leaking, 32, device="cpu")
     assert len(select_rows(table, config, table["row"].to_numpy(), alone)) == N - 8
+
+
+def test_weights_of_a_run_on_another_split_of_the_same_images_are_refused(own, tmp_path):
+    """The two sets have one id, since a split is no part of it."""
+    other = build(tmp_path, APART, "--split-column=part", part=PARTS[::-1])
+    assert rows_of(other)["image_id"].tolist() == rows_of(own)["image_id"].tolist()
+    assert make_config(other, 32, device="cpu").set_id == make_config(own, 32, device="cpu").set_id
+    code, output = train(own, tmp_path / "first")
+    assert code == 0, output
+    weights = f"--weights={tmp_path / 'first/shufflenet_v2_x0_5-32/fold-0'}"
+    code, output = train(other, tmp_path / "second", weights)
+    assert code == 2
+    assert "was trained on 16 patients of this run's validation and test parts, such as that of row " in output
+    assert train(own, tmp_path / "third", weights)[0] == 0
+    for shards, name in ((own, "a"), (other, "b")):
+        code, output = train(shards, tmp_path / "both", f"--name={name}")
+        assert code == 0, output
+        assert invoke("predict", tmp_path / "both" / name / "fold-0", "--device=cpu").exit_code == 0
+    done = invoke("evaluate", tmp_path / "both")
+    assert done.exit_code == 2
+    assert "cannot be joined: 16 test rows are in only one of them" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
