@@ -81,7 +81,8 @@ def decode_dicom(data: bytes, grey: str) -> tuple[np.ndarray, list[Remark]]:
             _check(dataset)
             codes = _codes(dataset)
             if grey == "mimic":
-                return as_mimic(codes, voi.is_inverted(dataset)), []
+                remarks = [Remark.PADDING] if voi.padding_widens(codes, dataset) else []
+                return as_mimic(codes, voi.is_inverted(dataset)), remarks
             display = voi.Display(dataset)
             return display.table(codes)[codes], display.remarks
         except (ShardError, MemoryError):

@@ -19,6 +19,7 @@ class Remark(StrEnum):
     FUNCTION = "unknown VOI LUT function taken for LINEAR"
     LUT = "invalid VOI LUT ignored"
     RESCALE = "invalid modality LUT or rescale slope ignored"
+    PADDING = "pixel padding stretched like anatomy: see --grey window"
     SHAPE = "presentation LUT shape that contradicts MONOCHROME1 or 2 ignored"
 
 

@@ -139,6 +139,16 @@ def is_padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
     return (stored >= min(known)) & (stored <= max(known))
 
 
+def padding_widens(codes: np.ndarray, dataset: Dataset) -> bool:
+    """Would a stretch from the lowest to the highest pixel be narrower without the padding?"""
+    if whole_number(dataset, "PixelPaddingValue") is None:
+        return False
+    stored = stored_values(dataset)
+    counts = np.bincount(codes.ravel(), minlength=len(stored))
+    present, inside = np.flatnonzero(counts), np.flatnonzero(counts * ~is_padding(stored, dataset))
+    return bool(inside.size) and (present[0], present[-1]) != (inside[0], inside[-1])
+
+
 def stretched(values: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Position of each value between the lowest (0) and the highest (1) of those present; all 0 where they are equal."""
     if not present.size:

@@ -88,8 +88,10 @@ def test_an_image_that_is_all_padding_is_black_and_remarked_on():
     assert remarks == [Remark.UNIFORM]
 
 
-def test_mimic_stretches_padding_too_as_mimic_cxr_jpg_did():
-    dataset, _ = padded(radiograph(shapes() // 2 + 700, 16, PixelPaddingValue=65_535), 65_535)
+@pytest.mark.parametrize(("value", "remarks"), [(65_535, [Remark.PADDING]), (0, [Remark.PADDING]), (1000, [])])
+def test_mimic_stretches_padding_too_as_mimic_cxr_jpg_did_and_says_so(value, remarks):
+    dataset, _ = padded(radiograph(shapes() // 2 + 700, 16, PixelPaddingValue=value), value)
+    assert decode_with_remarks(written(dataset), "mimic")[1] == remarks
     np.testing.assert_array_equal(
         decode(written(dataset), "mimic"), as_published(dataset.pixel_array.astype(int), False)
     )
