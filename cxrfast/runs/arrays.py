@@ -63,6 +63,6 @@ def read_array(group: Any, name: str, advice: str) -> np.ndarray:
 def open_arrays(path: Path) -> Any:
     """The zarr group at `path`, read-only. Raises RunError if it cannot be read."""
     try:
-        return zarr.open_group(path, mode="r")
+        return zarr.open_group(path, mode="r", zarr_format=3)  # arrays of version 2 may hold pickles, which run code
     except Exception as error:  # zarr's own classes differ by version
         raise RunError(f"{path} cannot be read ({type(error).__name__}): make it again") from error

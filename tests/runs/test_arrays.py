@@ -1,10 +1,14 @@
 """The zarr store of a run's maps keeps what it holds."""
 
+import json
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import open_arrays, update_arrays
+from cxrfast.runs.arrays import open_arrays, read_array, update_arrays
 
 
 def test_maps_of_one_kind_survive_the_writing_of_another(tmp_path):
@@ -28,3 +32,29 @@ def test_maps_survive_a_process_killed_between_two_renames_and_damaged_ones_are_
     with pytest.raises(RunError, match="delete it"):
         update_arrays(path, {"other": np.zeros(2)}, {})
     assert (path / "erf").is_dir()
+
+
+class Trap:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore")  # of zarr, about what it would have read
+def test_arrays_that_hold_pickles_are_refused_and_never_unpickled(tmp_path, monkeypatch):
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)  # as earlier versions did
+    path, trace = tmp_path / "predictions.zarr", tmp_path / "trace"
+    array = path / "row"
+    array.mkdir(parents=True)
+    (path / ".zgroup").write_text('{"zarr_format": 2}')
+    filters = [{"id": "vlen-utf8"}, {"id": "pickle", "protocol": 5}]
+    kind = {"shape": [1], "chunks": [1], "dtype": "|O", "fill_value": "", "order": "C", "compressor": None}
+    (array / ".zarray").write_text(json.dumps({"zarr_format": 2, **kind, "filters": filters}))
+    (array / "0").write_bytes(pickle.dumps(Trap(trace)))
+    with pytest.raises(RunError):
+        read_array(open_arrays(path), "row", "make it again")
+    assert not trace.exists()

@@ -386,7 +386,9 @@ def outcome(name: str, folder: Path, tree: Path, aside: Path) -> str:
         if name == "train":
             try:
                 open_for_training(folder)
-            except CxrfastError as error:
+            except (CxrfastError, OSError) as error:  # the command line shows both as one line
+                if isinstance(error, OSError) and not error.filename:
+                    raise
                 return f"refused {error}"
             return "right"
         done = CliRunner().invoke(cli, [str(word) for word in command(name, folder, tree, aside)])
