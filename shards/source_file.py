@@ -33,6 +33,9 @@ TRANSIENT = frozenset(
 )
 """Errors of a file server or network that may be back in a moment."""
 
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+"""Errors of this machine, not of a file: it has no memory or no descriptors left."""
+
 PAUSES = (0.5, 2.0)
 """Seconds before each new try after such an error."""
 
@@ -42,7 +45,7 @@ def size_of(path: str) -> int:
     try:
         found = os.stat(path)
     except OSError as error:
-        if error.errno in TRANSIENT:
+        if error.errno in TRANSIENT | EXHAUSTED:
             raise
         return size_after(error)
     return found.st_size if stat.S_ISREG(found.st_mode) else NOT_A_FILE

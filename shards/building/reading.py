@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.images.bad_image import BadImage, Reason
-from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, TRANSIENT, UNREADABLE, size_after
+from cxrfast.shards.source_file import EXHAUSTED, MISSING, NOT_A_FILE, PAUSES, TRANSIENT, UNREADABLE, size_after
 from cxrfast.shards.storage import Tree
 
 FAILING = 0.01
@@ -62,12 +62,15 @@ class ImageReader:
         )
         if state != UNREADABLE and not self.allow_missing:
             return ShardError(f"{path} {why}: put it back, or leave it out with --allow-missing")
+        if error.errno in EXHAUSTED:
+            return ShardError(f"{path} {why}: use fewer --workers, or raise this machine's limits")
         self.failed.append(f"{path} {why}")
         is_lasting = self.allow_missing and state == UNREADABLE and error.errno not in TRANSIENT
         if len(self.failed) > max(1, FAILING * self.images) and not is_lasting:
+            leave = "" if self.allow_missing or error.errno in TRANSIENT else ", or leave them out with --allow-missing"
             return ShardError(
-                f"{len(self.failed)} images cannot be read, the last because {path} {why}: is the source tree complete, and "
-                "does its file server answer?"
+                f"{len(self.failed)} images cannot be read, the last because {path} {why}: check the tree and its file server"
+                + leave
             )
         if not self.tree.is_there():
             return ShardError(f"{path} {why}, and {self.tree} is empty or cannot be reached")

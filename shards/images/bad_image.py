@@ -14,7 +14,7 @@ class Reason(StrEnum):
     """Why an image is quarantined."""
 
     MISSING = "missing"
-    VANISHED = "vanished since the set was planned"
+    VANISHED = "vanished"
     NOT_A_FILE = "not a file"
     UNREADABLE = "unreadable"
     EMPTY = "empty"

@@ -11,7 +11,10 @@ from cxrfast.errors import ShardError
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.format.info import read_set
+from cxrfast.shards.format.manifest import source_hashes
 from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.format.source_hashes import SIZE
+from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
 
@@ -34,6 +37,7 @@ class SourceVerdict:
 def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
     """Compare a set's source images, and all other files in the tree's SHA256SUMS.txt, with that list.
 
+    An image as listed may be another than the set was built from: then its hash differs from the one in the manifests.
     Raises ShardError if SHA256SUMS.txt is missing or unreadable.
     """
     read_set(folder)
@@ -51,6 +55,9 @@ def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
     present = rows.loc[rows["bytes"] >= 0, "path"]
     problems = [Problem(path, "not listed in SHA256SUMS.txt") for path in present if path not in sums]
 
+    paths = rows["path"].tolist()
+    built_from = {paths[row]: known for m in ShardSet(folder).manifests() for row, known in source_hashes(m).items()}
+
     def look(name: str) -> tuple[int, str]:
         try:
             data = tree.read(name)
@@ -58,7 +65,11 @@ def verify_source(folder: Path, tree: Tree) -> SourceVerdict:
             return 0, "missing"
         except OSError as error:
             return 0, f"cannot be read ({error.strerror or error})"
-        return len(data), "" if new_sha256(data).hexdigest() == sums[name] else "its bytes have changed"
+        found = new_sha256(data)
+        if found.hexdigest() != sums[name]:
+            return len(data), "its bytes have changed"
+        is_same = built_from.get(name, b"") in (b"", found.digest()[:SIZE])
+        return len(data), "" if is_same else "is as listed, but the set was built from other bytes"
 
     total, start = 0, time.monotonic()
     with (

@@ -223,9 +223,7 @@ def test_a_folder_that_may_not_be_entered_is_named_and_costs_its_rows_if_allowed
 # After the set was planned
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"), [(Path.unlink, "vanished since the set was planned"), (a_fifo, "not a file")]
-)
+@pytest.mark.parametrize(("how", "reason"), [(Path.unlink, "vanished"), (a_fifo, "not a file")])
 def test_an_image_that_vanishes_later_stops_its_shard_unless_images_may_be_missing(
     tree, tiny_set, tmp_path, how, reason
 ):
@@ -300,6 +298,15 @@ def test_an_error_that_passes_costs_nothing_and_one_that_stays_costs_a_row_but_n
         lasting.read("a.jpg", 5)
     with pytest.raises(ShardError, match=rf"2 images cannot be read, .*{os.strerror(code)}.*file server") as caught:
         lasting.read("a.jpg", 5)
+    assert not isinstance(caught.value, BadImage)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM])
+def test_a_machine_that_has_nothing_left_stops_the_shard(tmp_path, code):
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    reader = ImageReader(tree=Failing(tmp_path, [code]), images=150, allow_missing=True)
+    with pytest.raises(ShardError, match="use fewer --workers") as caught:
+        reader.read("a.jpg", 5)
     assert not isinstance(caught.value, BadImage)
 
 

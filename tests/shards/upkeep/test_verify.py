@@ -268,6 +268,16 @@ def test_images_of_the_source_that_are_changed_missing_or_not_listed_are_named(t
     assert result.advice == f"{tiny_set}: 3 problems, named above", "no reason to repair the set"
 
 
+def test_an_image_as_it_was_published_that_the_set_was_not_built_from_is_named(tiny_set, tree):
+    path = read_rows(tiny_set / "rows.parquet")["path"][70]
+    flip_bit(tree / path, 99)
+    lines = [line.split() for line in (tree / "SHA256SUMS.txt").read_text().splitlines()]
+    (tree / "SHA256SUMS.txt").write_text("".join(f"{sha256(tree / name)} {name}\n" for _, name in lines))
+    assert verify_source(tiny_set, Tree(tree)).problems == [
+        Problem(path, "is as listed, but the set was built from other bytes")
+    ]
+
+
 @pytest.mark.parametrize("form", ["{} {}\n", "{}  {}\n", "{} *{}\n", "{}  ./{}\n", "{} {}\r\n\r\n"])
 def test_a_source_as_it_was_published_has_no_problems_whatever_tool_wrote_its_list(form, tiny_set, tree):
     path = tree / "SHA256SUMS.txt"
