@@ -57,6 +57,12 @@ def path_fault(path: str) -> str | None:
     return _holds(found) if (found := next(wrong, None)) else None
 
 
+def are_plain(names: list[str]) -> bool:
+    """Whether no name or path can have a fault; much faster than to look at each, and true for nearly all tables."""
+    short = max(map(len, names), default=0) <= LONGEST_NAME
+    return short and "".join(names).isprintable() and {name[:1] for name in names}.isdisjoint("=+@-")
+
+
 def find_fault(names: Iterable[str], fault: Callable[[str], str | None]) -> str | None:
     """The first name that has a fault, and which, as `'a\\tb' holds the character U+0009`; None if there is none."""
     names = list(names)

@@ -22,31 +22,28 @@ NO_ID = {*BLANK, "<na>", "#n/a", "nat"}
 """What programs write for a missing value, in any case: not an id, or all patients without one would be one patient."""
 
 WHOLE_FLOAT = re.compile(r"(\d+)\.0+")
-SCIENTIFIC = re.compile(r"[+-]?\d+(?:[.,]\d+[eE][+-]?|[eE][+-])\d+")
+SCIENTIFIC = re.compile(r"[+-]?(?:\d(?:[.,]\d+)?[eE][+-]\d+|\d{1,3}[.,]\d+[eE]\d+)")
 """`8.39860488694292E+35` or `1e+05`: a spreadsheet's number, of which digits are lost."""
+
+NUMBER = re.compile(f"{WHOLE_FLOAT.pattern}|{SCIENTIFIC.pattern}")
 
 EXACT_DIGITS = 15
 """Digits that a float64 holds; a longer id that went through one may be another id."""
 
 
-DOUBTFUL = re.compile(
-    rf"[^\x21-\x7e\n]|\.0+$|[eE][+-]?\d+$|^(?:{'|'.join(map(re.escape, sorted(NO_ID - {''})))})$", re.I | re.M
-)
-"""Found in lines of ids of which one may not be in its normal form: others, nearly all of them, are looked at together."""
-
 ZEROS = re.compile(r"(?:^|\D)0+\d+$", re.M)
 """An id whose last number has leading zeros."""
 
 
-def normal_ids(column: pd.Series, where: str) -> pd.Series:
-    """Return the ids of a text column in their normal form.
+def normal_ids(column: pd.Series, where: str, without: str = "$^") -> pd.Series:
+    """Return the ids of a text column in their normal form, and without what matches the pattern `without`.
 
     Raises ShardError that names the lines of blank ids, of words for a missing value, and of numbers that a spreadsheet has
     rounded.
     """
     codes, unique = pd.factorize(column)
-    texts = unique.tolist()
-    if len(texts) and codes.min() >= 0 and "" not in texts and not DOUBTFUL.search("\n".join(texts)):
+    texts, removed = unique.tolist(), re.compile(without)
+    if len(texts) and codes.min() >= 0 and _are_normal(texts) and not any(map(removed.search, texts)):
         return column
     normal = [normal_id(text) for text in texts]
     for states, what in (
@@ -57,7 +54,15 @@ def normal_ids(column: pd.Series, where: str) -> pd.Series:
         bad = np.array([*states, what == "is blank"], bool)[codes]  # the last is for code -1: no value
         if bad.any():
             _refuse(column, bad, what, where)
+    normal = [removed.sub("", text) for text in normal]
     return pd.Series(np.array([*normal, ""], object)[codes], column.index, dtype=column.dtype, name=column.name)
+
+
+def _are_normal(texts: list[str]) -> bool:
+    """Whether all ids are in their normal form for certain; much faster than to normalise each."""
+    joined = "".join(texts)
+    is_bare = joined.isascii() and joined.isprintable() and " " not in joined
+    return is_bare and NO_ID.isdisjoint(map(str.lower, texts)) and not any(map(NUMBER.fullmatch, texts))
 
 
 def normal_id(text: str) -> str:
@@ -115,15 +120,15 @@ def check_join(
     `wanted`: ids of the images; `found`: ids of the table that is joined to them; `images` and `table` name both, `what` the
     ids, in the plural. One id may always be alone.
     """
-    mine, theirs = (pd.Series(side.unique(), dtype=object) for side in (wanted, found))
+    mine, theirs = (dict.fromkeys(side.tolist()) for side in (wanted, found))
     sides = ((mine, theirs, images, table), (theirs, mine, table, images))
-    lacking = [(side, side[~side.isin(other)], here, there) for side, other, here, there in sides]
-    if allowed or not any(is_too_few(len(side) - len(alone), len(side)) for side, alone, *_ in lacking):
+    lacking = [(len(side), [x for x in side if x not in other], here, there) for side, other, here, there in sides]
+    if allowed or not any(is_too_few(of - len(alone), of) for of, alone, *_ in lacking):
         return
     parts = [
-        f"{len(alone):,} of the {len(side):,} {what} in {here} are not in {there} (such as {', '.join(alone[:3])})"
-        for side, alone, here, there in lacking
-        if len(alone)
+        f"{len(alone):,} of the {of:,} {what} in {here} are not in {there} (such as {', '.join(alone[:3])})"
+        for of, alone, here, there in lacking
+        if alone
     ]
     raise ShardError(
         f"{', and '.join(parts)}: give tables of the same release, or accept this with --allow-unmatched{advice}"

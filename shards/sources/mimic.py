@@ -3,6 +3,7 @@
 import posixpath
 import re
 
+import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
@@ -31,16 +32,12 @@ def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False
     labelled = _mimic_table(tree, labels, ["study_id", *MIMIC], ["subject_id"])
     if not tree.is_dir("files"):
         raise ShardError(f"{tree} has no folder files/: give --data the folder that holds files/ and the CSV tables")
-    _once(labelled["study_id"], f"the {labels} table in {tree}")
-    _once(split["dicom_id"], f"the split table in {tree}")
-    image, subject, study = metadata["dicom_id"], metadata["subject_id"], metadata["study_id"]
-    for name, other, key in ((labels, labelled, "study_id"), ("split", split, "dicom_id")):
+    for name, other, key, what in ((labels, labelled, "study_id", "studies"), ("split", split, "dicom_id", "images")):
+        _once(other[key], f"the {name} table in {tree}")
         _check_same(metadata, other, key, f"the {name} table in {tree}")
-        what = "studies" if key == "study_id" else "images"
-        theirs = f"the {name} table"
-        check_join(
-            metadata[key], other[key], images="the metadata table", table=theirs, what=what, allowed=allow_unmatched
-        )
+        sides = {"images": "the metadata table", "table": f"the {name} table"}
+        check_join(metadata[key], other[key], **sides, what=what, allowed=allow_unmatched)
+    image, subject, study = metadata["dicom_id"], metadata["subject_id"], metadata["study_id"]
     values = {name: raw_labels(labelled[name], f"the {labels} table in {tree}").to_numpy() for name in MIMIC}
     raw = pd.DataFrame(values, index=labelled["study_id"])
     reference = _radiologist(tree)
@@ -58,28 +55,29 @@ def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False
     )
     by_study = [raw.reindex(study), reference.add_prefix(REFERENCE).reindex(study)]
     frame = pd.concat([frame, *(values.set_axis(metadata.index) for values in by_study)], axis=1)
+    studies, with_labels, read = (set(ids) for ids in (study, raw.index, reference.index))
     counts = {
-        "studies without a label row": study[~study.isin(raw.index)].nunique(),
-        "label rows without an image": int((~raw.index.isin(study)).sum()),
+        "studies without a label row": len(studies - with_labels),
+        "label rows without an image": len(with_labels - studies),
         "images without an official split": int(frame["split"].isna().sum()),
         "label rows that are all blank": int(raw.isna().all(axis=1).sum()),
-        "studies read by a radiologist": int(reference.index.isin(study).sum()),
-        "studies read by a radiologist, without an image": int((~reference.index.isin(study)).sum()),
+        "studies read by a radiologist": len(read & studies),
+        "studies read by a radiologist, without an image": len(read - studies),
     }
     return Source(images=frame, labels=MIMIC, counts=counts, notes=notes_on_words(labelled[list(MIMIC)]))
 
 
 def _check_same(metadata: pd.DataFrame, other: pd.DataFrame, key: str, where: str) -> None:
     """Raises ShardError if a table gives a study or image to another patient or study than the metadata does."""
-    for name in ("subject_id", "study_id"):
-        if name == key or name not in other:
-            continue
-        expected = other[key].map(metadata.drop_duplicates(key).set_index(key)[name])
-        if (wrong := expected.notna() & other[name].notna() & (expected != other[name])).any():
-            at = other.index[wrong]
+    place = {id_: n for n, id_ in enumerate(metadata[key].tolist())}
+    same = np.array([place.get(id_, -1) for id_ in other[key].tolist()])
+    for name in (name for name in ("subject_id", "study_id") if name != key and name in other):
+        expected, found = metadata[name].to_numpy(object)[same], other[name].to_numpy(object)
+        if (wrong := (same >= 0) & (expected != found)).any():
+            at, of = other.index[wrong], other[key][wrong].iloc[0]
             raise ShardError(
-                f"{where} gives {key} {other[key][at[0]]} the {name} {other[name][at[0]]} in {lines(at)}, and the metadata "
-                f"{expected[at[0]]}: use tables of the same release"
+                f"{where} gives {key} {of} the {name} {found[wrong][0]} in {lines(at)}, and the metadata "
+                f"{expected[wrong][0]}: use tables of the same release"
             )
 
 
@@ -92,13 +90,10 @@ def _mimic_table(tree: Tree, kind: str, columns: list[str], optional: list[str] 
             "download it, or restore its published name"
         )
     table = read_table(tree, path, columns, f"the {kind} table of MIMIC-CXR-JPG", optional=optional or ())
-    ids = {name: _ids(table[name], f"the {kind} table in {tree}") for name in IN_PATHS if name in table}
-    return table.assign(**ids)
-
-
-def _ids(column: pd.Series, where: str) -> pd.Series:
-    """Normal ids, without what they have more in paths: `50000014` for `s50000014`."""
-    return normal_ids(column, where).str.replace(IN_PATHS[str(column.name)], "", regex=True)
+    found = [name for name in IN_PATHS if name in table]
+    return table.assign(
+        **{name: normal_ids(table[name], f"the {kind} table in {tree}", IN_PATHS[name]) for name in found}
+    )
 
 
 def _mimic_path(tree: Tree, kind: str) -> str | None:
@@ -117,7 +112,7 @@ def _radiologist(tree: Tree) -> pd.DataFrame:
     labelled = read_table(tree, path, ["study_id"], what, optional=[*MIMIC, *EARLIER])
     labelled = labelled.rename(columns={old: new for old, new in EARLIER.items() if new not in labelled})
     where = posixpath.join(str(tree), path)
-    labelled["study_id"] = _ids(labelled["study_id"], where)
+    labelled["study_id"] = normal_ids(labelled["study_id"], where, IN_PATHS["study_id"])
     _once(labelled["study_id"], where)
     found = [name for name in MIMIC if name in labelled]
     if not found:

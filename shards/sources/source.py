@@ -10,7 +10,7 @@ from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
 from cxrfast.shards.sources.parts import SPLITS, checked_folds, shared_in_words
 from cxrfast.shards.storage import Tree
-from cxrfast.text import find_fault, label_fault, name_fault, path_fault
+from cxrfast.text import are_plain, find_fault, label_fault, name_fault, path_fault
 
 IDS = ("image_id", "study_id", "patient_id", "path")
 
@@ -103,7 +103,8 @@ def _ids(column: pd.Series, where: str) -> pd.Series:
         raise ShardError(f"{where} list {int(empty.sum()):,} images without {column.name}: give every image one")
     is_path = column.name == "path"
     found = column if is_path else normal_ids(column, where)
-    if fault := find_fault(found.tolist(), path_fault if is_path else name_fault):
+    names = found.tolist()
+    if not are_plain(names) and (fault := find_fault(names, path_fault if is_path else name_fault)):
         raise ShardError(f"{where} list the {column.name} {fault}: rename it")
     return found
 
