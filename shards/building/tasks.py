@@ -13,6 +13,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
+from cxrfast.shards.building.agreement import disagreements
 from cxrfast.shards.building.earlier import Earlier, SourceChanged, earlier
 from cxrfast.shards.building.reading import ImageReader
 from cxrfast.shards.format import manifest
@@ -128,7 +129,7 @@ def _whole_shard(blueprint: Blueprint, scale: int, shard: int) -> ShardManifest 
 def _undamaged(blueprint: Blueprint, there: dict[int, ShardManifest], sums: dict[str, str]) -> Earlier:
     """What the shard's manifests say about its source images, without those that have changed since they were signed.
 
-    Raises ShardError if they all have, and for a set so old that its manifests say nothing.
+    Raises ShardError if they all have, if they contradict each other, and for a set so old that its manifests say nothing.
     """
     names = {scale: shard_name(scale, m.shard, "json") for scale, m in there.items()}
     sound = [m for scale, m in there.items() if sums.get(names[scale]) in (None, sha256(blueprint.out / names[scale]))]
@@ -140,6 +141,9 @@ def _undamaged(blueprint: Blueprint, there: dict[int, ShardManifest], sums: dict
             f"{blueprint.out / first} is of an earlier version and does not say which images its rows were made from: run "
             f"{repair} first, which adds grids to compare new scales with"
         )
+    for m, what in disagreements(sound, blueprint.info):
+        tar = shard_path(blueprint.out, m.scale, m.shard, "tar")
+        raise ShardError(f"{tar}: {what}; delete the shard's files at the wrong scale, then run this command again")
     return earlier(sound)
 
 

@@ -1,21 +1,18 @@
 """`verify --deep` finds rows that come from other images at one scale than at another."""
 
-import itertools
 import json
 
 import cv2
-import numpy as np
 import pytest
-from damage import change, copy_set, sign, without_hashes
+from damage import change, contents, copy_set, sign, without_hashes
 from sets import build
 
+from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.images.cell_means import STEPS, grid, pack, unpack
-from cxrfast.shards.images.resize import at_scales
+from cxrfast.shards.images.cell_means import STEPS, pack, unpack
 from cxrfast.shards.upkeep.verify import verify
-from cxrfast.shards.upkeep.verify_scales import allowed
 
 
 def problems(folder):
@@ -60,6 +57,17 @@ def test_negatives_at_one_scale_are_found_by_hashes_and_without_them_by_grids(tw
     assert all(p.is_signed for p in verify(mixed, deep=True).problems)
 
 
+def test_no_scale_is_added_to_a_set_whose_scales_contradict_each_other(two, phantoms, tmp_path):
+    mixed = merge(two / "set", two / "negative", 32, tmp_path / "mixed")
+    for version in (mixed, copy_set(mixed, tmp_path / "earlier")):
+        if version is not mixed:
+            without_hashes(version)
+        before = contents(version)
+        with pytest.raises(ShardError, match=r"32/000000.tar: 64 rows .* than at 16 px .* delete the shard's files"):
+            build(phantoms, version, [8], recipe=read_set(version).recipe)
+        assert contents(version) == before, "nothing was written"
+
+
 def test_one_row_that_differs_is_found(two, tmp_path):
     out = without_hashes(copy_set(two / "set", tmp_path / "set"))
     path = shard_path(out, 48, 1, "json")
@@ -71,20 +79,3 @@ def test_one_row_that_differs_is_found(two, tmp_path):
     assert [text.partition(", by")[0] for text in problems(out)] == [
         "48/000001.tar: 1 rows show other images than at 16 px (first: row 70)"
     ]
-
-
-@pytest.mark.parametrize("resize", ["squash", "pad"])
-def test_one_image_at_two_scales_never_differs_by_more_than_is_allowed(resize, tiny_set):
-    """Noise, black and white noise, and an edge, in sizes that no scale divides."""
-    info = read_set(tiny_set)
-    object.__setattr__(info, "resize", resize)
-    rng = np.random.default_rng(0)
-    scales = [8, 9, 10, 13, 16, 21, 32, 50, 64, 100, 224, 256]
-    for height, width in ((64, 64), (101, 77), (37, 301), (13, 17)):
-        noise = rng.integers(0, 256, (height, width)).astype(np.uint8)
-        edge = np.zeros_like(noise)
-        edge[:, width // 2 + 1 :] = 255
-        for image in (noise, np.where(noise > 127, 255, 0).astype(np.uint8), edge):
-            grids = {scale: grid(picture) / STEPS for scale, picture in at_scales(image, scales, resize).items()}
-            for one, other in itertools.combinations(scales, 2):
-                assert np.abs(grids[one] - grids[other]).max() <= allowed(one, other, info), (one, other)
