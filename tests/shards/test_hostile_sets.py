@@ -22,7 +22,7 @@ from cxrfast.shards.format.manifest import quarantine_bytes
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.shard_set import ShardSet
 
-MUTATIONS = int(os.environ.get("CXRFAST_MUTATIONS", "5000"))
+HOSTILE = int(os.environ.get("CXRFAST_HOSTILE", "500"))
 MEMORY = 2048
 """MiB that a process may hold at its peak; torch alone takes a third of it."""
 SCRIPT = Path(__file__).parents[1] / "support" / "set_mutator.py"
@@ -46,7 +46,7 @@ def test_a_set_that_nobody_changed_passes_and_a_seed_names_its_change(two_scales
     assert contents(first) == contents(second) != contents(two_scales)
 
 
-@pytest.mark.parametrize("mutations", [150, pytest.param(MUTATIONS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutations", [150, pytest.param(HOSTILE, marks=pytest.mark.slow)])
 def test_every_command_does_the_right_thing_with_a_hostile_set_or_refuses_it_with_a_message(
     two_scales, corrupt, mutations
 ):

@@ -27,7 +27,7 @@ def write(folder: Path, name: str, frame: pd.DataFrame = FRAME) -> Tree:
         frame.to_parquet(folder / name)
         return Tree(folder)
     data = frame.to_csv(index=False, sep="\t" if ".tsv" in name else ",").encode()
-    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (folder / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     return Tree(folder)
 
 
@@ -143,7 +143,7 @@ def test_text_with_or_without_a_byte_order_mark_is_read_and_the_mark_is_never_da
     marked = TEXT.replace("i1", "\ufeffi1").replace("path", '"path"')  # as where two files were joined
     for text in (TEXT, marked):
         data = text.encode(encoding)
-        (tmp_path / name).write_bytes(gzip.compress(data) if "GZ" in name else data)
+        (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if "GZ" in name else data)
         assert read_table(Tree(tmp_path), name, ["path", "patient"]).to_numpy().tolist() == [
             ["i0.jpg", "Müller"],
             ["i1.jpg", "Möller"],
@@ -186,11 +186,11 @@ def test_what_is_not_text_is_named_with_its_line_and_what_to_do(tmp_path, data, 
         ),
         ("t.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("t.csv.gz", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-        ("t.csv.gz", gzip.compress(b"<html>"), "is a web page or XML"),
+        ("t.csv.gz", gzip.compress(b"<html>", mtime=0), "is a web page or XML"),
         ("t.csv", b"PAR1", "is a Parquet table: rename it to end in .parquet"),
-        ("t.csv", gzip.compress(TEXT.encode()), "is compressed with gzip: rename it to end in .gz"),
+        ("t.csv", gzip.compress(TEXT.encode(), mtime=0), "is compressed with gzip: rename it to end in .gz"),
         ("t.csv.gz", TEXT.encode(), "is not compressed with gzip: rename it without .gz"),
-        ("t.csv.gz", gzip.compress(TEXT.encode()) + b"more", "cannot be read as a CSV table"),
+        ("t.csv.gz", gzip.compress(TEXT.encode(), mtime=0) + b"more", "cannot be read as a CSV table"),
         ("t.csv", b"\xef\xbb\xbf", "it is empty"),
         ("t.csv", b"path,patient\n\n", "holds no lines below its header"),
     ],
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_table_is_named_for_what_it_is(tmp_path, name, data, m
 
 def test_gzip_of_several_members_is_read_whole(tmp_path):
     first, second = TEXT.encode()[:30], TEXT.encode()[30:]
-    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(first) + gzip.compress(second))
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(first, mtime=0) + gzip.compress(second))
     assert len(read_table(Tree(tmp_path), "t.csv.gz", ["path"])) == 2
 
 
