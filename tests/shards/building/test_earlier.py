@@ -109,10 +109,11 @@ def test_a_retry_refuses_images_that_changed_and_keeps_the_shard(corrupt_set, co
 
 
 def test_pixels_that_this_version_decodes_differently_are_refused_although_the_file_is_the_same(phantoms, folder):
-    path = shard_path(folder, 64, 0, "json")
-    grids = unpack(json.loads(path.read_bytes())["grids"], 64).astype(np.int32)
-    grids[9] = 255 * STEPS - grids[9]
-    change(path, grids=pack(grids))
+    for scale in (32, 64):
+        path = shard_path(folder, scale, 0, "json")
+        grids = unpack(json.loads(path.read_bytes())["grids"], 64).astype(np.int32)
+        grids[9] = 255 * STEPS - grids[9]
+        change(path, grids=pack(grids))
     sign(folder)
     with pytest.raises(
         ShardError, match=r"\(row 9\) now gives other pixels than its image at 64 px.*decodes it differently"
