@@ -20,7 +20,7 @@ from cxrfast.shards.format.info import SetInfo, parse_set
 from cxrfast.shards.format.lock import locked
 from cxrfast.shards.format.manifest import parse_manifest
 from cxrfast.shards.format.names import LOCK_FILE, SET_FILES, is_temporary, shard_files, shard_name
-from cxrfast.shards.storage import SetStorage
+from cxrfast.shards.set_storage import SetStorage
 from cxrfast.shards.upkeep.transfer import Transfer
 from cxrfast.units import size
 

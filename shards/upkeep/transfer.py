@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, as_completed
 
 from cxrfast.errors import ShardError, is_disk_full
-from cxrfast.shards.storage import CHUNK, SetStorage, as_oserror
+from cxrfast.shards.set_storage import CHUNK, SetStorage
+from cxrfast.shards.storage import as_oserror
 
 WAITS = (0.5, 2.0)
 """Seconds before a file that could not be copied is tried again."""

@@ -7,7 +7,7 @@ from damage import change, copy_set, sign
 from staging import Bucket, s3_server
 
 from cxrfast.files import sha256
-from cxrfast.shards.storage import CHUNK
+from cxrfast.shards.set_storage import CHUNK
 
 
 @pytest.fixture(scope="module")
