@@ -186,6 +186,7 @@ def shard_without_privileges(tree: Path, out: Path, *words: str) -> subprocess.C
     return run(*command, *words)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_be_read_costs_its_row_and_many_stop_their_shard_unless_allowed(tree, tiny_set, tmp_path):
     out = tmp_path / "set"
     paths = read_rows(tiny_set / "rows.parquet")["path"]
@@ -206,6 +207,7 @@ def test_a_file_that_may_not_be_read_costs_its_row_and_many_stop_their_shard_unl
     assert contents(out / "32") == contents(tiny_set / "32")
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_entered_is_named_and_costs_its_rows_if_allowed(tree, tiny_set, tmp_path):
     out, path = tmp_path / "set", read_rows(tiny_set / "rows.parquet")["path"][ROW]
     (tree / path).parent.chmod(0)
@@ -237,6 +239,7 @@ def test_an_image_that_vanishes_later_stops_its_shard_unless_images_may_be_missi
     assert verify(out).problems == []
 
 
+@pytest.mark.slow
 def test_a_row_that_another_scale_holds_is_never_left_out(tree, folder):
     path = read_rows(folder / "rows.parquet")["path"][ROW]
     replace(tree / path, an_error)
@@ -248,6 +251,7 @@ def test_a_row_that_another_scale_holds_is_never_left_out(tree, folder):
         build(tree, folder, [16], allow_missing=True)
 
 
+@pytest.mark.slow
 def test_a_mount_that_is_lost_costs_no_row_whatever_is_allowed(phantoms, tiny_set, tmp_path):
     tree, out = tmp_path / "mimic", tmp_path / "set"
     shutil.copytree(phantoms, tree, ignore=shutil.ignore_patterns("files"))

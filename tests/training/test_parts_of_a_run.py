@@ -192,6 +192,7 @@ def test_patients_count_only_where_they_are_used(leaking):
     assert len(select_rows(table, config, table["row"].to_numpy(), alone)) == N - 8
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_on_another_split_of_the_same_images_are_refused(own, tmp_path):
     """The two sets have one id, since a split is no part of it."""
     other = build(tmp_path, APART, "--split-column=part", part=PARTS[::-1])

@@ -192,6 +192,7 @@ def test_folds_of_the_user_s_own_become_the_set_s(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(rows_of(tmp_path / "set"), rows)
 
 
+@pytest.mark.slow
 def test_other_folds_are_another_set(tmp_path):
     """Runs of two sets with one id would be joined, and their test parts might overlap."""
     ids = []
