@@ -22,7 +22,7 @@ from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.build_report import Report
-from cxrfast.shards.building.cautions import cautions
+from cxrfast.shards.building.cautions import cautions, kept
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.kinds import look_at_kinds
@@ -178,7 +178,7 @@ def default_out(data: str, usual: Path) -> Path:
 
 def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
     """Lay the set out and estimate the work left; write nothing."""
-    blueprint = _lay_out(request, listed)
+    blueprint, changes = _lay_out(request, listed)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
     left = blueprint.rows.iloc[[row for item in todo for row in item.rows]]
     kinds = look_at_kinds(request.tree, left.loc[left["bytes"] > 0, "path"], blueprint.info.grey)
@@ -189,14 +189,14 @@ def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tup
         source_counts=listed.counts,
         source_notes=listed.notes,
         kinds=kinds,
-        cautions=cautions(blueprint.info, blueprint.rows),
+        cautions=[*cautions(blueprint.info, blueprint.rows), *changes],
         estimate=needed,
     )
     return blueprint, todo, report
 
 
-def _lay_out(request: _Request, listed: Source) -> Blueprint:
-    """The set's description and rows, new or read from `out`."""
+def _lay_out(request: _Request, listed: Source) -> tuple[Blueprint, list[str]]:
+    """The set's description and rows, new or read from `out`, and what the latter keeps although the tables have changed."""
     tree, out, recipe = request.tree, request.out, request.recipe
     rows = assign_rows(listed.images, listed.labels, recipe.seed)
     own_folds = "fold" in listed.images
@@ -204,7 +204,8 @@ def _lay_out(request: _Request, listed: Source) -> Blueprint:
     if is_laid_out(out):
         info = _read_same_set(request, identity, own_folds)
         there = read_rows(out / "rows.parquet", info)
-        return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=there)
+        blueprint = Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=there)
+        return blueprint, kept(info, there, rows)
     if listed.shared and not request.allow_shared_patients:
         raise ShardError(
             f"the tables in {tree} hold a split in which {listed.shared}: a model would be tested on patients that it was "
@@ -225,7 +226,7 @@ def _lay_out(request: _Request, listed: Source) -> Blueprint:
         versions=versions(),
         **asdict(recipe),
     )
-    return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=rows)
+    return Blueprint(tree=tree, out=out, allow_missing=request.allow_missing, info=info, rows=rows), []
 
 
 def _stored(options: Any) -> Any:

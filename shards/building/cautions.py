@@ -27,3 +27,21 @@ def cautions(info: SetInfo, rows: pd.DataFrame) -> list[str]:
             "`cxrfast train --blank LABEL=ignore` leaves it out of the loss"
         )
     return found
+
+
+def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]:
+    """Sentences on what an existing set keeps although its source's tables say something else now; [] if they agree.
+
+    `there`: its rows; `planned`: the rows that the tables would give, the same images in the same order.
+    """
+    labels = [] if info.labels_from else [*info.labels]
+    found = []
+    for what, names in (("labels", labels), ("another split", ["split"]), ("another view", ["view"])):
+        before, now = (rows[names].astype(object) for rows in (there, planned))
+        differs = (before != now) & (before.notna() | now.notna())
+        if other := there["row"][differs.any(axis=1)].tolist():
+            found.append(f"{what} for {len(other):,} images (first: row {other[0]})")
+    if not found:
+        return []
+    advice = "`cxrfast relabel` replaces labels" if "labels" in found[0] else "shard into a new folder to use them"
+    return [f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {advice}"]

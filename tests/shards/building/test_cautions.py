@@ -255,3 +255,30 @@ def test_a_label_that_is_blank_everywhere_is_said_by_shard_and_describe(tmp_path
     warning = "warning: blank for every image: Edema; such a label is trained as negative everywhere, unless `cxrfast train --blank"
     assert warning in words(invoke("shard", *table_arguments(tree, tmp_path / "set", "Mass", "Edema", "Hernia")))
     assert warning in words(invoke("describe", tmp_path / "set"))
+
+
+def test_a_set_whose_tables_have_changed_says_what_it_keeps(tmp_path):
+    out = tmp_path / "set"
+
+    def shard(*options: str, scale: int = 32) -> str:
+        done = invoke(
+            "shard", *table_arguments(data, out, "Mass"), "--split-column=split", f"--scale={scale}", *options
+        )
+        assert done.exit_code == 0, done.output
+        return words(done)
+
+    data = write_table(tmp_path / "data", APART, Mass=MASS, split=PARTS)
+    assert "the set keeps" not in shard() + shard()
+    write_table(data, APART, Mass=[1 - MASS[0], *MASS[1:-1], ""], split=["test", *PARTS[1:]])
+    row = rows_of(out)["image_id"].tolist().index
+    changed = min(row("i00"), row("i11"))
+    expected = (
+        f"warning: the tables now give labels for 2 images (first: row {changed}), another split for 1 images (first: row "
+        f"{row('i00')}), and the set keeps what it was built with: `cxrfast relabel` replaces labels"
+    )
+    assert expected in shard(scale=16)
+    before = rows_of(out)
+    relabel(out, data / "t.csv", labels=["Mass"])
+    assert "another split for 1 images" in shard()
+    assert "labels for" not in shard()
+    assert before["split"].equals(rows_of(out)["split"])
