@@ -113,7 +113,14 @@ def _likeness(text: str) -> str:
 
 
 def check_join(
-    wanted: pd.Series, found: pd.Series, *, images: str, table: str, what: str, allowed: bool, advice: str = ""
+    wanted: pd.Series | pd.Index,
+    found: pd.Series,
+    *,
+    images: str,
+    table: str,
+    what: str,
+    allowed: bool,
+    advice: str = "",
 ) -> None:
     """Raises ShardError if more than 1 % of either side finds nothing on the other, unless that is `allowed`.
 

@@ -41,6 +41,10 @@ def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False
     values = {name: raw_labels(labelled[name], f"the {labels} table in {tree}").to_numpy() for name in MIMIC}
     raw = pd.DataFrame(values, index=labelled["study_id"])
     reference = _radiologist(tree)
+    sides = {"images": "the radiologist's table", "table": "the metadata table", "what": "studies"}
+    check_join(
+        reference.index, study[study.isin(reference.index)], **sides, allowed=allow_unmatched
+    )  # reads a part only
     frame = pd.DataFrame(
         {
             "image_id": image,

@@ -237,7 +237,12 @@ def test_the_radiologist_s_labels_stand_next_to_the_others_for_all_images_of_a_s
     several = before.images["study_id"].value_counts().idxmax()
     studies = list(dict.fromkeys([several, *studies]))
     table = read_by_radiologist(tree, [*studies, "59999998", "59999999"], packed)
-    source = read_source("mimic", tree)
+    message = (
+        rf"2 of the {len(table)} studies in the radiologist's table are not in the metadata table \(such as 59999998"
+    )
+    with pytest.raises(ShardError, match=message):
+        read_source("mimic", tree)
+    source = read_source("mimic", tree, {"allow_unmatched": True})
     assert source.labels == MIMIC
     assert reference_names(source.images) == tuple(REFERENCE + label for label in MIMIC)
     pd.testing.assert_frame_equal(source.images[before.images.columns], before.images)
