@@ -14,7 +14,7 @@ class Remark(StrEnum):
 
     UNIFORM = "one grey value"
     NARROW = "less than a quarter of the grey range"
-    NARROW_PNG = "16-bit PNG that uses less than a quarter of its range: see --grey"
+    NARROW_PNG = "16-bit PNG that uses less than a quarter of its range"
     WINDOW = "invalid window ignored"
     FUNCTION = "unknown VOI LUT function taken for LINEAR"
     LUT = "invalid VOI LUT ignored"

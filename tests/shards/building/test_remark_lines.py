@@ -18,7 +18,7 @@ from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.describe import describe
 
 UNIFORM, NARROW = "one grey value", "less than a quarter of the grey range"
-NARROW_PNG = "16-bit PNG that uses less than a quarter of its range: see --grey"
+NARROW_PNG = "16-bit PNG that uses less than a quarter of its range"
 TABLE = {"source": "table", "source_options": {"table": "t.csv", "label": ["Edema"]}}
 
 
