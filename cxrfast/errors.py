@@ -28,11 +28,14 @@ class DeviceError(CxrfastError):
     """A requested GPU, driver or library cannot be used here."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "did you mean 'Pneumonia'? ", for the known name that is most like `name`; "" if none is."""
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """`did you mean 'Pneumonia'? `, for the known names that are most like any of `names`; "" if none is."""
     by_plain = {other.lower().strip(): other for other in known}
-    close = difflib.get_close_matches(name.lower().strip(), by_plain, n=1)
-    return f"did you mean {by_plain[close[0]]!r}? " if close else ""
+    close = [
+        near for name in names for near in difflib.get_close_matches(name.lower().strip(), by_plain, n=1, cutoff=0.7)
+    ]
+    meant = ", ".join(repr(by_plain[near]) for near in dict.fromkeys(close))
+    return f"did you mean {meant}? " if close else ""
 
 
 MEMORY_WORDS = (

@@ -77,7 +77,7 @@ def open_file(path: Path, flags: int = 0) -> int:
 
     A folder from elsewhere may hold anything: raises OSError for a pipe, which would never answer, and for a device.
     """
-    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)  # of a new file, which `open_own` makes
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
@@ -85,7 +85,7 @@ def open_file(path: Path, flags: int = 0) -> int:
 
 
 def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """The whole content of a regular file. Raises OSError as `open_file` does, and for more than `largest` bytes."""
+    """Content of a regular file. Raises OSError as `open_file` does, and for more than `largest` bytes."""
     with open(open_file(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > largest:
             raise OSError(errno.EFBIG, f"has more than {largest:,} bytes", str(path))
@@ -123,6 +123,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a regular file. Raises OSError as `open_file` does."""
+    """Hash of a regular file, in hexadecimal digits. Raises OSError as `open_file` does."""
     with open(open_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

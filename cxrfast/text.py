@@ -16,8 +16,18 @@ FORMULA = re.compile(r"=|[+@-].*[(|!]", re.DOTALL)
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that change the order in which others are shown."""
 
+ZERO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
+"""Zero-width characters, the byte order mark and the soft hyphen."""
+
 INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of control and format characters, surrogates, and separators of lines and paragraphs."""
+
+
+def trimmed(text: str) -> str:
+    """Text without the blanks and zero-width characters at its ends."""
+    while text != (bare := text.strip().strip(ZERO_WIDTH)):
+        text = bare
+    return text
 
 
 # Names

@@ -41,7 +41,7 @@ from cxrfast.shards.format.rows import read_rows, write_rows
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.sources.read import as_stored, read_source, with_defaults
 from cxrfast.shards.sources.source import Source
-from cxrfast.shards.storage import Tree
+from cxrfast.shards.storage import URL, Tree
 from cxrfast.text import without_credentials
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,8 @@ def default_out(data: str, usual: Path) -> Path:
     tree = Tree(data)
     if not overlap(tree, usual):
         return usual
-    root = Path(data) if Path(data).name not in ("", "..") else Path(data).resolve()
+    is_named = Path(data).name not in ("", "..") and not URL.match(data)
+    root = Path(data) if is_named else Path(tree.roots[0])
     return root.with_name(f"{root.name}-shards") if root.name else usual
 
 
@@ -375,9 +376,8 @@ def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     out, built = blueprint.out, ShardSet(blueprint.out)
     manifests = []
     for m in built.manifests():
-        manifests.append(
-            replace(m, rows=[], crc32=[], sizes=[], remarks={}, sources="", grids="")
-        )  # a gigabyte in large sets
+        # without what takes a gigabyte in large sets
+        manifests.append(replace(m, rows=[], crc32=[], sizes=[], remarks={}, sources="", grids=""))
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})

@@ -1,14 +1,8 @@
-"""One source file on this machine: its size, its bytes, and whether an error may pass by itself.
-
-Only regular files are read: opening a FIFO would wait for ever, and a device may never end.
-"""
+"""One source file on this machine: its size, and what an error says about it."""
 
 import errno
 import os
 import stat
-from pathlib import Path
-
-from cxrfast.files import open_file
 
 MISSING, NOT_A_FILE, UNREADABLE = -1, -2, -3
 """In the place of a size: there is nothing under the path; there is a folder, FIFO or device, or links that lead in a circle;
@@ -58,9 +52,3 @@ def size_after(error: OSError) -> int:
     if error.errno in (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENXIO):  # as `open_file` and `open` say
         return NOT_A_FILE
     return UNREADABLE
-
-
-def read_file(path: str, first: int | None = None) -> bytes:
-    """Return a regular file, whole or its `first` bytes. Raises OSError, also for anything else."""
-    with open(open_file(Path(path)), "rb", buffering=0 if first is None else -1) as file:
-        return file.read(-1 if first is None else first)

@@ -19,8 +19,9 @@ from typing import IO, Any
 import numpy as np
 
 from cxrfast.errors import ShardError
+from cxrfast.files import open_file
 from cxrfast.progress import Advance, progress
-from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, UNREADABLE, read_file, size_of
+from cxrfast.shards.source_file import MISSING, NOT_A_FILE, PAUSES, UNREADABLE, size_of
 from cxrfast.text import masked
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -80,13 +81,17 @@ class Tree:
     def read(self, path: str) -> bytes:
         """Return the whole file. Raises OSError, and FileNotFoundError if it does not exist, for any file system."""
         with as_oserror(path):
-            return read_file(self._at(path)) if self.is_local else self._fs.cat_file(self._at(path))
+            if self.is_local:
+                with self.open(path) as file:
+                    return file.read()
+            return self._fs.cat_file(self._at(path))
 
     def head(self, path: str, size: int) -> bytes:
         """Return the first bytes of a file, `size` at most; raises as `read` does."""
         with as_oserror(path):
             if self.is_local:
-                return read_file(self._at(path), size)
+                with self.open(path) as file:
+                    return file.read(size)
             return self._fs.cat_file(self._at(path), start=0, end=size)
 
     def why_not(self, path: str) -> str:
@@ -107,9 +112,11 @@ class Tree:
             return False
 
     def open(self, path: str) -> IO[bytes]:
-        """The file, open for reading; raises as `read` does."""
+        """The file, open for reading; raises as `read` does. Only a regular one: a FIFO would wait for ever."""
         with as_oserror(path):
-            return open(self._at(path), "rb") if self.is_local else self._fs.open(self._at(path), "rb")
+            if self.is_local:
+                return open(open_file(Path(self._at(path))), "rb")
+            return self._fs.open(self._at(path), "rb")
 
     def exists(self, path: str) -> bool:
         return os.path.exists(self._at(path)) if self.is_local else self._info(path) is not None

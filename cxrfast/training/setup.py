@@ -55,7 +55,7 @@ def make_config(
     asked, given["split"] = given.get("split", "auto"), resolve_split(info, given.get("split", "auto"))
     if (asked, given["split"]) == ("auto", "official") and given.get("fold"):
         raise RunError(
-            f"--fold {given['fold']}: {shards} was built with --split-column, so its split is used, and it is only one: give "
+            f"--fold {given['fold']}: {shards} was built with --split-column, and its split is used, which has no folds: give "
             "--fold 0, or --split folds"
         )
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
@@ -104,8 +104,8 @@ def select_rows(
     """Rows used by a run: row, image_id, patient_id, part, raw labels; sorted by row.
 
     Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label (unless they
-    are negative), and other views. Raises RunError if a part is empty, if patients are in two parts and `config` does not allow it, or if the set has
-    been relabelled since `config` was made.
+    are negative), and other views. Raises RunError if a part is empty, if a patient is in two parts and `config` does not
+    allow it, or if the set has been relabelled since `config` was made.
     """
     if config.split == "auto":
         raise RunError("split auto is not resolved: make the configuration with make_config, or give folds or official")

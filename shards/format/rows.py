@@ -153,6 +153,7 @@ def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
     if info and len(rows) != info.images:
         raise ShardError(f"{path} holds {len(rows):,} rows, and its set {info.images:,}: it is damaged")
     inside = (table.schema.metadata or {}).get(COPY)
-    if inside and parse_set(inside, path) != info and info:
+    described = parse_set(inside, path) if inside else info
+    if info and described != info:
         raise ShardError(f"the labels in {path} were replaced since the set was opened: run this command again")
     return rows

@@ -91,7 +91,7 @@ LARGEST_MEMBER = 2**30
 
 
 class Meta(msgspec.Struct):
-    """Of the JSON next to an image, what a manifest repeats."""
+    """The fields of the JSON next to an image that a manifest repeats."""
 
     image_id: str
     height: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]

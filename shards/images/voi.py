@@ -195,6 +195,8 @@ def read_lut(item: Dataset, values: np.ndarray, dataset: Dataset) -> tuple[np.nd
     if len(entries) < count:
         raise ValueError(f"a LUT of {len(entries):,} entries, not {count:,}")
     bits = max(bits if 1 <= bits <= 16 else 0, int(entries.max()).bit_length())
+    if not bits:
+        raise ValueError("a LUT of zeros that does not state its bits")
     implicit = dataset.file_meta.TransferSyntaxUID.is_implicit_VR
     return entries, first_mapped(first, values, implicit), 2**bits - 1
 
@@ -221,7 +223,7 @@ def numbers(dataset: Dataset, name: str) -> list[float | None]:
         return []
     if element.VR in BINARY or not isinstance(element.value, bytes):
         value = dataset[name].value
-        return [float(v) for v in ([value] if isinstance(value, int | float) else value)]
+        return [float(v) if math.isfinite(v) else None for v in ([value] if isinstance(value, int | float) else value)]
     text = element.value.decode("latin-1").strip(" \0")
     return [number(part) for part in text.split("\\")] if text else []
 

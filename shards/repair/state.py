@@ -14,7 +14,7 @@ from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_name
 from cxrfast.shards.sources.any_table import is_outside
-from cxrfast.shards.sources.read import SOURCES, read_source
+from cxrfast.shards.sources.read import SOURCES, as_stored, read_source
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.counts import read_quarantine
 from cxrfast.shards.upkeep.problem import Problem
@@ -135,9 +135,9 @@ def rows_of_source(state: RepairState, info: SetInfo) -> tuple[list[str], pd.Dat
             f"{state.folder} names the source {info.source}, which is code that a repair would run: if you trust it, add "
             f"--trust-source {info.source}"
         )
-    options = dict(info.source_options)
+    options = info.source_options
     if state.table:
-        options["table"] = state.table
+        options = as_stored(state.tree, {**options, "table": state.table})
     elif info.source == "table" and is_outside(location := str(options.get("table"))):
         raise ShardError(
             f"{state.folder} was built from the table {location}, which is outside --data: say where the table is, with "

@@ -23,10 +23,10 @@ from operator import itemgetter
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from cxrfast.shards.sources.ids import INVISIBLE
 from cxrfast.shards.sources.swallowed import find_swallowed
 from cxrfast.shards.sources.text_columns import lines as at_lines
 from cxrfast.shards.sources.text_records import Quoted, QuoteError, Record, record_at
+from cxrfast.text import trimmed
 
 DELIMITERS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
 """Delimiters that are recognised, as a message calls them."""
@@ -65,11 +65,6 @@ class _Findings:
     """(line, number of fields, its fields over several lines) of records of another length."""
     repeated: list[int] = field(default_factory=list)
     broken: QuoteError | None = None
-
-
-def plain_name(name: str) -> str:
-    """A column name without blanks and invisible characters around it."""
-    return name.strip().strip(INVISIBLE).strip()
 
 
 def find_layout(text: str, expected: str) -> Layout:
@@ -229,7 +224,7 @@ def _first_problem(layout: Layout, starts: list[int], found: _Findings) -> str |
         problems.append((error.first + 1, _quote_message(error)))
     for line, column, kind in found.strays:
         if kind == "read" or found.quotes:
-            name = plain_name(layout.header[column]) if column < len(layout.header) else f"field {column + 1}"
+            name = trimmed(layout.header[column]) if column < len(layout.header) else f"field {column + 1}"
             problems.append(
                 (
                     line,

@@ -14,9 +14,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.text_columns import BLANK, lines
-
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
-"""Zero-width characters, the byte order mark and the soft hyphen."""
+from cxrfast.text import trimmed
 
 NO_ID = {*BLANK, "<na>", "#n/a", "nat"}
 """What programs write for a missing value, in any case: not an id, or all patients without one would be one patient."""
@@ -67,15 +65,13 @@ def _are_normal(texts: list[str]) -> bool:
 
 def normal_id(text: str) -> str:
     """The normal form of one id."""
-    text = unicodedata.normalize("NFC", text)
-    while text != (bare := text.strip().strip(INVISIBLE)):
-        text = bare
+    text = trimmed(unicodedata.normalize("NFC", text))
     whole = WHOLE_FLOAT.fullmatch(text)
     return whole[1] if whole else text
 
 
 def _lost_digits(text: str) -> bool:
-    whole = WHOLE_FLOAT.fullmatch(text.strip())
+    whole = WHOLE_FLOAT.fullmatch(trimmed(text))
     return whole is not None and len(whole[1].lstrip("0")) > EXACT_DIGITS
 
 

@@ -88,7 +88,7 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
     if by != "path":
         normal_ids(
             ids, location
-        )  # raises for what is not an id; the set may hold ids of earlier versions as they are written
+        )  # only to refuse what is not an id: sets of earlier versions hold ids as tables write them
     notes = notes_on_words(lines[list(labels.values())])
     return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left, notes=notes)
 
@@ -108,7 +108,7 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
             raise ShardError(f"{table} {what}: name the column of image ids, study ids or paths with --key COLUMN")
         key = known[0]
     if key not in columns:
-        hint = did_you_mean(key, columns)
+        hint = did_you_mean([key], columns)
         raise ShardError(f"{table} has no column {key!r} (--key): {hint}its columns are {', '.join(columns)}")
     return key, KEYS.get(_plain(key))
 
@@ -125,7 +125,7 @@ def choose_labels(
     column_of = {name if (now := EARLIER.get(name, name)) in columns else now: name for name in columns}
     if asked:
         if unknown := [name for name in asked if name not in columns and name not in column_of]:
-            hint = did_you_mean(unknown[0], columns)
+            hint = did_you_mean(unknown[:1], columns)
             raise ShardError(
                 f"{table} has no column {unknown[0]!r} (--label): {hint}its columns are {', '.join(columns)}"
             )

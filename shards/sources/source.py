@@ -118,7 +118,8 @@ def _text(column: pd.Series, where: str) -> pd.Series:
         raise ShardError(
             f"{where} were listed with {kind} for {column.name}: it must be text, exactly as it is written there"
         )
-    return column.where(column.str.strip() != "")
+    text = column.astype(object)  # also that of pandas' own types of text, whose null cannot be compared
+    return text.where(text.notna() & text.str.strip().ne(""), None)
 
 
 def _size(column: pd.Series, where: str) -> pd.Series:

@@ -3,7 +3,6 @@
 Text stays as written, leading zeros included. What cannot be read is reported with its line, never guessed.
 """
 
-import difflib
 import io
 import logging
 import posixpath
@@ -15,12 +14,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cxrfast.errors import ShardError
-from cxrfast.shards.sources.delimited import DELIMITERS, find_layout, plain_name, read_columns
+from cxrfast.errors import ShardError, did_you_mean
+from cxrfast.shards.sources.delimited import DELIMITERS, find_layout, read_columns
 from cxrfast.shards.sources.table_bytes import decoded, unpacked
 from cxrfast.shards.sources.text_columns import lines
 from cxrfast.shards.storage import Tree
-from cxrfast.text import masked
+from cxrfast.text import masked, trimmed
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
@@ -48,11 +47,11 @@ def tables_in(tree: Tree, folder: str = "") -> str:
 
 def columns_of(tree: Tree, path: str) -> list[str]:
     """Column names of a table, without blanks around them. Raises ShardError for a file that cannot be read."""
-    where = posixpath.join(str(tree), path)
+    where = masked(posixpath.join(str(tree), path))
     with _reading(tree, path) as (data, kind):
         if kind in PARQUET:
-            return [plain_name(name) for name in pq.ParquetFile(io.BytesIO(data)).schema_arrow.names]
-        return [plain_name(name) for name in find_layout(decoded(data, where), SEPARATORS[kind]).header]
+            return [trimmed(name) for name in pq.ParquetFile(io.BytesIO(data)).schema_arrow.names]
+        return [trimmed(name) for name in find_layout(decoded(data, where), SEPARATORS[kind]).header]
 
 
 def read_table(
@@ -84,12 +83,12 @@ def read_table(
 
 def read_list(tree: Tree, path: str) -> pd.Series:
     """Names in a text file, separated by line ends or blanks, indexed by line. Raises ShardError if it cannot be read."""
-    where = posixpath.join(str(tree), path)
+    where = masked(posixpath.join(str(tree), path))
     try:
         text = decoded(unpacked(tree.read(path), where, packed=False, parquet=False), where)
     except OSError as error:
         raise ShardError(f"{where} cannot be read ({error}): download it again") from error
-    names = [(line, plain_name(name)) for line, row in enumerate(text.split("\n"), 1) for name in row.split()]
+    names = [(line, trimmed(name)) for line, row in enumerate(text.split("\n"), 1) for name in row.split()]
     return pd.Series([name for _, name in names], [line for line, _ in names], dtype=object)
 
 
@@ -186,24 +185,19 @@ def _wanted(
     header: Sequence[str], columns: Collection[str], optional: Collection[str], where: str, what: str
 ) -> dict[str, int]:
     """Columns to read and their indices. Raises ShardError unless all of `columns` are in the header, once."""
-    names = [plain_name(name) for name in header]
-    if absent := [c for c in columns if plain_name(c) not in names]:
+    names = [trimmed(name) for name in header]
+    if absent := [c for c in columns if trimmed(c) not in names]:
         hint = f"is it {what}?" if what else f"its columns: {', '.join(map(_shown, names))}"
-        raise ShardError(f"{where} lacks the columns {', '.join(absent)}: {hint}{_meant(absent, names)}")
-    wanted = [*columns, *(c for c in optional if plain_name(c) in names)]
-    if twice := [c for c in wanted if names.count(plain_name(c)) > 1]:
+        raise ShardError(
+            f"{where} lacks the columns {', '.join(absent)}: {did_you_mean(absent, map(_shown, names))}{hint}"
+        )
+    wanted = [*columns, *(c for c in optional if trimmed(c) in names)]
+    if twice := [c for c in wanted if names.count(trimmed(c)) > 1]:
         raise ShardError(f"{where} has the columns {', '.join(twice)} twice: rename one of them")
-    return {name: names.index(plain_name(name)) for name in wanted}
+    return {name: names.index(trimmed(name)) for name in wanted}
 
 
 def _shown(name: str) -> str:
     """A name on one line; a stray quote may make one of half a table."""
     plain = " ".join(name.split())
     return plain if len(plain) <= 60 else plain[:60] + "…"
-
-
-def _meant(absent: Sequence[str], names: Sequence[str]) -> str:
-    """` (did you mean Pneumonia?)` for names that resemble a column's."""
-    plain = {name.lower(): name for name in reversed(names) if name}
-    close = [plain[near] for name in absent for near in difflib.get_close_matches(name.lower(), plain, 1, 0.75)]
-    return f" (did you mean {', '.join(map(_shown, dict.fromkeys(close)))}?)" if close else ""

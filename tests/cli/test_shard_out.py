@@ -45,6 +45,7 @@ def test_the_default_folder_stays_where_it_does_not_collide(tmp_path, monkeypatc
     assert default_out("memory://data", usual) == usual
     assert default_out("data", usual) == Path("data-shards")
     assert default_out(f"{tmp_path}/data/", usual) == tmp_path / "data-shards"
+    assert default_out(f"file://{tmp_path}/data", usual) == tmp_path / "data-shards"
     assert default_out(".", usual) == tmp_path.with_name(f"{tmp_path.name}-shards")
     assert default_out("data/shards", usual) == Path("data/shards-shards")
     os.symlink("data", "link")

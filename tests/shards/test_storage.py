@@ -1,5 +1,6 @@
 import multiprocessing
 import operator
+import os
 import pickle
 import posixpath
 import sys
@@ -118,6 +119,14 @@ def test_every_kind_of_tree_gives_the_bytes_and_sizes_of_its_files_and_os_errors
     assert sizes.dtype == np.int64
     assert sizes.tolist() == [len(FILES[path]) if path in FILES else -1 for path in asked]
     assert tree.sizes([]).shape == (0,)
+
+
+def test_no_way_of_reading_waits_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    tree = Tree(tmp_path)
+    for read in (tree.read, tree.open, lambda path: tree.head(path, 1)):
+        with pytest.raises(OSError, match="is not a regular file"):
+            read("pipe")
 
 
 def test_no_path_leads_out_of_a_tree(tree):

@@ -90,7 +90,7 @@ def test_a_fold_of_a_set_with_a_split_of_its_own_is_refused_with_what_to_do(own,
     code, output = train(own, tmp_path, "--fold=2")
     assert code == 2
     assert (
-        "was built with --split-column, so its split is used, and it is only one: give --fold 0, or --split folds"
+        "was built with --split-column, and its split is used, which has no folds: give --fold 0, or --split folds"
         in output
     )
 
@@ -115,7 +115,7 @@ def test_a_study_of_a_split_of_its_own_has_one_fold(own, tiny_set, tmp_path):
     assert "fold-1" not in done.output
     done = invoke("study", own, tmp_path, "--dry-run", "--device=cpu", "--fold=1")
     assert done.exit_code == 2
-    assert "so its split is used, and it is only one" in " ".join(done.output.split())
+    assert "and its split is used, which has no folds" in " ".join(done.output.split())
 
 
 def test_job_scripts_of_a_split_of_its_own_train_its_one_fold(own, tmp_path):

@@ -184,6 +184,16 @@ def test_a_window_in_binary_numbers_is_read():
     np.testing.assert_array_equal(decode(written(dataset), "window"), expected)
 
 
+@pytest.mark.parametrize("centre", [float("inf"), float("nan")])
+def test_a_binary_number_that_is_not_finite_is_no_window(centre):
+    dataset = radiograph(shapes(), 12)
+    dataset.add_new("WindowCenter", "FD", centre)
+    dataset.add_new("WindowWidth", "FD", 1500.0)
+    image, remarks = decode_with_remarks(written(dataset), "window")
+    np.testing.assert_array_equal(image, decode(written(radiograph(shapes(), 12)), "window"))
+    assert remarks == [Remark.WINDOW]
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 @pytest.mark.parametrize("function", ["", " ", "linear", "LINEAR "])
 def test_an_empty_voi_lut_function_is_linear(function):

@@ -111,6 +111,16 @@ def test_a_table_outside_the_tree_is_read_by_a_repair_only_where_the_user_says_i
     assert contents(folder) == before
 
 
+def test_a_table_in_the_working_folder_is_found_by_a_repair(table_set, phantoms, monkeypatch):
+    table, folder = table_set
+    before = contents(folder)
+    damage(folder)
+    monkeypatch.chdir(table.parent)
+    done = invoke("verify", folder, "--repair", "--data", phantoms, "--workers", 1, "--table", table.name)
+    assert done.exit_code == 0, done.output
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd.csv", "http://127.0.0.1:9/x.csv", "file:///etc/x.csv", "../secret.csv"])
 def test_a_set_cannot_make_a_repair_open_other_files_or_addresses(table_set, phantoms, name, monkeypatch):
     _, folder = table_set

@@ -66,6 +66,7 @@ def test_whole_floats_lose_their_point_and_nothing_else_changes(text, normal):
         ("1e+05", "was rounded by a spreadsheet"),
         ("1.5e7", "was rounded by a spreadsheet"),
         ("1234567890123456.0", "is a floating-point number, which cannot hold all its digits, in line 3"),
+        ("\ufeff1234567890123456.0", "is a floating-point number, which cannot hold all its digits, in line 3"),
     ],
 )
 def test_what_is_not_an_id_is_refused_with_its_line(text, message):

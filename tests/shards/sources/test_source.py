@@ -53,6 +53,14 @@ def test_what_passes_is_complete_in_order_and_in_its_types():
     pd.testing.assert_frame_equal(check(frame).images, frame)
 
 
+def test_columns_of_pandas_own_text_are_read_as_text():
+    before = images()
+    plain = check(before).images
+    text = [*IDS, "view", "split"]
+    found = check(before.astype(dict.fromkeys(text, "string"))).images
+    pd.testing.assert_frame_equal(found[text].astype(object), plain[text].astype(object))
+
+
 def test_what_passes_can_be_planned_and_written(tmp_path):
     source = check(images())
     rows = assign_rows(source.images, source.labels, 0)
