@@ -22,13 +22,12 @@ from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.build_report import Report
-from cxrfast.shards.building.cautions import cautions, kept
+from cxrfast.shards.building.cautions import cautions, kept, sample_lines
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.kinds import look_at_kinds
 from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
-from cxrfast.shards.building.missing import check_missing
-from cxrfast.shards.building.remark_lines import sample_lines
+from cxrfast.shards.building.reading import check_missing
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums

@@ -1,15 +1,22 @@
-"""Whether two manifests of a shard describe the same images: the same row must come from the same source image everywhere.
+"""Whether all scales of a shard come from the same source images.
 
-The manifests say so by the hashes of the source images, and by the grids of the pixels, which need no tar.
+Manifests hold two things that tell, neither of which needs a tar. The hash of a source image's bytes finds any change. The
+grid of its pixels finds a change where earlier versions wrote no hashes, and pixels that this version decodes differently
+from the same bytes.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, source_hashes
-from cxrfast.shards.images.cell_means import SIDE, STEPS, edges, tolerance, unpack
+from cxrfast.shards.images.cell_means import SIDE, STEPS, edges, grid, tolerance, unpack
+
+# Manifests against each other
+
 
 RESIZING = 3.0
 """Grey levels by which rounding and enlarging small images change the mean of a cell; noise of 13 × 17 px reached 2.98."""
@@ -80,3 +87,77 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     spread = one.std(axis=1), other.std(axis=1)
     is_structured = (spread[0] > STRUCTURED) & (spread[1] > STRUCTURED)
     return np.where(is_structured, (one * other).mean(axis=1) / np.maximum(spread[0] * spread[1], 1e-9), 1.0)
+
+
+# Source images against manifests
+
+
+COARSE = 64
+"""px; grids of smaller scales allow for more rounding, so that a larger scale is preferred for the comparison."""
+
+ADVICE = "give --data the tree that the set was built from, or build a new set with another --out"
+
+
+class SourceChanged(ShardError):
+    """A source image is not the one that another scale was made from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """Rows of one shard as its manifests describe them."""
+
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    """Hash of each row's source image, where a manifest holds it."""
+    hashed_at: int = 0
+    """Scale that the hashes are quoted from, px."""
+    scale: int | None = None
+    """Scale of `grids`, px; None if no manifest holds grids."""
+    grids: dict[int, np.ndarray] = field(default_factory=dict)
+    """int16 (4, 4) grid of each row."""
+
+    def check_hash(self, row: int, path: str, found: bytes) -> None:
+        """Raises SourceChanged if the source image has another hash than that of the scales there are."""
+        if self.hashes.get(row, found) != found:
+            raise SourceChanged(
+                f"{path} (row {row}) is not the file that its image at {self.hashed_at} px was made from: it has the same "
+                f"name, but other bytes; {ADVICE}"
+            )
+
+    def check_pixels(self, row: int, path: str, picture: np.ndarray, info: SetInfo) -> None:
+        """Raises SourceChanged if `picture`, uint8 at `scale`, differs from what was written for the row.
+
+        Grids that were taken from decoded JPEGs, by a repair, differ from those of the pixels before encoding; so the
+        difference that decoding makes is allowed.
+        """
+        if self.scale is None or row not in self.grids:
+            return
+        off = np.abs(grid(picture).astype(np.int32) - self.grids[row]).max() / STEPS
+        if off > tolerance(info.codec, info.quality, self.scale):
+            why = (
+                "this version of cxrfast decodes it differently: build a new set with another --out"
+                if row in self.hashes
+                else f"the file has changed since, or this version of cxrfast decodes it differently: {ADVICE}"
+            )
+            raise SourceChanged(
+                f"{path} (row {row}) now gives other pixels than its image at {self.scale} px, by up to {off:.0f} grey "
+                f"levels: {why}"
+            )
+
+
+def earlier(manifests: Iterable[ShardManifest]) -> Earlier:
+    """What the manifests of one shard, at any scales, say."""
+    manifests = sorted(manifests, key=lambda m: m.scale)
+    hashes: dict[int, bytes] = {}
+    hashed = [m for m in manifests if m.sources]
+    for m in reversed(hashed):
+        hashes |= source_hashes(m)
+    with_grids = [m for m in manifests if m.grids]
+    if not with_grids:
+        return Earlier(hashes=hashes, hashed_at=hashed[0].scale if hashed else 0)
+    best = next((m for m in with_grids if m.scale >= COARSE), with_grids[-1])
+    return Earlier(
+        hashes=hashes,
+        hashed_at=hashed[0].scale if hashed else 0,
+        scale=best.scale,
+        grids=dict(zip(best.rows, unpack(best.grids, len(best.rows)), strict=True)),
+    )

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cxrfast.shards.building.cautions import remark_lines, sample_lines
 from cxrfast.shards.building.estimate import Estimate
-from cxrfast.shards.building.remark_lines import remark_lines, sample_lines
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.units import duration, size
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.building.earlier import SourceChanged
+from cxrfast.shards.building.agreement import SourceChanged
 from cxrfast.shards.building.tasks import Task, decoded, meta_json, pictures_of
 from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.format.source_hashes import source_hash

@@ -68,9 +68,3 @@ def set_id(rows: pd.DataFrame, recipe: ImageRecipe, own_folds: bool = False) -> 
     if own_folds:
         digest.update(b"\nfolds\t" + rows["fold"].to_numpy(np.uint8).tobytes())
     return digest.hexdigest()[:32]
-
-
-def missing_by_folder(rows: pd.DataFrame) -> pd.DataFrame:
-    """Images listed and missing (`bytes` -1), one line per pair of top folders of the paths."""
-    folder = rows["path"].str.split("/").str[:2].str.join("/")
-    return pd.DataFrame({"listed": 1, "missing": rows["bytes"].lt(0)}).groupby(folder).sum()

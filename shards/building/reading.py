@@ -1,4 +1,4 @@
-"""Read the source images of a shard: which failures leave an image out, and which stop the shard.
+"""Source images that cannot be read: how many a set may lack, and which failures leave an image out or stop its shard.
 
 Left out: what was missing, not a file or unreadable when the set was planned, and a single file that cannot be read now
 while the rest of the tree can. Stopped: a file that was there and has vanished or changed, unless the user allows images to
@@ -8,10 +8,16 @@ be missing; and more failures than a few bad files explain, since a file server 
 import time
 from dataclasses import dataclass, field
 
+import pandas as pd
+
 from cxrfast.errors import ShardError
 from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.source_file import EXHAUSTED, MISSING, NOT_A_FILE, PAUSES, TRANSIENT, UNREADABLE, size_after
+from cxrfast.shards.sources.image_files import where_instead
 from cxrfast.shards.storage import Tree
+
+# While a shard is built
+
 
 FAILING = 0.01
 """Fraction of a shard's images that may fail to be read; at least one image may."""
@@ -75,3 +81,52 @@ class ImageReader:
         if not self.tree.is_there():
             return ShardError(f"{path} {why}, and {self.tree} is empty or cannot be reached")
         return BadImage({MISSING: Reason.VANISHED, NOT_A_FILE: Reason.NOT_A_FILE}.get(state, Reason.UNREADABLE))
+
+
+# When a set is planned
+
+
+MISSING_ALLOWED = 0.001
+"""Fraction of the images that may be missing or unreadable; with more, the download is taken to be incomplete."""
+
+
+def check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
+    """Raises ShardError if no image can be read, or, unless `allow_missing`, if too many cannot."""
+    lacking = rows[rows["bytes"] < 0]
+    missing = lacking.loc[lacking["bytes"] == MISSING, "path"].tolist()
+    unreadable = lacking.loc[lacking["bytes"] != MISSING, "path"].tolist()
+    if len(lacking) == len(rows) and not unreadable:
+        advice = _elsewhere(tree, missing) or "give --data the folder that holds the tables and the images"
+        raise ShardError(
+            f"none of the {len(rows):,} images that the tables list is in {tree} (first: {missing[0]}): {advice}"
+        )
+    why = (
+        f"{len(unreadable):,} of them cannot be read (first: {unreadable[0]}: {tree.why_not(unreadable[0])})"
+        if unreadable
+        else ""
+    )
+    if len(lacking) == len(rows):
+        raise ShardError(f"none of the {len(rows):,} images that the tables list can be read in {tree}: {why}")
+    if len(lacking) > MISSING_ALLOWED * len(rows) and not allow_missing:
+        folders = _missing_by_folder(rows).query("missing > 0")
+        lines = [f"  {name}: {m:,} of {n:,}" for name, n, m in folders.head(20).itertuples()]
+        lines += [text for text in (why, _elsewhere(tree, missing)) if text]
+        what = "missing or unreadable" if unreadable else "missing"
+        raise ShardError(
+            "\n".join([f"{len(lacking):,} of {len(rows):,} images are {what} in {tree}:", *lines])
+            + "\nfinish the download, or leave them out with --allow-missing"
+        )
+
+
+def _elsewhere(tree: Tree, missing: list[str]) -> str:
+    """Where the missing images seem to be; "" if that cannot be told."""
+    try:
+        return where_instead(tree, missing) if missing else ""
+    except ShardError:  # a folder that may not be listed
+        return ""
+
+
+def _missing_by_folder(rows: pd.DataFrame) -> pd.DataFrame:
+    """Images listed and missing (`bytes` -1), one line per pair of top folders of the paths."""
+    folder = rows["path"].str.split("/").str[:2].str.join("/")
+    return pd.DataFrame({"listed": 1, "missing": rows["bytes"].lt(0)}).groupby(folder).sum()

@@ -13,8 +13,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.files import sha256
-from cxrfast.shards.building.agreement import disagreements
-from cxrfast.shards.building.earlier import Earlier, SourceChanged, earlier
+from cxrfast.shards.building.agreement import Earlier, SourceChanged, disagreements, earlier
 from cxrfast.shards.building.reading import ImageReader
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import listed_sums

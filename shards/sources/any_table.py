@@ -14,7 +14,7 @@ from cxrfast.shards.sources.image_files import SUFFIX, as_in_tree
 from cxrfast.shards.sources.parts import read_parts
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.text_columns import filled, lines, notes_on_words, pixels, raw_labels
+from cxrfast.shards.sources.tables.text_columns import filled, lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import URL, Tree, relative
 from cxrfast.text import masked
 

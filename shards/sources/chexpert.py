@@ -9,7 +9,7 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
-from cxrfast.shards.sources.text_columns import filled, raw_labels
+from cxrfast.shards.sources.tables.text_columns import filled, raw_labels
 from cxrfast.shards.storage import Tree
 
 CHEXPERT_TABLES = {"train": ("train.csv",), "validate": ("valid.csv",), "test": ("test_labels.csv", "test.csv")}

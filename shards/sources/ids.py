@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.text_columns import BLANK, lines
+from cxrfast.shards.sources.tables.text_columns import BLANK, lines
 from cxrfast.text import trimmed
 
 NO_ID = {*BLANK, "<na>", "#n/a", "nat"}

@@ -12,7 +12,7 @@ from cxrfast.shards.format.rows import REFERENCE
 from cxrfast.shards.sources.ids import check_join, normal_ids
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
-from cxrfast.shards.sources.text_columns import lines, notes_on_words, pixels, raw_labels
+from cxrfast.shards.sources.tables.text_columns import lines, notes_on_words, pixels, raw_labels
 from cxrfast.shards.storage import Tree
 
 IN_PATHS = {"dicom_id": r"\.(?:jpe?g|png|dcm)$", "subject_id": r"^p(?=\d+$)", "study_id": r"^s(?=\d+$)"}

@@ -9,7 +9,7 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import check_join, normal_id, normal_ids
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_list, read_table, tables_in
-from cxrfast.shards.sources.text_columns import filled, lines, pixels
+from cxrfast.shards.sources.tables.text_columns import filled, lines, pixels
 from cxrfast.shards.storage import Tree
 
 NIH = (

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.text_columns import is_blank, lines
+from cxrfast.shards.sources.tables.text_columns import is_blank, lines
 from cxrfast.splits import FOLDS, shared_patients
 
 SPLITS = ("train", "validate", "test")

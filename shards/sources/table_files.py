@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrfast.errors import ShardError, did_you_mean
-from cxrfast.shards.sources.delimited import DELIMITERS, find_layout, read_columns
-from cxrfast.shards.sources.table_bytes import decoded, unpacked
-from cxrfast.shards.sources.text_columns import lines
+from cxrfast.shards.sources.tables.delimited import DELIMITERS, find_layout, read_columns
+from cxrfast.shards.sources.tables.encoding import decoded, unpacked
+from cxrfast.shards.sources.tables.text_columns import lines
 from cxrfast.shards.storage import Tree
 from cxrfast.text import masked, trimmed
 
@@ -68,7 +68,7 @@ def read_table(
     The index is the line in the file where the record starts, the header being line 1 (in Parquet, the row, from 1); it skips
     blank lines and further lines of a record. Column names are compared without blanks around them. `what` describes the
     table in messages; `ids` are columns that must not be floating-point. Raises ShardError for a file that cannot be read,
-    lacks a column or has no rows. `cxrfast.shards.sources.delimited` says how text is read.
+    lacks a column or has no rows. `cxrfast.shards.sources.tables.delimited` says how text is read.
     """
     where = masked(posixpath.join(str(tree), path))
     with _reading(tree, path) as (data, kind):

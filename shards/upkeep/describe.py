@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes, write_figure
-from cxrfast.shards.building.remark_lines import by_remark, rows_in_words
+from cxrfast.shards.building.cautions import by_remark, rows_in_words
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
 from cxrfast.tables import Table

@@ -19,8 +19,8 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.ids import check_join
-from cxrfast.shards.sources.label_table import LabelTable, read_label_table
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
+from cxrfast.shards.upkeep.label_table import LabelTable, read_label_table
 
 SHOWN = 20
 """Unmatched ids that a summary lists."""

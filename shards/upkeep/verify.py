@@ -14,6 +14,7 @@ from cxrfast.errors import ShardError
 from cxrfast.files import open_file, read_file, sha256
 from cxrfast.machine import usable_cores
 from cxrfast.progress import megabytes, progress
+from cxrfast.shards.building.agreement import disagreements
 from cxrfast.shards.building.layout import set_id
 from cxrfast.shards.format import manifest
 from cxrfast.shards.format.checksums import check_finished, parse_sums
@@ -27,7 +28,6 @@ from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import STEPS, grid, tolerance, unpack
 from cxrfast.shards.storage import Tree
 from cxrfast.shards.upkeep.problem import Problem, hashing_speed
-from cxrfast.shards.upkeep.verify_scales import scale_problems
 from cxrfast.shards.upkeep.verify_source import verify_source
 from cxrfast.splits import deal
 
@@ -137,7 +137,8 @@ def _look_inside(found: Verdict, folder: Path, info: SetInfo, sums: dict[str, st
     """Compare rows, manifests, indexes and tars with each other; if `deep`, images too. Fills `found`."""
     try:
         found.problems += _unreadable(folder)
-        if not found.problems:
+        is_readable = not found.problems
+        if is_readable:
             found.problems += _rows_problems(folder, info)
         for scale in manifest.scales_in(folder) if not found.problems else []:
             manifests = [m for n in manifest.built(folder, scale) if (m := read_manifest(folder, scale, n))]
@@ -147,8 +148,8 @@ def _look_inside(found: Verdict, folder: Path, info: SetInfo, sums: dict[str, st
             found.problems += _shard_problems(folder, info, scale, manifests, sums)
             if deep:
                 found.problems += _image_problems(folder, info, scale, manifests)
-        if deep:
-            found.problems += scale_problems(folder, info)
+        if deep and is_readable:
+            found.problems += _scale_problems(folder, info)
     except ShardError as error:  # a file that was already invalid when it was signed
         found.problems.append(Problem(".", str(error)))
 
@@ -228,6 +229,15 @@ def _image_problems(folder: Path, info: SetInfo, scale: int, manifests: list[Sha
         for m, problems in zip(manifests, pool.map(look, manifests), strict=True):
             yield from problems
             advance(len(m.rows))
+
+
+def _scale_problems(folder: Path, info: SetInfo) -> Iterator[Problem]:
+    """Yield shards with rows that come from other images than at the smallest scale that can be compared."""
+    scales = manifest.scales_in(folder)
+    for shard in range(info.shards):
+        manifests = [m for scale in scales if (m := read_manifest(folder, scale, shard))]
+        for m, what in disagreements(manifests, info):
+            yield Problem(shard_name(m.scale, shard, "tar"), what, is_signed=True)
 
 
 def _decode_shard(folder: Path, info: SetInfo, m: ShardManifest, ids: list[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.table_files import columns_of, find_table, read_list, read_table, tables_in
-from cxrfast.shards.sources.text_columns import raw_labels
+from cxrfast.shards.sources.tables.text_columns import raw_labels
 from cxrfast.shards.storage import Tree
 
 FRAME = pd.DataFrame(

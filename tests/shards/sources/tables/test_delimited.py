@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.delimited import find_layout, read_columns
 from cxrfast.shards.sources.table_files import columns_of, read_table
+from cxrfast.shards.sources.tables.delimited import find_layout, read_columns
 from cxrfast.shards.storage import Tree
 
 HEADER = "path,patient,label,comment"

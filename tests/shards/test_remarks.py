@@ -11,7 +11,7 @@ from commands import invoke
 from damage import contents, copy_set, flip_bit, repair
 from sets import build
 
-from cxrfast.shards.building.remark_lines import by_remark, remark_lines, rows_in_words, sample_lines
+from cxrfast.shards.building.cautions import by_remark, remark_lines, rows_in_words, sample_lines
 from cxrfast.shards.format.manifest import read_manifest
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows

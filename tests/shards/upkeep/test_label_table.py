@@ -14,7 +14,7 @@ from staging import web_server
 from cxrfast.errors import ShardError
 from cxrfast.labels import MIMIC
 from cxrfast.shards.format.info import read_set
-from cxrfast.shards.sources.label_table import read_label_table
+from cxrfast.shards.upkeep.label_table import read_label_table
 from cxrfast.shards.upkeep.relabel import relabel
 
 # Columns

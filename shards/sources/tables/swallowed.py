@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from cxrfast.shards.sources.text_records import Quoted, QuoteError, record_at
+from cxrfast.shards.sources.tables.records import Quoted, QuoteError, record_at
 
 SHAPES = 2000
 """Records whose fields show what the columns look like."""

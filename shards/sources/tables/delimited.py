@@ -23,9 +23,9 @@ from operator import itemgetter
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from cxrfast.shards.sources.swallowed import find_swallowed
-from cxrfast.shards.sources.text_columns import lines as at_lines
-from cxrfast.shards.sources.text_records import Quoted, QuoteError, Record, record_at
+from cxrfast.shards.sources.tables.records import Quoted, QuoteError, Record, record_at
+from cxrfast.shards.sources.tables.swallowed import find_swallowed
+from cxrfast.shards.sources.tables.text_columns import lines as at_lines
 from cxrfast.text import trimmed
 
 DELIMITERS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}

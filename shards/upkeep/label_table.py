@@ -14,7 +14,7 @@ from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE
 from cxrfast.shards.sources.ids import normal_ids
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.text_columns import filled, notes_on_words, raw_labels
+from cxrfast.shards.sources.tables.text_columns import filled, notes_on_words, raw_labels
 from cxrfast.shards.storage import Tree
 from cxrfast.text import find_fault, label_fault, masked, without_credentials
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources.text_columns import BLANK, filled, lines, notes_on_words, pixels, raw_labels
+from cxrfast.shards.sources.tables.text_columns import BLANK, filled, lines, notes_on_words, pixels, raw_labels
 
 
 @settings(max_examples=30)

@@ -1,0 +1,1 @@
+"""Tables as text: bytes, records, columns. `table_files` reads them."""
