@@ -100,7 +100,7 @@ class TrainConfig:
     blank: Annotated[
         tuple[tuple[str, str], ...],
         Option(
-            "Blank labels: negative (the default) or ignore, of all labels or as LABEL=ignore of one; repeatable.",
+            "Blank labels: negative (the default) or ignore; LABEL=ignore for one label; repeatable.",
             multiple=True,
             metavar="[LABEL=]POLICY",
             write=lambda item: "=".join(filter(None, item)),
@@ -116,8 +116,8 @@ class TrainConfig:
     split: Annotated[
         str,
         Option(
-            "folds: the set's five; official: the data set's train, validate and test; auto: official if the set was built "
-            "with --split-column, else folds."
+            "folds; official: the data set's train, validate and test; auto: official if the set was built with "
+            "--split-column."
         ),
     ] = "auto"
     """`make_config` resolves auto, so that runs store what they used."""

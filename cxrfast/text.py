@@ -40,7 +40,7 @@ PLAIN = re.compile(rf"(?![=+@ -])[^\n]{{1,{LONGEST_NAME}}}(?<! )").fullmatch
 def name_fault(name: str) -> str | None:
     """What is wrong with a label or an id, for a message; None if it is at most 200 printable characters and no formula.
 
-    The only blank allowed is the common one: others look like it, and make two names of one.
+    The ordinary space is the only blank allowed: others look like it, and would make two names of one.
     """
     if len(name) > LONGEST_NAME:
         return f"has {len(name):,} characters, and at most {LONGEST_NAME} are allowed"

@@ -5,23 +5,15 @@ import os
 import stat
 
 MISSING, NOT_A_FILE, UNREADABLE = -1, -2, -3
-"""In the place of a size: there is nothing under the path; there is a folder, FIFO or device, or links that lead in a circle;
-the file system refuses to say."""
+"""In the place of a size: there is nothing under the path; there is a folder, FIFO or device, or links that lead in a
+circle; the file system refuses to say."""
 
 TRANSIENT = frozenset(
     code
     for name in (
         *("ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "EREMOTEIO", "ENOLINK", "EAGAIN", "EINTR", "EBUSY"),
-        *(
-            "ECONNRESET",
-            "ECONNREFUSED",
-            "ECONNABORTED",
-            "EHOSTDOWN",
-            "EHOSTUNREACH",
-            "ENETDOWN",
-            "ENETUNREACH",
-            "ESHUTDOWN",
-        ),
+        *("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
+        *("ENETUNREACH", "ESHUTDOWN"),
     )
     if (code := getattr(errno, name, None)) is not None
 )

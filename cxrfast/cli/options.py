@@ -167,7 +167,7 @@ def read_toml(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 
 SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"type": click.Choice(["chexpert", "negbio"]), "help": "mimic: labeller. [default: chexpert]"},
-    "table": {"metavar": "FILE", "help": "table: .csv, .tsv or .parquet; in --data, an absolute path or a URL."},
+    "table": {"metavar": "FILE", "help": "table: .csv, .tsv or .parquet, a path or URL."},
     "path_column": {"help": "table: paths. [default: path, file or filename]"},
     "patient_column": {"help": "table: patients. [default: patient_id, subject_id or patient]"},
     "label": {"multiple": True, "help": "table: column of a label; repeatable."},

@@ -30,7 +30,7 @@ def synth(out: Path, **options: Any) -> None:
 @click.command()
 @option.of_source
 @click.option("--out", type=option.FOLDER, help=f"Shard set; or set CXRFAST_SHARDS. [default: {config.SHARDS}]")
-@option.scales("Side, px; repeatable.", required=True)
+@option.scales("Side, px, such as 512 or 512,1024; repeatable.", required=True)
 @option.workers("Processes. [default: usable cores]")
 @click.option(
     "--part", type=option.PART, metavar="I/N", help="Build only every N-th shard: the share of task I of a job array."
@@ -57,7 +57,7 @@ def synth(out: Path, **options: Any) -> None:
     help="How DICOM and 16-bit PNG become 8-bit; mimic: as MIMIC-CXR-JPG was made; window: VOI LUT.",
 )
 @click.option("--seed", default=0, help="Seed of the row permutation and the folds.")
-@option.flag("--allow-missing", "Continue even if more than 0.1 % of the images are missing.")
+@option.flag("--allow-missing", "Continue even if more than 0.1 % of the images are missing or unreadable.")
 @option.flag("--allow-shared-patients", "Continue even if a patient is in two parts of the split.")
 @option.flag("--retry-quarantined", "Retry the images that could not be used before.")
 def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) -> None:
@@ -88,7 +88,7 @@ def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) 
     "--unmatched", type=option.FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE."
 )
 @option.flag(
-    "--allow-unmatched", "Accept a table that lacks more than 1 % of the ids of SET, or has more than 1 % others."
+    "--allow-unmatched", "Accept a table that lacks more than 1 % of the ids in SET, or has more than 1 % others."
 )
 def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -> None:
     """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). Tars do not change."""
@@ -117,7 +117,7 @@ def describe(shards: Path, out: Path) -> None:
 
 @click.command()
 @option.SET
-@option.flag("--deep", "Also decode every image and compare it with its stored grid.")
+@option.flag("--deep", "Also decode every image, and compare it with its grid and with other scales.")
 @option.flag("--source", "Also compare the source tree with its SHA256SUMS.txt.")
 @option.flag("--repair", "Restore the original bytes of what is broken and add missing grids; report how.")
 @click.option("--data", help="Source tree, a folder or URL, for --source and --repair; or set CXRFAST_DATA.")
@@ -125,10 +125,10 @@ def describe(shards: Path, out: Path) -> None:
 @click.option(
     "--trust-source",
     metavar="MODULE:FUNCTION",
-    help="With --repair: run this function if SET names it as its source. [default: only the built-in sources]",
+    help="With --repair: run this function, which SET names as its source. [default: only built-in sources]",
 )
 @click.option(
-    "--table", metavar="FILE", help="With --repair: where the table of --source table is. [default: in --data]"
+    "--table", metavar="FILE", help="With --repair: the table that SET was built from, if it is not in --data."
 )
 @option.workers("Processes for --repair. [default: usable cores]")
 def verify(shards: Path, deep: bool, source: bool, repair: bool, data: str | None, **options: Any) -> None:

@@ -1,1 +1,1 @@
-"""The steps of a build: rows, tasks, workers."""
+"""The steps of a build: rows, checks, tasks, workers, report."""

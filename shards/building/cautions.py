@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.images.remark import Remark
 from cxrfast.shards.sources.parts import SPLITS
 from cxrfast.splits import shared_patients
@@ -43,17 +44,21 @@ def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]
 
     `there`: its rows; `planned`: the rows that the tables would give, the same images in the same order.
     """
-    labels = [] if info.labels_from else [*info.labels]
-    found = []
-    for what, names in (("labels", labels), ("another split", ["split"]), ("another view", ["view"])):
-        before, now = (rows[names].astype(object) for rows in (there, planned))
+    labels = [] if info.labels_from else sorted({*info.labels, *label_names(planned)})
+    found, advice = [], []
+    for what, names, how in (
+        ("other labels", labels, "`cxrfast relabel` replaces labels"),
+        ("another split", ["split"], "a new split needs a new --out"),
+        ("other views", ["view"], "new views need a new --out"),
+    ):
+        before, now = (rows.reindex(columns=names).astype(object) for rows in (there, planned))
         differs = (before != now) & (before.notna() | now.notna())
         if other := there["row"][differs.any(axis=1)].tolist():
-            found.append(f"{what} for {len(other):,} images (first: row {other[0]})")
+            found.append(f"{what} for {len(other):,} image{'s' * (len(other) > 1)} (first: row {other[0]})")
+            advice.append(how)
     if not found:
         return []
-    advice = "`cxrfast relabel` replaces labels" if "labels" in found[0] else "shard into a new folder to use them"
-    return [f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {advice}"]
+    return [f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {', '.join(advice)}"]
 
 
 # Images

@@ -286,7 +286,10 @@ def _read(reader: ImageReader, task: Task, image: Image) -> bytes:
 
 
 def decoded(task: Task, image: Image, data: bytes) -> tuple[np.ndarray, list[Remark]]:
-    """Decode to uint8 (H, W), with remarks. Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault."""
+    """Decode to uint8 (H, W), with remarks.
+
+    Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault.
+    """
     try:
         return decode_with_remarks(data, task.info.grey)
     except BadImage:

@@ -55,7 +55,7 @@ def table(
         several = path.index[path == path[twice].iloc[0]]
         raise ShardError(
             f"{table} lists {path[twice].iloc[0]} in {lines(several)} ({path[twice].nunique():,} images have several lines): "
-            "keep one line an image, such as one with all its labels"
+            "keep one line per image, such as one with all its labels"
         )
     image = normal_ids(rows[image_column], table) if image_column else path.str.replace(SUFFIX, "", regex=True)
     if (twice := image.duplicated(keep=False)).any():

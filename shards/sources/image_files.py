@@ -39,7 +39,7 @@ def _forms(path: str) -> list[str]:
 
 
 def where_instead(tree: Tree, missing: list[str]) -> str:
-    """Where the tree seems to have images that are missing under these paths, and what to do; "" if nothing like them is there."""
+    """Where the tree seems to have images that are missing under these paths, and what to do; "" if it has none like them."""
     some = missing[:: max(1, len(missing) // LOOKED_FOR)][:LOOKED_FOR]
     here = _Files(tree)
     kinds: dict[str, list[str]] = {}

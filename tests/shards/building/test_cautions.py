@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,12 +274,32 @@ def test_a_set_whose_tables_have_changed_says_what_it_keeps(tmp_path):
     row = rows_of(out)["image_id"].tolist().index
     changed = min(row("i00"), row("i11"))
     expected = (
-        f"warning: the tables now give labels for 2 images (first: row {changed}), another split for 1 images (first: row "
-        f"{row('i00')}), and the set keeps what it was built with: `cxrfast relabel` replaces labels"
+        f"warning: the tables now give other labels for 2 images (first: row {changed}), another split for 1 image (first: row "
+        f"{row('i00')}), and the set keeps what it was built with: `cxrfast relabel` replaces labels, a new split needs a new "
+        "--out"
     )
     assert expected in shard(scale=16)
     before = rows_of(out)
     relabel(out, data / "t.csv", labels=["Mass"])
-    assert "another split for 1 images" in shard()
-    assert "labels for" not in shard()
+    assert "another split for 1 image " in shard()
+    assert "other labels" not in shard()
     assert before["split"].equals(rows_of(out)["split"])
+
+
+FINDING = "Mass"
+
+
+def one_label(tree: Tree) -> Source:
+    """A user's source, whose label has another name in another version."""
+    source = read_source("table", tree, {"table": "t.csv", "label": ["Mass"]})
+    return Source(images=source.images.rename(columns={"Mass": FINDING}), labels=(FINDING,), counts={})
+
+
+def test_a_source_whose_labels_have_other_names_now_says_that_the_set_keeps_its_own(tmp_path, monkeypatch):
+    tree = write_table(tmp_path / "data", APART, Mass=[1, *MASS[1:]])
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    build(tree, tmp_path / "set", [32], source="test_cautions:one_label")
+    monkeypatch.setattr(sys.modules["test_cautions"], "FINDING", "Nodule")
+    report = build(tree, tmp_path / "set", [16], source="test_cautions:one_label")
+    assert report.info.labels == ["Mass"]
+    assert report.cautions[-1].startswith("the tables now give other labels for 12 images (first: row 0)")

@@ -247,9 +247,11 @@ def test_a_uid_is_an_image_s_id_to_its_last_number_and_a_suffix_is_not_part_of_i
 
 def test_an_image_in_several_lines_is_to_have_one(tree):
     write(tree, path=["1.png", "1.png", "2.png", "./2.png"], patient_id=list("aabb"), Mass=["1", "0", "1", "1"])
-    with pytest.raises(ShardError, match=r"t.csv lists 1.png in lines 2, 3 \(2 images have .*: keep one line an image"):
+    with pytest.raises(
+        ShardError, match=r"t.csv lists 1.png in lines 2, 3 \(2 images have .*: keep one line per image"
+    ):
         simple(tree)
-    with pytest.raises(ShardError, match="keep one line an image"):
+    with pytest.raises(ShardError, match="keep one line per image"):
         simple(tree, image_column="patient_id")
 
 
