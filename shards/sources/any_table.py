@@ -51,18 +51,11 @@ def table(
     other = [c for c in (view_column, split_column, height_column, width_column) if c]
     rows = read_table(place, file, list(dict.fromkeys((*ids, *other, *labels))), ids=ids)
     path = as_in_tree(tree, _below(tree, filled(rows[path_column], table)))
-    if (twice := path.duplicated(keep=False)).any():
-        several = path.index[path == path[twice].iloc[0]]
-        raise ShardError(
-            f"{table} lists {path[twice].iloc[0]} in {lines(several)} ({path[twice].nunique():,} images have several lines): "
-            "keep one line per image, such as one with all its labels"
-        )
+    if repeated := _repeated(path):
+        raise ShardError(f"{table} lists {repeated}: keep one line per image, such as one with all its labels")
     image = normal_ids(rows[image_column], table) if image_column else path.str.replace(SUFFIX, "", regex=True)
-    if (twice := image.duplicated(keep=False)).any():
-        raise ShardError(
-            f"{table} lists {image[twice].iloc[0]} more than once ({lines(image.index[twice])}): name a column "
-            "of unique ids with --image-column"
-        )
+    if repeated := _repeated(image):
+        raise ShardError(f"{table} lists image {repeated}: name a column of unique ids with --image-column")
     parts = read_parts(rows[split_column], table) if split_column else {}
     frame = pd.DataFrame(
         {
@@ -98,6 +91,15 @@ def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> 
             f"(its columns: {', '.join(header)})"
         )
     return found[0]
+
+
+def _repeated(column: pd.Series) -> str:
+    """The first value that is in several lines, with these, and how many others are, in words; "" if none is."""
+    if not (twice := column.duplicated(keep=False)).any():
+        return ""
+    first, others = column[twice].iloc[0], column[twice].nunique() - 1
+    more = f", and {others:,} more in several lines" if others else ""
+    return f"{first} in {lines(column.index[column == first])}{more}"
 
 
 def _below(tree: Tree, column: pd.Series) -> pd.Series:

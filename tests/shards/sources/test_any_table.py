@@ -153,7 +153,7 @@ def test_a_column_that_is_named_and_not_there_is_an_error(tree):
         (4, "Mass", "2", "t.csv holds '2' for Mass in line 4: only 1, 0, -1 and blank"),
         (4, "part", "holdout", "t.csv holds 'holdout' for part in line 4: use train, validate, test or blank"),
         (3, "rows", "ten", "t.csv holds 'ten' for rows in line 3"),
-        (3, "path", "a/1.jpg", r"t.csv lists a/1 more than once \(lines 2, 3\): .*--image-column"),
+        (3, "path", "a/1.jpg", r"t.csv lists image a/1 in lines 2, 3: name .*--image-column"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(tree, line, column, value, message):
@@ -248,11 +248,16 @@ def test_a_uid_is_an_image_s_id_to_its_last_number_and_a_suffix_is_not_part_of_i
 def test_an_image_in_several_lines_is_to_have_one(tree):
     write(tree, path=["1.png", "1.png", "2.png", "./2.png"], patient_id=list("aabb"), Mass=["1", "0", "1", "1"])
     with pytest.raises(
-        ShardError, match=r"t.csv lists 1.png in lines 2, 3 \(2 images have .*: keep one line per image"
+        ShardError, match=r"t.csv lists 1.png in lines 2, 3, and 1 more in several lines: keep one line per image"
     ):
         simple(tree)
     with pytest.raises(ShardError, match="keep one line per image"):
         simple(tree, image_column="patient_id")
+    write(tree, path=["1.png", "1.jpg", "2.png", "2.jpg"], patient_id=list("aabb"), Mass=["1", "0", "1", "1"])
+    with pytest.raises(
+        ShardError, match="lists image 1 in lines 2, 3, and 1 more in several lines: name a column of un"
+    ):
+        simple(tree)
 
 
 def test_paths_with_backslashes_or_in_another_unicode_form_are_found(tree):
