@@ -23,6 +23,7 @@ from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.building.cautions import cautions, kept, sample_lines
+from cxrfast.shards.building.copies import copies_in_words
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.kinds import look_at_kinds
@@ -33,7 +34,7 @@ from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
 from cxrfast.shards.format.info import SetInfo, is_laid_out, read_set, versions, write_set_json
 from cxrfast.shards.format.lock import Lock, Part, locked
-from cxrfast.shards.format.manifest import quarantine_bytes
+from cxrfast.shards.format.manifest import ShardManifest, quarantine_bytes, source_hashes
 from cxrfast.shards.format.names import WORKSHOP, is_foreign, is_temporary, shard_files
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.format.rows import read_rows, write_rows
@@ -373,14 +374,17 @@ def _run(request: _Request, blueprint: Blueprint, todo: list[Todo], lock: Lock, 
 def _finish(blueprint: Blueprint, report: Report, whole: bool) -> None:
     """Complete the report, and write quarantine.csv and SHA256SUMS; of several parts (`whole` False) the last one does."""
     out, built = blueprint.out, ShardSet(blueprint.out)
-    manifests = []
+    manifests: list[ShardManifest] = []
+    hashes: dict[int, bytes] = {}
     for m in built.manifests():
+        hashes |= source_hashes(m)
         # without what takes a gigabyte in large sets
         manifests.append(replace(m, rows=[], crc32=[], sizes=[], remarks={}, sources="", grids=""))
         report.rows[m.scale] = report.rows.get(m.scale, 0) + len(m.rows)
         report.bytes[m.scale] = report.bytes.get(m.scale, 0) + m.bytes
         report.quarantined.update({int(row): reason for row, reason in m.quarantined.items()})
         report.remarks.update({int(row): remarks for row, remarks in m.remarks.items()})
+    report.copies = copies_in_words(hashes, blueprint.rows)
     report.missing_shards = sum(built.info.shards - len(built.shards(scale)) for scale in report.scales)
     report.is_done = True
     if whole or report.complete:

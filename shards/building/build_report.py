@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cxrfast.shards.building.cautions import remark_lines, sample_lines
 from cxrfast.shards.building.estimate import Estimate
+from cxrfast.shards.building.reading import MISSING_ALLOWED
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.units import duration, size
 
@@ -30,6 +31,8 @@ class Report:
     """Rows left out, and why."""
     remarks: dict[int, list[str]] = field(default_factory=dict)
     """What is noteworthy about rows that are held, by row."""
+    copies: list[str] = field(default_factory=list)
+    """Whether different patients have the same image, in words."""
     seconds: float = 0.0
     is_done: bool = False
     """False after a dry run."""
@@ -72,6 +75,17 @@ class Report:
             f"quarantined: {len(self.quarantined):,}"
             + "".join(f"; {reason}: {n:,}" for reason, n in reasons.most_common())
             + (f" (see {out / 'quarantine.csv'})" if reasons else ""),
-            *(f"warning: {line}" for line in remark_lines(self.remarks)),
+            *(f"warning: {line}" for line in (*self._lost(), *remark_lines(self.remarks), *self.copies)),
             f"set {self.info.id} in {out}: {'complete' if self.complete else left}, {duration(self.seconds)}",
+        ]
+
+    def _lost(self) -> list[str]:
+        """A sentence if so many rows are quarantined that their files may be at fault."""
+        lost = len(self.quarantined)
+        tried = lost + max(self.rows.values(), default=0)
+        if lost <= MISSING_ALLOWED * tried:
+            return []
+        return [
+            f"{lost:,} of {tried:,} images ({100 * lost / tried:.3g} %) are left out: if the download is incomplete, finish it "
+            "and add them with --retry-quarantined"
         ]

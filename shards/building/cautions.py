@@ -50,6 +50,8 @@ def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]
         ("other labels", labels, "`cxrfast relabel` replaces labels"),
         ("another split", ["split"], "a new split needs a new --out"),
         ("other views", ["view"], "new views need a new --out"),
+        ("other studies", ["study_id"], "new studies and paths need a new --out"),
+        ("other paths", ["path"], "new studies and paths need a new --out"),
     ):
         before, now = (rows.reindex(columns=names).astype(object) for rows in (there, planned))
         differs = (before != now) & (before.notna() | now.notna())
@@ -58,7 +60,9 @@ def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]
             advice.append(how)
     if not found:
         return []
-    return [f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {', '.join(advice)}"]
+    return [
+        f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {', '.join(dict.fromkeys(advice))}"
+    ]
 
 
 # Images

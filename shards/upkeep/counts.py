@@ -19,6 +19,7 @@ from cxrfast.errors import ShardError
 from cxrfast.files import read_file
 from cxrfast.labels import targets
 from cxrfast.shards.building.cautions import cautions
+from cxrfast.shards.building.copies import copies_in_words, hashes_by_row
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifests
 from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
@@ -96,7 +97,7 @@ def count_set(folder: Path) -> SetCounts:
         **sizes,
         scales=_scales(info, built.manifests),
         views=_by_value(rows["view"].fillna("unknown"), "view", count),
-        cautions=cautions(info, rows),
+        cautions=[*cautions(info, rows), *copies_in_words(hashes_by_row(built.manifests), rows)],
         remarks=pd.DataFrame(
             [(row, remark) for row, on_row in sorted(built.remarks.items()) for remark in on_row],
             columns=["row", "remark"],

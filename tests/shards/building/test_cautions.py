@@ -258,6 +258,40 @@ def test_a_label_that_is_blank_everywhere_is_said_by_shard_and_describe(tmp_path
     assert warning in words(invoke("describe", tmp_path / "set"))
 
 
+def test_a_set_keeps_its_paths_studies_and_views_too_and_says_so(tmp_path):
+    studies, views = [f"s{n}" for n in range(12)], ["PA"] * 12
+    ids = [f"a{n:02d}" for n in range(12)]
+    data = write_table(tmp_path / "data", APART, Mass=MASS, study=studies, view=views, id=ids)
+    more = ["--study-column=study", "--view-column=view", "--image-column=id"]
+    command = ["shard", *table_arguments(data, tmp_path / "set", "Mass"), *more]
+    assert "the set keeps" not in words(invoke(*command)) + words(invoke(*command))
+    before = rows_of(tmp_path / "set")
+    write_table(
+        data, APART, Mass=[1 - MASS[0], *MASS[1:]], study=["s99", *studies[1:]], view=["AP", *views[1:]], id=ids
+    )
+    table = pd.read_csv(data / "t.csv", dtype=str)
+    table.loc[:1, "path"] = table.loc[1::-1, "path"].tolist()
+    table.to_csv(data / "t.csv", index=False)
+    row = before["image_id"].tolist().index
+    first = f"(first: row {row('a00')})"
+    expected = (
+        f"warning: the tables now give other labels for 1 image {first}, other views for 1 image {first}, other studies "
+        f"for 1 image {first}, other paths for 2 images (first: row {min(row('a00'), row('a01'))}), and the set keeps what it was "
+        "built with: `cxrfast relabel` replaces labels, new views need a new --out, new studies and paths need a new --out"
+    )
+    assert expected in words(invoke(*command, "--dry-run"))
+    assert expected in words(invoke(*command))
+    pd.testing.assert_frame_equal(rows_of(tmp_path / "set"), before)
+
+
+def test_a_split_that_is_named_too_late_is_said(tmp_path):
+    data = write_table(tmp_path / "data", APART, Mass=MASS, split=PARTS)
+    command = ["shard", *table_arguments(data, tmp_path / "set", "Mass")]
+    invoke(*command)
+    said = "another split for 12 images (first: row 0), and the set keeps what it was built with: a new split needs a new --out"
+    assert said in words(invoke(*command, "--split-column=split"))
+
+
 def test_a_set_whose_tables_have_changed_says_what_it_keeps(tmp_path):
     out = tmp_path / "set"
 
