@@ -88,7 +88,8 @@ def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) 
     "--unmatched", type=option.FILE, metavar="FILE", help="CSV file for ids that are only in SET or only in TABLE."
 )
 @option.flag(
-    "--allow-unmatched", "Accept a table that lacks more than 1 % of the ids in SET, or has more than 1 % others."
+    "--allow-unmatched",
+    "Accept a table that lacks more than 1 % of the ids in SET, has more than 1 % others, or names other patients.",
 )
 def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -> None:
     """Replace the labels of SET with the columns of TABLE (.csv, .tsv or .parquet, path or URL). Tars do not change."""

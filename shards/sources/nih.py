@@ -93,6 +93,9 @@ def _nih_labels(findings: pd.Series, where: str) -> dict[str, pd.Series]:
     if unknown := sorted(set().union(*kinds.values()) - set(NIH)):
         at = lines(findings.index[[unknown[0] in kinds[text] for text in findings]])
         raise ShardError(f"{where} names the finding {unknown[0]!r} in {at}: known are {', '.join(NIH)}")
+    if both := sorted(text for text, names in kinds.items() if "No Finding" in names and len(names) > 1):
+        at = lines(findings.index[findings == both[0]])
+        raise ShardError(f"{where} names {both[0]!r} in {at}, a finding and none: download the table again")
     return {name: findings.map({t: float(name in kinds[t]) for t in kinds}).astype(np.float32) for name in NIH}
 
 

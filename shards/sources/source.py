@@ -9,6 +9,7 @@ from cxrfast.errors import ShardError
 from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
 from cxrfast.shards.sources.parts import SPLITS, checked_folds, shared_in_words
+from cxrfast.shards.sources.tables.text_columns import lines
 from cxrfast.shards.storage import Tree
 from cxrfast.text import are_plain, find_fault, label_fault, name_fault, path_fault
 
@@ -50,7 +51,10 @@ def checked(source: Source, tree: Tree) -> Source:
     columns = {name: _ids(images[name], where) for name in IDS}
     for name, what in (("image_id", "image"), ("path", "the file")):
         if (twice := columns[name].duplicated()).any():
-            raise ShardError(f"{where} list {what} {columns[name][twice].iloc[0]} twice: it must be unique")
+            first = columns[name][twice].iloc[0]
+            index = images.index[columns[name] == first]
+            at = f", in {lines(index)}" if images.index[0] != 0 else ""  # an index that counts from 0 holds no lines
+            raise ShardError(f"{where} list {what} {first} twice{at}: keep one line an image")
     for name in ("patient_id", "study_id"):
         check_distinct(columns[name], where)
     pairs = pd.DataFrame(columns)[["study_id", "patient_id"]].drop_duplicates()

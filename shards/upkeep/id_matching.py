@@ -4,6 +4,7 @@ Image and study ids are matched as text, files by the end of their paths. Nothin
 ambiguous ids stay unmatched or are refused.
 """
 
+import re
 import unicodedata
 
 import pandas as pd
@@ -11,6 +12,7 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import normal_id
 from cxrfast.shards.sources.image_files import SUFFIX
+from cxrfast.shards.sources.tables.text_columns import lines
 
 ID_COLUMNS = ("image_id", "study_id", "path")
 """Columns of the set that a table can be matched with."""
@@ -67,6 +69,31 @@ def as_in_set(ids: pd.Series, known: pd.Series, tail: int) -> pd.Series:
         stem = bare.str.replace(SUFFIX, "", regex=True).astype(object)
         found = found.where(found.isin(known) | ~stem.isin(known), stem)
     return found
+
+
+def check_patients(patients: pd.Series, ids: pd.Series, rows: pd.DataFrame, by: str, what: str) -> None:
+    """Raises ShardError if the table gives an image or study to another patient of the set than the set does.
+
+    `patients`: of the table, on the same lines as `ids`, which are as the set's column `by` writes them; `rows`: of the set.
+    Patients that the set does not have may be another numbering, and say nothing.
+    """
+    of_id = dict(zip(rows[by], map(_bare_patient, rows["patient_id"]), strict=True))
+    known = set(of_id.values())
+    named = patients.map(_bare_patient, na_action="ignore")
+    expected = ids.map(of_id)
+    wrong = named.isin(known) & expected.notna() & (named != expected)
+    if wrong.any():
+        at = wrong.idxmax()
+        raise ShardError(
+            f"{what} gives {by} {ids[at]} to the patient {patients[at]} in {lines(wrong.index[wrong])}, and the set to "
+            f"{rows.loc[rows[by] == ids[at], 'patient_id'].iloc[0]}: correct the table, or accept this with --allow-unmatched if "
+            "its patients are numbered otherwise; nothing was changed"
+        )
+
+
+def _bare_patient(text: str) -> str:
+    """A patient without what copies of tables add or lose: MIMIC's `p`, leading zeros."""
+    return re.sub(r"^p?0*(?=\d+$)", "", normal_id(text))
 
 
 # Paths

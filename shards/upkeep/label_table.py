@@ -21,8 +21,12 @@ from cxrfast.text import find_fault, label_fault, masked, without_credentials
 KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
 """The set's id column by the plain name (see `_plain`) of the table's."""
 
+PATIENTS = ("subjectid", "patientid")
+"""Plain names of columns of patients."""
+
 BOOKKEEPING = {
-    *("subjectid", "patientid", "sex", "patientsex", "patientgender", "age", "patientage", "followup"),
+    *PATIENTS,
+    *("sex", "patientsex", "patientgender", "age", "patientage", "followup"),
     *("split", "view", "viewposition", "frontallateral", "appa", "studydate", "studytime"),
     *("row", "rows", "columns", "bytes", "height", "width", "fold", "block", "index", "indexlevel0"),
 }
@@ -47,6 +51,8 @@ class LabelTable:
     """float32, one column per label: 1, 0, -1 or NaN; same lines as `ids`."""
     left: list[str]
     """Columns that may be labels too but were not read."""
+    patients: pd.Series | None = None
+    """Text, as written in the table, same lines as `ids`; None unless one column is called as patients usually are."""
     notes: tuple[str, ...] = ()
     """Sentences to report, such as how words were read as labels."""
 
@@ -76,7 +82,8 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
     columns = columns_of(tree, name)
     key, by = find_key(columns, location, key)
     labels, left = choose_labels(columns, location, key, asked, present)
-    lines = read_table(tree, name, [key, *labels.values()])
+    people = [c for c in columns if _plain(c) in PATIENTS and c != key and c not in labels.values()]
+    lines = read_table(tree, name, [key, *labels.values()], optional=people if len(people) == 1 else ())
     if lines.empty:
         raise ShardError(f"{location} holds no lines: give a table of ids and labels")
     try:
@@ -90,7 +97,18 @@ def read_label_table(location: str, asked: list[str] | None, key: str | None, pr
             ids, location
         )  # only to refuse what is not an id: sets of earlier versions hold ids as tables write them
     notes = notes_on_words(lines[list(labels.values())])
-    return LabelTable(location=location, source=source, key=key, by=by, ids=ids, values=values, left=left, notes=notes)
+    patients = lines[people[0]] if len(people) == 1 else None
+    return LabelTable(
+        location=location,
+        source=source,
+        key=key,
+        by=by,
+        ids=ids,
+        values=values,
+        left=left,
+        patients=patients,
+        notes=notes,
+    )
 
 
 def _plain(name: str) -> str:

@@ -19,7 +19,7 @@ from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import SET_FILES, is_temporary
 from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.ids import check_join
-from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, match_ids, shared_tail
+from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, check_patients, match_ids, shared_tail
 from cxrfast.shards.upkeep.label_table import LabelTable, read_label_table
 
 SHOWN = 20
@@ -99,8 +99,8 @@ def relabel(
     `labels`: columns to take; default: the set's labels and MIMIC's fourteen, or without any of these all columns except
     ids and bookkeeping. `key`: the column of image ids, study ids or paths; default: by its name. `unmatched`: a CSV file
     for ids of only one side. Images not in the table become blank. Raises ShardError, with nothing written, for a table of
-    other images, one that shares less than 99 % of the ids of either side unless `allow_unmatched`, or one with values other
-    than 1, 0, -1 and blank. The same call finishes a run that was killed.
+    other images, one that shares less than 99 % of the ids of either side or gives images to other patients of the set unless
+    `allow_unmatched`, or one with values other than 1, 0, -1 and blank. The same call finishes a run that was killed.
     """
     folder = Path(folder)
     info = read_set(folder)
@@ -138,6 +138,8 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None, all
             f"no {table.key} of {table.location} is in {folder} (the table has ids like {ids.iloc[0]!r}, the set has "
             f"{by}s like {known.iloc[0]!r}): give the table of these images, or another --key; nothing was changed"
         )
+    if table.patients is not None and not allow_unmatched:
+        check_patients(table.patients, ids, rows, by, table.location)
     alone = _ids_of_one_side(ids, known)
     if unmatched is not None:
         write_bytes(unmatched, alone.to_csv(index=False, lineterminator="\n").encode())

@@ -50,6 +50,8 @@ def unpacked(data: bytes, where: str, *, packed: bool, parquet: bool) -> bytes:
         if data and not data.startswith(GZIP):
             raise ShardError(f"{where} is not compressed with gzip: rename it without .gz, or download it again")
         data = gzip.decompress(data)
+        if data.startswith(GZIP):
+            raise ShardError(f"{where} is compressed with gzip twice: decompress it once")
         _check_kind(data, where)
     if data.startswith(PARQUET) and not parquet:
         raise ShardError(f"{where} is a Parquet table: rename it to end in .parquet")

@@ -108,7 +108,8 @@ def test_nih_s_lists_are_its_official_split(tmp_path, newline):
         ("|Nodule", "|", r"names the finding '' in line 5"),
         ("No Finding", "", r"Finding Labels is blank in line 4"),
         (",0,2,80", ",0,,80", r"Patient ID is blank in line 4"),
-        ("00000001_001", "00000001_000", "list image 00000001_000 twice"),
+        ("00000001_001", "00000001_000", "list image 00000001_000 twice, in lines 2, 3: keep"),
+        ("|Nodule", "|No Finding", r"names 'Pleural_Thickening\|Mass\|No Finding' in line 5, a finding and none"),
         (
             "00000002_000",
             "00000001_002",

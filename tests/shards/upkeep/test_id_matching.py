@@ -129,6 +129,34 @@ def test_a_table_with_what_is_no_id_is_refused_with_its_line(text, message, fold
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("key", ["image_id", "study_id", "path"])
+@pytest.mark.parametrize("name", ["subject_id", "Patient ID"])
+def test_labels_of_other_patients_of_the_set_are_refused_with_their_lines(key, name, folder, tmp_path):
+    """As of a table of which some columns were sorted alone."""
+    rows = rows_of(folder).drop_duplicates(key, ignore_index=True)
+    patients = rows["patient_id"].tolist()
+    other = next(n for n, patient in enumerate(patients) if patient != patients[0])
+    patients[0], patients[other] = patients[other], patients[0]
+    table = pd.DataFrame({key: rows[key], name: patients, "ill": 1})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    before = contents(folder)
+    message = rf"gives {key} {rows[key][0]} to the patient {patients[0]} in lines 2, {other + 2}, and the set to {patients[other]}: "
+    with pytest.raises(ShardError, match=message):
+        relabel(folder, tmp_path / "t.csv")
+    assert contents(folder) == before
+    assert relabel(folder, tmp_path / "t.csv", allow_unmatched=True).matched == 150
+
+
+def test_patients_are_compared_as_copies_of_tables_write_them_and_other_numberings_are_not(folder, tmp_path):
+    rows = rows_of(folder)
+    patient = rows["patient_id"]
+    for patients in (patient, "p" + patient, "00" + patient, patient + ".0", "anonymous-" + patient, [""] * 150):
+        pd.DataFrame({"image_id": rows["image_id"], "patient_id": patients, "ill": 1}).to_csv(
+            tmp_path / "t.csv", index=False
+        )
+        assert relabel(folder, tmp_path / "t.csv").matched == 150
+
+
 @given(data=st.data())
 def test_paths_that_their_ends_do_not_tell_apart_are_never_matched_to_another_file(data):
     parts = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map("/".join)
