@@ -74,7 +74,7 @@ def table(
     left_out = (
         {f"images in no part ({split_column} is blank)": int(parts["split"].isna().sum())} if "split" in parts else {}
     )
-    return Source(images=frame, labels=labels, counts=left_out, notes=notes_on_words(rows[list(labels)]))
+    return Source(images=frame, labels=labels, counts=left_out, notes=notes_on_words(rows[list(dict.fromkeys(labels))]))
 
 
 def is_outside(table: str) -> bool:

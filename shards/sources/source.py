@@ -54,7 +54,7 @@ def checked(source: Source, tree: Tree) -> Source:
             first = columns[name][twice].iloc[0]
             index = images.index[columns[name] == first]
             at = f", in {lines(index)}" if images.index[0] != 0 else ""  # an index that counts from 0 holds no lines
-            raise ShardError(f"{where} list {what} {first} twice{at}: keep one line an image")
+            raise ShardError(f"{where} list {what} {first} twice{at}: keep one line per image")
     for name in ("patient_id", "study_id"):
         check_distinct(columns[name], where)
     pairs = pd.DataFrame(columns)[["study_id", "patient_id"]].drop_duplicates()

@@ -326,3 +326,9 @@ def test_a_message_says_where_images_of_these_names_are(tree, tmp_path, listed, 
     with pytest.raises(ShardError, match=r"(?m)^none of the 2 images .* is in .*" + message):
         build(tree, tmp_path / "set", [32], source="table", source_options={"table": "t.csv", "label": ["Mass"]})
     assert not (tmp_path / "set").exists()
+
+
+def test_a_label_that_is_named_twice_is_refused(tree):
+    write(tree, path=["1.png", "2.png"], patient_id=list("ab"), Mass=["1", "0"])
+    with pytest.raises(ShardError, match="label 'Mass' is named twice: name it once"):
+        read_source("table", Tree(tree), {"table": "t.csv", "label": ["Mass", "Mass"]})
