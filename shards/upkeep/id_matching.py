@@ -83,10 +83,10 @@ def check_patients(patients: pd.Series, ids: pd.Series, rows: pd.DataFrame, by: 
     expected = ids.map(of_id)
     wrong = named.isin(known) & expected.notna() & (named != expected)
     if wrong.any():
-        at = wrong.idxmax()
+        at = int(wrong.to_numpy().argmax())
         raise ShardError(
-            f"{what} gives {by} {ids[at]} to the patient {patients[at]} in {lines(wrong.index[wrong])}, and the set to "
-            f"{rows.loc[rows[by] == ids[at], 'patient_id'].iloc[0]}: correct the table, or accept this with --allow-unmatched if "
+            f"{what} gives {by} {ids.iloc[at]} to the patient {patients.iloc[at]} in {lines(wrong.index[wrong])}, and the set to "
+            f"{rows.loc[rows[by] == ids.iloc[at], 'patient_id'].iloc[0]}: correct the table, or accept this with --allow-unmatched if "
             "its patients are numbered otherwise; nothing was changed"
         )
 

@@ -116,7 +116,11 @@ def test_nih_s_lists_are_its_official_split(tmp_path, newline):
             "gives 00000001_002.png the Patient ID 2 in line 4: the name of the image says 1",
         ),
         ("2682,2749", "2682,tall", r"holds 'tall' for Height\] in line 2"),
-        ("Finding Labels", "Findings", r"lacks the columns Finding Labels: is it the table of NIH"),
+        (
+            "Finding Labels",
+            "Findings",
+            r"lacks the columns Finding Labels: did you mean 'Findings'\? is it the table of NIH",
+        ),
         ("No Finding,0", "No Finding,really,0", r"cannot be read as a CSV table \(.*line 4"),
     ],
 )
