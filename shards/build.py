@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -296,10 +296,13 @@ def _writing_to(out: Path, part: Part | None) -> Iterator[Lock]:
 
 
 def _clear_stale(out: Path, lock: Lock) -> None:
-    """Remove temporary files: all, or only those of this part's shards while another part is running."""
+    """Remove temporary files and scales without a file: all, or only files of this part's shards while another part is running."""
     alone = lock.alone()
     if alone:
         shutil.rmtree(out / WORKSHOP, ignore_errors=True)
+        for path in filter(Path.is_dir, out.glob("[0-9]*")):
+            with suppress(OSError):  # it holds files
+                path.rmdir()
     part, parts = lock.part or (1, 1)
     for path in [*out.glob("*.tmp"), *out.glob("[0-9]*/*.tmp")]:
         if is_temporary(path) and (alone or (path.parent != out and int(path.name[:6]) % parts == part - 1)):

@@ -36,7 +36,24 @@ def cautions(info: SetInfo, rows: pd.DataFrame) -> list[str]:
             f"blank for every image: {', '.join(blank)}; such a label is trained as negative everywhere, unless "
             "`cxrfast train --blank LABEL=ignore` leaves it out of the loss"
         )
-    return found
+    return found + doubtful_patients(rows)
+
+
+def doubtful_patients(rows: pd.DataFrame) -> list[str]:
+    """Sentences on patients who may be too few or too many: all images of one, or names that differ only in case."""
+    unique = rows["patient_id"].drop_duplicates()
+    if len(unique) == 1 < len(rows):
+        return [
+            f"all {len(rows):,} images are of one patient, so nothing is left to test on: is the column of patients right?"
+        ]
+    plain = unique.str.casefold()
+    if (twice := plain.duplicated(keep=False)).any():
+        first = rows["row"][unique.index[plain == plain[twice].iloc[0]]].tolist()
+        return [
+            f"{int(twice.sum()):,} patients have ids that differ from another's only in capital letters (first: rows "
+            f"{' and '.join(map(str, first))}): they are taken for different people, who may be in different folds"
+        ]
+    return []
 
 
 def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]:

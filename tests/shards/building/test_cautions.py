@@ -12,6 +12,7 @@ from commands import invoke
 from sets import build, rows_of, table_arguments, write_table
 
 from cxrfast.errors import ShardError
+from cxrfast.shards.building.cautions import doubtful_patients
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import write_rows
 from cxrfast.shards.repair.repair import repair
@@ -337,3 +338,26 @@ def test_a_source_whose_labels_have_other_names_now_says_that_the_set_keeps_its_
     report = build(tree, tmp_path / "set", [16], source="test_cautions:one_label")
     assert report.info.labels == ["Mass"]
     assert report.cautions[-1].startswith("the tables now give other labels for 12 images (first: row 0)")
+
+
+def test_patients_who_are_all_one_or_differ_only_in_case_are_doubted():
+    rows = pd.DataFrame({"row": range(6), "patient_id": ["Anna", "b", "anna", "Anna", "c", "B"]})
+    assert doubtful_patients(rows) == [
+        "4 patients have ids that differ from another's only in capital letters (first: rows 0 and 2): they are taken for "
+        "different people, who may be in different folds"
+    ]
+    assert doubtful_patients(rows.iloc[[0, 1, 4]]) == []
+    assert doubtful_patients(rows.iloc[[0]]) == []
+    (one,) = doubtful_patients(rows.iloc[[0, 3]])
+    assert one.startswith("all 2 images are of one patient")
+
+
+def test_a_scale_that_is_refused_leaves_no_folder(tmp_path):
+    data, out = write_table(tmp_path / "data", APART, Mass=MASS), tmp_path / "set"
+    command = ["shard", *table_arguments(data, out, "Mass")]
+    assert invoke(*command).exit_code == 0
+    for name in ("i03.jpg", "i07.jpg"):
+        (data / name).write_bytes((data / "i00.jpg").read_bytes())
+    assert invoke(*command, "--scale=16").exit_code == 2
+    assert not (out / "16").exists()
+    assert verify(out).problems == []
