@@ -9,9 +9,9 @@ import numpy as np
 from damaged_tables import DAMAGES, Table, make
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.sources import delimited
 from cxrfast.shards.sources.read import read_source
 from cxrfast.shards.sources.table_files import read_table
+from cxrfast.shards.sources.tables import delimited
 from cxrfast.shards.storage import Tree
 
 TABLES = int(os.environ.get("CXRFAST_TABLES", "300"))
