@@ -145,7 +145,11 @@ def test_two_chexperts_in_one_folder_are_refused_unless_the_tables_lie_in_it_and
     ("old", "new", "message"),
     [
         ("patient00002", "person2", r"train.csv lists CheXpert-v1.0-small/train/person2/.* in line \d+, which is not"),
-        ("Edema", "Oedema", r"train.csv lacks the columns Edema: is it the train table of CheXpert\?"),
+        (
+            "Edema",
+            "Oedema",
+            r"train.csv lacks the columns Edema: did you mean 'Oedema'\? is it the train table of CheXpert\?",
+        ),
         ("Frontal,AP,1.0", "Frontal,AP,1.5", r"train.csv holds '1.5' for No Finding in line \d+"),
         ("view2_frontal", "view1_frontal", "twice"),
     ],
