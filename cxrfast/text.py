@@ -104,7 +104,7 @@ def printable(text: str) -> str:
 # Credentials
 
 USER = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)(?![^\s/:@]*:\d+/)[^\s/:@]*:(?!:)(?:(?!://)[^\s@])+@")
-"""`user:password@` after the scheme of a URL. Passwords may hold slashes, as those of S3 do; a port is no password."""
+"""`user:password@` after the scheme of a URL. Passwords may hold slashes, as those of S3 do; a port is not a password."""
 
 SECRET = (
     r"[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|passphrase|credentials?|auth|authorization|session|jwt"

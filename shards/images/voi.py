@@ -229,7 +229,7 @@ def numbers(dataset: Dataset, name: str) -> list[float | None]:
 
 
 def number(text: str) -> float | None:
-    """A decimal string's value, with a point or a comma; None if it is no finite number, or a comma may mean thousands."""
+    """A decimal string's value, with a point or a comma; None if it is not a finite number, or a comma may mean thousands."""
     text = text.strip(" \0")
     if not DECIMAL.fullmatch(text) or THOUSANDS.fullmatch(text):
         return None
