@@ -22,8 +22,7 @@ from cxrfast.files import write_bytes
 from cxrfast.machine import usable_cores
 from cxrfast.progress import progress
 from cxrfast.shards.building.build_report import Report
-from cxrfast.shards.building.cautions import cautions, kept, sample_lines
-from cxrfast.shards.building.copies import copies_in_words
+from cxrfast.shards.building.cautions import cautions, copies_in_words, kept, sample_lines
 from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.kinds import look_at_kinds

@@ -4,15 +4,19 @@ Cautions are about its rows: shared patients, a split without a part, blank labe
 images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.format.manifest import ShardManifest, source_hashes
 from cxrfast.shards.format.rows import label_names
 from cxrfast.shards.images.remark import Remark
 from cxrfast.shards.sources.parts import SPLITS
 from cxrfast.splits import shared_patients
+
+GROUPS = 3
+"""Groups of equal images that the sentence names."""
 
 # Rows
 
@@ -79,6 +83,34 @@ def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]
         return []
     return [
         f"the tables now give {', '.join(found)}, and the set keeps what it was built with: {', '.join(dict.fromkeys(advice))}"
+    ]
+
+
+def hashes_by_row(manifests: Iterable[ShardManifest]) -> dict[int, bytes]:
+    """{row held: hash of its source image}; without rows of manifests that hold no hashes."""
+    found: dict[int, bytes] = {}
+    for m in manifests:
+        found |= source_hashes(m)
+    return found
+
+
+def copies_in_words(hashes: dict[int, bytes], rows: pd.DataFrame) -> list[str]:
+    """A sentence if different patients have the same image, else []; it names images by row.
+
+    `hashes`: from `hashes_by_row`; `rows`: the table of the set, in the order of its rows.
+    """
+    held = pd.DataFrame({"row": list(hashes), "hash": list(hashes.values())}).sort_values("row")
+    held = held[held["hash"].duplicated(keep=False)]
+    held["patient"] = rows["patient_id"].to_numpy(object)[held["row"].to_numpy(int)]
+    shared = held[held.groupby("hash")["patient"].transform("nunique") > 1]
+    if shared.empty:
+        return []
+    groups = [group.drop_duplicates("patient")["row"].tolist() for _, group in shared.groupby("hash", sort=False)]
+    shown = "; ".join(" and ".join(f"row {row}" for row in group[:GROUPS]) for group in groups[:GROUPS])
+    more = "; and others" if len(groups) > GROUPS else ""
+    return [
+        f"the same image under different patients: {len(shared):,} images have source files that are equal byte for byte, such "
+        f"as {shown}{more}; if these are one patient, a model is tested on images that it was trained on"
     ]
 
 

@@ -18,8 +18,7 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.files import read_file
 from cxrfast.labels import targets
-from cxrfast.shards.building.cautions import cautions
-from cxrfast.shards.building.copies import copies_in_words, hashes_by_row
+from cxrfast.shards.building.cautions import cautions, copies_in_words, hashes_by_row
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifests
 from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names

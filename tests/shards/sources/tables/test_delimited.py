@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -28,36 +29,44 @@ def rows(*comments: str) -> str:
     return f"{HEADER}\n" + "".join(f"i{k:02d}.jpg,p{k},{k % 2},{comment}\n" for k, comment in enumerate(comments))
 
 
-def refused(folder: Path, text: str | bytes, message: str, name: str = "t.csv") -> None:
-    with pytest.raises(ShardError, match=message) as error:
+def refusal(folder: Path, text: str | bytes, name: str = "t.csv") -> str:
+    """The message with which a table is refused: one line."""
+    with pytest.raises(ShardError) as error:
         read(folder, text, name)
     assert str(error.value).count("\n") == 0
     assert len(str(error.value)) < 600
+    return str(error.value)
 
 
 def test_a_quote_that_swallows_rows_is_named_where_it_opens_and_where_it_closes(tmp_path):
     clear = ["clear"] * 12
     both = [*clear[:2], '"left base opacity', *clear[3:8], '"left base opacity', *clear[9:]]
-    refused(tmp_path, rows(*both), r"quote opens in line 4 and closes in line 10, .*looks like lines .*\(line 5\)")
+    assert re.search(
+        r"quote opens in line 4 and closes in line 10, .*looks like lines .*\(line 5\)", refusal(tmp_path, rows(*both))
+    )
     # the second quote closes the first as RFC 4180 wants it, in the same line or at the end of a later one
     for last in ('left base"', 'left, base"'):
-        refused(
-            tmp_path,
-            rows(*clear[:2], '"left base', *clear[3:8], last, *clear[9:]),
+        assert re.search(
             r"quote opens in line 4 and closes in line 10",
+            refusal(tmp_path, rows(*clear[:2], '"left base', *clear[3:8], last, *clear[9:])),
         )
-    refused(tmp_path, rows(*clear[:2], '"left', 'base"', *clear), "quote opens in line 4 and closes in line 5")
-    refused(
-        tmp_path,
-        rows(*clear[:2], '"left base', *clear),
+    assert re.search(
+        "quote opens in line 4 and closes in line 5", refusal(tmp_path, rows(*clear[:2], '"left', 'base"', *clear))
+    )
+    assert re.search(
         r"quote opens in line 4 and is never closed, and what it quotes",
+        refusal(tmp_path, rows(*clear[:2], '"left base', *clear)),
     )
     # the only evidence stands before and after the quotes
     text = rows(*clear).replace("i03.jpg", '"i03.jpg').replace("i04.jpg", 'i04.jpg"')
-    refused(tmp_path, text, "quote opens in line 5 and closes in line 6")
-    refused(tmp_path, rows('"left base'), "the quote that opens in line 2 is never closed")
-    refused(tmp_path, rows('"left" base', "clear"), "opens and closes in line 2, where more text follows")
-    refused(tmp_path, rows('"left "big" base"', "clear"), "opens and closes in line 2, where more text follows")
+    assert re.search("quote opens in line 5 and closes in line 6", refusal(tmp_path, text))
+    assert re.search("the quote that opens in line 2 is never closed", refusal(tmp_path, rows('"left base')))
+    assert re.search(
+        "opens and closes in line 2, where more text follows", refusal(tmp_path, rows('"left" base', "clear"))
+    )
+    assert re.search(
+        "opens and closes in line 2, where more text follows", refusal(tmp_path, rows('"left "big" base"', "clear"))
+    )
 
 
 def test_a_quote_in_any_column_does_not_swallow_rows(tmp_path):
@@ -67,7 +76,7 @@ def test_a_quote_in_any_column_does_not_swallow_rows(tmp_path):
         fields[column] = '"' + fields[column]
         for end in ('"', '",x', '"",y'):
             text = [*good[:3], ",".join(fields), *good[4:7], good[7] + end, *good[8:], ""]
-            refused(tmp_path, "\n".join(text), r"opens in line 4")
+            assert re.search(r"opens in line 4", refusal(tmp_path, "\n".join(text)))
 
 
 def test_a_comment_of_several_lines_is_read_and_lines_are_counted_as_an_editor_does(tmp_path):
@@ -88,33 +97,34 @@ def test_a_comment_of_several_lines_is_read_and_lines_are_counted_as_an_editor_d
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
 def test_short_and_long_lines_are_named_with_their_numbers_of_fields(tmp_path, name):
-    def refused_as(text, message):
+    def said(text: str) -> str:
         data = text.replace(",", "\t" if "tsv" in name else ",").encode()
-        refused(tmp_path, gzip.compress(data) if "gz" in name else data, message, name)
+        return refusal(tmp_path, gzip.compress(data) if "gz" in name else data, name)
 
     good = rows(*["clear"] * 8).splitlines(keepends=True)
     short = [line.replace(",clear", "") for line in good]
-    refused_as(
-        "".join([*good[:4], *short[4:6], *good[6:]]), r"\(lines 5, 6 have 3 fields instead of the 4 of its header\)"
+    assert re.search(
+        r"\(lines 5, 6 have 3 fields instead of the 4 of its header\)",
+        said("".join([*good[:4], *short[4:6], *good[6:]])),
     )
-    refused_as("".join([*good[:4], short[4]]), "line 5 has 3 fields")
-    refused_as("".join([*good[:4], "\n \n", "i09.jpg"]), "line 7 has 1 field instead of the 4")
-    refused_as("".join([*good[:4], good[4].rstrip() + ",\n", *good[5:]]), "line 5 has 5 fields")
-    refused_as(
-        "".join([good[0], *(line.rstrip() + ",\n" for line in good[1:])]),
+    assert re.search("line 5 has 3 fields", said("".join([*good[:4], short[4]])))
+    assert re.search("line 7 has 1 field instead of the 4", said("".join([*good[:4], "\n \n", "i09.jpg"])))
+    assert re.search("line 5 has 5 fields", said("".join([*good[:4], good[4].rstrip() + ",\n", *good[5:]])))
+    assert re.search(
         "have 5 fields instead of the 4 of its header, as all lines do: name the column",
+        said("".join([good[0], *(line.rstrip() + ",\n" for line in good[1:])])),
     )
-    refused_as("".join([*good[:4], good[4].rstrip(), *good[5:]]), "line 5 has 7 fields")
-    refused_as("".join([*good[:4], short[4], "x,x,x,x,x\n"]), "lines 5, 6 have 3 to 5 fields")
-    refused_as("".join([*good[:3], *good]), "line 4 repeats the header")
-    refused_as(good[0], "holds no lines below its header")
+    assert re.search("line 5 has 7 fields", said("".join([*good[:4], good[4].rstrip(), *good[5:]])))
+    assert re.search("lines 5, 6 have 3 to 5 fields", said("".join([*good[:4], short[4], "x,x,x,x,x\n"])))
+    assert re.search("line 4 repeats the header", said("".join([*good[:3], *good])))
+    assert re.search("holds no lines below its header", said(good[0]))
 
 
 def test_lines_after_records_of_two_lines_and_blank_lines_keep_their_number(tmp_path):
     text = (
         f"\n{HEADER}\n" + "".join(f'i{k}.jpg,p{k},0,"a\nb"\n' for k in range(3)) + "\n\ni3.jpg,p3,7,c\n \ni4.jpg,p4,0\n"
     )
-    refused(tmp_path, text, "line 13 has 3 fields")
+    assert re.search("line 13 has 3 fields", refusal(tmp_path, text))
     assert list(read(tmp_path, text.replace("p4,0\n", "p4,0,c"))) == [3, 5, 7, 11, 13]
 
 
@@ -125,15 +135,17 @@ def test_a_quote_inside_an_unquoted_field_is_text_unless_it_closes_what_nothing_
     }
     assert read(tmp_path, rows('tube 3"'), columns="path") == {2: ["i00.jpg"]}, "no field is quoted in this table"
     assert read(tmp_path, rows('the "left" base'))[2][3] == 'the "left" base'
-    refused(tmp_path, rows('tube 3"'), r"line 2 has a quote in an unquoted field \(comment\)")
-    refused(tmp_path, rows('3" tube'), r"line 2 has a quote in an unquoted field \(comment\)")
-    refused(tmp_path, rows("clear", ' "left"'), r"line 3 has a quote in an unquoted field \(comment\)")
+    assert re.search(r"line 2 has a quote in an unquoted field \(comment\)", refusal(tmp_path, rows('tube 3"')))
+    assert re.search(r"line 2 has a quote in an unquoted field \(comment\)", refusal(tmp_path, rows('3" tube')))
+    assert re.search(
+        r"line 3 has a quote in an unquoted field \(comment\)", refusal(tmp_path, rows("clear", ' "left"'))
+    )
     text = rows("clear", 'left"', '"clear"')
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ShardError, match=r"line 3 has a quote in an unquoted field \(comment\)"):
         read_table(Tree(tmp_path), "t.csv", ["path"])
-    refused(tmp_path, 'path,"patient"x,label\n', "its header, line 1, has a quote inside a name")
-    refused(tmp_path, 'path, "patient",label\n', "its header, line 1, has a quote inside a name")
+    assert re.search("its header, line 1, has a quote inside a name", refusal(tmp_path, 'path,"patient"x,label\n'))
+    assert re.search("its header, line 1, has a quote inside a name", refusal(tmp_path, 'path, "patient",label\n'))
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -159,9 +171,9 @@ def test_delimiters_inside_names_and_mixed_delimiters_do_not_mislead(tmp_path):
     assert read(tmp_path, "path\n0001\n\n0002", columns="path") == {2: ["0001"], 4: ["0002"]}
     lines = rows(*["clear"] * 5).splitlines()
     lines[3] = lines[3].replace(",", ";")
-    refused(tmp_path, "\n".join(lines), "line 4 has 1 field instead of the 4")
+    assert re.search("line 4 has 1 field instead of the 4", refusal(tmp_path, "\n".join(lines)))
     lines[3] = lines[3].replace(";", ",", 2)
-    refused(tmp_path, "\n".join(lines), "line 4 has 3 fields instead of the 4")
+    assert re.search("line 4 has 3 fields instead of the 4", refusal(tmp_path, "\n".join(lines)))
 
 
 fields = st.text(st.sampled_from('ab,;"\n 0\t|'), max_size=8)
