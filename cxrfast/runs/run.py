@@ -66,7 +66,7 @@ class Run(RunFolder):
         try:
             value = _checked(json.loads(path.read_bytes()), _ConfigFile)
             return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
-        except (OSError, ValueError, RunError) as error:
+        except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 
     @classmethod
@@ -121,7 +121,7 @@ class Run(RunFolder):
             return pd.read_parquet(
                 self.rows_path, columns=["row", "image_id", "patient_id", "part", *self.config.labels]
             )
-        except (OSError, ValueError) as error:  # pyarrow's errors are either
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's and, of damaged metadata, pandas's
             raise RunError(
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
             ) from error
@@ -148,7 +148,7 @@ class Run(RunFolder):
         path = self.state_path
         try:
             return _checked(json.loads(path.read_bytes()), dict[str, Any]) if path.exists() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
     def set_state(self, state: str, **more: Any) -> None:
@@ -172,7 +172,7 @@ class Run(RunFolder):
         try:
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
             return _checked([json.loads(line) for line in lines], list[_Line])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is damaged: restore it, or train the run again in a new folder") from error
 
     def add_metrics(self, line: dict[str, Any]) -> None:

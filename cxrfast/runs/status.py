@@ -108,7 +108,7 @@ def _json_object(text: bytes) -> dict[str, Any] | None:
     """None if the text is not a JSON object."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets by the thousand
         return None
     return value if isinstance(value, dict) else None
 
