@@ -62,6 +62,10 @@ class LongOrder:
     micro_batch: int
     seed: int = 0
 
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        return -(-max(LONG, self.micro_batch) // len(self.rows)) * len(self.rows) // self.micro_batch
+
     def micro_batches(self, epoch: int = 0, consumed: int = 0) -> list[np.ndarray]:
         images = max(LONG, self.micro_batch)
         shape = (-(-images // len(self.rows)), len(self.rows))

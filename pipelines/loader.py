@@ -1,7 +1,8 @@
 """The Loader: an order and a reader in, uint8 grey batches on the device out, with either decoding engine.
 
+train = ShardSet("data/shards").part("train", fold=0, scale=1024)
 reader = Reader("data/shards", scale=1024)
-order = TrainOrder(rows=reader.rows, global_batch=96, micro_batch=8, seed=0)
+order = TrainOrder(rows=train.rows, global_batch=96, micro_batch=8, seed=0)
 loader = Loader(reader, order, scale=1024, augment=Augment(), device="cuda")
 for epoch in range(10):
     for batch in loader.epoch(epoch):
@@ -38,7 +39,7 @@ class Batch:
 
 
 class Loader:
-    """Iterates over this rank's micro-batches of `order`, which may be replaced between epochs.
+    """Iterates over this rank's micro-batches of `order`, which may be replaced between epochs; `len` counts them.
 
     `scale`: side of the images, px; default: the reader's. `augment`: None for evaluation.
     `device`: `cuda` is the current GPU, as in torch. `engine`: `auto` leaves it to `choose`, whose reason is `why`.
@@ -120,6 +121,10 @@ class Loader:
     def _on_device(self, rows: np.ndarray) -> torch.Tensor:
         row = torch.from_numpy(rows.copy())
         return row if self.device.type == "cpu" else row.pin_memory().to(self.device, non_blocking=True)
+
+    def __len__(self) -> int:
+        """Number of batches of a whole epoch on this rank."""
+        return len(self.order)
 
     def __iter__(self) -> Generator[Batch]:
         return self.epoch()

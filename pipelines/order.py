@@ -70,6 +70,10 @@ class TrainOrder:
         """Global batches in an epoch."""
         return len(self.rows) // self.global_batch
 
+    def __len__(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        return self.steps * self.accumulation // self.world
+
     def global_batches(self, epoch: int, consumed: int = 0) -> np.ndarray:
         """int64 (steps left, global_batch): the rows of each optimiser step after the first `consumed` samples."""
         if consumed % self.global_batch:
@@ -115,6 +119,10 @@ class EvalOrder:
     rank: int = 0
     world: int = 1
 
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(range(self.rank * self.micro_batch, len(self.rows), self.micro_batch * self.world))
+
     def micro_batches(self, epoch: int = 0, consumed: int = 0) -> list[np.ndarray]:
         """This rank's batches of `micro_batch` rows, int64; the last batch of all may be shorter."""
         starts = range(consumed, len(self.rows), self.micro_batch)
@@ -122,10 +130,12 @@ class EvalOrder:
 
 
 class Order(Protocol):
-    """What a Loader needs: the rows of this rank's batches, and the seed for augmentation."""
+    """What a Loader needs: number and rows of this rank's batches, and the seed for augmentation."""
 
     @property
     def seed(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
     def micro_batches(self, epoch: int, consumed: int) -> list[np.ndarray]: ...
 

@@ -1,8 +1,11 @@
 """A shard set on disk: its contents and paths. All other code reads sets through it; it writes nothing."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
@@ -11,6 +14,9 @@ from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, scales_in
 from cxrfast.shards.format.names import shard_path
 from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.parts import LabelledRows, Selection, make_part, resolve_split
+
+log = logging.getLogger(__name__)
 
 
 class ShardSet:
@@ -45,6 +51,64 @@ class ShardSet:
         """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged, or if its
         labels were replaced since the set was opened."""
         return read_rows(self.folder / "rows.parquet", self.info)
+
+    def part(
+        self,
+        name: str,
+        *,
+        fold: int = 0,
+        scale: int | None = None,
+        split: str = "auto",
+        policy: str | Mapping[str, str] = "u_zeros",
+        blank: str | Mapping[str, str] = "negative",
+        unlabelled: str = "drop",
+        views: Sequence[str] = (),
+        allow_shared_patients: bool = False,
+    ) -> LabelledRows:
+        """The rows that `cxrfast train` uses as `name` (train, val or test) with the same options, and their labels.
+
+            train = shards.part("train", fold=0, scale=256)
+            order = TrainOrder(rows=train.rows, global_batch=32, micro_batch=32)
+            labels = torch.from_numpy(train.labels)  # labels[batch.row]: (32, L)
+
+        `scale`: leaves out rows that are not built at this scale; default: at any of the set's scales.
+        `split`: folds, official, or auto: official if the set was built with a split of its own.
+        `policy`: what uncertain labels become: u_zeros, u_ones or u_ignore. `blank`: what blank ones become: negative or
+        ignore. Each is one for all labels, or a mapping from label to policy. `unlabelled`: rows without any label: drop or
+        negative. `views`: view positions, such as PA; default: all.
+
+        Raises RunError if the part is empty, for options that do not exist in this set, and if two parts hold the same
+        patient, unless `allow_shared_patients`. Raises ShardError if the scale is not built, or files are damaged.
+        """
+        selection = Selection(
+            labels=self.info.labels,
+            split=resolve_split(self.info, split, fold),
+            fold=fold,
+            unlabelled=unlabelled,
+            views=(views,) if isinstance(views, str) else tuple(views),
+            allow_shared_patients=allow_shared_patients,
+        )
+        scales = self.scales if scale is None else [scale]
+        held = reduce(np.intersect1d, [self.held(one) for one in scales]) if scales else np.array([], np.int64)
+        for one in scales:
+            if (done := len(self.shards(one))) < self.info.shards:
+                log.warning(
+                    f"{self.folder}: {done:,} of {self.info.shards:,} shards are built at {one} px; the rows of the others are "
+                    "left out"
+                )
+        return make_part(name, self.rows(), held, selection, policy, blank)
+
+    def held(self, scale: int) -> np.ndarray:
+        """int64, ascending: rows that are built at this scale, without those in quarantine. Raises ShardError if there are
+        no shards at this scale, or a manifest is damaged."""
+        manifests = [self.manifest(scale, shard) for shard in self.shards(scale)]
+        if not manifests:
+            there = ", ".join(map(str, self.scales)) or "none"
+            raise ShardError(
+                f"{self.folder} holds no shards at {scale} px (scales there: {there}): "
+                f"build them with `cxrfast shard --scale {scale}`"
+            )
+        return np.array([row for manifest in manifests if manifest for row in manifest.rows], np.int64)
 
     def shards(self, scale: int) -> list[int]:
         """Numbers of the shards that are built at this scale, ascending."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from cxrfast.config import Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
+from cxrfast.shards.parts import resolve_split
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
-from cxrfast.training.setup import make_config, resolve_split
+from cxrfast.training.setup import make_config
 
 
 @dataclass(frozen=True, kw_only=True)

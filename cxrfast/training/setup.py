@@ -30,9 +30,10 @@ from cxrfast.pipelines.order import TrainOrder
 from cxrfast.runs.folder import WEIGHTS, RunFolder
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.format.info import SetInfo
+from cxrfast.shards.parts import Selection, check_unlabelled, masks_of_parts, named, resolve_split
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.upkeep.stage import stage
-from cxrfast.splits import PARTS, check_official, check_parts, official_masks, part_masks, shared_patients
+from cxrfast.splits import PARTS, check_official, check_parts, official_masks
 
 
 def make_config(
@@ -52,26 +53,11 @@ def make_config(
     given.setdefault("learning_rate", presets.learning_rate(global_batch))
     if subset is not None:
         given["subset"] = hashlib.sha256(read_subset(subset).astype("<i8").tobytes()).hexdigest()[:16]
-    asked, given["split"] = given.get("split", "auto"), resolve_split(info, given.get("split", "auto"))
-    if (asked, given["split"]) == ("auto", "official") and given.get("fold"):
-        raise RunError(
-            f"--fold {given['fold']}: {shards} was built with --split-column, and its split is used, which has no folds: give "
-            "--fold 0, or --split folds"
-        )
+    given["split"] = resolve_split(info, given.get("split", "auto"), given.get("fold", 0))
     given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
     config = TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
-    if config.unlabelled == "negative" and set(config.blanks) == {"ignore"}:
-        raise RunError(
-            "--unlabelled negative --blank ignore: images without any label would have no label that counts: give one of them"
-        )
+    check_unlabelled(config.unlabelled, config.blanks)
     return config
-
-
-def resolve_split(info: SetInfo, split: str) -> str:
-    """`folds` or `official`; for `auto`, official if the set was built with a column of train, validate and test."""
-    if split != "auto":
-        return split
-    return "official" if info.source_options.get("split_column") and not info.own_folds else "folds"
 
 
 def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
@@ -104,39 +90,29 @@ def select_rows(
     """Rows used by a run: row, image_id, patient_id, part, raw labels; sorted by row.
 
     Leaves out rows not in `held` (int64, rows that the set holds), rows outside `subset`, rows without any label (unless they
-    are negative), and other views. Raises RunError if a part is empty, if a patient is in two parts and `config` does not
-    allow it, or if the set has been relabelled since `config` was made.
+    are negative), and other views. Raises RunError if a part is empty, if no row has one of the views, if a patient is in two
+    parts and `config` does not allow it, or if the set has been relabelled since `config` was made.
     """
     if config.split == "auto":
         raise RunError("split auto is not resolved: make the configuration with make_config, or give folds or official")
     if absent := [name for name in config.labels if name not in table]:
         raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start a new training")
-    parts = (
-        official_masks(table["split"].to_numpy())
-        if config.split == "official"
-        else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), config.fold)
-    )
     if config.split == "official":
-        check_official(parts)
-    usable = table["row"].isin(held).to_numpy(copy=True)
-    if config.unlabelled == "drop":
-        usable &= table[list(config.labels)].notna().any(axis=1).to_numpy()
-    if subset is not None:
-        if unknown := np.setdiff1d(subset, table["row"]).tolist():
-            raise RunError(
-                f"--rows names row {unknown[0]}, which the set does not have: its rows are 0 to {table['row'].max():,}"
-            )
-        usable &= table["row"].isin(subset).to_numpy()
-    if config.views:
-        usable &= table["view"].isin(config.views).to_numpy()
-    masks = {part: mask & usable for part, mask in parts.items()}
-    if config.limit is not None:
-        masks = {part: mask & (np.cumsum(mask) <= config.limit) for part, mask in masks.items()}
-    check_parts(masks, f"split {config.split}, fold {config.fold}")
-    part = np.select(list(masks.values()), list(masks), default="")
+        check_official(official_masks(table["split"].to_numpy()))
+    selection = Selection(
+        labels=config.labels,
+        split=config.split,
+        fold=config.fold,
+        unlabelled=config.unlabelled,
+        views=config.views,
+        subset=subset,
+        limit=config.limit,
+        allow_shared_patients=config.allow_shared_patients,
+    )
+    masks = masks_of_parts(table, held, selection)
+    check_parts(masks, str(selection))
+    part = named(masks)
     chosen = table.assign(part=part)[part != ""]
-    if not config.allow_shared_patients:
-        refuse_shared_patients(chosen, config.split)
     return chosen[["row", "image_id", "patient_id", "part", *config.labels]].reset_index(drop=True)
 
 
@@ -163,16 +139,6 @@ def label_warnings(config: TrainConfig, rows: pd.DataFrame) -> list[str]:
     if names := np.array(config.labels)[unused].tolist():
         found.append(f"no training row counts for {', '.join(names)}: nothing is learned about it")
     return found
-
-
-def refuse_shared_patients(chosen: pd.DataFrame, split: str) -> None:
-    """Raises RunError if a patient of the rows chosen is in two of train, val and test; names rows, no patients."""
-    if found := shared_patients(chosen["patient_id"].tolist(), chosen["part"].tolist()):
-        row = chosen["row"].tolist()
-        raise RunError(
-            f"--split {split}: {found.in_words(lambda at: f'row {row[at]}')}: the model would be tested on patients that it "
-            "was trained on; use --split folds of a set that deals its own, or continue with --allow-shared-patients"
-        )
 
 
 def read_subset(path: Path) -> np.ndarray:

@@ -34,6 +34,7 @@ def test_batches_hold_the_rows_of_the_order_and_the_images_of_those_rows(reader,
         for epoch in (0, 3):
             batches = list(loader.epoch(epoch))
             assert [batch.row.tolist() for batch in batches] == [rows.tolist() for rows in order.micro_batches(epoch)]
+            assert len(batches) == len(loader)
             for batch in batches:
                 assert batch.row.dtype == torch.int64
                 assert batch.image.dtype == torch.uint8

@@ -37,7 +37,7 @@ def test_training_uses_no_row_twice_and_drops_less_than_a_global_batch(arguments
     assert used.dtype == np.int64
     assert len(np.unique(used)) == len(used) == len(rows) - len(rows) % order.global_batch
     assert np.isin(used, rows).all()
-    assert len(batches) == order.steps * order.accumulation
+    assert len(batches) == order.steps * order.accumulation == len(order)
     for step, rows in enumerate(order.global_batches(epoch)):
         for j in range(order.accumulation):
             np.testing.assert_array_equal(batches[step * order.accumulation + j], rows[j :: order.accumulation])
@@ -51,6 +51,7 @@ def test_any_number_of_ranks_sees_the_micro_batches_of_one_also_when_a_run_resum
     world = data.draw(st.sampled_from([d for d in range(1, alone.accumulation + 1) if alone.accumulation % d == 0]))
     position = epoch, done * alone.global_batch
     ranks = [TrainOrder(**arguments, rank=r, world=world).micro_batches(*position) for r in range(world)]
+    assert {len(TrainOrder(**arguments, rank=r, world=world)) for r in range(world)} == {len(alone) // world}
     interleaved = [batch for together in zip(*ranks, strict=True) for batch in together]
     whole = alone.micro_batches(epoch)
     assert len(interleaved) == (alone.steps - done) * alone.accumulation
@@ -122,6 +123,9 @@ def test_evaluation_gives_every_row_left_once_to_one_rank(rows, micro_batch, don
     assert sum(len(batch) < micro_batch for batch in batches) <= 1
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
     alone = EvalOrder(rows=rows, micro_batch=micro_batch).micro_batches()
+    assert sum(len(EvalOrder(rows=rows, micro_batch=micro_batch, rank=r, world=world)) for r in range(world)) == len(
+        alone
+    )
     np.testing.assert_array_equal(np.concatenate([*alone, np.empty(0, np.int64)]), rows)
 
 

@@ -58,8 +58,17 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set):
         assert set(table.set_index("row").loc[official.loc[official["part"] == part, "row"], "split"]) == {name}
     for rows in (everything, official):
         assert rows.groupby("patient_id")["part"].nunique().max() == 1
-    with pytest.raises(RunError, match="the train part has no rows"):
-        select_rows(table, make_config(tiny_set, 32, device="cpu", views=("NONE",)), held)
+    with pytest.raises(RunError, match="split folds, fold 0: the train part has no rows"):
+        select_rows(table, make_config(tiny_set, 32, device="cpu"), held[:0])
+
+
+def test_a_view_that_no_image_has_is_refused_with_those_there_are(tiny_set):
+    table = read_rows(tiny_set / "rows.parquet")
+    for wrong in ("frontal", "pa"):
+        config = make_config(tiny_set, 32, device="cpu", views=("PA", wrong))
+        says = rf"--view '{wrong}': no image of the set has this view position; those there are: 'AP' \(\d+\), 'PA' \(\d+\), "
+        with pytest.raises(RunError, match=says):
+            select_rows(table, config, table["row"].to_numpy())
 
 
 def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the_test_patients(

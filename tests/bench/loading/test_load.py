@@ -135,6 +135,7 @@ def test_a_long_epoch_is_permutations_of_all_rows_in_full_micro_batches(micro_ba
     order = LongOrder(rows=np.arange(7, 1007), micro_batch=micro_batch)
     batches = order.micro_batches(0)
     assert {len(batch) for batch in batches} == {micro_batch}
+    assert len(order) == len(batches)
     permutations = np.concatenate(batches).reshape(-1, 1000)
     assert permutations.size == LONG
     assert (np.sort(permutations) == np.arange(7, 1007)).all()
