@@ -147,7 +147,7 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     ]
     logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
-    scores |= {"voting": mixture.vote(logits), "stacked": mixture.combine(logits, fitted)}
+    scores |= {"voting": mixture.vote(logits), "stacked": mixture.log_odds(logits, fitted)}
     auroc = [
         pd.DataFrame({**of_fold, "method": method, "auroc": metrics.auroc(score, targets, mask)})
         for method, score in scores.items()

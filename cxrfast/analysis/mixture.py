@@ -15,17 +15,33 @@ GAP, STEPS = 1e-6, 5000
 """EM stops when it is provably within GAP nats of the optimum, or after STEPS steps."""
 
 
-def combine(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Probabilities p_f = Σ_s w_fs σ(l_fs), float64 (N, L) in [0, 1].
+def log_odds(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """log p - log(1 - p) of the mixture p_f = Σ_s w_fs σ(l_fs), float64 (N, L), finite. p is σ of it.
 
-    logits: (S, N, L), one slice per scale. weights: (L, S), rows summing to one.
+    It tells rows apart where p would be rounded to 1, as above a logit of 37; not those where scales contradict each other
+    that strongly, whose p is a sum of weights to the last bit.
+
+    logits: (S, N, L), one slice per scale, finite. weights: (L, S), rows summing to one.
     """
-    return np.clip(np.einsum("snl,ls->nl", metrics.sigmoid(logits), weights), 0.0, 1.0)
+    logits = np.asarray(logits, np.float64)
+    below = np.log1p(np.exp(-np.abs(logits)))  # log σ(l) = min(l, 0) - this, log σ(-l) = -max(l, 0) - this
+    with np.errstate(divide="ignore"):  # a weight of 0 takes its scale out: log 0 = -inf is meant
+        shares = np.log(weights).T[:, None, :] - below
+    return _log_sum(shares + np.minimum(logits, 0.0)) - _log_sum(shares - np.maximum(logits, 0.0))
+
+
+def _log_sum(terms: np.ndarray) -> np.ndarray:
+    """log Σ_s exp(t_s) of terms (S, N, L), without underflow."""
+    largest = terms.max(axis=0)
+    return np.log(np.exp(terms - largest).sum(axis=0)) + largest
 
 
 def vote(logits: np.ndarray) -> np.ndarray:
-    """The plain mean of the scales' probabilities, float64 (N, L), from logits (S, N, L)."""
-    return combine(logits, uniform(logits))
+    """Log-odds of the plain mean of the scales' probabilities, float64 (N, L), from logits (S, N, L).
+
+    Rows whose scales gave the same logits are tied exactly, whichever scale gave which: a sum depends on its order.
+    """
+    return log_odds(np.sort(logits, axis=0), uniform(logits))
 
 
 def uniform(logits: np.ndarray) -> np.ndarray:
@@ -86,7 +102,7 @@ def fit_weights_by_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray 
 
 
 def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
-    """Binary cross-entropy of `combine`, nats, mean over unmasked entries, float64 (L,); NaN where none is.
+    """Binary cross-entropy of the mixture, nats, mean over unmasked entries, float64 (L,); NaN where none is.
 
     log p = logsumexp_s(log w_s + log σ(l_s)) and log(1 - p) with σ(-l_s): p is never rounded to 0 or 1.
     """

@@ -101,11 +101,11 @@ def _summary(runs: list[Run]) -> Chapter:
                 "Validation": f"{parts.get('val', 0):,}",
                 "Test": f"{parts.get('test', 0):,}",
                 "Epochs": str(len(epochs)),
-                "Best epoch": f"{best['epoch'] + 1}" if epochs else "-",
-                "Validation AUROC": "undefined" if best["val_auroc"] is None else f"{best['val_auroc']:.4f}",
+                "Epoch of lowest loss": f"{best['epoch'] + 1}" if epochs else "-",
+                "Its validation AUROC": "undefined" if best["val_auroc"] is None else f"{best['val_auroc']:.4f}",
             }
         )
-    note = "Rows by part. The best epoch has the lowest validation loss; its weights are used."
+    note = "Rows by part. The weights used are those of the epoch with the lowest validation loss; another may have a higher AUROC."
     return Chapter("Runs", tables=[_table(records, f"{note} {_footnote(runs)}", ["State", "Split"])])
 
 

@@ -71,7 +71,7 @@ def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options:
 @option.RUNS
 @option.flag("--json", "A JSON list instead of the table.", "as_json")
 def status(runs: Path, as_json: bool) -> None:
-    """One line per run in RUNS: state, epoch, best AUROC, images/s, time left, age of its heartbeat, job."""
+    """One line per run in RUNS: state, epoch, validation AUROC at the lowest loss, images/s, time left, age of its heartbeat, job."""
     from cxrfast.runs.status import status as read_status
     from cxrfast.runs.status import status_table, to_json
 

@@ -35,7 +35,7 @@ class Status:
     epochs: int | None = None
     """Maximum number of epochs."""
     val_auroc: float | None = None
-    """Mean over findings on the validation rows, at the epoch of the lowest validation loss."""
+    """Mean over findings on the validation rows, in the epoch of the lowest validation loss; another may have a higher one."""
     images_per_s: float | None = None
     eta_seconds: float | None = None
     """Until `epochs` are done, from the last heartbeat."""
@@ -95,7 +95,7 @@ def read_status(run: RunFolder, now: float) -> Status:
         state=shown,
         epoch=len(lines) if epoch is None else int(epoch),
         epochs=None if epochs is None else int(epochs),
-        val_auroc=best_auroc(lines),
+        val_auroc=auroc_at_lowest_loss(lines),
         images_per_s=_number(lines[-1].get("images_per_s")) if rate is None and lines else rate,
         eta_seconds=None if shown == "done" else _number(state.get("eta_seconds")),
         heartbeat_seconds=age,
@@ -122,8 +122,9 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     return [line for line in map(_json_object, texts) if line is not None]
 
 
-def best_auroc(lines: list[dict[str, Any]]) -> float | None:
-    """`val_auroc` of the line with the lowest `val_loss`; None if there is none or it is undefined."""
+def auroc_at_lowest_loss(lines: list[dict[str, Any]]) -> float | None:
+    """`val_auroc` of the line with the lowest `val_loss`, which may not be the highest; None if there is none or it is
+    undefined."""
     scored = [line for line in lines if _number(line.get("val_loss")) is not None]
     return _number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
 
@@ -142,7 +143,7 @@ def to_json(lines: list[Status]) -> str:
 def status_table(lines: list[Status], runs: Path) -> Table:
     counts = {state: sum(line.state == state for line in lines) for state in dict.fromkeys(s.state for s in lines)}
     noted = any(line.note for line in lines)
-    head = ["run", "state", "epoch", "best\nAUROC", "images/s", "time\nleft", "heart-\nbeat", "job"]
+    head = ["run", "state", "epoch", "AUROC at\nlowest loss", "images/s", "time\nleft", "heart-\nbeat", "job"]
     rows: list[list[str | Cell]] = [
         [
             line.name,

@@ -12,7 +12,7 @@ from runs import make_run, shown, study_rows
 from cxrfast import metrics
 from cxrfast.analysis.ensemble import EnsembleResult, ensemble, ensemble_table, weights_figure
 from cxrfast.analysis.join import read_answers
-from cxrfast.analysis.mixture import combine, fit_weights, vote
+from cxrfast.analysis.mixture import fit_weights, log_odds, vote
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 
@@ -61,7 +61,7 @@ def test_test_scores_are_those_of_weights_fitted_on_validation(made, result):
     val, test = ([read_answers(run, part) for run in runs] for part in ("val", "test"))
     weights = fit_weights(np.stack([a.logits for a in val]), *val[0].targets())
     logits, (targets, mask) = np.stack([a.logits for a in test]), test[0].targets()
-    np.testing.assert_array_equal(result.matrix("stacked")[1], metrics.auroc(combine(logits, weights), targets, mask))
+    np.testing.assert_array_equal(result.matrix("stacked")[1], metrics.auroc(log_odds(logits, weights), targets, mask))
     np.testing.assert_array_equal(result.matrix("voting")[1], metrics.auroc(vote(logits), targets, mask))
     np.testing.assert_array_equal(result.matrix("densenet121-1024")[1], metrics.auroc(logits[1], targets, mask))
     lines = result.weights.query("fold == 1 and label == 'Edema'")

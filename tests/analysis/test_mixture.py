@@ -1,12 +1,15 @@
 """Weights of a mixture: its arithmetic and its optimum."""
 
+import decimal
+from decimal import Decimal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast import metrics
-from cxrfast.analysis.mixture import combine, fit_weights, fit_weights_by_em, mixture_bce, uniform, vote
+from cxrfast.analysis.mixture import fit_weights, fit_weights_by_em, log_odds, mixture_bce, uniform, vote
 
 
 def planted(
@@ -61,8 +64,8 @@ def test_em_finds_what_a_grid_finds():
 def test_the_start_of_the_fit_is_voting_exactly():
     logits, targets = planted((0.5, 1.0, 2.0))
     start = fit_weights(logits, targets, epochs=0)
-    np.testing.assert_array_equal(combine(logits, start), vote(logits))
-    np.testing.assert_allclose(vote(logits), metrics.sigmoid(logits).mean(axis=0), rtol=1e-12)
+    np.testing.assert_array_equal(start, uniform(logits))
+    np.testing.assert_allclose(metrics.sigmoid(vote(logits)), metrics.sigmoid(logits).mean(axis=0), rtol=1e-12)
 
 
 def test_a_planted_better_scale_gets_the_largest_weight():
@@ -113,17 +116,56 @@ def test_extreme_logits_give_finite_values():
         weights = solve(logits, targets)
         assert np.isfinite(weights).all()
         assert np.isfinite(mixture_bce(logits, targets, None, weights)).all()
-        assert ((combine(logits, weights) >= 0) & (combine(logits, weights) <= 1)).all()
+        assert np.isfinite(log_odds(logits, weights)).all()
     np.testing.assert_array_equal(mixture_bce(logits[:1], np.ones((200, 2)), None, np.ones((2, 1))) > 0, True)
 
 
 def test_the_loss_is_that_of_the_combined_probabilities():
     logits, targets = planted((0.4, 1.5))
     weights = np.array([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
-    p = combine(logits, weights)
+    p = metrics.sigmoid(log_odds(logits, weights))
+    np.testing.assert_allclose(p, np.einsum("snl,ls->nl", metrics.sigmoid(logits), weights), rtol=1e-12)
     np.testing.assert_allclose(
         mixture_bce(logits, targets, None, weights),
         -np.where(targets > 0, np.log(p), np.log1p(-p)).mean(axis=0),
         rtol=1e-10,
     )
     assert np.isnan(mixture_bce(logits, targets, np.zeros(targets.shape, bool), weights)).all()
+
+
+def exact_log_odds(logits: np.ndarray, weights: np.ndarray) -> list[Decimal]:
+    """Log-odds of a mixture to 80 digits, from logits (S, N) and weights (S,)."""
+    with decimal.localcontext() as context:
+        context.prec = 80
+        found = []
+        for row in logits.T:
+            terms = [(Decimal(float(w)), Decimal(float(x))) for w, x in zip(weights, row, strict=True)]
+            p, q = (sum(w / (1 + (sign * x).exp()) for w, x in terms) for sign in (-1, 1))
+            found.append(p.ln() - q.ln())
+        return found
+
+
+@pytest.mark.parametrize("around", [(40, 80), (-80, -40), (-3, 3), (300, 900)])
+@pytest.mark.parametrize("weights", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.3, 0.0)])
+def test_log_odds_and_their_order_are_those_of_exact_arithmetic(around, weights):
+    logits = np.random.default_rng(0).uniform(*around, (3, 100, 1)).astype(np.float32)
+    found = log_odds(logits, np.array([weights]))[:, 0]
+    expected = exact_log_odds(logits[:, :, 0], np.array(weights))
+    np.testing.assert_allclose(found, np.array(expected, np.float64), rtol=1e-14, atol=1e-15)
+    assert np.argsort(found).tolist() == sorted(range(100), key=expected.__getitem__)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_very_sure_scales_are_not_tied_by_voting_or_stacking(sign):
+    """Each scale ranks all positives above all negatives, from 40 to 80: so must their mixture."""
+    targets = np.repeat([0, 1], 50)[:, None]
+    logits = np.sort(sign * np.random.default_rng(1).uniform(40, 80, (3, 100, 1)), axis=1)
+    assert metrics.auroc(metrics.sigmoid(logits[0]), targets)[0] == (0.5 if sign > 0 else 1.0)
+    for scores in (vote(logits), log_odds(logits, np.array([[0.6, 0.3, 0.1]]))):
+        assert metrics.auroc(scores, targets)[0] == 1.0
+        assert len(np.unique(scores)) == 100
+
+
+def test_a_vote_does_not_depend_on_which_scale_gave_which_logit():
+    logits = np.random.default_rng(2).normal(size=(5, 200, 2)) * 20
+    np.testing.assert_array_equal(vote(logits), vote(logits[[3, 0, 4, 2, 1]]))

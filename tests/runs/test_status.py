@@ -8,7 +8,7 @@ import pytest
 from commands import invoke
 
 from cxrfast.errors import RunError
-from cxrfast.runs.status import best_auroc, status
+from cxrfast.runs.status import auroc_at_lowest_loss, status
 
 NOW = 1_800_000_000
 
@@ -76,10 +76,12 @@ def test_no_content_of_a_file_hides_the_other_runs(tmp_path: Path, content: byte
     assert second.state == "done"
 
 
-def test_the_best_auroc_is_that_of_the_lowest_loss() -> None:
-    assert best_auroc([]) is None
-    assert best_auroc([{"val_loss": 1, "val_auroc": 0.9}, {"val_loss": 0.5, "val_auroc": None}]) is None
-    assert best_auroc([{"val_loss": 1, "val_auroc": 0.9}, {"val_loss": float("nan"), "val_auroc": 0.1}]) == 0.9
+def test_the_auroc_shown_is_that_of_the_epoch_with_the_lowest_loss() -> None:
+    assert auroc_at_lowest_loss([]) is None
+    assert auroc_at_lowest_loss([{"val_loss": 1, "val_auroc": 0.9}, {"val_loss": 0.5, "val_auroc": None}]) is None
+    assert (
+        auroc_at_lowest_loss([{"val_loss": 1, "val_auroc": 0.9}, {"val_loss": float("nan"), "val_auroc": 0.1}]) == 0.9
+    )
 
 
 def test_no_runs_are_one_message(tmp_path: Path) -> None:
@@ -96,7 +98,8 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     make(tmp_path, "d-32/fold-1").joinpath("state.json").write_text("{")
     table = invoke("status", tmp_path)
     assert table.exit_code == 0
-    for text in ("d-32/fold-0", "failed", "[red]disk full", "damaged", "0/7"):
+    for text in ("d-32/fold-0", "failed", "[red]disk full", "damaged", "0/7", "lowest loss"):
         assert text in table.output
+    assert "best" not in table.output
     values = json.loads(invoke("status", "--json", tmp_path).output)
     assert [value["state"] for value in values] == ["failed", "damaged"]
