@@ -137,7 +137,7 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
                 "label": run.config.labels,
                 "name": run.folder.parent.name,
                 "scale": run.config.scale,
-                "start": origin_of(run.config),
+                "start": origin_of(run),
                 "fold": run.config.fold,
                 "weight": np.where(can_fit, fitted[:, s], np.nan),
                 "em_weight": np.where(can_fit, optimum[:, s], np.nan),

@@ -121,7 +121,7 @@ def score(answers: Answers) -> pd.DataFrame:
         {
             "name": answers.run.folder.parent.name,
             "scale": config.scale,
-            "start": origin_of(config),
+            "start": origin_of(answers.run),
             "fold": config.fold,
             "label": config.labels,
             "part": answers.part,

@@ -70,7 +70,7 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
-            mine, theirs = (shared_origin([origin_of(r.config)]) for r in (run, other))
+            mine, theirs = (shared_origin([origin_of(r)]) for r in (run, other))
             same_start = mine == theirs and mine.startswith(FROM_RUN)  # each from its own fold of one group
             weights = run.config.weights if same_start else other.config.weights
             if differences := run.config.differences(replace(other.config, fold=run.config.fold, weights=weights)):

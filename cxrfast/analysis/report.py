@@ -77,7 +77,7 @@ def _table(records: list[dict[str, str]], note: str = "", text: Sequence[str] = 
 
 
 def _origins(runs: list[Run]) -> dict[str, str]:
-    return group_origins((run.folder.parent.name, origin_of(run.config)) for run in runs)
+    return group_origins((run.folder.parent.name, origin_of(run)) for run in runs)
 
 
 def _footnote(runs: list[Run]) -> str:
@@ -94,7 +94,7 @@ def _summary(runs: list[Run]) -> Chapter:
         best: dict[str, Any] = min(epochs, key=lambda m: m["val_loss"], default={"val_auroc": None})
         records.append(
             {
-                "Run": marked_name(run.name, origin_of(run.config)),
+                "Run": marked_name(run.name, origin_of(run)),
                 "State": run.state().get("state", "not started"),
                 "Split": run.config.split,
                 "Train": f"{parts.get('train', 0):,}",
@@ -254,7 +254,7 @@ def _resources(runs: list[Run]) -> Chapter:
         gpu = metrics[-1]["gpu_peak_bytes"]
         records.append(
             {
-                "Run": marked_name(run.name, origin_of(config)),
+                "Run": marked_name(run.name, origin_of(run)),
                 "Global batch": str(config.global_batch),
                 "Micro-batch": str(config.micro_batch),
                 "Precision": config.precision,

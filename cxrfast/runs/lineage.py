@@ -1,37 +1,140 @@
-"""The origin of a run's first weights as text, and the sign and footnote that tables mark it with. Reads no files."""
+"""The origin of a run's first weights: its record, as text, and the sign and footnote that tables mark it with.
+
+Reads no files: `training.first_weights` finds out where weights come from, and a run's config.json records it.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import msgspec
 
 from cxrfast.config import TrainConfig
+from cxrfast.errors import RunError
 from cxrfast.runs.folder import WEIGHTS
+from cxrfast.text import find_fault, name_fault
+
+if TYPE_CHECKING:
+    from cxrfast.runs.run import Run
 
 SIGN = "†"
 """Follows the name of a run, or of a group of runs, whose first weights came from another run."""
 
 OTHER_FOLD = ", another fold"
-"""End of the text of an origin that is a run of another fold, and which therefore stays in the text of a group."""
+"""Follows the name of a run of another fold in the text of an origin, and so stays in the text of a group."""
 
 FROM_RUN = "from "
 """Start of the text of an origin that is another run."""
 
+SUFFIXES = {".pth", ".pt", ".safetensors", ".tar", ".ckpt", ".bin", ".pkl", ".th"}
+"""Ends of the names of files of weights."""
 
-def origin_of(config: TrainConfig) -> str:
-    """`ImageNet`, `none`, `from densenet121-64/fold-0` for the folder of a run, or the name of a file of weights.
 
-    `from densenet121-64/fold-1, another fold` if it is not this run's: its training rows hold this run's test patients.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where weights come from. None: not known, or it does not apply."""
+
+    kind: Literal["imagenet", "none", "run", "file"]
+    file: str | None = None
+    """Name of the file, without its folder."""
+    sha256: str | None = None
+    """Hash of the file."""
+    run: str | None = None
+    """The run that trained them, as `densenet121-64/fold-0`."""
+    set_id: str | None = None
+    """The run's shard set."""
+    fold: int | None = None
+    split: str | None = None
+    labels: tuple[str, ...] | None = None
+    """The run's findings, in the order of its logits."""
+    start: Optional["Origin"] = None
+    """Origin of the first weights of that run."""
+
+    @classmethod
+    def of_path(cls, config: TrainConfig) -> "Origin":
+        """What the value of --weights says by itself, for runs of earlier versions, which recorded nothing else."""
+        if config.weights == "imagenet":
+            return cls(kind="imagenet")
+        if config.weights == "none":
+            return cls(kind="none")
+        path = PurePath(config.weights)
+        if path.name == WEIGHTS:
+            path = path.parent
+        elif path.suffix in SUFFIXES:
+            return cls(kind="file", file=path.name)
+        fold = re.fullmatch(r"fold-(\d+)", path.name) if len(path.parts) > 1 else None
+        return cls(kind="run", run="/".join(path.parts[-2:]), fold=int(fold[1]) if fold else None)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Origin":
+        """The origin that `json` gave as `value`, which may come from elsewhere. Raises RunError for anything else."""
+        try:
+            origin = msgspec.convert(value, cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise RunError(f"not an origin of weights: {error}") from error
+        names = (
+            name
+            for link in origin.links
+            for name in (link.file, link.run, link.set_id, link.split, *(link.labels or ()))
+        )
+        if fault := find_fault(filter(None, names), name_fault):
+            raise RunError(f"not an origin of weights: {fault}")
+        return origin
+
+    @property
+    def links(self) -> Iterator["Origin"]:
+        """This origin, that of the run that trained these weights, and so on."""
+        link: Origin | None = self
+        while link is not None:
+            yield link
+            link = link.start
+
+    @property
+    def runs(self) -> Iterator["Origin"]:
+        """The runs that trained these weights, the last one first."""
+        return (link for link in self.links if link.kind == "run")
+
+    def json(self) -> dict[str, Any]:
+        """The values that are known, for a JSON file."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return values | ({"start": self.start.json()} if self.start else {})
+
+
+def origin_of(run: "Run") -> str:
+    """`ImageNet`, `none`, `from densenet121-64/fold-0` for another run, or the name of a file of weights.
+
+    `from densenet121-64/fold-1, another fold` if it is not this run's: its training rows hold this run's test patients. A
+    run further back is named only if it is of another fold, split or set.
     """
-    if config.weights in ("imagenet", "none"):
-        return {"imagenet": "ImageNet", "none": "none"}[config.weights]
-    path = PurePath(config.weights)
-    if path.name == WEIGHTS:
-        path = path.parent
-    elif path.suffix in (".pth", ".pt", ".safetensors"):
-        return path.name
-    if (fold := re.fullmatch(r"fold-(\d+)", path.name)) and int(fold[1]) != config.fold and len(path.parts) > 1:
-        return FROM_RUN + "/".join(path.parts[-2:]) + OTHER_FOLD
-    return FROM_RUN + "/".join(path.parts[-2:])
+    origin = run.origin
+    if origin.kind == "file":
+        return origin.file or "a file"
+    if origin.kind != "run":
+        return {"imagenet": "ImageNet", "none": "none"}[origin.kind]
+    first, *earlier = ((link.run or "an unknown run", strangeness(link, run.config)) for link in origin.runs)
+    return FROM_RUN + ", which started from ".join(
+        name + what for name, what in (first, *filter(lambda o: o[1], earlier))
+    )
+
+
+def strangeness(origin: Origin, config: TrainConfig) -> str:
+    """`, another fold`, and likewise for another set or split, if the run of `origin` is known to be; else "".
+
+    Then its training rows may hold patients that a run of `config` is tested on.
+    """
+    if origin.set_id is not None and origin.set_id != config.set_id:
+        return f", another set ({origin.set_id[:8]})"
+    if origin.split is not None and origin.split != config.split:
+        return f", another split ({origin.split})"
+    if origin.fold is not None and origin.fold != config.fold:
+        return (
+            OTHER_FOLD
+            if origin.run and origin.run.endswith(f"/fold-{origin.fold}")
+            else f"{OTHER_FOLD} ({origin.fold})"
+        )
+    return ""
 
 
 def shared_origin(origins: Iterable[str]) -> str:
@@ -64,5 +167,5 @@ def origin_footnote(origins: Mapping[str, str]) -> str:
 
 def _scale(name: str) -> int:
     """The number at the end of a group's name, as `densenet121-64`; 0 if there is none."""
-    found = re.search(rf"-(\d+)(?:/fold-\d+{OTHER_FOLD})?$", name)
+    found = re.match(r"[^,;]*-(\d+)(?:/fold-\d+)?(?:,|$)", name)
     return int(found[1]) if found else 0

@@ -6,9 +6,9 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ from cxrfast.errors import RunError
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.lineage import Origin
 
 if TYPE_CHECKING:
     from cxrfast.models.classifier import Classifier
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 class _ConfigFile(TypedDict):
     config: dict[str, Any]
     shards: str
+    origin: NotRequired[dict[str, Any]]
 
 
 class _Line(TypedDict):
@@ -55,6 +57,8 @@ class Run(RunFolder):
     config: TrainConfig
     shards: Path
     """Where its shard set was when it was started."""
+    origin: Origin
+    """Where its first weights came from."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -65,7 +69,10 @@ class Run(RunFolder):
             raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
         try:
             value = _checked(json.loads(path.read_bytes()), _ConfigFile)
-            return cls(folder, TrainConfig.from_json(value["config"]), Path(value["shards"]))
+            config = TrainConfig.from_json(value["config"])
+            recorded = value.get("origin")
+            origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
+            return cls(folder, config, Path(value["shards"]), origin)
         except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 
@@ -82,13 +89,15 @@ class Run(RunFolder):
         )
 
     @classmethod
-    def start(cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame) -> "Run":
+    def start(
+        cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame, origin: Origin | None = None
+    ) -> "Run":
         """Create the run, or continue the existing one if its configuration is the same.
 
         Otherwise raises RunError naming the differences, unless the run failed before it had trained anything:
-        then it is replaced.
+        then it is replaced. `origin`: of its first weights, if they were just loaded; default: what is recorded.
         """
-        run = cls(folder, config, shards)
+        run = cls(folder, config, shards, origin or Origin.of_path(config))
         if run.is_started:
             earlier = cls.open(folder)
             differences = config.differences(earlier.config)
@@ -97,8 +106,8 @@ class Run(RunFolder):
                     f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                     "choose another --runs or --name, or give the same options to resume it"
                 )
-            if not differences:
-                return run
+            if not differences and origin in (None, earlier.origin):
+                return replace(run, origin=earlier.origin)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.rows_path) as file:
             rows.to_parquet(file, index=False)
@@ -108,10 +117,24 @@ class Run(RunFolder):
                 "config": asdict(config),
                 "hash": config.hash,
                 "shards": str(shards.absolute()),
+                "origin": run.origin.json(),
                 "versions": {"cxrfast": __version__, "torch": torch.__version__},
             },
         )
         return run
+
+    def as_origin(self) -> Origin:
+        """The run as the origin of weights."""
+        config = self.config
+        return Origin(
+            kind="run",
+            run=self.name,
+            set_id=config.set_id,
+            fold=config.fold,
+            split=config.split,
+            labels=config.labels,
+            start=self.origin,
+        )
 
     # Rows
 

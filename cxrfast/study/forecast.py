@@ -31,7 +31,8 @@ from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
 from cxrfast.tables import Cell, Table
-from cxrfast.training.setup import read_subset, refuse_other_fold, select_rows, train_order, weights_file
+from cxrfast.training.first_weights import refuse_other_fold, weights_file
+from cxrfast.training.setup import read_subset, select_rows, train_order
 from cxrfast.units import duration, size
 
 CHECKPOINT_COPIES = 7

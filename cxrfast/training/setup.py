@@ -1,4 +1,4 @@
-"""What a training starts from: configuration, rows of its parts, staged shards, first weights, distributed model.
+"""What a training starts from: configuration, rows of its parts, staged shards, distributed model.
 
 Options come in; the configuration and the objects it describes go out, or an error that names the wrong option.
 """
@@ -25,9 +25,8 @@ from cxrfast.files import open_own
 from cxrfast.labels import targets
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import compiled, resolve_precision
-from cxrfast.models.weights import fetch_weights
 from cxrfast.pipelines.order import TrainOrder
-from cxrfast.runs.folder import WEIGHTS, RunFolder
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.parts import Selection, check_unlabelled, masks_of_parts, named, resolve_split
@@ -185,52 +184,6 @@ def _check_own(folder: Path) -> None:
         if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
             what = "is a link" if stat.S_ISLNK(found.st_mode) else f"belongs to user {found.st_uid}"
             raise RunError(f"--stage: {folder} {what}: choose a folder of your own")
-
-
-def weights_file(config: TrainConfig) -> Path | None:
-    """File of the first weights (ImageNet's are downloaded once); None for `--weights none`. Raises RunError if absent."""
-    if config.weights == "none":
-        return None
-    if config.weights == "imagenet":
-        return fetch_weights(config.arch)
-    given = Path(config.weights)
-    path = RunFolder(given).weights_path if given.is_dir() else given
-    if not path.exists():
-        raise RunError(
-            f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-        )
-    return path
-
-
-def refuse_other_fold(config: TrainConfig, rows: pd.DataFrame | None = None) -> None:
-    """Raises RunError if the run with the first weights may have trained on validation or test patients of this one.
-
-    `rows`: this run's table, if it is known; two sets may differ in their official split alone.
-    """
-    if not RunFolder(Path(config.weights)).is_started:
-        return
-    run = Run.open(Path(config.weights))
-    parent = run.config
-    if parent.set_id != config.set_id:
-        raise RunError(
-            f"--weights {config.weights} was trained on set {parent.set_id}, whose training rows may hold patients of "
-            f"this run's validation and test parts (set {config.set_id}): start from a run on the same set, or give the "
-            f"path of its {WEIGHTS} if you know that its patients are different"
-        )
-    if (parent.fold, parent.split) != (config.fold, config.split):
-        raise RunError(
-            f"--weights {config.weights} was trained on {parent.split} fold {parent.fold}, whose training rows hold patients "
-            f"of this run's validation and test parts ({config.split} fold {config.fold}): start from a run of the same fold"
-        )
-    if rows is not None and not config.allow_shared_patients:
-        theirs = run.rows()
-        trained = theirs.loc[theirs["part"] == "train", "patient_id"]
-        seen = rows[(rows["part"] != "train") & rows["patient_id"].isin(trained)]
-        if len(seen):
-            raise RunError(
-                f"--weights {config.weights} was trained on {seen['patient_id'].nunique():,} patients of this run's validation "
-                f"and test parts, such as that of row {seen['row'].iloc[0]}: start from a run of the same split"
-            )
 
 
 def train_order(config: TrainConfig, rows: pd.DataFrame, ranks: World, shard_rows: int) -> TrainOrder:

@@ -20,6 +20,7 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.training import setup
+from cxrfast.training.first_weights import origin_of_weights, refuse_other_fold, weights_file
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
 from cxrfast.training.trainer import Trainer
 
@@ -62,11 +63,13 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 
         def start() -> Run:
+            origin = None
             if not folder.has_checkpoint:  # a checkpoint has its own weights
-                setup.refuse_other_fold(config, rows)
-                if file := setup.weights_file(config):
+                refuse_other_fold(config, rows)
+                if file := weights_file(config):
                     load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
-            return Run.start(folder.folder, config, runtime.shards, rows)
+                origin = origin_of_weights(config, file)
+            return Run.start(folder.folder, config, runtime.shards, rows, origin)
 
         run = ranks.on_first(start)
         if ranks.rank:  # else all ranks would drop the same units of different images

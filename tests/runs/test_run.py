@@ -81,7 +81,7 @@ def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run:
         run.read_predictions("train")
     with pytest.raises(RunError, match="twice"):
         run.write_predictions({"val": Predictions(np.array([1, 1]), logits[:2])})
-    changed = Run(run.folder, replace(CONFIG, seed=7), run.shards)
+    changed = replace(run, config=replace(CONFIG, seed=7))
     with pytest.raises(RunError, match="belongs to another run"):
         changed.read_predictions("val")
 

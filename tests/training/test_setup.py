@@ -1,7 +1,6 @@
 """What a training starts from: configuration, rows, staged shards, first weights; wrong options are named."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,7 +16,7 @@ from cxrfast.shards.format.rows import read_rows
 from cxrfast.shards.upkeep.verify import verify
 from cxrfast.study.plan import make_plan
 from cxrfast.training import setup
-from cxrfast.training.setup import make_config, refuse_other_fold, select_rows, staged, weights_file
+from cxrfast.training.setup import make_config, select_rows, staged
 from cxrfast.training.train import train
 
 
@@ -71,23 +70,7 @@ def test_a_view_that_no_image_has_is_refused_with_those_there_are(tiny_set):
             select_rows(table, config, table["row"].to_numpy())
 
 
-def test_weights_of_another_fold_or_set_are_refused_since_they_may_have_seen_the_test_patients(
-    trained, tiny_set, tmp_path
-):
-    runtime = Runtime(shards=tiny_set, runs=tmp_path, device="cpu")
-    options = {**SHORT, "weights": str(trained.folder)}
-    with pytest.raises(RunError, match="start from a run of the same fold"):
-        train(make_config(tiny_set, 64, device="cpu", fold=1, **options), runtime)
-    assert train(make_config(tiny_set, 64, device="cpu", **options), runtime).is_done
-    other = replace(trained.config, set_id="0" * 32)
-    with pytest.raises(RunError, match="start from a run on the same set"):
-        refuse_other_fold(replace(other, weights=str(trained.folder)))
-
-
-def test_absent_weights_and_folds_are_named(tiny_set):
-    with pytest.raises(RunError, match=r"--weights /nowhere/weights\.pth: /nowhere/weights\.pth does not exist"):
-        weights_file(make_config(tiny_set, 32, device="cpu", weights="/nowhere/weights.pth"))
-    assert weights_file(make_config(tiny_set, 32, device="cpu", weights="none")) is None
+def test_a_fold_of_an_official_split_is_refused(tiny_set):
     with pytest.raises(RunError, match="give --fold 0"):
         make_config(tiny_set, 32, device="cpu", split="official", fold=1)
 
