@@ -62,7 +62,7 @@ class Plan:
     def study_arguments(self) -> list[str]:
         """Arguments of `cxrfast study` for all runs, one process each."""
         runs = [f"--scale={scale}" for scale in self.scales] + [f"--fold={fold}" for fold in self.folds]
-        return [str(self.runtime.shards), str(self.runtime.runs), *runs, *self.shared_arguments]
+        return [*runs, *self.shared_arguments, "--", str(self.runtime.shards), str(self.runtime.runs)]
 
 
 def make_plan(

@@ -19,7 +19,7 @@ from msgspec.structs import asdict
 from cxrfast.errors import RunError
 from cxrfast.study.forecast import forecast
 from cxrfast.study.plan import make_plan
-from cxrfast.study.slurm import Slurm, read_slurm, write_scripts
+from cxrfast.study.slurm import MARK, SCRIPTS, Slurm, quoted, read_slurm, write_scripts
 
 OPTIONS = {"weights": "none", "global_batch": 8, "micro_batch": 2}
 
@@ -59,7 +59,7 @@ def test_several_nodes_meet_at_the_first_and_names_with_spaces_stay_one_word(tin
     for part in ("#SBATCH --nodes=2\n", "srun ", '--nnodes="$SLURM_NNODES"', "--rdzv_backend=c10d"):
         assert part in text
     assert f'#SBATCH --output="{tmp_path}/a b/jobs/' in text
-    assert f"state_file='{tmp_path}/a b/runs'/$name/state.json" in text
+    assert f'state_file="{tmp_path}/a b/runs"/$name/state.json' in text
 
 
 def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set, tmp_path):
@@ -256,3 +256,145 @@ def test_the_command_writes_scripts_and_submits_nothing(tiny_set, tmp_path):
     text = (tmp_path / "jobs" / "train.sh").read_text()
     assert "#SBATCH --partition=p\n" in text
     assert "#SBATCH --time=2:00:00\n" in text
+
+
+# Values from outside
+
+
+HOSTILE = "a b$(touch PWNED)`touch PWNED`\"'\\;touch PWNED #!*?~|&<>${HOME}"
+"""What a shell would run, expand or split."""
+
+
+@given(st.text(st.characters(exclude_categories=["C", "Z"]) | st.sampled_from(" $`\"'\\#!~"), min_size=1))
+def test_a_quoted_word_is_the_same_word_to_a_shell(text):
+    command = f"printf '%s|' {quoted(text)} \"$(printf '%s' {quoted(text)})\"; x={quoted(text)}; printf '%s' \"$x\""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert done.stdout.decode() == f"{text}|{text}|{text}"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\0b", "a\x1bb", "a\u2028b", "a\u202eb"])
+def test_what_would_break_a_line_is_refused(text):
+    with pytest.raises(RunError, match=r"cannot stand in a job script: it holds the character U\+"):
+        quoted(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'account = "abc\ntouch PWNED"', r"account is 'abc\ntouch PWNED', which holds the character U+000A"),
+        (r'partition = "gpu\u0007"', "partition is 'gpu\\x07', which holds the character U+0007"),
+        (r'memory = "1G\r"', "memory is '1G\\r', which holds the character U+000D"),
+        (r'extra = ["--qos=a", "--comment=x\n#SBATCH --wrap=y"]', "extra[1] is "),
+        ('extra = ["--qos long"]', "extra[0] is '--qos long', not one option of sbatch, such as --qos=long"),
+        ('extra = ["touch PWNED"]', "extra[0] is 'touch PWNED', not one option of sbatch"),
+        (r'setup = ["module load x", "a\u001b[2J"]', r"setup[1] is 'a\x1b[2J', which holds the character U+001B"),
+        ("account = 3", "Expected `str`, got `int` - at `$.slurm.account`"),
+        ("account = 2020-01-01", "Expected `str`, got `date` - at `$.slurm.account`"),
+        ("nodes = [1]", "Expected `int`, got `array` - at `$.slurm.nodes`"),
+        ("time.hours = 3", "Expected `str`, got `object` - at `$.slurm.time`"),
+        ("gpus = nan", "Expected `int | null`, got `float` - at `$.slurm.gpus`"),
+    ],
+)
+def test_a_value_that_cannot_stand_on_a_line_is_refused_with_its_file_and_key(tmp_path, line, message):
+    path = tmp_path / "slurm.toml"
+    path.write_text(f"[slurm]\n{line}\n")
+    with pytest.raises(RunError, match=re.escape(message)) as refused:
+        read_slurm(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read_or_never_ends_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "deep").write_text("[slurm]\nextra = " + "[" * 100_000)
+    (tmp_path / "latin").write_bytes(b"[slurm]\naccount = '\xe9'\n")
+    for name, message in (("fifo", "is not a regular file"), ("", ""), ("deep", ""), ("latin", "")):
+        with pytest.raises(RunError, match=f"--slurm {tmp_path / name}.*{message}"):
+            read_slurm(tmp_path / name)
+    with pytest.raises(RunError, match="--slurm /dev/zero cannot be read: is not a regular file"):
+        read_slurm(Path("/dev/zero"))
+
+
+def test_values_are_words_in_every_script_and_nothing_in_them_runs(tiny_set, tmp_path, monkeypatch):
+    """The scripts run with stand-ins that write down what they were given."""
+    work = tmp_path / HOSTILE.replace("\\", "")
+    work.mkdir()
+    monkeypatch.chdir(work)
+    runs = f"-runs{HOSTILE}"
+    slurm = Slurm(account=HOSTILE, partition=HOSTILE, memory='1G" --wrap', extra=(f"--comment={HOSTILE}",))
+    options = {**OPTIONS, "views": ("PA$(touch PWNED)", HOSTILE)}
+    plan = make_plan(tiny_set, Path(runs), [32], [1], device="cpu", options=options)
+    outlooks = [replace(o, what="start", refusals=[]) for o in forecast(plan).outlooks]
+    for path in write_scripts(plan, outlooks, slurm, Path(f"jobs{HOSTILE}".replace("\\", "").replace("/", ""))):
+        subprocess.run(["bash", "-n", path], check=True)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cxrfast", "sbatch"):
+        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >>"$CALLS"\necho 1\n')
+        (tools / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls)}
+    environment |= {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0", "CDPATH": str(tmp_path)}
+    said = {}
+    jobs = path.parent
+    for name in SCRIPTS:
+        script = os.path.join(os.path.relpath(jobs), name)
+        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+        said[name] = done.stdout + done.stderr
+    words = calls.read_text().split("\0")
+    assert f"--runs={runs}" in words, said
+    assert words.count(f"--view={HOSTILE}") == words.count("--view=PA$(touch PWNED)") == 2
+    assert words[words.index("--") + 1 :][:2] == [str(tiny_set), runs]
+    assert words.count("--parsable") == 2
+    assert str(jobs / "report.sh") in words
+    assert f"cxrfast status {quoted(runs)}" in said["submit.sh"]
+    assert not list(tmp_path.rglob("PWNED*"))
+
+
+def test_files_of_others_are_neither_replaced_nor_deleted(tiny_set, tmp_path):
+    jobs, mine = tmp_path / "jobs", tmp_path / "mine.sh"
+    jobs.mkdir()
+    mine.write_text(f"#!/bin/sh\n{MARK}\necho mine\n")
+    (jobs / "train.sh").symlink_to(mine)
+    (jobs / "report.sh").write_text("echo mine\n")
+    os.mkfifo(jobs / "submit.sh")
+    (jobs / "my-fold-analysis.sh").write_text("echo mine\n")
+    plan = make_plan(tiny_set, tmp_path / "runs", [32], [0], device="cpu", options=OPTIONS)
+    outlooks = forecast(plan).outlooks
+    message = "holds train.sh, report.sh, submit.sh, which this version of cxrfast did not write: give another folder"
+    with pytest.raises(RunError, match=message):
+        write_scripts(plan, outlooks, Slurm(), jobs)
+    assert mine.read_text().endswith("echo mine\n")
+    assert sorted(path.name for path in jobs.iterdir()) == [
+        "my-fold-analysis.sh",
+        "report.sh",
+        "submit.sh",
+        "train.sh",
+    ]
+    for name in ("train.sh", "report.sh"):
+        (jobs / name).unlink()
+    with pytest.raises(RunError, match=r"holds submit\.sh, which"):
+        write_scripts(plan, outlooks, Slurm(), jobs)
+    assert not (jobs / "train.sh").exists()
+    (jobs / "submit.sh").unlink()
+    for _ in range(2):  # the second call replaces what the first wrote
+        for path in write_scripts(plan, outlooks, Slurm(account="a"), jobs):
+            assert path.read_text().splitlines()[1] == MARK
+    assert (jobs / "my-fold-analysis.sh").read_text() == "echo mine\n"
+
+
+def test_a_folder_whose_name_no_line_can_hold_is_refused_and_nothing_is_written(tiny_set, tmp_path):
+    plan = make_plan(tiny_set, tmp_path / "runs", [32], [0], device="cpu", options=OPTIONS)
+    for name, message in (("a\nb", r"holds the character U\+000A"), ("a\\b", "the backslash")):
+        with pytest.raises(RunError, match=message):
+            write_scripts(plan, forecast(plan).outlooks, Slurm(), tmp_path / name)
+        assert not (tmp_path / name).exists()
+    text = write_scripts(plan, forecast(plan).outlooks, Slurm(), tmp_path / "50 %j")[0].read_text()
+    assert f'#SBATCH --output="{tmp_path}/50 %%j/train-%A_%a.out"\n' in text
+
+
+def test_an_automatic_micro_batch_is_said_to_differ_between_gpus(tiny_set, tmp_path, caplog):
+    for size, warnings in ((2, 0), ("auto", 1)):
+        options = {**OPTIONS, "micro_batch": size}
+        plan = make_plan(tiny_set, tmp_path / "runs", [32], [0, 1], device="cpu", options=options)
+        write_scripts(plan, forecast(plan).outlooks, Slurm(), tmp_path / f"{size}")
+        assert caplog.text.count("may train with different micro-batches; give a number to train all alike") == warnings
