@@ -1,4 +1,9 @@
-"""Sizes and durations as people read them."""
+"""Sizes, durations and numbers of things as people read them."""
+
+
+def counted(n: int, what: str) -> str:
+    """`1 image`, `1,234 images`."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def duration(seconds: float) -> str:

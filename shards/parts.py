@@ -123,7 +123,9 @@ def check_views(column: pd.Series, views: Sequence[str]) -> None:
     """Raises RunError naming a view that no row has, and the views there are."""
     there = column.dropna().value_counts()
     if absent := [view for view in views if view not in there]:
-        known = ", ".join(f"{shown(str(view))} ({count:,})" for view, count in there.head(20).items()) or "none are known"
+        known = (
+            ", ".join(f"{shown(str(view))} ({count:,})" for view, count in there.head(20).items()) or "none are known"
+        )
         raise RunError(
             f"--view {shown(absent[0])}: no image of the set has this view position; those there are: {known}"
         )

@@ -16,7 +16,16 @@ from matplotlib.figure import Figure
 from cxrfast import metrics
 from cxrfast.analysis import mixture
 from cxrfast.analysis.join import check_same_study, choose_scales, join_logits, rules_note
-from cxrfast.analysis.scores import by_fold, folds_text, is_defined, mean_note, score_rows, undefined_note
+from cxrfast.analysis.scores import (
+    by_fold,
+    folds_text,
+    is_defined,
+    left_out_note,
+    mean_note,
+    score_rows,
+    shared_folds,
+    undefined_note,
+)
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
@@ -91,9 +100,9 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
     """
     groups = choose_scales(runs, names)
     check_same_study([run for group in groups.values() for run in group.values()])
-    folds = sorted(set.intersection(*(set(group) for group in groups.values())))
+    folds = shared_folds(groups)
     if not folds:
-        held = "; ".join(f"{name}: {folds_text(sorted(group))}" for name, group in groups.items())
+        held = "; ".join(f"{name}: {folds_text(group)}" for name, group in groups.items())
         raise RunError(f"no fold has predictions of all scales ({held}): train and predict the missing ones")
     parts = []
     with progress("ensemble", len(folds), unit="folds") as advance:
@@ -112,7 +121,7 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
         weights,
         auroc,
         bce,
-        rules_note(configs[0]),
+        rules_note({name: {k: group[k] for k in folds} for name, group in groups.items()}),
     )
     write(runs / FOLDER, result)
     return result
@@ -193,7 +202,6 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
     gap, voting = fitted["stacked"] - fitted["optimum"], fitted["voting"] - fitted["optimum"]
     unfitted = result.bce[result.bce["stacked"].isna()].groupby("fold")["label"].agg(", ".join)
     folds_without = {missing: unfitted.index[unfitted == missing].tolist() for missing in unfitted.unique()}
-    held = "; ".join(f"{name}: {folds_text(folds)}" for name, folds in result.left_out.items())
     return [
         caution,
         "The best single scale has the highest mean test AUROC, a choice that favours it; gains over it are taken fold by fold.",
@@ -211,7 +219,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
             "stacked is voting there."
             for missing, folds in folds_without.items()
         ),
-        f"Left out, since not every scale has them: {held}." if held else "",
+        left_out_note(result.left_out, "scale"),
     ]
 
 

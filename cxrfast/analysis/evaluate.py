@@ -22,7 +22,15 @@ from cxrfast.analysis.join import (
     rules_note,
     with_predictions,
 )
-from cxrfast.analysis.scores import by_fold, folds_text, mean_note, score_rows, undefined_note
+from cxrfast.analysis.scores import (
+    by_fold,
+    folds_text,
+    left_out_note,
+    mean_note,
+    score_rows,
+    shared_folds,
+    undefined_note,
+)
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
@@ -44,17 +52,43 @@ class Evaluation:
     labels: tuple[str, ...]
     """In the order of the logits."""
     table: pd.DataFrame
-    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives."""
+    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives, compared.
+
+    compared: every group has this fold.
+    """
     positives: dict[str, int]
-    """By finding: rows of the part that hold it, over all folds, each row counted once."""
+    """By finding: rows of the part that hold it, over the folds of `lines`, each row counted once."""
     skipped: tuple[str, ...]
     """Runs without predictions."""
     rules: str = ""
     """How rows and labels were chosen, the same for all runs."""
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether some fold is in every group; if not, the columns of the tables do not compare."""
+        return bool(self.table["compared"].any())
+
+    @property
+    def lines(self) -> pd.DataFrame:
+        """Lines of the folds that all groups have, or all lines if there is no such fold."""
+        return self.table[self.table["compared"]] if self.is_compared else self.table
+
+    @property
+    def folds(self) -> dict[str, list[int]]:
+        """By name: the folds of `lines`, ascending."""
+        folds = self.lines.groupby("name")["fold"].unique()
+        return {name: sorted(folds[name].tolist()) for name in self.names}
+
+    @property
+    def left_out(self) -> dict[str, list[int]]:
+        """By name: folds that are not in `lines`, ascending."""
+        folds = self.table.groupby("name")["fold"].unique()
+        rest = {name: sorted(set(folds[name].tolist()) - set(those)) for name, those in self.folds.items()}
+        return {name: those for name, those in rest.items() if those}
+
     def matrix(self, name: str) -> np.ndarray:
         """AUROC of one group, float64 (K, L), folds ascending, NaN where undefined."""
-        return by_fold(self.table[self.table["name"] == name], self.labels, "auroc")
+        return by_fold(self.lines[self.lines["name"] == name], self.labels, "auroc")
 
     @property
     def origins(self) -> dict[str, str]:
@@ -62,13 +96,14 @@ class Evaluation:
         return group_origins(zip(self.table["name"], self.table["start"], strict=True))
 
     def summary(self) -> pd.DataFrame:
-        """One line per group and finding: name, scale, start, label, part, folds, folds_defined, auroc_mean, auroc_sd,
-        auprc_mean, auprc_sd, positives.
+        """One line per group and finding: name, scale, start, label, part, compared, folds, folds_defined, auroc_mean,
+        auroc_sd, auprc_mean, auprc_sd, positives.
 
+        Means are over the folds that all groups have (`compared`), or over each group's own if there is no such fold.
         sd: sample standard deviation over the folds where the finding is defined; NaN with fewer than two.
         """
-        table = self.table.assign(start=self.table["name"].map(self.origins))
-        lines = table.groupby(["name", "scale", "start", "label", "part"], sort=False).agg(
+        table = self.lines.assign(start=self.lines["name"].map(self.origins))
+        lines = table.groupby(["name", "scale", "start", "label", "part", "compared"], sort=False).agg(
             folds=("fold", "size"),
             folds_defined=("auroc", "count"),
             auroc_mean=("auroc", "mean"),
@@ -88,20 +123,22 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
     if part not in PARTS:
         raise RunError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
     predicted, skipped = with_predictions(runs)
-    names = tuple(by_name(predicted))
+    groups = by_name(predicted)
     check_same_study(predicted)
+    shared = shared_folds(groups)
     answers: dict[int, Answers] = {}  # by fold: rows and labels, which all runs of the fold share
     frames = []
     with progress("evaluate", len(predicted), unit="runs") as advance:
         for run in predicted:
             mine = read_answers(run, part)
             check_same_rows(answers.setdefault(run.config.fold, mine), mine)
-            frames.append(score(mine))
+            frames.append(score(mine).assign(compared=run.config.fold in shared))
             advance(note=run.name)
     labels = predicted[0].config.labels
-    positives = dict(zip(labels, distinct_positives(answers.values()), strict=True))
-    table, rules = pd.concat(frames, ignore_index=True), rules_note(predicted[0].config)
-    evaluation = Evaluation(part, names, labels, table, positives, tuple(skipped), rules)
+    counted_folds = [one for fold, one in answers.items() if fold in shared or not shared]
+    positives = dict(zip(labels, distinct_positives(counted_folds), strict=True))
+    table = pd.concat(frames, ignore_index=True)
+    evaluation = Evaluation(part, tuple(groups), labels, table, positives, tuple(skipped), rules_note(groups))
     write(runs / FOLDER, evaluation)
     return evaluation
 
@@ -147,23 +184,27 @@ def distinct_positives(answers: Iterable[Answers]) -> list[int]:
 def auroc_table(evaluation: Evaluation) -> Table:
     """Findings × groups, AUROC as mean ± sd over folds, the best group of each finding bold."""
     labels, columns = evaluation.labels, [evaluation.matrix(name) for name in evaluation.names]
-    by_group = evaluation.table.groupby("name")["fold"]
-    folds = {name: folds_text(sorted(by_group.get_group(name).unique())) for name in evaluation.names}
+    folds = {name: folds_text(those) for name, those in evaluation.folds.items()}
     same = len(set(folds.values())) == 1
     over = folds[evaluation.names[0]] if same else "; ".join(f"{name}: {text}" for name, text in folds.items())
     notes = (
-        f"Mean ± standard deviation over {over}. Positives: rows that hold the finding, over all folds. "
+        ""
+        if evaluation.is_compared
+        else "No fold is in every column: the columns do not compare, and no value is bold.",
+        f"Mean ± standard deviation over {over}. Positives: rows that hold the finding, over all these folds. "
         + mean_note(labels, columns),
+        left_out_note(evaluation.left_out, "column"),
         evaluation.rules,
         undefined_note(labels, columns, evaluation.part),
         origin_footnote(evaluation.origins),
         f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
     )
+    rows = score_rows(labels, columns, compared=evaluation.is_compared)
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(
         f"AUROC, {evaluation.part} rows",
         ["Finding", "Positives", *(marked_name(name, start) for name, start in evaluation.origins.items())],
-        [[label, counts.get(label, ""), *cells] for label, cells in score_rows(labels, columns)],
+        [[label, counts.get(label, ""), *cells] for label, cells in rows],
         "\n".join(filter(None, notes)),
         total=True,
     )

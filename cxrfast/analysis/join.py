@@ -3,18 +3,20 @@
 In: run folders with predictions; no shard set, no GPU. Runs that did not answer the same questions are never joined.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
+from cxrfast.analysis.scores import fold_numbers
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
 from cxrfast.runs.run import Run
+from cxrfast.units import counted
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,59 @@ class Answers:
         return targets(self.raw, config.policies, config.blanks, config.unlabelled)
 
 
-def rules_note(config: TrainConfig) -> str:
-    """How rows and labels were chosen, as a sentence below a table: split and label policies."""
+MAY_DIFFER = ("precision", "micro_batch", "epochs", "allow_shared_patients")
+"""Fields of TrainConfig in which the folds of a group may differ: a machine chose them, or they ask no other question."""
+
+
+def rules_note(groups: Mapping[str, Mapping[int, Run]]) -> str:
+    """How rows and labels were chosen, and where the folds of a group differ, as paragraphs below a table.
+
+    groups: by name, then by fold; all of one study.
+    """
+    configs = {name: [run.config for run in group.values()] for name, group in groups.items()}
+    config = next(iter(configs.values()))[0]
     policies = [config.policy, *(f"{label} {policy}" for label, policy in config.label_policies)]
     blank = {"": "negative", **dict(config.blank)}
     blanks = [blank.pop(""), *(f"{label} {policy}" for label, policy in blank.items())]
     left = {"drop": "left out", "negative": "negative"}[config.unlabelled]
-    shared = "; patients may be in two parts (--allow-shared-patients)" if config.allow_shared_patients else ""
-    return (
+    sharing = [name for name, those in configs.items() if any(c.allow_shared_patients for c in those)]
+    whose = "" if len(sharing) == len(groups) else f" of {', '.join(sharing)}"
+    shared = f"; patients{whose} may be in two parts (--allow-shared-patients)" if sharing else ""
+    rules = (
         f"Split: {config.split}{shared}. Uncertain labels: {', '.join(policies)}; blank labels: {', '.join(blanks)}; images "
         f"without any label: {left}."
     )
+    return "\n".join([rules, *_rows_note({name: those[0] for name, those in configs.items()}), *_folds_note(groups)])
+
+
+def _rows_note(configs: Mapping[str, TrainConfig]) -> list[str]:
+    """One sentence about groups that use only some rows of the set; none if all use all."""
+    chosen = {}
+    for name, config in configs.items():
+        views = [f"views {', '.join(config.views)}"] if config.views else []
+        limit = [f"the first {config.limit:,} of each part"] if config.limit is not None else []
+        subset = [f"those of --rows (hash {config.subset})"] if config.subset is not None else []
+        chosen[name] = "; ".join([*views, *limit, *subset]) or "all"
+    if len(set(chosen.values())) > 1:
+        return [f"Rows differ. {'. '.join(f'{name}: {text}' for name, text in chosen.items())}."]
+    return [f"Rows: only {text}." for text in set(chosen.values()) if text != "all"]
+
+
+def _folds_note(groups: Mapping[str, Mapping[int, Run]]) -> list[str]:
+    """One sentence per group whose folds differ in one of MAY_DIFFER."""
+    notes = []
+    for name, group in groups.items():
+        told = []
+        for field in MAY_DIFFER:
+            folds: dict[object, list[int]] = {}
+            for fold, run in sorted(group.items()):
+                folds.setdefault(getattr(run.config, field), []).append(fold)
+            if len(folds) > 1:
+                values = ", ".join(f"{value} ({fold_numbers(those)})" for value, those in folds.items())
+                told.append(f"{field.replace('_', ' ')} {values}")
+        if told:
+            notes.append(f"Folds of {name} differ: {'; '.join(told)}.")
+    return notes
 
 
 def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
@@ -61,7 +105,8 @@ def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
 def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
     """Runs by the name of their group, then by fold, in the order given.
 
-    Raises RunError if a group holds two scales, two architectures or a fold twice: its mean would mean nothing.
+    Raises RunError if a group holds two scales, two architectures or a fold twice, or if its folds differ in more than
+    MAY_DIFFER: its mean would mean nothing.
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -73,7 +118,8 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             mine, theirs = (shared_origin([origin_of(r)]) for r in (run, other))
             same_start = mine == theirs and mine.startswith(FROM_RUN)  # each from its own fold of one group
             weights = run.config.weights if same_start else other.config.weights
-            if differences := run.config.differences(replace(other.config, fold=run.config.fold, weights=weights)):
+            same = {name: getattr(run.config, name) for name in ("fold", *MAY_DIFFER)}
+            if differences := run.config.differences(replace(other.config, weights=weights, **same)):
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
         group[run.config.fold] = run
     return groups
@@ -81,7 +127,7 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
 
 def check_same_study(runs: Sequence[Run]) -> None:
     """Raises RunError naming two runs whose shard set, findings, split or label policies differ, or two folds whose raw
-    labels do."""
+    labels do, or that test the same rows."""
     for run in runs[1:]:
         _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "split": "split", "label policy": "policy"})
         _check_equal(runs[0], run, {"policy for images without any label": "unlabelled"})
@@ -95,12 +141,19 @@ def check_same_study(runs: Sequence[Run]) -> None:
         by_fold.setdefault(run.config.fold, run)  # one per fold: `check_same_rows` compares the runs of a fold
     first, *others = by_fold.values()
     labels = list(first.config.labels)
-    mine = first.rows().set_index("row")[labels]
+    mine = first.rows().set_index("row")
+    tested = [(first, mine.index[mine["part"] == "test"])]
     for run in others:
-        theirs = run.rows().set_index("row")[labels]
+        theirs = run.rows().set_index("row")
         row = mine.index.intersection(theirs.index)
-        raw, other = (frame.loc[row].to_numpy(np.float32) for frame in (mine, theirs))
+        raw, other = (frame.loc[row, labels].to_numpy(np.float32) for frame in (mine, theirs))
         _check_same_labels(first, run, row.to_numpy(), raw, other, "shared")
+        tests = theirs.index[theirs["part"] == "test"]
+        for earlier, others_tests in tested if run.config.split == "folds" else ():
+            if len(both := others_tests.intersection(tests)):
+                why = f"both test {counted(len(both), 'row')}, such as row {both[0]}, though their folds differ"
+                _refuse(earlier, run, f"{why}: their sets deal the folds in different ways")
+        tested.append((run, tests))
 
 
 def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
@@ -143,11 +196,16 @@ def read_answers(run: Run, part: str) -> Answers:
 
 def check_same_rows(first: Answers, second: Answers) -> None:
     """Raises RunError if two runs of one fold do not hold the same rows with the same raw labels."""
-    apart = np.setxor1d(first.row, second.row)
-    if len(apart):
-        _refuse(
-            first.run, second.run, f"{len(apart):,} {first.part} rows are in only one of them, such as row {apart[0]}"
-        )
+    if len(apart := np.setxor1d(first.row, second.row)):
+        one, other = first.run.config, second.run.config
+        known = [
+            f"{name}: {getattr(one, name)}, not {getattr(other, name)}"
+            for name in ("views", "limit", "subset")
+            if getattr(one, name) != getattr(other, name)
+        ]
+        why = f" ({'; '.join(known)})" if known else ""
+        what = f"{len(apart):,} {first.part} rows are" if len(apart) > 1 else f"1 {first.part} row is"
+        _refuse(first.run, second.run, f"{what} in only one of them, such as row {apart[0]}{why}")
     _check_same_labels(first.run, second.run, first.row, first.raw, second.raw, first.part)
 
 
@@ -157,7 +215,12 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
     if differ.any():
         at, j = np.argwhere(differ)[0]
         example = f"{first.config.labels[j]} of row {row[at]}: {raw[at, j]:g} is not {other[at, j]:g}"
-        _refuse(first, second, f"{differ.sum():,} labels of {what} rows differ, such as {example}")
+        how_many = (
+            f"{differ.sum():,} labels of {what} rows differ, such as"
+            if differ.sum() > 1
+            else f"1 label of {what} rows differs,"
+        )
+        _refuse(first, second, f"{how_many} {example}")
 
 
 def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:

@@ -111,7 +111,7 @@ def _summary(runs: list[Run]) -> Chapter:
 
 def _auroc(runs: Path, evaluation: evaluate.Evaluation) -> Chapter:
     chapter = Chapter("AUROC on the test rows", tables=[evaluate.auroc_table(evaluation)])
-    if len(evaluation.names) > 1:
+    if len(evaluation.names) > 1 and evaluation.is_compared:
         caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
         chapter.figures.append((caption, _saved(auroc_figure(evaluation), runs, "auroc.png")))
     return chapter

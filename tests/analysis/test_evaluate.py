@@ -61,11 +61,11 @@ def test_files_say_what_the_result_says_in_the_same_bytes_each_time(made):
     assert {p.name: p.read_bytes() for p in (made / "evaluation").iterdir()} == before
     assert set(before) == {"auroc.csv", "auroc_summary.csv", "auroc.md", "auroc.tex"}
     table = pd.read_csv(made / "evaluation" / "auroc.csv")
-    assert " ".join(table) == "name scale start fold label part auroc auprc positives negatives"
+    assert " ".join(table) == "name scale start fold label part auroc auprc positives negatives compared"
     pd.testing.assert_frame_equal(table, result.table, check_dtype=False)
     summary = pd.read_csv(made / "evaluation" / "auroc_summary.csv")
     assert " ".join(summary) == (
-        "name scale start label part folds folds_defined auroc_mean auroc_sd auprc_mean auprc_sd positives"
+        "name scale start label part compared folds folds_defined auroc_mean auroc_sd auprc_mean auprc_sd positives"
     )
     assert summary["label"].tolist() == 2 * list(LABELS)
     one = summary.query("name == 'densenet121-256' and label == 'Edema'").iloc[0]
@@ -88,6 +88,47 @@ def test_another_part_does_not_take_the_place_of_the_test_tables(study):
     assert (study / "evaluation" / "auroc-val.csv").exists()
     with pytest.raises(RunError, match="part 'tset'"):
         evaluate(study, "tset")
+
+
+def test_scales_are_compared_over_the_folds_that_all_of_them_have(study):
+    """Fold 2 of the smaller scale alone would make it the best."""
+    before = evaluate(study)
+    make_run(study, 256, 2, quality=9.0)
+    result = evaluate(study)
+    assert result.left_out == {"densenet121-256": [2]}
+    assert result.folds == {"densenet121-256": [0, 1], "densenet121-512": [0, 1]}
+    assert result.positives == before.positives
+    for name in result.names:
+        np.testing.assert_array_equal(result.matrix(name), before.matrix(name))
+    pd.testing.assert_frame_equal(result.summary(), before.summary())
+    table, text = pd.read_csv(study / "evaluation" / "auroc.csv"), (study / "evaluation" / "auroc.md").read_text()
+    assert table.groupby(["name", "fold"])["compared"].first().to_dict() == {
+        ("densenet121-256", 0): True,
+        ("densenet121-256", 1): True,
+        ("densenet121-256", 2): False,
+        ("densenet121-512", 0): True,
+        ("densenet121-512", 1): True,
+    }
+    assert "over 2 folds (0, 1)." in text
+    assert "Left out, since not every column has them: densenet121-256: 1 fold (2)." in text
+    assert lines_of(study)[-1].endswith("** |"), "the larger scale is the best of what both have"
+    assert table.query("fold == 2 and label == 'Edema'")["auroc"].item() > 0.99
+
+
+def test_scales_without_a_common_fold_are_shown_but_not_compared(tmp_path):
+    for scale, folds in {256: (0,), 512: (1, 2)}.items():
+        for fold in folds:
+            make_run(tmp_path, scale, fold)
+    result = evaluate(tmp_path)
+    text = (tmp_path / "evaluation" / "auroc.md").read_text()
+    assert not result.is_compared
+    assert "No fold is in every column: the columns do not compare, and no value is bold." in text
+    assert "densenet121-256: 1 fold (0); densenet121-512: 2 folds (1, 2)" in text
+    assert "**" not in text
+    assert "textbf" not in (tmp_path / "evaluation" / "auroc.tex").read_text()
+    assert result.summary().groupby("name")["folds"].first().to_dict() == {"densenet121-256": 1, "densenet121-512": 2}
+    assert not result.summary()["compared"].any()
+    assert not pd.read_csv(tmp_path / "evaluation" / "auroc.csv")["compared"].any()
 
 
 def test_a_finding_that_some_folds_define_says_how_many(tmp_path):
@@ -163,6 +204,73 @@ def test_the_tables_name_the_split_and_the_policies(tmp_path):
         assert note in (tmp_path / table).read_text()
 
 
+def test_folds_that_ran_on_other_machines_or_for_more_epochs_are_joined_and_the_table_says_so(tmp_path):
+    for scale in (256, 512):
+        make_run(tmp_path, scale, 0, precision="bf16")
+        make_run(tmp_path, scale, 1, precision="bf16")
+    make_run(tmp_path, 256, 2, precision="fp16", micro_batch=4, epochs=60)
+    note = (
+        "Folds of densenet121-256 differ: precision bf16 (folds 0, 1), fp16 (fold 2); micro batch 8 (folds 0, 1), 4 (fold 2); "
+        "epochs 100 (folds 0, 1), 60 (fold 2)."
+    )
+    assert "differ" not in evaluate(tmp_path).rules.replace(note, "")
+    assert note in (tmp_path / "evaluation" / "auroc.md").read_text()
+    make_run(tmp_path, 512, 2, precision="bf16")
+    ensemble(tmp_path)
+    assert note in (tmp_path / "ensemble" / "summary.md").read_text()
+
+
+OTHER_RECIPES = {
+    "seed": 1,
+    "learning_rate": 3e-4,
+    "global_batch": 16,
+    "degrees": 0.0,
+    "positive_weights": True,
+    "limit": 200,
+    "views": ("AP",),
+    "sizes": ((64, 1),),
+    "factor": 0.1,
+}
+
+
+@pytest.mark.parametrize("field", OTHER_RECIPES)
+def test_folds_of_another_recipe_are_not_joined(tmp_path, field):
+    make_run(tmp_path, 256, 0)
+    make_run(tmp_path, 256, 1, **{field: OTHER_RECIPES[field]})
+    with pytest.raises(RunError, match=rf"fold-0 and densenet121-256/fold-1 .*configurations differ \({field}: "):
+        evaluate(tmp_path)
+
+
+def test_scales_that_used_other_rows_are_refused_if_they_tested_others_and_named_if_they_trained_on_others(tmp_path):
+    whole = study_rows(0)
+    make_run(tmp_path, 256, rows=whole)
+    trained_on_less = whole[(whole["part"] != "train") | (whole["row"] < 200)]
+    make_run(tmp_path, 512, rows=trained_on_less, limit=1200, allow_shared_patients=True)
+    evaluate(tmp_path)
+    text = (tmp_path / "evaluation" / "auroc.md").read_text()
+    assert "Rows differ. densenet121-256: all. densenet121-512: the first 1,200 of each part." in text
+    assert "patients of densenet121-512 may be in two parts (--allow-shared-patients)" in text
+    make_run(tmp_path, 1024, rows=whole[whole["row"] % 2 == 0], views=("AP", "PA"))
+    with pytest.raises(RunError, match=r"30 test rows are in only one.*\(views: \(\), not \('AP', 'PA'\)\)"):
+        evaluate(tmp_path)
+
+
+def test_a_choice_of_rows_that_all_scales_share_is_named(tmp_path):
+    for scale in (256, 512):
+        make_run(tmp_path, scale, views=("AP", "PA"), subset="0123456789abcdef")
+    assert "Rows: only views AP, PA; those of --rows (hash 0123456789abcdef)." in evaluate(tmp_path).rules
+
+
+def test_folds_that_test_the_same_rows_are_not_joined(tmp_path):
+    """Two sets of the same images may deal folds of their own."""
+    make_run(tmp_path, 256, 0, split="folds")
+    rows = study_rows(1)
+    rows.loc[rows["row"] == 5, "part"] = "test"
+    make_run(tmp_path, 256, 1, rows, split="folds")
+    with pytest.raises(RunError, match="both test 1 row, such as row 5, though their folds differ"):
+        evaluate(tmp_path)
+
+
 def test_blanks_and_unlabelled_rows_are_scored_as_their_policy_says(tmp_path):
     rows = study_rows(0)
     tested = rows.index[rows["part"] == "test"]
@@ -215,7 +323,7 @@ NEGATIVE, TRAINED = relabelled(2, "train", 0)
         ({"fold": 1, "rows": UNLABELLED}, rf"Edema of row {TESTED}: 1 is not nan"),
         (
             {"scale": 512, "fold": 2, "rows": NEGATIVE},
-            rf"1 labels of shared rows.*Edema of row {TRAINED}: 1 is not 0",
+            rf"1 label of shared rows differs, Edema of row {TRAINED}: 1 is not 0",
         ),
         ({"name": "densenet121-256"}, "scale 256 is not 2048"),
     ],

@@ -63,6 +63,14 @@ def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path):
             assert bar[:, 1].max() <= 1
 
 
+def test_scales_without_a_common_fold_are_not_drawn_in_one_figure(tmp_path):
+    for scale, fold in ((32, 0), (64, 1)):
+        make_run(tmp_path, scale, fold)
+    html = report(tmp_path).read_text()
+    assert "No fold is in every column: the columns do not compare" in html
+    assert "AUROC by resolution" not in html
+
+
 def test_parts_that_were_not_made_name_the_command_and_an_epoch_without_a_rate_is_left_out_of_the_median(tmp_path):
     first, *_ = make_runs(tmp_path)
     first.add_metrics({**first.metrics()[-1], "epoch": 3, "images_per_s": None})
