@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cxrfast.errors import DeviceError
+from cxrfast.launch import launched
 from cxrfast.machine import usable_cores, user_sets_threads
 
 
@@ -86,11 +87,11 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
     """Join the processes that torchrun started (NCCL on GPUs, gloo on the CPU); leave the group at the end.
 
     `timeout`: how long a process waits for the others; None: torch's default.
-    Raises DeviceError if the device cannot be used.
+    Raises DeviceError if the device cannot be used, RunError if torchrun's variables contradict each other.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = pick_device(device, local_rank)
+    launch = launched()
+    size, local_size = launch.size, launch.local_size
+    chosen = pick_device(device, launch.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif not user_sets_threads():
@@ -102,7 +103,7 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
             timeout=timeout,
         )
     try:
-        yield World(chosen, rank, size, local_size)
+        yield World(chosen, launch.rank, size, local_size)
         if size > 1:
             dist.barrier()  # gloo may end in `terminate called` if a rank leaves while others still talk
     finally:

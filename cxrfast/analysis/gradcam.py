@@ -93,11 +93,16 @@ def gradcam_run(
     """Maps of the `images` positives among the test rows with the highest logits, stored in the run's maps.zarr.
 
     Without predictions, the first positives. Raises RunError for an unknown finding, without positives, for a run
-    without weights and for another shard set.
+    without weights, for another shard set, and while another process writes into the run.
     """
-    index = _index(run, label)
     if images < 1:
         raise RunError(f"Grad-CAM needs at least one image, not {images}")
+    with run.lock("computing Grad-CAM maps") as held:
+        return _gradcam_run(held, label, images, shards, device)
+
+
+def _gradcam_run(run: Run, label: str, images: int, shards: Path | None, device: torch.device | str) -> Maps:
+    index = _index(run, label)
     rows = positives(run, label, PART)[:images]
     model = run.load(device)
     loaded = batches(run, rows, shards, device, f"gradcam {run.name} {label}")
@@ -185,5 +190,6 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
 def save_figure(run: Run, label: str, shards: Path | None = None) -> Path:
     """Write `figure` as a PNG into the run. Returns its path."""
     path = run.gradcam_path(label)
-    write_figure(path, figure(run, label, shards), dpi=150)
+    with run.lock("drawing Grad-CAM maps"):
+        write_figure(path, figure(run, label, shards), dpi=150)
     return path

@@ -65,8 +65,14 @@ def erf(
 ) -> Erf:
     """Measure the field on the run's first `images` validation images, in fp32, and store it in maps.zarr.
 
-    Raises RunError for a run without weights or validation rows, and for another shard set.
+    Raises RunError for a run without weights or validation rows, for another shard set, and while another process writes
+    into the run.
     """
+    with run.lock("measuring its receptive field") as held:
+        return _erf(held, images, shards, device, seed)
+
+
+def _erf(run: Run, images: int, shards: Path | None, device: torch.device | str, seed: int) -> Erf:
     frame = run.rows()
     rows = part_rows(frame, "val")[: max(images, 0)]
     if not len(rows):

@@ -1,5 +1,6 @@
 """Commands that run a whole study."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from cxrfast import config
 from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, show
+from cxrfast.launch import refuse_slurm_tasks
 
 if TYPE_CHECKING:
     from cxrfast.study.study import Study
@@ -47,6 +49,8 @@ def study(shards: Path, runs: Path, keep_going: bool, dry_run: bool, **options: 
         return
     if slurm or walltime or rates:
         fail("--slurm, --walltime and --rate need --dry-run or --sbatch")
+    if options["nproc"] == 1 or os.environ.get("SLURM_STEP_NUM_TASKS"):  # a job script may ask for one task per process
+        refuse_slurm_tasks("cxrfast study", "srun --ntasks=1 cxrfast study … --nproc={n}")
     from cxrfast.study.study import failed
     from cxrfast.study.study import study as carry_out
 

@@ -9,6 +9,7 @@ import click
 from cxrfast import config
 from cxrfast.cli import options as option
 from cxrfast.cli.terminal import show
+from cxrfast.launch import launched, refuse_slurm_tasks
 
 
 @click.command()
@@ -29,6 +30,8 @@ from cxrfast.cli.terminal import show
 @option.configuration_options(config.Runtime)
 def train(shards: Path, scale: int, fold: int, runs: Path, **options: Any) -> None:
     """Train one scale and fold, or resume it. On several GPUs: torchrun --nproc_per_node=6 -m cxrfast.train …"""
+    refuse_slurm_tasks("cxrfast train", "torchrun --nproc_per_node={n} -m cxrfast.train …")
+    launched()
     from cxrfast.training.setup import make_config
     from cxrfast.training.train import train as run_training
 
@@ -56,6 +59,7 @@ def fetch_weights(arch: str, to: Path | None) -> None:
 @option.runtime_options
 def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
     """Compute the logits of each RUN for its validation and test rows."""
+    refuse_slurm_tasks("cxrfast predict", "torchrun --nproc_per_node={n} -m cxrfast predict …")
     from cxrfast.distributed import world
     from cxrfast.runs.run import Run
     from cxrfast.training.predict import predict as predict_run

@@ -47,6 +47,8 @@ class RunFolder:
     """Trace of a few training steps."""
     tensorboard_path = _File("tensorboard")
     """Folder of TensorBoard's events."""
+    lease_path = _File("lease.lock")
+    """Names the process that writes into the folder; exists only while it does."""
 
     @staticmethod
     def of(runs: Path, arch: str, scale: int, fold: int, name: str | None = None) -> "RunFolder":

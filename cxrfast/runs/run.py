@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -24,6 +25,8 @@ from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lineage import Origin
+from cxrfast.runs.lease import locked
+from cxrfast.shards.format.lock import Lease
 
 if TYPE_CHECKING:
     from cxrfast.models.classifier import Classifier
@@ -59,6 +62,8 @@ class Run(RunFolder):
     """Where its shard set was when it was started."""
     origin: Origin
     """Where its first weights came from."""
+    lease: Lease | None = field(default=None, repr=False, compare=False)
+    """This process's right to write into the folder, checked before each write; None: not asked for."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -136,6 +141,22 @@ class Run(RunFolder):
             start=self.origin,
         )
 
+    # The right to write
+
+    @contextmanager
+    def lock(self, task: str) -> Iterator["Run"]:
+        """The run, while no other process may write into it. `task`: what this one does, such as `predicting`.
+
+        Raises RunError naming a live holder.
+        """
+        with locked(self, task) as lease:
+            yield replace(self, lease=lease)
+
+    def check_lease(self) -> None:
+        """Raises RunError if this process had the right to write and lost it to another one, for example while suspended."""
+        if self.lease:
+            self.lease.check()
+
     # Rows
 
     def rows(self) -> pd.DataFrame:
@@ -175,6 +196,7 @@ class Run(RunFolder):
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
     def set_state(self, state: str, **more: Any) -> None:
+        self.check_lease()
         write_json(self.state_path, {"state": state, "time": round(time.time()), "pid": os.getpid(), **more})
 
     @property
@@ -204,12 +226,14 @@ class Run(RunFolder):
 
     def cut_metrics(self, epochs: int, *more: dict[str, Any]) -> None:
         """Keep the lines of the first `epochs` epochs, those in the checkpoint, and add `more`."""
+        self.check_lease()
         lines = [*(m for m in self.metrics() if m["epoch"] < epochs), *more]
         write_bytes(self.metrics_path, "".join(json.dumps(m) + "\n" for m in lines).encode())
 
     # Checkpoint and weights
 
     def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_lease()
         data = io.BytesIO()  # writing to a full disk itself, torch raises a RuntimeError about a position
         torch.save({**checkpoint, "config_hash": self.config.hash}, data)
         with replacing(self.checkpoint_path) as file:
@@ -235,6 +259,7 @@ class Run(RunFolder):
 
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Replace the best weights, and delete predictions, maps and figures made with the old ones."""
+        self.check_lease()
         for derived in (self.predictions_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
         for figure in self.gradcam_paths().values():
@@ -275,6 +300,7 @@ class Run(RunFolder):
             arrays[f"{part}/row"] = p.row[order].astype(np.int64)
             arrays[f"{part}/logits"] = p.logits[order].astype(np.float32)
         owner = {"set_id": self.config.set_id, "config_hash": self.config.hash, "labels": list(self.config.labels)}
+        self.check_lease()
         write_arrays(self.predictions_path, arrays, owner)
 
     def read_predictions(self, part: str) -> Predictions:
@@ -295,6 +321,7 @@ class Run(RunFolder):
 
     def add_maps(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
         """Write arrays and attributes into the maps, keeping others that are there."""
+        self.check_lease()
         update_arrays(self.maps_path, arrays, attributes)
 
 

@@ -19,6 +19,7 @@ from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, RunError
 from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.lease import InUse
 from cxrfast.runs.run import Run
 from cxrfast.study.forecast import Outlook, forecast, projection
 from cxrfast.study.plan import Plan, make_plan
@@ -149,6 +150,8 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         try:
             if not has_erf(run):
                 log.info(erf(run, images=ERF_IMAGES, shards=shards, device=chosen).in_words())
+        except InUse:
+            raise
         except RunError as error:  # no known feature map: this architecture has tables, but no maps
             log.warning(error)
             return

@@ -1,5 +1,6 @@
 """Logits of a trained run for its validation and test rows, into predictions.zarr. One process, or several by torchrun."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from cxrfast.errors import RunError
 from cxrfast.models.precision import autocast, use_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
+from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import Advance, progress
+from cxrfast.runs.lease import locked_by_first
 from cxrfast.runs.run import Predictions, Run, part_rows
 
 PARTS = ("val", "test")
@@ -26,9 +29,14 @@ def predict(
 ) -> None:
     """Score the run's validation and test rows with its best weights.
 
-    `shards`: current location of the set; default: where it was in training. Raises RunError if it is another set.
+    `shards`: current location of the set; default: where it was in training. Raises RunError if it is another set, or if
+    another process writes into the run.
     """
-    reader = run.reader(shards)
+    with locked_by_first(run, "predicting", world) as lease:
+        _predict(replace(run, lease=lease), world, run.reader(shards), engine, threads)
+
+
+def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int | None) -> None:
     model = run.load(world.device)
     table = run.rows()
     rows = {part: part_rows(table, part) for part in PARTS}

@@ -9,16 +9,19 @@ import os
 from dataclasses import replace
 from datetime import timedelta
 
+import pandas as pd
 import torch
 
 from cxrfast.config import AUTO, Runtime, TrainConfig
-from cxrfast.distributed import world
+from cxrfast.distributed import World, world
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.lease import locked_by_first
 from cxrfast.runs.run import Run
+from cxrfast.shards.format.lock import Lease
 from cxrfast.training import setup
 from cxrfast.training.first_weights import origin_of_weights, refuse_other_fold, weights_file
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
@@ -30,7 +33,7 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, runtime: Runtime) -> Run:
     """Train the run of this configuration, or resume it. Returns it when it is done.
 
-    Raises Stopped (a SystemExit), with everything saved, after a signal.
+    Raises Stopped (a SystemExit), with everything saved, after a signal; RunError if another process writes into its folder.
     """
     if runtime.stage:
         runtime = replace(runtime, shards=setup.staged(runtime.shards, runtime.stage, config.scale))
@@ -49,36 +52,51 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
         log.info(f"{folder.name}: {setup.split_in_words(config, reader.info, rows)}")
         for warning in setup.label_warnings(config, rows) if ranks.is_first else []:
             log.warning(f"{folder.name}: {warning}")
-        if config.micro_batch == AUTO:
-            own, other = ranks.on_first(lambda: setup.earlier_micro_batch(folder, config))
-            chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
-            if other and not own and chosen < other:
-                raise RunError(
-                    f"--micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, so they could "
-                    f"not be joined: train them all with --micro-batch {chosen}"
-                )
-            config = replace(config, micro_batch=chosen)
-        config = setup.as_started(folder, config)
-        # refuse sizes that do not fit before anything is written
-        setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
+        with locked_by_first(folder, "training", ranks) as lease:
+            return _train(config, runtime, ranks, model, reader, rows, folder, lease)
 
-        def start() -> Run:
-            origin = None
-            if not folder.has_checkpoint:  # a checkpoint has its own weights
-                refuse_other_fold(config, rows)
-                if file := weights_file(config):
-                    load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
-                origin = origin_of_weights(config, file)
-            return Run.start(folder.folder, config, runtime.shards, rows, origin)
 
-        run = ranks.on_first(start)
-        if ranks.rank:  # else all ranks would drop the same units of different images
-            torch.manual_seed(config.seed + ranks.rank)
-        with memory_explained(config, ranks):
-            trainer = Trainer(run, ranks, model, reader, runtime)
-        if not run.is_done:
-            trainer.fit()
-        else:
-            log.info(f"{run.name} is done already; its weights are in {run.folder}")
-        ranks.barrier()
-        return run
+def _train(
+    config: TrainConfig,
+    runtime: Runtime,
+    ranks: World,
+    model: Classifier,
+    reader: Reader,
+    rows: pd.DataFrame,
+    folder: RunFolder,
+    lease: Lease | None,
+) -> Run:
+    """As `train`, with what it has prepared; rank 0 has the lease of the folder."""
+    if config.micro_batch == AUTO:
+        own, other = ranks.on_first(lambda: setup.earlier_micro_batch(folder, config))
+        chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
+        if other and not own and chosen < other:
+            raise RunError(
+                f"--micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, so they could "
+                f"not be joined: train them all with --micro-batch {chosen}"
+            )
+        config = replace(config, micro_batch=chosen)
+    config = ranks.on_first(lambda: setup.as_started(folder, config))
+    # refuse sizes that do not fit before anything is written
+    setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
+
+    def start() -> Run:
+        origin = None
+        if not folder.has_checkpoint:  # a checkpoint has its own weights
+            refuse_other_fold(config, rows)
+            if file := weights_file(config):
+                load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
+            origin = origin_of_weights(config, file)
+        return Run.start(folder.folder, config, runtime.shards, rows, origin)
+
+    run = replace(ranks.on_first(start), lease=lease)
+    if ranks.rank:  # else all ranks would drop the same units of different images
+        torch.manual_seed(config.seed + ranks.rank)
+    with memory_explained(config, ranks):
+        trainer = Trainer(run, ranks, model, reader, runtime)
+    if not ranks.on_first(lambda: run.is_done):
+        trainer.fit()
+    else:
+        log.info(f"{run.name} is done already; its weights are in {run.folder}")
+    ranks.barrier()
+    return replace(run, lease=None)

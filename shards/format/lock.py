@@ -47,20 +47,21 @@ class _Mark:
     text: str
 
     @classmethod
-    def read(cls, path: Path) -> "_Mark":
+    def read(cls, path: Path, refused: type[CxrfastError] = ShardError) -> "_Mark":
+        """Raises `refused` for what is not a regular file."""
         try:
             descriptor = open_file(path, os.O_NOFOLLOW)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ELOOP):
                 raise
-            raise ShardError(f"{path} is not a file that a build leaves: delete it") from error
+            raise refused(f"{path} is not a file that cxrfast leaves: delete it") from error
         with open(descriptor, errors="replace") as file:
             status = os.fstat(file.fileno())  # not of the path, which NFS caches
             return cls(status.st_ino, status.st_mtime_ns, file.read(LARGEST_LEASE))
 
     @property
     def holder(self) -> dict[str, str]:
-        """`pid`, `host`, and in SLURM `job`; empty until it is written."""
+        """`pid`, `host`, in SLURM `job`, and `task` if the holder named one; empty until it is written."""
         return dict(line.split("=", 1) for line in self.text.splitlines() if "=" in line)
 
     def runs_here(self) -> bool | None:
@@ -84,17 +85,17 @@ class _Mark:
 
 class Lease:
     """The right to write, held by the file `path`, as a context manager. Raises `error` naming a live holder, with a message
-    that begins with `doing`, such as `/set is being built`."""
+    that begins with `doing`, such as `/set is being built`. `task`: what this holder does, for the messages of others."""
 
-    def __init__(self, path: Path, doing: str, error: type[CxrfastError]) -> None:
-        self.path, self.doing, self.error = path, doing, error
+    def __init__(self, path: Path, doing: str, error: type[CxrfastError], task: str = "") -> None:
+        self.path, self.doing, self.error, self.task = path, doing, error, task
         self._lease = SoftFileLease(path, lease_duration=WATCH, heartbeat_interval=BEAT, thread_local=False)
 
     def __enter__(self) -> "Lease":
         first, start = None, time.monotonic()
         while not self.take():
             try:
-                mark = _Mark.read(self.path)
+                mark = _Mark.read(self.path, self.error)
             except FileNotFoundError:
                 continue
             if mark.runs_here() is False:  # killed, but its parent has not asked for its exit code yet
@@ -104,16 +105,20 @@ class Lease:
             who = f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine').partition('?')[0]}"
             if mark.runs_here() or (first and mark != first):
                 job = f", job {holder['job']}" if "job" in holder else ""
-                raise self.error(f"{self.doing} by {who}{job}: wait for it or end it, then run this command again")
+                task = f" ({holder['task']})" if "task" in holder else ""
+                raise self.error(
+                    f"{self.doing} by {who}{job}{task}: wait for it or end it, then run this command again"
+                )
             if not first:
                 log.warning(f"{self.path} is held by {who}; waiting {WATCH:.0f} s for a sign of life")
                 first = mark
             elif time.monotonic() - start > WATCH + BEAT:
                 self._set_aside(first)
             time.sleep(BEAT / 5)
-        if slurm := os.environ.get("SLURM_JOB_ID"):
+        more = {"job": os.environ.get("SLURM_JOB_ID"), "task": self.task}
+        if lines := "".join(f"{name}={value}\n" for name, value in more.items() if value):
             with suppress(OSError), open(self.path, "a") as file:
-                file.write(f"job={slurm}\n")
+                file.write(lines)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -123,7 +128,7 @@ class Lease:
         """Take the lease if it is free or its holder is known to be dead; False otherwise."""
         try:
             self._lease.acquire(blocking=False)
-        except (Timeout, LeaseSettingsMismatch):
+        except (Timeout, LeaseSettingsMismatch, IsADirectoryError):
             return False
         except PermissionError:  # another user's
             if not self.path.exists():

@@ -92,7 +92,7 @@ def test_a_pipe_in_place_of_the_lease_is_named_and_not_waited_for(two_scales, co
     os.mkfifo(folder / "lease.lock")
     for words in (("verify", folder, "--repair"), ("relabel", folder, corrupt / "mimic-cxr-2.0.0-negbio.csv.gz")):
         done = invoke(*words)
-        assert (done.exit_code, "lease.lock is not a file that a build leaves: delete it" in done.output) == (2, True)
+        assert (done.exit_code, "lease.lock is not a file that cxrfast leaves: delete it" in done.output) == (2, True)
 
 
 @pytest.mark.parametrize(
