@@ -31,7 +31,7 @@ from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.runs.run import Run
-from cxrfast.tables import Table
+from cxrfast.tables import Table, csv_text
 
 FOLDER = "ensemble"
 
@@ -265,8 +265,8 @@ def write(folder: Path, result: EnsembleResult) -> None:
     folder.mkdir(exist_ok=True)
     tables = ensemble_table(result, brief=False), weights_table(result)
     for name, text in {
-        "weights.csv": result.weights.to_csv(index=False, lineterminator="\n"),
-        "auroc.csv": result.auroc.to_csv(index=False, lineterminator="\n"),
+        "weights.csv": csv_text(result.weights),
+        "auroc.csv": csv_text(result.auroc),
         "summary.md": "\n".join(table.markdown() for table in tables),
         "summary.tex": "\n".join(table.latex() for table in tables),
     }.items():

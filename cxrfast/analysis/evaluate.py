@@ -36,7 +36,7 @@ from cxrfast.files import write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.splits import PARTS
-from cxrfast.tables import Table
+from cxrfast.tables import Table, csv_text
 
 FOLDER = "evaluation"
 
@@ -216,8 +216,8 @@ def write(folder: Path, evaluation: Evaluation) -> None:
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
     table = auroc_table(evaluation)
     for name, text in {
-        f"{stem}.csv": evaluation.table.to_csv(index=False, lineterminator="\n"),
-        f"{stem}_summary.csv": evaluation.summary().to_csv(index=False, lineterminator="\n"),
+        f"{stem}.csv": csv_text(evaluation.table),
+        f"{stem}_summary.csv": csv_text(evaluation.summary()),
         f"{stem}.md": table.markdown(),
         f"{stem}.tex": table.latex(),
     }.items():
