@@ -15,8 +15,8 @@ from typing import Annotated, Any, get_args
 
 from cxrfast.errors import RunError
 
-DATA = os.environ.get("CXRFAST_DATA", "data/mimic-cxr-jpg")  # text: it may be a URL
-SHARDS = Path(os.environ.get("CXRFAST_SHARDS", "data/shards"))
+DATA = os.environ.get("CXRFAST_DATA") or "data/mimic-cxr-jpg"  # text: it may be a URL
+SHARDS = Path(os.environ.get("CXRFAST_SHARDS") or "data/shards")
 RUNS = Path("runs")
 
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")

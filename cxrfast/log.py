@@ -45,7 +45,9 @@ def show(rank: int | None = None) -> None:
 
     `rank`: default $RANK, which torchrun sets.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    if rank is None:
+        given = os.environ.get("RANK", "")
+        rank = int(given) if given.isdecimal() and given.isascii() else 0  # `distributed.world` refuses others
     LOGGER.addHandler(_HANDLER)
     _HANDLER.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     LOGGER.setLevel(logging.WARNING if rank else logging.INFO)

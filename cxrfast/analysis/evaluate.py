@@ -4,7 +4,7 @@ In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_su
 RUNS/evaluation/. Runs that did not answer the same questions are never joined; what is undefined is never a number.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from cxrfast.analysis.join import (
     rules_note,
     with_predictions,
 )
-from cxrfast.analysis.marks import footnotes, group_remark, marked, origins
 from cxrfast.analysis.scores import (
     by_fold,
     folds_text,
@@ -35,10 +34,9 @@ from cxrfast.analysis.scores import (
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import origin_of
-from cxrfast.runs.remarks import remarks_on
+from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
 from cxrfast.splits import PARTS
-from cxrfast.tables import Table, csv_text
+from cxrfast.tables import Table
 
 FOLDER = "evaluation"
 
@@ -54,10 +52,9 @@ class Evaluation:
     labels: tuple[str, ...]
     """In the order of the logits."""
     table: pd.DataFrame
-    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives, compared,
-    remark.
+    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives, compared.
 
-    compared: every group has this fold. remark: what to know about the run, see `runs.remarks`; "" if nothing.
+    compared: every group has this fold.
     """
     positives: dict[str, int]
     """By finding: rows of the part that hold it, over the folds of `lines`, each row counted once."""
@@ -65,8 +62,6 @@ class Evaluation:
     """Runs without predictions."""
     rules: str = ""
     """How rows and labels were chosen, the same for all runs."""
-    unfinished: tuple[str, ...] = ()
-    """Unfinished runs that were left out."""
 
     @property
     def is_compared(self) -> bool:
@@ -98,20 +93,11 @@ class Evaluation:
     @property
     def origins(self) -> dict[str, str]:
         """By name: where the first weights came from."""
-        return origins(self.table)
-
-    def marked(self, shown: Mapping[str, str] | None = None) -> dict[str, str]:
-        """By name: what tables and figures show, with the signs that their footnotes explain. `shown`: default: the names."""
-        return marked(shown or {name: name for name in self.names}, self.lines)
-
-    @property
-    def footnotes(self) -> str:
-        """Explanations of the signs, one paragraph each."""
-        return footnotes(self.lines)
+        return group_origins(zip(self.table["name"], self.table["start"], strict=True))
 
     def summary(self) -> pd.DataFrame:
         """One line per group and finding: name, scale, start, label, part, compared, folds, folds_defined, auroc_mean,
-        auroc_sd, auprc_mean, auprc_sd, positives, remark.
+        auroc_sd, auprc_mean, auprc_sd, positives.
 
         Means are over the folds that all groups have (`compared`), or over each group's own if there is no such fold.
         sd: sample standard deviation over the folds where the finding is defined; NaN with fewer than two.
@@ -125,50 +111,34 @@ class Evaluation:
             auprc_mean=("auprc", "mean"),
             auprc_sd=("auprc", "std"),
         )
-        remarks = group_remark(self.lines)
-        return lines.reset_index().assign(
-            positives=lambda frame: frame["label"].map(self.positives),
-            remark=lambda frame: frame["name"].map(remarks),
-        )
+        return lines.reset_index().assign(positives=lambda frame: frame["label"].map(self.positives))
 
 
-def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> Evaluation:
+def evaluate(runs: Path, part: str = "test") -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
-
-    `finished_only`: leave out runs whose training is not done; otherwise they are marked.
 
     Raises RunError if no run has predictions, if runs cannot be joined, or if a run predicted other rows than
     the part's.
     """
     if part not in PARTS:
         raise RunError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
-    found = with_predictions(runs, finished_only)
-    predicted = found.runs
+    predicted, skipped = with_predictions(runs)
     groups = by_name(predicted)
     check_same_study(predicted)
-    shared, remarks = shared_folds(groups), remarks_on(predicted)
+    shared = shared_folds(groups)
     answers: dict[int, Answers] = {}  # by fold: rows and labels, which all runs of the fold share
     frames = []
     with progress("evaluate", len(predicted), unit="runs") as advance:
         for run in predicted:
             mine = read_answers(run, part)
             check_same_rows(answers.setdefault(run.config.fold, mine), mine)
-            frames.append(score(mine).assign(compared=run.config.fold in shared, remark=remarks[run.folder]))
+            frames.append(score(mine).assign(compared=run.config.fold in shared))
             advance(note=run.name)
     labels = predicted[0].config.labels
     counted_folds = [one for fold, one in answers.items() if fold in shared or not shared]
     positives = dict(zip(labels, distinct_positives(counted_folds), strict=True))
     table = pd.concat(frames, ignore_index=True)
-    evaluation = Evaluation(
-        part,
-        tuple(groups),
-        labels,
-        table,
-        positives,
-        tuple(found.without),
-        rules_note(groups),
-        tuple(found.unfinished),
-    )
+    evaluation = Evaluation(part, tuple(groups), labels, table, positives, tuple(skipped), rules_note(groups))
     write(runs / FOLDER, evaluation)
     return evaluation
 
@@ -226,15 +196,14 @@ def auroc_table(evaluation: Evaluation) -> Table:
         left_out_note(evaluation.left_out, "column"),
         evaluation.rules,
         undefined_note(labels, columns, evaluation.part),
-        evaluation.footnotes,
+        origin_footnote(evaluation.origins),
         f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
-        f"Left out, unfinished: {', '.join(evaluation.unfinished)}." if evaluation.unfinished else "",
     )
     rows = score_rows(labels, columns, compared=evaluation.is_compared)
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(
         f"AUROC, {evaluation.part} rows",
-        ["Finding", "Positives", *evaluation.marked().values()],
+        ["Finding", "Positives", *(marked_name(name, start) for name, start in evaluation.origins.items())],
         [[label, counts.get(label, ""), *cells] for label, cells in rows],
         "\n".join(filter(None, notes)),
         total=True,
@@ -247,8 +216,8 @@ def write(folder: Path, evaluation: Evaluation) -> None:
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
     table = auroc_table(evaluation)
     for name, text in {
-        f"{stem}.csv": csv_text(evaluation.table),
-        f"{stem}_summary.csv": csv_text(evaluation.summary()),
+        f"{stem}.csv": evaluation.table.to_csv(index=False, lineterminator="\n"),
+        f"{stem}_summary.csv": evaluation.summary().to_csv(index=False, lineterminator="\n"),
         f"{stem}.md": table.markdown(),
         f"{stem}.tex": table.latex(),
     }.items():

@@ -5,36 +5,30 @@ from pathlib import Path
 import click
 
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import show
-
-FINISHED_ONLY = option.flag(
-    "--finished-only", "Leave out runs whose training is not done; otherwise they are marked with ‡."
-)
+from cxrfast.cli.terminal import say, show
 
 
 @click.command()
 @option.RUNS
 @click.option("--part", type=click.Choice(["val", "test"]), default="test", help="Rows to score.")
-@FINISHED_ONLY
-def evaluate(runs: Path, part: str, finished_only: bool) -> None:
+def evaluate(runs: Path, part: str) -> None:
     """AUROC per finding and scale, mean ± sd over folds, for all predictions in RUNS."""
     from cxrfast.analysis.evaluate import auroc_table
     from cxrfast.analysis.evaluate import evaluate as evaluate_runs
 
-    show(auroc_table(evaluate_runs(runs, part, finished_only=finished_only)))
-    click.echo(f"tables: {runs / 'evaluation'}")
+    show(auroc_table(evaluate_runs(runs, part)))
+    say(f"tables: {runs / 'evaluation'}")
 
 
 @click.command()
 @option.RUNS
-@FINISHED_ONLY
-def ensemble(runs: Path, finished_only: bool) -> None:
+def ensemble(runs: Path) -> None:
     """Stack the scales in RUNS with weights fitted on validation logits; compare with plain voting."""
     from cxrfast.analysis.ensemble import ensemble as stack_scales
     from cxrfast.analysis.ensemble import ensemble_table
 
-    show(ensemble_table(stack_scales(runs, finished_only=finished_only)))
-    click.echo(f"tables and figure: {runs / 'ensemble'}")
+    show(ensemble_table(stack_scales(runs)))
+    say(f"tables and figure: {runs / 'ensemble'}")
 
 
 @click.command()
@@ -49,7 +43,7 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
     from cxrfast.runs.run import Run
 
     for folder in runs:
-        click.echo(measure_erf(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
+        say(measure_erf(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
 
 
 @click.command()
@@ -67,7 +61,7 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
     for folder in runs:
         run = Run.open(folder)
         gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
-        click.echo(save_figure(run, label, shards=shards))
+        say(save_figure(run, label, shards=shards))
 
 
 @click.command()
@@ -76,4 +70,4 @@ def report(runs: Path) -> None:
     """Write report.html: tables and figures of RUNS in one file that opens anywhere."""
     from cxrfast.analysis.report import report as write_report
 
-    click.echo(write_report(runs))
+    say(write_report(runs))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, show
+from cxrfast.cli.terminal import fail, say, show
 
 if TYPE_CHECKING:
     from cxrfast.bench.report import Result
@@ -38,7 +38,7 @@ def bench(ctx: click.Context, full: bool) -> None:
 
 def report(result: "Result", out: Path) -> None:
     show(*result.tables())
-    click.echo(f"tables, JSON and plot: {out}")
+    say(f"tables, JSON and plot: {out}")
 
 
 RESULTS = click.option(

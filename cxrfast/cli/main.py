@@ -12,7 +12,8 @@ import click
 from cxrfast import __version__, log
 from cxrfast.cli import analysis, bench, shards, study, training
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, show
+from cxrfast.cli.streams import prepare
+from cxrfast.cli.terminal import fail, say, show
 from cxrfast.errors import CxrfastError, is_disk_full, is_out_of_memory
 from cxrfast.machine import let_threads_sleep
 
@@ -23,6 +24,15 @@ class Cli(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # not sorted by name
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        prepare()
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if not is_disk_full(error):  # of help or version, which are printed outside `invoke`
+                raise
+            fail(in_words(error))
+
     def invoke(self, ctx: click.Context) -> Any:
         log.show()
         let_threads_sleep()
@@ -31,7 +41,7 @@ class Cli(click.Group):
         except CxrfastError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            click.echo("cxrfast: interrupted; finished work is kept, run the same command to resume", err=True)
+            say("cxrfast: interrupted; finished work is kept, run the same command to resume", err=True)
             sys.exit(130)
         except (RuntimeError, MemoryError, ImportError) as error:
             if not (is_out_of_memory(error) or "failed to map segment" in str(error)):  # loading a library
@@ -39,14 +49,18 @@ class Cli(click.Group):
             words = (str(error).splitlines() or [type(error).__name__])[0]
             fail(f"memory ran out ({words}): use a smaller scale, or a machine or GPU with more free memory")
         except OSError as error:
-            if is_disk_full(error):
-                fail(
-                    f"no space or quota left ({error.filename or 'while writing'}): finished work is kept; make room and run "
-                    "the same command again"
-                )
-            if error.filename is None:
+            if error.filename is None and not is_disk_full(error):
                 raise
-            fail(f"{error.filename}: {error.strerror}")
+            fail(in_words(error))
+
+
+def in_words(error: OSError) -> str:
+    if is_disk_full(error):
+        return (
+            f"no space or quota left ({error.filename or 'while writing'}): finished work is kept; make room and run the same "
+            "command again"
+        )
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}

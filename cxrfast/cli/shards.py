@@ -9,7 +9,7 @@ from click import Choice
 
 from cxrfast import config
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, safe, show
+from cxrfast.cli.terminal import fail, safe, say, show
 
 
 @click.command()
@@ -24,7 +24,7 @@ def synth(out: Path, **options: Any) -> None:
     from cxrfast.phantoms.dataset import synth as draw_tree
 
     counts = draw_tree(out, **options)
-    click.echo(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    say(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
 
 
 @click.command()
@@ -68,13 +68,13 @@ def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) 
     recipe = ImageRecipe(**{name: options.pop(name) for name in ("seed", "codec", "quality", "resize", "grey")})
     note = ""
     if out is None:
-        out = config.SHARDS if "CXRFAST_SHARDS" in os.environ else default_out(data, config.SHARDS)
+        out = config.SHARDS if os.environ.get("CXRFAST_SHARDS") else default_out(data, config.SHARDS)
         if out != config.SHARDS:
             note = (
                 f"--out is {out}, since {config.SHARDS} would lie inside --data {data}; give other commands this folder"
             )
     report = build(data, out, list(scales), recipe=recipe, source_options=option.chosen_source(options), **options)
-    click.echo("\n".join([note] * bool(note) + report.lines(out)))
+    say("\n".join([note] * bool(note) + report.lines(out)))
 
 
 @click.command()
@@ -96,7 +96,7 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -
     from cxrfast.shards.upkeep.relabel import relabel as replace_labels
 
     result = replace_labels(shards, table, labels=list(labels) or None, **options)
-    click.echo(result.summary(shards))
+    say(result.summary(shards))
 
 
 @click.command()
@@ -109,11 +109,11 @@ def describe(shards: Path, out: Path) -> None:
     from cxrfast.shards.upkeep.describe import describe as describe_set
 
     description = describe_set(shards, out)
-    click.echo(description.heading)
+    say(description.heading)
     for caution in description.cautions:
-        click.echo(f"warning: {caution}")
+        say(f"warning: {caution}")
     show(*description.tables)
-    click.echo(f"written: {', '.join(map(str, description.written))}")
+    say(f"written: {', '.join(map(str, description.written))}")
 
 
 @click.command()
@@ -143,12 +143,12 @@ def verify(shards: Path, deep: bool, source: bool, repair: bool, data: str | Non
     tree = find_source(data, config.DATA, source)
     if repair:
         for line in restore(shards, tree, **options).lines():
-            click.echo(safe(line))
+            say(safe(line))
     result = inspect(shards, tree if source else None, deep=deep, is_repaired=repair)
     for line in result.lines:
-        click.echo(safe(line))
+        say(safe(line))
     for problem in result.problems:
-        click.echo(safe(f"{problem.path}: {problem.what}"), err=True)
+        say(safe(f"{problem.path}: {problem.what}"), err=True)
     if result.problems:
         fail(result.advice)
 
@@ -164,7 +164,7 @@ def stage(source: str, to: str, scales: tuple[int, ...], workers: int | None) ->
     from cxrfast.units import size
 
     done = copy_set(source, to, list(scales) or None, workers=workers)
-    click.echo(
+    say(
         f"to {to}: {len(done.scales)} scales, {done.files:,} files, {size(done.bytes)} copied, {done.kept:,} kept, "
         f"{done.bytes / 1e6 / max(done.seconds, 1e-9):,.0f} MB/s"
     )

@@ -10,7 +10,7 @@ import click
 
 from cxrfast import config
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, show
+from cxrfast.cli.terminal import fail, say, show
 from cxrfast.launch import refuse_slurm_tasks
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def _carried_out(study: Callable[..., "Study"], *arguments: Any, **options: Any)
     try:
         result = study(*arguments, **options)
     except Stopped as stopped:
-        click.echo(f"cxrfast: {stopped}", err=True)
+        say(f"cxrfast: {stopped}", err=True)
         raise
     show(*result.tables)
-    click.echo(f"report: {result.report}")
+    say(f"report: {result.report}")
     return result
 
 
@@ -91,7 +91,7 @@ def _look_ahead(
     result.check()
     if sbatch:
         submit = write_scripts(plan, result.outlooks, asked, sbatch)[-1]
-        click.echo(f"job scripts in {sbatch}; read train.sh, then queue everything: {submit}")
+        say(f"job scripts in {sbatch}; read train.sh, then queue everything: {submit}")
 
 
 @click.command()
@@ -103,7 +103,7 @@ def demo(out: Path) -> None:
 
     started = time.monotonic()
     result = _carried_out(run_demo, out)
-    click.echo(
+    say(
         f"\nThat was a whole study, in {duration(time.monotonic() - started)}. Open {result.report} in a browser; for your own "
         "radiographs, start with `cxrfast shard --help`."
     )

@@ -2,17 +2,24 @@
 
 import os
 import sys
+from typing import NoReturn
 
 import click
 
+from cxrfast.cli.streams import degraded
 from cxrfast.tables import Table
 from cxrfast.text import masked, printable
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     rank = os.environ.get("RANK")
-    click.echo(f"cxrfast: {f'rank {rank}: ' if rank else ''}{safe(message)}", err=True)
+    say(f"cxrfast: {safe(f'rank {rank}: ' if rank else '')}{safe(message)}", err=True)
     sys.exit(2)
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print a line on stdout or stderr, in the encoding that the stream has, not in the one that click prefers to ASCII."""
+    click.echo(text, file=sys.stderr if err else sys.stdout)
 
 
 def safe(text: str) -> str:
@@ -26,4 +33,5 @@ def show(*tables: Table) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for number, table in enumerate(tables):
-        console.print(*([""] if number else []), table.rich(), sep="\n")
+        shown = table.mapped(lambda text: degraded(text, console.encoding))  # before columns are laid out
+        console.print(*([""] if number else []), shown.rich(), sep="\n")

@@ -8,7 +8,7 @@ import click
 
 from cxrfast import config
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import show
+from cxrfast.cli.terminal import say, show
 from cxrfast.launch import launched, refuse_slurm_tasks
 
 
@@ -40,7 +40,7 @@ def train(shards: Path, scale: int, fold: int, runs: Path, **options: Any) -> No
     chosen = make_config(shards, scale, device=runtime.device, subset=runtime.subset, fold=fold, **training)
     run = run_training(chosen, runtime)
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"done: {run.folder}; next: cxrfast predict {run.folder}")
+        say(f"done: {run.folder}; next: cxrfast predict {run.folder}")
 
 
 @click.command(name="fetch-weights")
@@ -50,7 +50,7 @@ def fetch_weights(arch: str, to: Path | None) -> None:
     """Download ImageNet weights for machines without a network."""
     from cxrfast.models.weights import fetch_weights as fetch
 
-    click.echo(fetch(arch, to))
+    say(fetch(arch, to))
 
 
 @click.command()
@@ -68,7 +68,7 @@ def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options:
         for folder in runs:
             run = Run.open(folder)
             predict_run(run, ranks, shards=shards, **options)
-            click.echo(run.predictions_path)
+            say(run.predictions_path)
 
 
 @click.command()
@@ -81,6 +81,6 @@ def status(runs: Path, as_json: bool) -> None:
 
     lines = read_status(runs)
     if as_json:
-        click.echo(to_json(lines))
+        say(to_json(lines))
     else:
         show(status_table(lines, runs))

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from cxrfast.errors import RunError
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 from cxrfast.runs.folder import RunFolder
-from cxrfast.runs.lease import locked
 from cxrfast.runs.lineage import Origin
+from cxrfast.runs.lease import locked
 from cxrfast.shards.format.lock import Lease
 
 if TYPE_CHECKING:
@@ -159,15 +159,12 @@ class Run(RunFolder):
 
     # Rows
 
-    def rows(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits.
-
-        `columns`: those to read. Ids are most of the file.
-        """
-        if columns is None:
-            columns = ["row", "image_id", "patient_id", "part", *self.config.labels]
+    def rows(self) -> pd.DataFrame:
+        """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits."""
         try:
-            return pd.read_parquet(self.rows_path, columns=list(columns))
+            return pd.read_parquet(
+                self.rows_path, columns=["row", "image_id", "patient_id", "part", *self.config.labels]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's and, of damaged metadata, pandas's
             raise RunError(
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
