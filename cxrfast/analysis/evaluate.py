@@ -126,18 +126,23 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
     groups = by_name(predicted)
     check_same_study(predicted)
     shared = shared_folds(groups)
-    answers: dict[int, Answers] = {}  # by fold: rows and labels, which all runs of the fold share
-    frames = []
+    lines: dict[str, pd.DataFrame] = {}
+    held: list[tuple[np.ndarray, np.ndarray]] = []  # by fold
     with progress("evaluate", len(predicted), unit="runs") as advance:
-        for run in predicted:
-            mine = read_answers(run, part)
-            check_same_rows(answers.setdefault(run.config.fold, mine), mine)
-            frames.append(score(mine).assign(compared=run.config.fold in shared))
-            advance(note=run.name)
+        for fold in sorted({run.config.fold for run in predicted}):  # one fold in memory at a time
+            answers: Answers | None = None
+            for run in (run for run in predicted if run.config.fold == fold):
+                mine = read_answers(run, part)
+                if answers is None:
+                    answers = mine
+                    if fold in shared or not shared:
+                        held.append((mine.row, _held(mine)))
+                check_same_rows(answers, mine)
+                lines[run.name] = score(mine).assign(compared=fold in shared)
+                advance(note=run.name)
     labels = predicted[0].config.labels
-    counted_folds = [one for fold, one in answers.items() if fold in shared or not shared]
-    positives = dict(zip(labels, distinct_positives(counted_folds), strict=True))
-    table = pd.concat(frames, ignore_index=True)
+    positives = dict(zip(labels, distinct_positives(held), strict=True))
+    table = pd.concat([lines[run.name] for run in predicted], ignore_index=True)
     evaluation = Evaluation(part, tuple(groups), labels, table, positives, tuple(skipped), rules_note(groups))
     write(runs / FOLDER, evaluation)
     return evaluation
@@ -170,15 +175,20 @@ def score(answers: Answers) -> pd.DataFrame:
     )
 
 
-def distinct_positives(answers: Iterable[Answers]) -> list[int]:
-    """Number of rows that hold each finding, (L,), over all folds. A row that several folds share counts once."""
-    rows, positive = [], []
-    for mine in answers:
-        target, mask = mine.targets()
-        rows.append(mine.row)
-        positive.append((target > 0.5) & mask)
+def _held(answers: Answers) -> np.ndarray:
+    """bool (n, L): the findings that each row holds."""
+    target, mask = answers.targets()
+    return (target > 0.5) & mask
+
+
+def distinct_positives(held: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[int]:
+    """Number of rows that hold each finding, (L,), over all folds. A row that several folds share counts once.
+
+    held: rows (n,) of each fold, and the findings that they hold, bool (n, L).
+    """
+    rows, findings = zip(*held, strict=True)
     _, first = np.unique(np.concatenate(rows), return_index=True)
-    return [int(n) for n in np.concatenate(positive)[first].sum(axis=0)]
+    return [int(n) for n in np.concatenate(findings)[first].sum(axis=0)]
 
 
 def auroc_table(evaluation: Evaluation) -> Table:

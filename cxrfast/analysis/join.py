@@ -6,7 +6,7 @@ In: run folders with predictions; no shard set, no GPU. Runs that did not answer
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -140,20 +140,37 @@ def check_same_study(runs: Sequence[Run]) -> None:
     for run in runs:
         by_fold.setdefault(run.config.fold, run)  # one per fold: `check_same_rows` compares the runs of a fold
     first, *others = by_fold.values()
-    labels = list(first.config.labels)
-    mine = first.rows().set_index("row")
-    tested = [(first, mine.index[mine["part"] == "test"])]
+    mine = _read_labels(first)
+    tested = [(first, mine.row[mine.is_test])]
     for run in others:
-        theirs = run.rows().set_index("row")
-        row = mine.index.intersection(theirs.index)
-        raw, other = (frame.loc[row, labels].to_numpy(np.float32) for frame in (mine, theirs))
-        _check_same_labels(first, run, row.to_numpy(), raw, other, "shared")
-        tests = theirs.index[theirs["part"] == "test"]
+        theirs = _read_labels(run)
+        row, here, there = np.intersect1d(mine.row, theirs.row, return_indices=True)
+        _check_same_labels(first, run, row, mine.raw[here], theirs.raw[there], "shared")
+        tests = theirs.row[theirs.is_test]
         for earlier, others_tests in tested if run.config.split == "folds" else ():
-            if len(both := others_tests.intersection(tests)):
+            if len(both := np.intersect1d(others_tests, tests)):
                 why = f"both test {counted(len(both), 'row')}, such as row {both[0]}, though their folds differ"
                 _refuse(earlier, run, f"{why}: their sets deal the folds in different ways")
         tested.append((run, tests))
+
+
+class _Labels(NamedTuple):
+    """Rows of a run, all parts."""
+
+    row: np.ndarray
+    """int64 (n,)"""
+    raw: np.ndarray
+    """float32 (n, L): raw labels."""
+    is_test: np.ndarray
+    """bool (n,)"""
+
+
+def _read_labels(run: Run) -> _Labels:
+    labels = list(run.config.labels)
+    rows = run.rows(["row", "part", *labels])
+    return _Labels(
+        rows["row"].to_numpy(np.int64), rows[labels].to_numpy(np.float32), (rows["part"] == "test").to_numpy()
+    )
 
 
 def _check_equal(first: Run, second: Run, fields: dict[str, str]) -> None:
@@ -177,7 +194,7 @@ def read_answers(run: Run, part: str) -> Answers:
     """
     again = f"run `cxrfast predict {run.folder}` again"
     labels, predictions = list(run.config.labels), run.read_predictions(part)
-    rows = run.rows()
+    rows = run.rows(["row", "part", *labels])
     rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
     row = rows["row"].to_numpy(np.int64)
     if not np.array_equal(row, predictions.row):

@@ -3,13 +3,24 @@
 Arrays in, arrays out; S scales, N rows, L findings. Touches no files.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch.optim.adam import adam
 
 from cxrfast import metrics
 
 EPOCHS, LEARNING_RATE, DECAY = 100, 0.1, 0.96
 """Schedule of the fit. The study gives epochs, rate and "exponential decay"; how fast it decays is our reading."""
+
+ADAM: dict[str, Any] = dict(
+    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, foreach=False
+)
+"""Defaults of torch.optim.Adam."""
+
+BLOCK = 4096
+"""Rows whose log-odds are computed at a time, to save memory."""
 
 GAP, STEPS = 1e-6, 5000
 """EM stops when it is provably within GAP nats of the optimum, or after STEPS steps."""
@@ -23,10 +34,16 @@ def log_odds(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     logits: (S, N, L), one slice per scale, finite. weights: (L, S), rows summing to one.
     """
-    logits = np.asarray(logits, np.float64)
-    below = np.log1p(np.exp(-np.abs(logits)))  # log σ(l) = min(l, 0) - this, log σ(-l) = -max(l, 0) - this
     with np.errstate(divide="ignore"):  # a weight of 0 takes its scale out: log 0 = -inf is meant
-        shares = np.log(weights).T[:, None, :] - below
+        log_weights = np.log(weights).T[:, None, :]
+    starts = range(0, max(logits.shape[1], 1), BLOCK)
+    return np.concatenate([_log_odds(logits[:, at : at + BLOCK].astype(np.float64), log_weights) for at in starts])
+
+
+def _log_odds(logits: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
+    """`log_odds` of float64 logits, from the logarithms of the weights (S, 1, L)."""
+    below = np.log1p(np.exp(-np.abs(logits)))  # log σ(l) = min(l, 0) - this, log σ(-l) = -max(l, 0) - this
+    shares = log_weights - below
     return _log_sum(shares + np.minimum(logits, 0.0)) - _log_sum(shares - np.maximum(logits, 0.0))
 
 
@@ -66,15 +83,15 @@ def fit_weights(
         return weights
     ratio, share = (torch.from_numpy(a[..., defined]) for a in _ratios(logits, targets, mask))
     v = torch.zeros((int(defined.sum()), len(logits)), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([v], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, DECAY)
+    mean, square, steps = torch.zeros_like(v), torch.zeros_like(v), torch.tensor(0.0)
+    rate = LEARNING_RATE
     for _ in range(epochs):
-        optimiser.zero_grad()
         mixture = torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1))
-        loss = -(share * mixture.log()).sum()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+        (gradient,) = torch.autograd.grad(-(share * mixture.log()).sum(), v)
+        with torch.no_grad():
+            # not torch.optim.Adam, which imports the compiler: 2 s and 150 MB
+            adam([v], [gradient], [mean], [square], [], [steps], lr=rate, **ADAM)
+        rate *= DECAY
     weights[defined] = torch.softmax(v.detach(), dim=1).numpy()
     return weights
 

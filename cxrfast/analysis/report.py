@@ -90,7 +90,7 @@ def _footnote(runs: list[Run]) -> str:
 def _summary(runs: list[Run]) -> Chapter:
     records = []
     for run in runs:
-        parts, epochs = run.rows()["part"].value_counts(), run.metrics()
+        parts, epochs = run.rows(["part"])["part"].value_counts(), run.metrics()
         best: dict[str, Any] = min(epochs, key=lambda m: m["val_loss"], default={"val_auroc": None})
         records.append(
             {

@@ -1,11 +1,14 @@
-"""Reads and writes the files of a run. RunFolder knows where they are; `arrays` handles zarr."""
+"""Reads and writes the files of a run. RunFolder knows where they are; `arrays` handles zarr.
+
+torch is imported where weights are read or written: tables do without it, which halves their memory.
+"""
 
 import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,9 +17,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import msgspec
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from cxrfast import __version__
 from cxrfast.config import TrainConfig
@@ -24,11 +25,13 @@ from cxrfast.errors import RunError
 from cxrfast.files import replacing, write_bytes, write_json
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 from cxrfast.runs.folder import RunFolder
-from cxrfast.runs.lineage import Origin
 from cxrfast.runs.lease import locked
+from cxrfast.runs.lineage import Origin
 from cxrfast.shards.format.lock import Lease
 
 if TYPE_CHECKING:
+    import torch
+
     from cxrfast.models.classifier import Classifier
     from cxrfast.pipelines.reader import Reader
 
@@ -113,6 +116,8 @@ class Run(RunFolder):
                 )
             if not differences and origin in (None, earlier.origin):
                 return replace(run, origin=earlier.origin)
+        import torch
+
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.rows_path) as file:
             rows.to_parquet(file, index=False)
@@ -159,12 +164,15 @@ class Run(RunFolder):
 
     # Rows
 
-    def rows(self) -> pd.DataFrame:
-        """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits."""
+    def rows(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """row, image_id, patient_id, part (train, val or test), then the raw labels in the order of the logits.
+
+        `columns`: those to read. Ids are most of the file.
+        """
+        if columns is None:
+            columns = ["row", "image_id", "patient_id", "part", *self.config.labels]
         try:
-            return pd.read_parquet(
-                self.rows_path, columns=["row", "image_id", "patient_id", "part", *self.config.labels]
-            )
+            return pd.read_parquet(self.rows_path, columns=list(columns))
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's and, of damaged metadata, pandas's
             raise RunError(
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
@@ -233,6 +241,8 @@ class Run(RunFolder):
     # Checkpoint and weights
 
     def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        import torch
+
         self.check_lease()
         data = io.BytesIO()  # writing to a full disk itself, torch raises a RuntimeError about a position
         torch.save({**checkpoint, "config_hash": self.config.hash}, data)
@@ -244,6 +254,8 @@ class Run(RunFolder):
         path = self.checkpoint_path
         if not path.exists():
             return None
+        import torch
+
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             owner = checkpoint["config_hash"]
@@ -257,8 +269,10 @@ class Run(RunFolder):
             )
         return checkpoint
 
-    def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
+    def write_weights(self, weights: "dict[str, torch.Tensor]") -> None:
         """Replace the best weights, and delete predictions, maps and figures made with the old ones."""
+        from safetensors.torch import save
+
         self.check_lease()
         for derived in (self.predictions_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
@@ -267,8 +281,10 @@ class Run(RunFolder):
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.config.hash}))
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
+    def read_weights(self) -> "dict[str, torch.Tensor]":
         """The best weights, as a state dict. Raises RunError if they are missing or damaged."""
+        from safetensors.torch import load_file
+
         path = self.weights_path
         try:
             return load_file(path)
@@ -277,7 +293,7 @@ class Run(RunFolder):
                 raise RunError(f"{self.folder} has no {path.name} yet: train it first") from None
             raise RunError(f"{path} is damaged ({error}): train the run again") from error
 
-    def load(self, device: torch.device | str = "cpu") -> "Classifier":
+    def load(self, device: "torch.device | str" = "cpu") -> "Classifier":
         """The run's classifier with its best weights, in eval mode on the device."""
         from cxrfast.models.classifier import Classifier  # torchvision, which tables do without
 
