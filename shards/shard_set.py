@@ -47,10 +47,12 @@ class ShardSet:
         except ShardError:
             return False
 
-    def rows(self) -> pd.DataFrame:
-        """rows.parquet, one line per image in the order of `row`. Raises ShardError if it is missing or damaged, or if its
-        labels were replaced since the set was opened."""
-        return read_rows(self.folder / "rows.parquet", self.info)
+    def rows(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """rows.parquet, one line per image in the order of `row`; `columns`: those to read, `row` among them; default: all.
+
+        Raises ShardError if it is missing or damaged, or if its labels were replaced since the set was opened.
+        """
+        return read_rows(self.folder / "rows.parquet", self.info, columns)
 
     def part(
         self,

@@ -4,7 +4,7 @@ In: run folders with predictions of val and test at two scales or more. Out: wei
 summary.tex and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from cxrfast import metrics
 from cxrfast.analysis import mixture
 from cxrfast.analysis.join import check_same_study, choose_scales, join_logits, rules_note
+from cxrfast.analysis.marks import footnotes, marked
 from cxrfast.analysis.scores import (
     by_fold,
     folds_text,
@@ -29,9 +30,10 @@ from cxrfast.analysis.scores import (
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
+from cxrfast.runs.lineage import origin_of
+from cxrfast.runs.remarks import remarks_on
 from cxrfast.runs.run import Run
-from cxrfast.tables import Table
+from cxrfast.tables import Table, csv_text
 
 FOLDER = "ensemble"
 
@@ -49,25 +51,29 @@ class EnsembleResult:
     left_out: dict[str, list[int]]
     """By name: folds that some other name lacks."""
     weights: pd.DataFrame
-    """label, name, scale, start, fold, weight, em_weight; NaN where validation lacks positives or negatives."""
+    """label, name, scale, start, fold, weight, em_weight, remark; NaN where validation lacks positives or negatives.
+
+    remark: what to know about the run, see `runs.remarks`; "" if nothing."""
     auroc: pd.DataFrame
-    """fold, label, method (a name, voting or stacked), auroc of the test rows; NaN where undefined."""
+    """fold, label, method (a name, voting or stacked), auroc of the test rows, NaN where undefined, and remark."""
     bce: pd.DataFrame
     """fold, label, voting, stacked, optimum: cross-entropy of the validation rows; NaN as in `weights`."""
     rules: str = ""
     """How rows and labels were chosen, the same for all runs."""
+    unfinished: tuple[str, ...] = ()
+    """Unfinished runs that were left out."""
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """`256 px`, …; the names where one scale comes twice. Marked if they started from another run."""
+        """`256 px`, …; the names where one scale comes twice. With the signs that the footnotes explain."""
         unique = len(set(self.scales)) == len(self.scales)
         names = [f"{scale} px" for scale in self.scales] if unique else self.names
-        return tuple(marked_name(name, start) for name, start in zip(names, self.origins.values(), strict=True))
+        return tuple(marked(dict(zip(self.names, names, strict=True)), self.weights).values())
 
     @property
-    def origins(self) -> dict[str, str]:
-        """By name: where the first weights came from."""
-        return group_origins(zip(self.weights["name"], self.weights["start"], strict=True))
+    def footnotes(self) -> str:
+        """Explanations of the signs, one paragraph each."""
+        return footnotes(self.weights)
 
     def matrix(self, method: str) -> np.ndarray:
         """Test AUROC of a method, float64 (K, L), NaN where undefined."""
@@ -90,24 +96,26 @@ class EnsembleResult:
         return ["undefined" if np.isnan(row).any() else self.names[row.argmax()] for row in means]
 
 
-def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
+def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool = False) -> EnsembleResult:
     """Fit and test the ensemble in every fold that all `names` have predicted; write RUNS/ensemble/.
 
     names: groups of runs, such as densenet121-256; None: all of the one architecture that has several scales.
+    finished_only: leave out runs whose training is not done; otherwise they are marked.
 
     Raises RunError if there are fewer than two scales, if they share no fold, if it is unclear which groups are
     meant, or if runs differ in shard set, label policy, or rows and labels of a fold.
     """
-    groups = choose_scales(runs, names)
+    groups, unfinished = choose_scales(runs, names, finished_only)
     check_same_study([run for group in groups.values() for run in group.values()])
     folds = shared_folds(groups)
     if not folds:
         held = "; ".join(f"{name}: {folds_text(group)}" for name, group in groups.items())
         raise RunError(f"no fold has predictions of all scales ({held}): train and predict the missing ones")
+    remarks = remarks_on(group[fold] for group in groups.values() for fold in folds)
     parts = []
     with progress("ensemble", len(folds), unit="folds") as advance:
         for fold in folds:
-            parts.append(_fold([group[fold] for group in groups.values()]))
+            parts.append(_fold([group[fold] for group in groups.values()], remarks))
             advance(note=f"fold {fold}")
     weights, auroc, bce = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     configs = [group[folds[0]].config for group in groups.values()]
@@ -122,13 +130,14 @@ def ensemble(runs: Path, names: list[str] | None = None) -> EnsembleResult:
         auroc,
         bce,
         rules_note({name: {k: group[k] for k in folds} for name, group in groups.items()}),
+        tuple(unfinished),
     )
     write(runs / FOLDER, result)
     return result
 
 
-def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale."""
+def _fold(runs: Sequence[Run], remarks: Mapping[Path, str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale; remarks by folder."""
     of_fold = {"fold": runs[0].config.fold, "label": runs[0].config.labels}
     logits, targets, mask = join_logits(runs, "val")
     fitted, optimum = (
@@ -150,6 +159,7 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
                 "fold": run.config.fold,
                 "weight": np.where(can_fit, fitted[:, s], np.nan),
                 "em_weight": np.where(can_fit, optimum[:, s], np.nan),
+                "remark": remarks[run.folder],
             }
         )
         for s, run in enumerate(runs)
@@ -157,8 +167,17 @@ def _fold(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     logits, targets, mask = join_logits(runs, "test")
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": mixture.vote(logits), "stacked": mixture.log_odds(logits, fitted)}
+    told = {run.folder.parent.name: remarks[run.folder] for run in runs}
+    of_all = "; ".join(f"{name}: {remark}" for name, remark in told.items() if remark)
     auroc = [
-        pd.DataFrame({**of_fold, "method": method, "auroc": metrics.auroc(score, targets, mask)})
+        pd.DataFrame(
+            {
+                **of_fold,
+                "method": method,
+                "auroc": metrics.auroc(score, targets, mask),
+                "remark": told.get(method, of_all),
+            }
+        )
         for method, score in scores.items()
     ]
     return pd.concat(weights), pd.concat(auroc), pd.DataFrame({**of_fold, **bce})
@@ -194,8 +213,9 @@ def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
 def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -> list[str]:
     """What a reader must know to use the numbers; `brief`: the most important of it."""
     caution = "Validation logits served both early stopping and the ensemble's fit; test rows served neither."
+    left_out = f"Left out, unfinished: {', '.join(result.unfinished)}." if result.unfinished else ""
     if brief:
-        return [caution, origin_footnote(result.origins)]
+        return [caution, result.footnotes, left_out]
     fitted, weights, best = result.bce.dropna(), result.mean_weights(), result.best_single()
     both = [j for j, name in enumerate(best) if name in result.names and not np.isnan(weights[j]).any()]
     top = sum(result.names[weights[j].argmax()] == best[j] for j in both)
@@ -212,7 +232,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
         f"{voting.mean():.4f} above it."
         if len(fitted)
         else "",
-        origin_footnote(result.origins),
+        result.footnotes,
         result.rules,
         *(
             f"Validation rows of {folds_text(folds)} lack positives or negatives of {missing}: no weights can be fitted, so "
@@ -220,6 +240,7 @@ def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -
             for missing, folds in folds_without.items()
         ),
         left_out_note(result.left_out, "scale"),
+        left_out,
     ]
 
 
@@ -265,8 +286,8 @@ def write(folder: Path, result: EnsembleResult) -> None:
     folder.mkdir(exist_ok=True)
     tables = ensemble_table(result, brief=False), weights_table(result)
     for name, text in {
-        "weights.csv": result.weights.to_csv(index=False, lineterminator="\n"),
-        "auroc.csv": result.auroc.to_csv(index=False, lineterminator="\n"),
+        "weights.csv": csv_text(result.weights),
+        "auroc.csv": csv_text(result.auroc),
         "summary.md": "\n".join(table.markdown() for table in tables),
         "summary.tex": "\n".join(table.latex() for table in tables),
     }.items():

@@ -4,7 +4,7 @@ In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_su
 RUNS/evaluation/. Runs that did not answer the same questions are never joined; what is undefined is never a number.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cxrfast.analysis.join import (
     rules_note,
     with_predictions,
 )
+from cxrfast.analysis.marks import footnotes, group_remark, marked, origins
 from cxrfast.analysis.scores import (
     by_fold,
     folds_text,
@@ -34,9 +35,10 @@ from cxrfast.analysis.scores import (
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
 from cxrfast.progress import progress
-from cxrfast.runs.lineage import group_origins, marked_name, origin_footnote, origin_of
+from cxrfast.runs.lineage import origin_of
+from cxrfast.runs.remarks import remarks_on
 from cxrfast.splits import PARTS
-from cxrfast.tables import Table
+from cxrfast.tables import Table, csv_text
 
 FOLDER = "evaluation"
 
@@ -52,9 +54,10 @@ class Evaluation:
     labels: tuple[str, ...]
     """In the order of the logits."""
     table: pd.DataFrame
-    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives, compared.
+    """One line per run and finding: name, scale, start, fold, label, part, auroc, auprc, positives, negatives, compared,
+    remark.
 
-    compared: every group has this fold.
+    compared: every group has this fold. remark: what to know about the run, see `runs.remarks`; "" if nothing.
     """
     positives: dict[str, int]
     """By finding: rows of the part that hold it, over the folds of `lines`, each row counted once."""
@@ -62,6 +65,8 @@ class Evaluation:
     """Runs without predictions."""
     rules: str = ""
     """How rows and labels were chosen, the same for all runs."""
+    unfinished: tuple[str, ...] = ()
+    """Unfinished runs that were left out."""
 
     @property
     def is_compared(self) -> bool:
@@ -93,11 +98,20 @@ class Evaluation:
     @property
     def origins(self) -> dict[str, str]:
         """By name: where the first weights came from."""
-        return group_origins(zip(self.table["name"], self.table["start"], strict=True))
+        return origins(self.table)
+
+    def marked(self, shown: Mapping[str, str] | None = None) -> dict[str, str]:
+        """By name: what tables and figures show, with the signs that their footnotes explain. `shown`: default: the names."""
+        return marked(shown or {name: name for name in self.names}, self.lines)
+
+    @property
+    def footnotes(self) -> str:
+        """Explanations of the signs, one paragraph each."""
+        return footnotes(self.lines)
 
     def summary(self) -> pd.DataFrame:
         """One line per group and finding: name, scale, start, label, part, compared, folds, folds_defined, auroc_mean,
-        auroc_sd, auprc_mean, auprc_sd, positives.
+        auroc_sd, auprc_mean, auprc_sd, positives, remark.
 
         Means are over the folds that all groups have (`compared`), or over each group's own if there is no such fold.
         sd: sample standard deviation over the folds where the finding is defined; NaN with fewer than two.
@@ -111,21 +125,28 @@ class Evaluation:
             auprc_mean=("auprc", "mean"),
             auprc_sd=("auprc", "std"),
         )
-        return lines.reset_index().assign(positives=lambda frame: frame["label"].map(self.positives))
+        remarks = group_remark(self.lines)
+        return lines.reset_index().assign(
+            positives=lambda frame: frame["label"].map(self.positives),
+            remark=lambda frame: frame["name"].map(remarks),
+        )
 
 
-def evaluate(runs: Path, part: str = "test") -> Evaluation:
+def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
+
+    `finished_only`: leave out runs whose training is not done; otherwise they are marked.
 
     Raises RunError if no run has predictions, if runs cannot be joined, or if a run predicted other rows than
     the part's.
     """
     if part not in PARTS:
         raise RunError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
-    predicted, skipped = with_predictions(runs)
+    found = with_predictions(runs, finished_only)
+    predicted = found.runs
     groups = by_name(predicted)
     check_same_study(predicted)
-    shared = shared_folds(groups)
+    shared, remarks = shared_folds(groups), remarks_on(predicted)
     lines: dict[str, pd.DataFrame] = {}
     held: list[tuple[np.ndarray, np.ndarray]] = []  # by fold
     with progress("evaluate", len(predicted), unit="runs") as advance:
@@ -138,12 +159,21 @@ def evaluate(runs: Path, part: str = "test") -> Evaluation:
                     if fold in shared or not shared:
                         held.append((mine.row, _held(mine)))
                 check_same_rows(answers, mine)
-                lines[run.name] = score(mine).assign(compared=fold in shared)
+                lines[run.name] = score(mine).assign(compared=fold in shared, remark=remarks[run.folder])
                 advance(note=run.name)
     labels = predicted[0].config.labels
     positives = dict(zip(labels, distinct_positives(held), strict=True))
     table = pd.concat([lines[run.name] for run in predicted], ignore_index=True)
-    evaluation = Evaluation(part, tuple(groups), labels, table, positives, tuple(skipped), rules_note(groups))
+    evaluation = Evaluation(
+        part,
+        tuple(groups),
+        labels,
+        table,
+        positives,
+        tuple(found.without),
+        rules_note(groups),
+        tuple(found.unfinished),
+    )
     write(runs / FOLDER, evaluation)
     return evaluation
 
@@ -206,14 +236,15 @@ def auroc_table(evaluation: Evaluation) -> Table:
         left_out_note(evaluation.left_out, "column"),
         evaluation.rules,
         undefined_note(labels, columns, evaluation.part),
-        origin_footnote(evaluation.origins),
+        evaluation.footnotes,
         f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
+        f"Left out, unfinished: {', '.join(evaluation.unfinished)}." if evaluation.unfinished else "",
     )
     rows = score_rows(labels, columns, compared=evaluation.is_compared)
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(
         f"AUROC, {evaluation.part} rows",
-        ["Finding", "Positives", *(marked_name(name, start) for name, start in evaluation.origins.items())],
+        ["Finding", "Positives", *evaluation.marked().values()],
         [[label, counts.get(label, ""), *cells] for label, cells in rows],
         "\n".join(filter(None, notes)),
         total=True,
@@ -226,8 +257,8 @@ def write(folder: Path, evaluation: Evaluation) -> None:
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
     table = auroc_table(evaluation)
     for name, text in {
-        f"{stem}.csv": evaluation.table.to_csv(index=False, lineterminator="\n"),
-        f"{stem}_summary.csv": evaluation.summary().to_csv(index=False, lineterminator="\n"),
+        f"{stem}.csv": csv_text(evaluation.table),
+        f"{stem}_summary.csv": csv_text(evaluation.summary()),
         f"{stem}.md": table.markdown(),
         f"{stem}.tex": table.latex(),
     }.items():

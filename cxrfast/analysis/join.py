@@ -15,6 +15,7 @@ from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
+from cxrfast.runs.remarks import unfinished
 from cxrfast.runs.run import Run
 from cxrfast.units import counted
 
@@ -93,13 +94,35 @@ def _folds_note(groups: Mapping[str, Mapping[int, Run]]) -> list[str]:
     return notes
 
 
-def with_predictions(runs: Path) -> tuple[list[Run], list[str]]:
-    """The runs that have predictions, and the names of the others. Raises RunError if no run has any."""
+@dataclass(frozen=True)
+class Predicted:
+    """Runs below a folder that have predictions, and the names of those that are left out."""
+
+    runs: list[Run]
+    without: list[str]
+    """Those without predictions."""
+    unfinished: list[str]
+    """Those that are unfinished, if only finished ones were asked for."""
+
+
+def with_predictions(runs: Path, finished_only: bool = False) -> Predicted:
+    """The runs that have predictions; `finished_only`: and whose training is done. Raises RunError if there is none."""
     found = Run.find(runs)
     predicted = [run for run in found if run.has_predictions]
     if not predicted:
-        raise RunError(f"none of the {len(found)} runs in {runs} has predictions: `cxrfast predict {runs}/*/fold-*`")
-    return predicted, [run.name for run in found if not run.has_predictions]
+        none = "the only run" if len(found) == 1 else f"none of the {len(found):,} runs"
+        has = "has no predictions" if len(found) == 1 else "has predictions"
+        raise RunError(f"{none} in {runs} {has}: `cxrfast predict {runs}/*/fold-*`")
+    states = {run.name: unfinished(run) for run in predicted} if finished_only else {}
+    rest = [name for name, state in states.items() if state]
+    if len(rest) == len(predicted):
+        raise RunError(
+            f"no run in {runs} that has predictions is finished ({', '.join(f'{name}: {states[name]}' for name in rest[:3])}"
+            f"{', …' if len(rest) > 3 else ''}): finish the training, or leave out --finished-only"
+        )
+    return Predicted(
+        [run for run in predicted if run.name not in rest], [r.name for r in found if not r.has_predictions], rest
+    )
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
@@ -240,9 +263,15 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
         _refuse(first, second, f"{how_many} {example}")
 
 
-def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int, Run]]:
-    """Groups to combine, ascending in scale: name → fold → run. Raises RunError as `ensemble` does."""
-    predicted, skipped = with_predictions(runs)
+def choose_scales(
+    runs: Path, names: Sequence[str] | None, finished_only: bool = False
+) -> tuple[dict[str, dict[int, Run]], list[str]]:
+    """Groups to combine, ascending in scale: name → fold → run; and the names of the unfinished runs that are left out.
+
+    Raises RunError as `ensemble` does.
+    """
+    found = with_predictions(runs, finished_only)
+    predicted, skipped = found.runs, found.without
     known = {run.folder.parent.name: run.config for run in predicted}
     have = ", ".join(names or known)
     if unknown := sorted(set(names or ()) - set(known)):
@@ -258,11 +287,12 @@ def choose_scales(runs: Path, names: Sequence[str] | None) -> dict[str, dict[int
             )
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
+        waiting += f" (unfinished: {', '.join(found.unfinished)})" if found.unfinished else ""
         raise RunError(
             f"an ensemble needs predictions of one architecture at two scales or more, and {runs} has them only for "
             f"{have}{waiting}: train and predict another scale"
         )
-    return by_name(run for run in predicted if run.folder.parent.name in names)
+    return by_name(run for run in predicted if run.folder.parent.name in names), found.unfinished
 
 
 def join_logits(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

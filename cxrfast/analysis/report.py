@@ -112,7 +112,7 @@ def _summary(runs: list[Run]) -> Chapter:
 def _auroc(runs: Path, evaluation: evaluate.Evaluation) -> Chapter:
     chapter = Chapter("AUROC on the test rows", tables=[evaluate.auroc_table(evaluation)])
     if len(evaluation.names) > 1 and evaluation.is_compared:
-        caption = f"AUROC by resolution, mean ± sd over folds. {origin_footnote(evaluation.origins)}".strip()
+        caption = f"AUROC by resolution, mean ± sd over folds. {evaluation.footnotes}".strip()
         chapter.figures.append((caption, _saved(auroc_figure(evaluation), runs, "auroc.png")))
     return chapter
 
@@ -140,8 +140,8 @@ def auroc_figure(evaluation: evaluate.Evaluation) -> Figure:
             label=evaluation.labels[j],
         )
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    ticks = [f"{scales[name]} px" if scales.is_unique else name for name in names]
-    axes.set_xticks(x, [marked_name(tick, evaluation.origins[name]) for tick, name in zip(ticks, names, strict=True)])
+    ticks = evaluation.marked({name: f"{scales[name]} px" if scales.is_unique else name for name in names})
+    axes.set_xticks(x, list(ticks.values()))
     axes.set_ylabel("AUROC")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize="small")

@@ -7,27 +7,33 @@ import click
 from cxrfast.cli import options as option
 from cxrfast.cli.terminal import say, show
 
+FINISHED_ONLY = option.flag(
+    "--finished-only", "Leave out runs whose training is not done; otherwise they are marked with ‡."
+)
+
 
 @click.command()
 @option.RUNS
 @click.option("--part", type=click.Choice(["val", "test"]), default="test", help="Rows to score.")
-def evaluate(runs: Path, part: str) -> None:
+@FINISHED_ONLY
+def evaluate(runs: Path, part: str, finished_only: bool) -> None:
     """AUROC per finding and scale, mean ± sd over folds, for all predictions in RUNS."""
     from cxrfast.analysis.evaluate import auroc_table
     from cxrfast.analysis.evaluate import evaluate as evaluate_runs
 
-    show(auroc_table(evaluate_runs(runs, part)))
+    show(auroc_table(evaluate_runs(runs, part, finished_only=finished_only)))
     say(f"tables: {runs / 'evaluation'}")
 
 
 @click.command()
 @option.RUNS
-def ensemble(runs: Path) -> None:
+@FINISHED_ONLY
+def ensemble(runs: Path, finished_only: bool) -> None:
     """Stack the scales in RUNS with weights fitted on validation logits; compare with plain voting."""
     from cxrfast.analysis.ensemble import ensemble as stack_scales
     from cxrfast.analysis.ensemble import ensemble_table
 
-    show(ensemble_table(stack_scales(runs)))
+    show(ensemble_table(stack_scales(runs, finished_only=finished_only)))
     say(f"tables and figure: {runs / 'ensemble'}")
 
 

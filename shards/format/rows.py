@@ -1,6 +1,7 @@
 """Read and write the rows table, rows.parquet: one line per image; `row` = 0…N-1 is its permanent number at every scale."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -116,32 +117,37 @@ def _check_columns(file: pq.ParquetFile) -> None:
 
 
 def _check_values(table: pa.Table) -> None:
-    """Raises ValueError for values that `write_rows` never writes."""
+    """Raises ValueError for values that `write_rows` never writes, in whatever columns there are; `row` is one."""
+    there = table.column_names
     for name, (low, high) in RANGES.items():
+        if name not in there:
+            continue
         column = table[name]
         if column.null_count or (len(column) and not low <= pc.min(column).as_py() <= pc.max(column).as_py() <= high):
             raise ValueError(f"{name} is blank or not between {low} and {high}")
     if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
         raise ValueError("its rows are not numbered from 0 on")
     for name in ("image_id", "study_id", "patient_id", "path", "view", "split"):
+        if name not in there:
+            continue
         if table[name].null_count and name not in ("view", "split"):
             raise ValueError(f"{name} is blank")
         longest = pc.max(pc.binary_length(table[name])).as_py() or 0
         if longest > LONGEST_PATH or pc.any(pc.match_substring_regex(table[name], HIDDEN)).as_py():
             raise ValueError(f"{name} {find_fault(table[name].drop_null().to_pylist(), path_fault)}")
-    for name in table.column_names[len(COLUMNS) :]:
+    for name in (name for name in there if name not in COLUMNS):
         if not np.isin(table[name].drop_null().to_numpy(), (1, 0, -1)).all():
             raise ValueError(f"the label {shown(name)} holds more than 1, 0, -1 and blank")
 
 
-def read_rows(path: Path, info: SetInfo | None = None) -> pd.DataFrame:
-    """The table in the order of its rows. Raises ShardError if it is missing or damaged or lacks a column, or if the
+def read_rows(path: Path, info: SetInfo | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """The table in the order of its rows; `columns`: those to read, `row` among them. Raises ShardError if it is missing or damaged or lacks a column, or if the
     description inside is not `info`: its labels were replaced since."""
     try:
         with open(open_file(path), "rb") as file:  # opened once: it may be replaced at any time
             stored = pq.ParquetFile(file, page_checksum_verification=True)
             _check_columns(stored)
-            table = stored.read()
+            table = stored.read(columns=None if columns is None else list(columns))
         _check_values(table)
         rows = table.to_pandas(ignore_metadata=True)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from cxrfast.files import write_bytes, write_figure
 from cxrfast.shards.building.cautions import by_remark, rows_in_words
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
 from cxrfast.splits import FOLDS
-from cxrfast.tables import Table
+from cxrfast.tables import Table, markdown_text
 from cxrfast.units import size
 
 
@@ -167,8 +167,8 @@ def _references(counts: SetCounts) -> Table:
 
 def description_markdown(counts: SetCounts) -> str:
     """The tables for a terminal, and all counts by fold."""
-    text = f"# Shard set {counts.info.id}\n\n{heading(counts)}\n"
-    text += "".join(f"\nWarning: {caution}.\n" for caution in counts.cautions)
+    text = f"# Shard set {counts.info.id}\n\n{markdown_text(heading(counts))}\n"
+    text += "".join(f"\nWarning: {markdown_text(caution)}.\n" for caution in counts.cautions)
     return "\n".join([text, *(table.markdown() for table in [*description_tables(counts), *_by_fold(counts)])])
 
 

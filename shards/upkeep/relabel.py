@@ -21,6 +21,7 @@ from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, referenc
 from cxrfast.shards.sources.ids import check_join
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, check_patients, match_ids, shared_tail
 from cxrfast.shards.upkeep.label_table import LabelTable, read_label_table
+from cxrfast.tables import csv_text
 
 SHOWN = 20
 """Unmatched ids that a summary lists."""
@@ -142,7 +143,7 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None, all
         check_patients(table.patients, ids, rows, by, table.location)
     alone = _ids_of_one_side(ids, known)
     if unmatched is not None:
-        write_bytes(unmatched, alone.to_csv(index=False, lineterminator="\n").encode())
+        write_bytes(unmatched, csv_text(alone).encode())
     what = "studies" if by == "study_id" else "images"
     names = {"images": str(folder), "table": table.location, "what": what}
     check_join(

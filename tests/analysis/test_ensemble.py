@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from runs import make_run, shown, study_rows
+from runs import make_run, read_csv, shown, study_rows
 
 from cxrfast import metrics
 from cxrfast.analysis.ensemble import EnsembleResult, ensemble, ensemble_table, weights_figure
@@ -70,9 +70,9 @@ def test_test_scores_are_those_of_weights_fitted_on_validation(made, result):
 
 def test_files_hold_the_result_and_the_same_bytes_every_time(study):
     result, folder = ensemble(study), study / "ensemble"
-    weights, auroc = pd.read_csv(folder / "weights.csv"), pd.read_csv(folder / "auroc.csv")
-    assert list(weights) == ["label", "name", "scale", "start", "fold", "weight", "em_weight"]
-    assert list(auroc) == ["fold", "label", "method", "auroc"]
+    weights, auroc = (read_csv(folder / name) for name in ("weights.csv", "auroc.csv"))
+    assert list(weights) == ["label", "name", "scale", "start", "fold", "weight", "em_weight", "remark"]
+    assert list(auroc) == ["fold", "label", "method", "auroc", "remark"]
     assert set(auroc["method"]) == {*result.names, "voting", "stacked"}
     pd.testing.assert_frame_equal(weights, result.weights, check_dtype=False)
     for name in ("summary.md", "summary.tex"):
@@ -161,3 +161,21 @@ def test_a_scale_that_started_from_another_run_is_marked(study):
         assert "256 px†" not in text
     weights = pd.read_csv(study / "ensemble" / "weights.csv")
     assert weights.groupby("name")["start"].first()["densenet121-512"] == "from densenet121-256/fold-0"
+
+
+def test_an_unfinished_scale_is_marked(study):
+    Run.open(study / "densenet121-1024" / "fold-1").set_state("preempted", epoch=3, epochs=50)
+    result = ensemble(study)
+    remark = "unfinished, preempted after 3 of 50 epochs"
+    for text in ((study / "ensemble" / "summary.md").read_text(), shown(ensemble_table(result), 300)):
+        assert f"‡ {remark}: densenet121-1024 (fold 1)." in text
+        assert "1024 px‡" in text
+        assert "256 px‡" not in text
+    auroc = read_csv(study / "ensemble" / "auroc.csv")
+    assert auroc.query("label == 'Edema' and remark != ''").set_index(["fold", "method"])["remark"].to_dict() == {
+        (1, "densenet121-1024"): remark,
+        (1, "voting"): f"densenet121-1024: {remark}",
+        (1, "stacked"): f"densenet121-1024: {remark}",
+    }
+    weights = read_csv(study / "ensemble" / "weights.csv")
+    assert weights[weights["remark"] != ""].groupby(["name", "fold"]).size().to_dict() == {("densenet121-1024", 1): 4}

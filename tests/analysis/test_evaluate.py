@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from runs import LABELS, make_run, predict, shown, study_rows
+from commands import invoke
+from runs import LABELS, make_run, predict, read_csv, shown, study_rows
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cxrfast.analysis.ensemble import ensemble
@@ -60,12 +61,12 @@ def test_files_say_what_the_result_says_in_the_same_bytes_each_time(made):
     result = evaluate(made)
     assert {p.name: p.read_bytes() for p in (made / "evaluation").iterdir()} == before
     assert set(before) == {"auroc.csv", "auroc_summary.csv", "auroc.md", "auroc.tex"}
-    table = pd.read_csv(made / "evaluation" / "auroc.csv")
-    assert " ".join(table) == "name scale start fold label part auroc auprc positives negatives compared"
+    table = read_csv(made / "evaluation" / "auroc.csv")
+    assert " ".join(table) == "name scale start fold label part auroc auprc positives negatives compared remark"
     pd.testing.assert_frame_equal(table, result.table, check_dtype=False)
     summary = pd.read_csv(made / "evaluation" / "auroc_summary.csv")
     assert " ".join(summary) == (
-        "name scale start label part compared folds folds_defined auroc_mean auroc_sd auprc_mean auprc_sd positives"
+        "name scale start label part compared folds folds_defined auroc_mean auroc_sd auprc_mean auprc_sd positives remark"
     )
     assert summary["label"].tolist() == 2 * list(LABELS)
     one = summary.query("name == 'densenet121-256' and label == 'Edema'").iloc[0]
@@ -392,3 +393,63 @@ def test_a_scale_that_started_from_another_run_is_marked_in_every_table(study):
     assert starts["densenet121-256", 1] == "ImageNet"
     summary = pd.read_csv(study / "evaluation" / "auroc_summary.csv")
     assert set(summary.loc[summary["name"] == "densenet121-128", "start"]) == {"from densenet121-64"}
+
+
+def test_unfinished_and_partly_trained_runs_are_marked_in_every_table(study):
+    Run.open(study / "densenet121-512" / "fold-1").set_state("preempted", epoch=1, epochs=50)
+    (study / "densenet121-512" / "fold-0" / "state.json").unlink()
+    result = evaluate(study)
+    remark = (
+        "‡ unfinished, state.json is missing: densenet121-512 (fold 0); unfinished, preempted after 1 of 50 epochs: "
+        "densenet121-512 (fold 1)."
+    )
+    for text in ((study / "evaluation" / "auroc.md").read_text(), shown(auroc_table(result), 400)):
+        assert remark in text
+        assert "densenet121-512‡" in text
+        assert "densenet121-256‡" not in text
+    assert "densenet121-512‡" in (study / "evaluation" / "auroc.tex").read_text()
+    table = read_csv(study / "evaluation" / "auroc.csv")
+    assert table.groupby(["name", "fold"])["remark"].unique().str.join("|").to_dict() == {
+        ("densenet121-256", 0): "",
+        ("densenet121-256", 1): "",
+        ("densenet121-512", 0): "unfinished, state.json is missing",
+        ("densenet121-512", 1): "unfinished, preempted after 1 of 50 epochs",
+    }
+    summary = read_csv(study / "evaluation" / "auroc_summary.csv")
+    assert summary.groupby("name")["remark"].unique().str.join("|").to_dict() == {
+        "densenet121-256": "",
+        "densenet121-512": "unfinished, state.json is missing (fold 0); unfinished, preempted after 1 of 50 epochs (fold 1)",
+    }
+
+
+def test_a_fold_that_does_not_count_marks_nothing(study):
+    make_run(study, 256, 2, state="preempted")
+    text = (evaluate(study), (study / "evaluation" / "auroc.md").read_text())[1]
+    assert "‡" not in text
+    table = read_csv(study / "evaluation" / "auroc.csv")
+    assert set(table.query("fold == 2")["remark"]) == {"unfinished, preempted after 1 of 100 epochs"}
+
+
+def test_finished_only_leaves_unfinished_runs_out_and_names_them(study):
+    for scale, state in ((256, "failed"), (512, "running")):
+        make_run(study, scale, 2, state=state)
+    result = evaluate(study, finished_only=True)
+    assert result.folds == {"densenet121-256": [0, 1], "densenet121-512": [0, 1]}
+    text = (study / "evaluation" / "auroc.md").read_text()
+    assert "Left out, unfinished: densenet121-256/fold-2, densenet121-512/fold-2." in text
+    assert "‡" not in text
+    assert 2 not in set(pd.read_csv(study / "evaluation" / "auroc.csv")["fold"])
+    done = invoke("evaluate", study, "--finished-only")
+    assert done.exit_code == 0
+    assert "Left out, unfinished: densenet121-256/fold-2" in " ".join(done.output.split())
+    ensemble(study, finished_only=True)
+    assert "Left out, unfinished: densenet121-256/fold-2" in (study / "ensemble" / "summary.md").read_text()
+    assert set(pd.read_csv(study / "ensemble" / "weights.csv")["fold"]) == {0, 1}
+
+
+def test_nothing_finished_is_one_message(tmp_path):
+    make_run(tmp_path, 256, state="preempted")
+    for command in ("evaluate", "ensemble"):
+        done = invoke(command, tmp_path, "--finished-only")
+        assert done.exit_code == 2
+        assert "is finished (densenet121-256/fold-0: preempted after 1 of 100 epochs): finish" in done.stderr

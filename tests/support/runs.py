@@ -41,15 +41,18 @@ def make_run(
     quality: float | None = 1.0,
     name: str | None = None,
     shards: Path = Path("shards"),
+    state: str | None = "done",
     **options: Any,
 ) -> Run:
-    """A run of `study_rows` that predicted with `quality`; None: not at all. `options`: of TrainConfig."""
+    """A run of `study_rows` that predicted with `quality`; None: not at all. `state`: None: unknown. `options`: of TrainConfig."""
     batches = {"global_batch": 8, "micro_batch": 8, "learning_rate": 1e-4}
     config = TrainConfig(**{"set_id": "a1", "scale": scale, "fold": fold, "labels": LABELS, **batches, **options})
     folder = runs / (name or f"{config.arch}-{scale}") / f"fold-{fold}"
     run = Run.start(folder, config, shards, study_rows(fold) if rows is None else rows)
     if quality is not None:
         predict(run, quality)
+        if state is not None:
+            run.set_state(state, epoch=1)
     return run
 
 
@@ -98,3 +101,9 @@ def shown(table: Table, width: int = 160, color: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
     console.print(table.rich())
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of scores; the column remark is text, not NaN where it is empty."""
+    table = pd.read_csv(path, dtype={"remark": "str"})
+    return table.fillna({"remark": ""})

@@ -221,7 +221,7 @@ def test_labels_of_other_names_without_a_positive_are_described(copy, tmp_path):
     assert numbers(count_set(copy).flow, "step", "with a label")[0] == 73, "a negative is a label"
     assert heading(count_set(copy)).count("from mimic; 2 labels from t.csv; seed") == 1
     assert "Ten | pipes [b]" in shown(copy)
-    assert "| Ten \\| pipes [b] | 0 | 80 |" in description_markdown(count_set(copy))
+    assert r"| Ten \| pipes \[b\] | 0 | 80 |" in description_markdown(count_set(copy))
 
 
 def test_a_table_of_another_set_is_refused(copy, tiny_set):

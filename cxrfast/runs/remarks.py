@@ -1,0 +1,158 @@
+"""Remarks on runs whose numbers a reader must not take at face value: unfinished ones, those trained on a part of their set,
+and those whose set has other labels now.
+
+In: run folders, and their shard sets where they can be reached. Writes nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cxrfast.errors import RunError, ShardError
+from cxrfast.runs.run import Run
+from cxrfast.shards.shard_set import ShardSet
+from cxrfast.units import counted
+
+PARTLY_BUILT = "trained on a partly built set (--allow-partial)"
+
+
+def remarks_on(runs: Iterable[Run]) -> dict[Path, str]:
+    """What to know about each run, by its folder; "" if there is nothing. Several remarks are joined by `; `.
+
+    Reads the labels of each set once. Nothing is said about a set that is no longer where it was.
+    """
+    sets: dict[tuple[Path, str], LabelsNow | None] = {}
+    found = {}
+    for run in runs:
+        where = run.shards, run.config.set_id
+        if where not in sets:
+            sets[where] = LabelsNow.of(run)
+        known = sets[where]
+        change = known.compare(run) if known else None
+        state = unfinished(run)
+        remarks = [f"unfinished, {state}"] if state else []
+        remarks += [PARTLY_BUILT] if getattr(run.config, "allow_partial", False) else []
+        remarks += [f"its set has other labels now, {change.brief()}"] if change else []
+        found[run.folder] = "; ".join(remarks)
+    return found
+
+
+def unfinished(run: Run) -> str:
+    """Where the training stands, as `preempted after 1 of 50 epochs`; "" if it is done."""
+    try:
+        state = run.state()
+    except RunError:
+        return f"{run.state_path.name} is damaged"
+    name, epoch = state.get("state"), state.get("epoch")
+    if name == "done":
+        return ""
+    if name not in ("running", "preempted", "failed"):
+        return f"{run.state_path.name} does not say that it is done" if state else f"{run.state_path.name} is missing"
+    most = given if type(given := state.get("epochs")) is int else run.config.epochs
+    return f"{name} after {epoch:,} of {counted(most, 'epoch')}" if type(epoch) is int else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relabelling:
+    """How the labels of a set differ from those that a run was trained on."""
+
+    labels: int
+    """Labels of the run's rows that are different now."""
+    rows: int
+    """Rows that hold them."""
+    example: str
+    """One of them, as `Edema of row 5: 1 then, 0 now`."""
+    gone: tuple[str, ...]
+    """Labels of the run that the set no longer has."""
+    new_rows: int
+    """Rows outside the run that had no label then and have one now."""
+
+    def brief(self) -> str:
+        """`12 labels of 9 rows`, without commas."""
+        told = [f"{counted(self.labels, 'label')} of {counted(self.rows, 'row')}"] if self.labels else []
+        told += [f"{counted(self.new_rows, 'row')} labelled since"] if self.new_rows else []
+        told += [f"{counted(len(self.gone), 'label')} removed"] if self.gone else []
+        return " and ".join(told)
+
+    def in_words(self) -> str:
+        """What is different now, in full."""
+        differ = "differs" if self.labels == 1 else "differ"
+        told = []
+        if self.labels:
+            told.append(
+                f"{counted(self.labels, 'label')} of {counted(self.rows, 'row')} {differ}, such as {self.example}"
+            )
+        if self.new_rows:
+            told.append(
+                f"{counted(self.new_rows, 'row')} without any label then {'has' if self.new_rows == 1 else 'have'} one now"
+            )
+        if self.gone:
+            told.append(f"the set no longer has {', '.join(self.gone)}")
+        return "; ".join(told)
+
+
+class LabelsNow:
+    """The labels that a shard set holds now, to compare runs with.
+
+    Raises ShardError if its table cannot be read.
+    """
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        self.shard_set = shard_set
+        self.table = shard_set.rows(["row", "view", *shard_set.info.labels])
+
+    @classmethod
+    def of(cls, run: Run) -> "LabelsNow | None":
+        """The labels of the set that a run was trained on; None if that set is not there any more, or cannot be read."""
+        try:
+            shard_set = ShardSet(run.shards)
+            return cls(shard_set) if shard_set.info.id == run.config.set_id else None
+        except (ShardError, OSError, ValueError):  # the path comes from the run's folder, and may be anything
+            return None
+
+    def compare(self, run: Run) -> Relabelling | None:
+        """None if the run has the labels of now. Raises RunError if its rows cannot be read."""
+        names = [label for label in run.config.labels if label in self.table]
+        rows = run.rows(["row", *names])
+        rows = rows[rows["row"].between(0, len(self.table) - 1)]
+        row = rows["row"].to_numpy(np.int64)
+        then, now = rows[names].to_numpy(np.float32), self.table[names].to_numpy(np.float32)[row]
+        differ = ~((then == now) | (np.isnan(then) & np.isnan(now)))
+        gone = tuple(label for label in run.config.labels if label not in self.table)
+        new_rows = self._labelled_since(run, row)
+        if not (differ.any() or gone or new_rows):
+            return None
+        example = ""
+        if differ.any():
+            at, j = np.argwhere(differ)[0]
+            example = f"{names[j]} of row {row[at]}: {_value(then[at, j])} then, {_value(now[at, j])} now"
+        return Relabelling(
+            labels=int(differ.sum()),
+            rows=int(differ.any(axis=1).sum()),
+            example=example,
+            gone=gone,
+            new_rows=new_rows,
+        )
+
+    def _labelled_since(self, run: Run, row: np.ndarray) -> int:
+        """Number of rows that the run would use now, since they have a label, and that are not among its rows."""
+        config, is_relabelled = run.config, self.shard_set.info.labels_from != ""
+        if not is_relabelled or config.unlabelled != "drop" or config.limit is not None or config.subset is not None:
+            return 0
+        usable = self.table[[*self.shard_set.info.labels]].notna().any(axis=1).to_numpy(copy=True)
+        if config.views:
+            usable &= self.table["view"].isin(config.views).to_numpy()
+        others = np.setdiff1d(np.flatnonzero(usable), row)
+        if not len(others):
+            return 0
+        try:
+            return len(np.intersect1d(others, self.shard_set.held(config.scale)))  # others are in quarantine
+        except ShardError:
+            return 0
+
+
+def _value(raw: float) -> str:
+    return "blank" if pd.isna(raw) else f"{raw:g}"
