@@ -26,7 +26,7 @@ SPLITS = ("folds", "official", "auto")
 ORDERS = ("global", "block")
 ENGINES = ("auto", "dali", "host")
 
-LATER = ("allow_shared_patients", "blank", "unlabelled")
+LATER = ("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weighted_validation")
 """Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
 
 AUTO = -1
@@ -113,6 +113,8 @@ class TrainConfig:
     positive_weights: Annotated[
         bool, Option("Weight the positives of each label by its negatives / positives in the training rows.")
     ] = False
+    weighted_validation: bool = False
+    """Whether `positive_weights` weigh the validation loss as they do the training loss; not in runs of earlier versions."""
     split: Annotated[
         str,
         Option(
@@ -122,6 +124,10 @@ class TrainConfig:
     ] = "auto"
     """`make_config` resolves auto, so that runs store what they used."""
     allow_shared_patients: Annotated[bool, Option("Train even if a patient is in two parts of the split.")] = False
+    allow_partial: Annotated[bool, Option("Train on the rows that are there of a set whose build is not finished.")] = (
+        False
+    )
+    """In a run: whether rows were missing when it started."""
     views: Annotated[
         tuple[str, ...], Option("Use only this view position, such as PA; repeatable.", name="view", multiple=True)
     ] = ()
@@ -236,17 +242,17 @@ class TrainConfig:
 
     @property
     def hash(self) -> str:
-        """Hash of all fields. Equal hashes train equal runs."""
+        """Hash of all fields. Equal hashes train equal runs. A run keeps that of its start, see `Run.hash`."""
         later = {f.name: f.default for f in fields(self) if f.name in LATER}
         values = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """`name: mine, not theirs` for every field that differs."""
+        """`name: mine, not theirs` for every field that differs, except `epochs`, which a run may have more of later."""
         return [
             f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
             for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
+            if f.name != "epochs" and getattr(self, f.name) != getattr(other, f.name)
         ]
 
     @classmethod

@@ -31,6 +31,7 @@ from cxrfast.bench.harness import (
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import resolve_precision
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
@@ -78,7 +79,14 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     """A trainer whose steps have one micro-batch and whose epochs of training and validation hardly ever end."""
     # batches of 1, since there may be fewer rows than `micro_batch`: the orders below say how many images a step has
     config = make_config(
-        runtime.shards, scale, device=runtime.device, arch=arch, weights="none", global_batch=1, micro_batch=1
+        runtime.shards,
+        scale,
+        device=runtime.device,
+        arch=arch,
+        weights="none",
+        global_batch=1,
+        micro_batch=1,
+        precision=resolve_precision("auto", ranks.device),
     )
     reader = Reader(runtime.shards, scale)
     rows = select_rows(reader.shard_set.rows(), config, reader.rows)

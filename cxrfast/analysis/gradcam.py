@@ -110,7 +110,7 @@ def _gradcam_run(run: Run, label: str, images: int, shards: Path | None, device:
     maps, logits = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     result = Maps(rows, maps, logits, PART)
     arrays = {f"{_group(label)}/{name}": getattr(result, name) for name in ARRAYS}
-    run.add_maps(arrays, {_group(label): {"part": PART, "config_hash": run.config.hash}})
+    run.add_maps(arrays, {_group(label): {"part": PART, "config_hash": run.hash}})
     return result
 
 

@@ -37,6 +37,6 @@ def stored(run: Run, name: str, what: str, command: str) -> tuple[Any, dict[str,
     if group is None or name not in group:
         raise RunError(f"{run.name} has no {what} yet: `{command}`")
     attributes = group.attrs[name]
-    if attributes["config_hash"] != run.config.hash:
+    if attributes["config_hash"] != run.hash:
         raise RunError(f"the {what} in {run.maps_path} belongs to another run: measure again with `{command}`")
     return group, attributes

@@ -99,7 +99,7 @@ def _erf(run: Run, images: int, shards: Path | None, device: torch.device | str,
         radius_50=fields.energy_radius(found, 0.5),
         radius_95=fields.energy_radius(found, 0.95),
         theoretical=theoretical,
-        config_hash=run.config.hash,
+        config_hash=run.hash,
     )
     numbers = {name: value for name, value in asdict(result).items() if name not in ("map", "run")}
     run.add_maps({"erf": found}, {"erf": numbers})
@@ -116,7 +116,7 @@ def read_erf(run: Run) -> Erf:
 def has_erf(run: Run) -> bool:
     """True if the field of this configuration is stored."""
     group = run.open_maps()
-    return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.config.hash
+    return group is not None and group.attrs.get("erf", {}).get("config_hash") == run.hash
 
 
 FLOOR = 1e-4

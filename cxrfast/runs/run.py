@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 class _ConfigFile(TypedDict):
     config: dict[str, Any]
+    hash: NotRequired[str]
     shards: str
     origin: NotRequired[dict[str, Any]]
 
@@ -65,6 +66,7 @@ class Run(RunFolder):
     """Where its shard set was when it was started."""
     origin: Origin
     """Where its first weights came from."""
+    stored_hash: str | None = field(default=None, repr=False, compare=False)
     lease: Lease | None = field(default=None, repr=False, compare=False)
     """This process's right to write into the folder, checked before each write; None: not asked for."""
 
@@ -80,7 +82,7 @@ class Run(RunFolder):
             config = TrainConfig.from_json(value["config"])
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
-            return cls(folder, config, Path(value["shards"]), origin)
+            return cls(folder, config, Path(value["shards"]), origin, value.get("hash"))
         except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 
@@ -100,7 +102,7 @@ class Run(RunFolder):
     def start(
         cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame, origin: Origin | None = None
     ) -> "Run":
-        """Create the run, or continue the existing one if its configuration is the same.
+        """Create the run, or continue the existing one if its configuration is the same, whatever its number of epochs.
 
         Otherwise raises RunError naming the differences, unless the run failed before it had trained anything:
         then it is replaced. `origin`: of its first weights, if they were just loaded; default: what is recorded.
@@ -115,7 +117,7 @@ class Run(RunFolder):
                     "choose another --runs or --name, or give the same options to resume it"
                 )
             if not differences and origin in (None, earlier.origin):
-                return replace(run, origin=earlier.origin)
+                return replace(run, origin=earlier.origin, stored_hash=earlier.stored_hash)
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +134,19 @@ class Run(RunFolder):
             },
         )
         return run
+
+    @property
+    def hash(self) -> str:
+        """Hash of the configuration that it was started with. Its files carry it, and others with another are refused."""
+        return self.stored_hash or self.config.hash
+
+    def keep_epochs(self) -> None:
+        """Write the number of epochs of `config` into config.json, which keeps all else, its hash too."""
+        known = json.loads(self.config_path.read_bytes())
+        if known["config"]["epochs"] != self.config.epochs:
+            self.check_lease()
+            known["config"]["epochs"] = self.config.epochs
+            write_json(self.config_path, known)
 
     def as_origin(self) -> Origin:
         """The run as the origin of weights."""
@@ -245,7 +260,7 @@ class Run(RunFolder):
 
         self.check_lease()
         data = io.BytesIO()  # writing to a full disk itself, torch raises a RuntimeError about a position
-        torch.save({**checkpoint, "config_hash": self.config.hash}, data)
+        torch.save({**checkpoint, "config_hash": self.hash}, data)
         with replacing(self.checkpoint_path) as file:
             file.write(data.getbuffer())
 
@@ -263,7 +278,7 @@ class Run(RunFolder):
             raise RunError(
                 f"{path} is damaged ({type(error).__name__}): delete it to restart the run, or restore it"
             ) from error
-        if owner != self.config.hash:
+        if owner != self.hash:
             raise RunError(
                 f"{path} belongs to another configuration: delete it to restart the run, or choose another --runs"
             )
@@ -279,7 +294,7 @@ class Run(RunFolder):
         for figure in self.gradcam_paths().values():
             figure.unlink()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.config.hash}))
+        write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.hash}))
 
     def read_weights(self) -> "dict[str, torch.Tensor]":
         """The best weights, as a state dict. Raises RunError if they are missing or damaged."""
@@ -315,7 +330,7 @@ class Run(RunFolder):
             order = np.argsort(p.row)
             arrays[f"{part}/row"] = p.row[order].astype(np.int64)
             arrays[f"{part}/logits"] = p.logits[order].astype(np.float32)
-        owner = {"set_id": self.config.set_id, "config_hash": self.config.hash, "labels": list(self.config.labels)}
+        owner = {"set_id": self.config.set_id, "config_hash": self.hash, "labels": list(self.config.labels)}
         self.check_lease()
         write_arrays(self.predictions_path, arrays, owner)
 
@@ -325,7 +340,7 @@ class Run(RunFolder):
         if not self.has_predictions:
             raise RunError(f"{self.name} has no predictions: `cxrfast predict {self.folder}`")
         group = open_arrays(path)
-        if group.attrs.get("config_hash") != self.config.hash or group.attrs.get("set_id") != self.config.set_id:
+        if group.attrs.get("config_hash") != self.hash or group.attrs.get("set_id") != self.config.set_id:
             raise RunError(f"{path} belongs to another run: {again}")
         if part not in group:
             raise RunError(f"{path} has no part {part!r}: {again}")

@@ -32,7 +32,8 @@ from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
 from cxrfast.tables import Cell, Table
 from cxrfast.training.first_weights import refuse_other_fold, weights_file
-from cxrfast.training.setup import read_subset, select_rows, train_order
+from cxrfast.training.resume import kept, why_over
+from cxrfast.training.setup import is_partial, read_subset, select_rows, train_order
 from cxrfast.units import duration, size
 
 CHECKPOINT_COPIES = 7
@@ -186,6 +187,7 @@ def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
 def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) -> ScaleData:
     """Raises LoadError if the set does not hold the scale, RunError if the model cannot be trained at it."""
     with Reader(plan.runtime.shards, scale) as reader:
+        is_partial(reader, plan.options.get("allow_partial", False))
         held = reader.rows
     config = plan.config(scale, plan.folds[0], "cpu")
     with torch.device("meta"):  # shapes only, no numbers: quick
@@ -258,7 +260,7 @@ def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> tuple[str, int]
         )
     state = run.state()
     epochs = int(state.get("epoch") or 0)
-    if state.get("state") == "done":
+    if state.get("state") == "done" and why_over(run, kept(config, run.config)):
         return "done", epochs
     if not folder.has_checkpoint:
         return "start", 0

@@ -9,6 +9,7 @@ from cxrfast.errors import RunError
 from cxrfast.shards.parts import resolve_split
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
+from cxrfast.training.resume import kept
 from cxrfast.training.setup import make_config
 
 
@@ -41,12 +42,8 @@ class Plan:
         return f"{self.options.get('arch', TrainConfig.arch)}-{scale}/fold-{fold}"
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
-        """Differences from the configuration of a run on disk, except in what was left for the machine to choose."""
-        options = options_of(TrainConfig)
-        left = [name for name in ("precision", "micro_batch") if self.options.get(name, options[name][2]) == "auto"]
-        if config.allow_shared_patients:
-            left.append("allow_shared_patients")  # an earlier version did not ask
-        return [text for text in config.differences(other) if text.partition(":")[0] not in left]
+        """Differences from the configuration of a run on disk, except in what such a run keeps."""
+        return kept(config, other).differences(other)
 
     @property
     def shared_arguments(self) -> list[str]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cxrfast.config import TrainConfig
 from cxrfast.labels import positive_weights, targets
-from cxrfast.metrics import auroc, bce
+from cxrfast.metrics import auroc, bce, log_sigmoid
 
 EXPLODED = 100.0
 """Mean BCE of a step above which training ends; chance is 0.69."""
@@ -31,6 +31,7 @@ class Targets:
         self.host_target[rows["row"]], self.host_mask[rows["row"]] = target, mask
         self.target = torch.from_numpy(self.host_target).to(device)
         self.mask = torch.from_numpy(self.host_mask).to(device)
+        self.is_validation_weighted = config.weighted_validation
         self.positive_weights: torch.Tensor | None = None
         if config.positive_weights:
             is_train = (rows["part"] == "train").to_numpy()
@@ -45,18 +46,38 @@ class Targets:
         return masked_bce_sum(logits, self.target[row], self.mask[row], self.positive_weights)
 
     def validate(self, logits: np.ndarray, row: np.ndarray) -> dict[str, Any]:
-        """Loss, mean AUROC and AUROC by label for logits float32 (n, L); None where an AUROC is undefined."""
+        """Loss, mean AUROC and AUROC by label for logits float32 (n, L); None where an AUROC is undefined.
+
+        With positive weights, `val_loss` weighs positives as the training loss does, and `val_loss_unweighted` does not; in
+        runs of earlier versions `val_loss` does not either.
+        """
         target, mask = self.host_target[row], self.host_mask[row]
         per_label = auroc(logits, target, mask)
         defined = per_label[~np.isnan(per_label)]
         by_label = {
             name: None if np.isnan(value) else float(value) for name, value in zip(self.labels, per_label, strict=True)
         }
+        losses = {"val_loss": bce(logits, target, mask)}
+        if self.positive_weights is not None and self.is_validation_weighted:
+            weights = self.positive_weights.cpu().numpy()
+            losses = {
+                "val_loss": weighted_bce(logits, target, mask, weights),
+                "val_loss_unweighted": losses["val_loss"],
+            }
         return {
-            "val_loss": bce(logits, target, mask),
+            **losses,
             "val_auroc": float(defined.mean()) if len(defined) else None,
             "val_auroc_by_label": by_label,
         }
+
+
+def weighted_bce(logits: np.ndarray, target: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> float:
+    """Mean over unmasked entries of the binary cross-entropy in which positives of a label count `weights` (L,) times.
+
+    Logits, targets and mask: (n, L). NaN if everything is masked.
+    """
+    losses = -(weights * target * log_sigmoid(logits) + (1.0 - target) * log_sigmoid(-logits))[mask]
+    return float(losses.mean()) if losses.size else float("nan")
 
 
 class EpochLoss:

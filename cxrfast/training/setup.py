@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from cxrfast.labels import targets
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import compiled, resolve_precision
 from cxrfast.pipelines.order import TrainOrder
-from cxrfast.runs.folder import RunFolder
-from cxrfast.runs.run import Run, part_rows
+from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.run import part_rows
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.parts import Selection, check_unlabelled, masks_of_parts, named, resolve_split
 from cxrfast.shards.shard_set import ShardSet
@@ -40,7 +39,8 @@ def make_config(
 ) -> TrainConfig:
     """Configuration for a scale of a set: what is `given` and not None, else the preset of that scale.
 
-    `subset`: file of row numbers, one per line, to which the parts are restricted. Raises RunError for impossible values.
+    `subset`: file of row numbers, one per line, to which the parts are restricted. `precision` and `micro_batch` may stay
+    auto: the training resolves them when the run starts. Raises RunError for impossible values.
     """
     info = ShardSet(shards).info
     preset = presets.preset(scale)
@@ -53,34 +53,31 @@ def make_config(
     if subset is not None:
         given["subset"] = hashlib.sha256(read_subset(subset).astype("<i8").tobytes()).hexdigest()[:16]
     given["split"] = resolve_split(info, given.get("split", "auto"), given.get("fold", 0))
-    given["precision"] = resolve_precision(given.get("precision", "auto"), pick_device(device))
+    resolve_precision(given.get("precision", "auto"), pick_device(device))  # refuses what the device does not have
+    given.setdefault("weighted_validation", given.get("positive_weights", False))
     config = TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
     check_unlabelled(config.unlabelled, config.blanks)
     return config
 
 
-def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
-    """Micro-batch of the run in a folder, and the smallest of its other folds with this configuration; None where unknown."""
-    own, others = None, []
-    for path in folder.folder.parent.glob("fold-*"):
-        with suppress(RunError):  # a damaged run is reported when it is opened to be trained
-            run = Run.open(path)
-            if run.has_nothing_to_lose:  # its size may be what failed
-                continue
-            if path == folder.folder:
-                own = run.config.micro_batch
-            elif replace(run.config, fold=config.fold, micro_batch=config.micro_batch) == config:
-                others.append(run.config.micro_batch)
-    return own, min(others, default=None)
+def is_partial(reader: Reader, allowed: bool) -> bool:
+    """Whether shards of the set are still to be built at the reader's scale; quarantined rows are not missing.
 
-
-def as_started(folder: RunFolder, config: TrainConfig) -> TrainConfig:
-    """The configuration of the run in a folder if it was started before shared patients had to be allowed, else `config`."""
-    if config.allow_shared_patients and folder.is_started:
-        earlier = Run.open(folder.folder).config
-        if earlier == replace(config, allow_shared_patients=False):
-            return earlier
-    return config
+    Raises RunError for such a set unless it is `allowed`.
+    """
+    shard_set, scale = reader.shard_set, reader.scale
+    info, shards = shard_set.info, shard_set.shards(scale)
+    if len(shards) == info.shards:
+        return False
+    found = (
+        f"{shard_set.folder} holds {sum(len(info.rows_of(s)) for s in shards):,} of {info.images:,} rows at {scale} px"
+    )
+    if not allowed:
+        raise RunError(
+            f"{found}, since its build is not finished: finish it with the command that began it (`cxrfast shard --out "
+            f"{shard_set.folder} --scale {scale} …`), or train on the rows that are there with --allow-partial"
+        )
+    return True
 
 
 def select_rows(

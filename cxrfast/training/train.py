@@ -14,7 +14,6 @@ import torch
 
 from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import World, world
-from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
@@ -22,7 +21,7 @@ from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import locked_by_first
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.lock import Lease
-from cxrfast.training import setup
+from cxrfast.training import resume, setup
 from cxrfast.training.first_weights import origin_of_weights, refuse_other_fold, weights_file
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
 from cxrfast.training.trainer import Trainer
@@ -47,11 +46,18 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
             model.check_size(side)
         folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
         reader = Reader(runtime.shards, config.scale)
+        config = replace(config, allow_partial=setup.is_partial(reader, config.allow_partial))
         subset = None if runtime.subset is None else setup.read_subset(runtime.subset)
         rows = setup.select_rows(reader.shard_set.rows(), config, reader.rows, subset)
         log.info(f"{folder.name}: {setup.split_in_words(config, reader.info, rows)}")
-        for warning in setup.label_warnings(config, rows) if ranks.is_first else []:
-            log.warning(f"{folder.name}: {warning}")
+        if ranks.is_first:
+            missing = (
+                ["the set's build is not finished: only the rows that are there take part"]
+                if config.allow_partial
+                else []
+            )
+            for warning in [*missing, *setup.label_warnings(config, rows)]:
+                log.warning(f"{folder.name}: {warning}")
         with locked_by_first(folder, "training", ranks) as lease:
             return _train(config, runtime, ranks, model, reader, rows, folder, lease)
 
@@ -67,16 +73,16 @@ def _train(
     lease: Lease | None,
 ) -> Run:
     """As `train`, with what it has prepared; rank 0 has the lease of the folder."""
+    config = ranks.on_first(lambda: resume.as_started(folder, config, ranks.device))
     if config.micro_batch == AUTO:
-        own, other = ranks.on_first(lambda: setup.earlier_micro_batch(folder, config))
+        own, other = ranks.on_first(lambda: resume.earlier_micro_batch(folder, config))
         chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
-        if other and not own and chosen < other:
-            raise RunError(
-                f"--micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, so they could "
-                f"not be joined: train them all with --micro-batch {chosen}"
+        if other and not own and chosen < other and ranks.is_first:
+            log.warning(
+                f"{folder.name}: --micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, which "
+                f"their tables will say; to train them alike, give --micro-batch {chosen} to all"
             )
         config = replace(config, micro_batch=chosen)
-    config = ranks.on_first(lambda: setup.as_started(folder, config))
     # refuse sizes that do not fit before anything is written
     setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 
@@ -94,9 +100,9 @@ def _train(
         torch.manual_seed(config.seed + ranks.rank)
     with memory_explained(config, ranks):
         trainer = Trainer(run, ranks, model, reader, runtime)
-    if not ranks.on_first(lambda: run.is_done):
-        trainer.fit()
+    if over := ranks.on_first(lambda: resume.why_over(Run.open(run.folder), config) if run.is_done else ""):
+        log.info(f"{run.name} is done already: {over}; its weights are in {run.folder}")
     else:
-        log.info(f"{run.name} is done already; its weights are in {run.folder}")
+        trainer.fit()
     ranks.barrier()
     return replace(run, lease=None)

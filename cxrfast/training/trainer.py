@@ -94,6 +94,7 @@ class Trainer:
         self.restore()
         if self.ranks.is_first:
             self.heartbeat.write("running")
+            self.run.keep_epochs()
         self._log_engine()
         with ExitStack() as stack:
             if self.runtime.tensorboard and self.ranks.is_first:

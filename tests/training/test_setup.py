@@ -196,4 +196,5 @@ def test_the_options_of_a_study_make_the_configuration_of_its_runs(tiny_set, tmp
     config = plan.config(32, 1, "cpu")
     taken.assert_called_once_with(config, plan.runtime)
     changed = {text.partition(":")[0] for text in config.differences(make_config(tiny_set, 32, device="cpu"))}
-    assert changed >= {*options, "subset", "fold"} - {"precision"}
+    assert changed >= {*options, "subset", "fold"} - {"precision", "epochs"}
+    assert config.epochs == OPTIONS["epochs"]
