@@ -97,12 +97,12 @@ class Relabelling:
 class LabelsNow:
     """The labels that a shard set holds now, to compare runs with.
 
-    Raises ShardError if its table cannot be read.
+    `table`: its rows, if they are read already. Raises ShardError if they cannot be read.
     """
 
-    def __init__(self, shard_set: ShardSet) -> None:
+    def __init__(self, shard_set: ShardSet, table: pd.DataFrame | None = None) -> None:
         self.shard_set = shard_set
-        self.table = shard_set.rows(["row", "view", *shard_set.info.labels])
+        self.table = shard_set.rows(["row", "view", *shard_set.info.labels]) if table is None else table
 
     @classmethod
     def of(cls, run: Run) -> "LabelsNow | None":
@@ -152,6 +152,20 @@ class LabelsNow:
             return len(np.intersect1d(others, self.shard_set.held(config.scale)))  # others are in quarantine
         except ShardError:
             return 0
+
+
+def relabelling_note(run: Run, shard_set: ShardSet) -> str:
+    """A warning about a run that goes on with labels that its set no longer has; "" if it has them, or cannot be read."""
+    try:
+        change = LabelsNow(shard_set).compare(run)
+    except ShardError:
+        return ""
+    if change is None:
+        return ""
+    return (
+        f"{run.name} keeps the labels that it was started with, and its set was relabelled since: {change.in_words()}; to use "
+        "the new labels, train in another --runs folder"
+    )
 
 
 def _value(raw: float) -> str:

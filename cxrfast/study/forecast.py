@@ -25,6 +25,7 @@ from cxrfast.models.classifier import Classifier
 from cxrfast.models.weights import imagenet_file
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.remarks import LabelsNow
 from cxrfast.runs.run import Run
 from cxrfast.runs.status import SILENT_SECONDS, read_metrics
 from cxrfast.shards.shard_set import ShardSet
@@ -92,6 +93,8 @@ class ScaleData:
     """int64: rows in the set at this scale."""
     weight_bytes: int
     """Size of the model's weights, float32."""
+    labels: LabelsNow
+    """The set's labels, to compare runs with."""
 
 
 class Pace:
@@ -142,11 +145,12 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
     """
     shards = ShardSet(plan.runtime.shards)
     table = shards.rows()
+    labels = LabelsNow(shards, table)
     pace = Pace(plan.runtime.runs, rates)
     outlooks: list[Outlook] = []
     for scale in plan.scales:
         try:
-            data = read_scale(plan, scale, shards, table)
+            data = read_scale(plan, scale, labels)
         except CxrfastError as error:
             outlooks += [
                 Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=[str(error)])
@@ -158,15 +162,15 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
     disk = next(folder for folder in (runs, *runs.parents) if os.path.isdir(folder))
     room, free = sum(o.room for o in outlooks), shutil.disk_usage(disk).free
     refusals = [f"{o.name}: {text}" for o in outlooks for text in o.refusals]
-    refusals += _other_runs(plan, shards.info.id, {o.name for o in outlooks})
+    refusals += _other_runs(plan, labels, {o.name for o in outlooks})
     if room > free:
         refusals.append(f"checkpoints need {size(room)}, but {plan.runtime.runs} has {size(free)} free: make room")
     return Forecast(outlooks=outlooks, room=room, free=free, refusals=refusals, plan=plan)
 
 
-def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
+def _other_runs(plan: Plan, labels: LabelsNow, names: set[str]) -> list[str]:
     """Refusals for runs in RUNS outside this study, which would end up in the same tables."""
-    refusals = []
+    refusals, set_id = [], labels.shard_set.info.id
     for folder in RunFolder.below(plan.runtime.runs):
         if not folder.is_started:
             continue
@@ -178,24 +182,27 @@ def _other_runs(plan: Plan, set_id: str, names: set[str]) -> list[str]:
             continue
         if run.name not in names and run.config.set_id != set_id:
             refusals.append(other_set(run, plan, set_id))
+        elif run.name not in names:
+            with _collected(refusals):
+                check_labels(run, plan, labels)
     return refusals
 
 
 # One run
 
 
-def read_scale(plan: Plan, scale: int, shards: ShardSet, table: pd.DataFrame) -> ScaleData:
+def read_scale(plan: Plan, scale: int, labels: LabelsNow) -> ScaleData:
     """Raises LoadError if the set does not hold the scale, RunError if the model cannot be trained at it."""
     with Reader(plan.runtime.shards, scale) as reader:
         is_partial(reader, plan.options.get("allow_partial", False))
         held = reader.rows
-    config = plan.config(scale, plan.folds[0], "cpu")
+    config, info = plan.config(scale, plan.folds[0], "cpu"), labels.shard_set.info
     with torch.device("meta"):  # shapes only, no numbers: quick
-        model = Classifier(config.arch, len(shards.info.labels))
+        model = Classifier(config.arch, len(info.labels))
         for side in config.sides:
             model.check_size(side)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return ScaleData(scale, table, shards.info.rows_per_shard, held, weight_bytes)
+    return ScaleData(scale, labels.table, info.rows_per_shard, held, weight_bytes, labels)
 
 
 def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
@@ -213,7 +220,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
         outlook.images = _images_per_epoch(plan, data, config, selected)
     what, epochs, weights = "refused", 0, ""
     with _collected(outlook.refusals):
-        what, epochs = _find(plan, config, folder)
+        what, epochs = _find(plan, config, folder, data.labels)
     with _collected(outlook.refusals):
         weights = folder.checkpoint_path.name if what not in ("refused", "start") else _first_weights(config)
     if not outlook.refusals:
@@ -243,13 +250,15 @@ def _images_per_epoch(plan: Plan, data: ScaleData, config: TrainConfig, rows: pd
     return order.steps * order.global_batch
 
 
-def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> tuple[str, int]:
-    """What a run will do, as in Outlook, and its finished epochs. Raises RunError if it cannot be resumed."""
+def _find(plan: Plan, config: TrainConfig, folder: RunFolder, labels: LabelsNow) -> tuple[str, int]:
+    """What a run will do, as in Outlook, and its finished epochs. Raises RunError if it cannot be resumed, or if it has
+    labels that its set no longer has."""
     if not folder.is_started:
         return "start", 0
     run = Run.open(folder.folder)
     if run.config.set_id != config.set_id:
         raise RunError(other_set(run, plan, config.set_id))
+    check_labels(run, plan, labels)
     differences = plan.differences(config, run.config)
     if differences and run.has_nothing_to_lose:
         return "start", 0
@@ -266,6 +275,15 @@ def _find(plan: Plan, config: TrainConfig, folder: RunFolder) -> tuple[str, int]
         return "start", 0
     is_alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
     return f"resume in epoch {epochs + 1}{', runs now' if is_alive else ''}", epochs
+
+
+def check_labels(run: Run, plan: Plan, labels: LabelsNow) -> None:
+    """Raises RunError if a run of the plan's set has trained on labels that the set no longer has."""
+    if run.has_results and (change := labels.compare(run)):
+        raise RunError(
+            f"{run.folder} was trained before {plan.runtime.shards} was relabelled: {change.in_words()}; choose another RUNS to "
+            "train with the labels of now, or relabel the set with the former table to keep this run"
+        )
 
 
 def other_set(run: Run, plan: Plan, set_id: str) -> str:

@@ -1,5 +1,6 @@
 """Logits of a trained run for its validation and test rows, into predictions.zarr. One process, or several by torchrun."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import Advance, progress
 from cxrfast.runs.lease import locked_by_first
+from cxrfast.runs.remarks import relabelling_note
 from cxrfast.runs.run import Predictions, Run, part_rows
+
+log = logging.getLogger(__name__)
 
 PARTS = ("val", "test")
 
@@ -37,6 +41,8 @@ def predict(
 
 
 def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int | None) -> None:
+    if world.is_first and (note := relabelling_note(run, reader.shard_set)):
+        log.warning(note)
     model = run.load(world.device)
     table = run.rows()
     rows = {part: part_rows(table, part) for part in PARTS}

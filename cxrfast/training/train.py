@@ -19,6 +19,7 @@ from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import locked_by_first
+from cxrfast.runs.remarks import relabelling_note
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.lock import Lease
 from cxrfast.training import resume, setup
@@ -96,6 +97,8 @@ def _train(
         return Run.start(folder.folder, config, runtime.shards, rows, origin)
 
     run = replace(ranks.on_first(start), lease=lease)
+    if ranks.is_first and (note := relabelling_note(run, reader.shard_set)):
+        log.warning(note)
     if ranks.rank:  # else all ranks would drop the same units of different images
         torch.manual_seed(config.seed + ranks.rank)
     with memory_explained(config, ranks):

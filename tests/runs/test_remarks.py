@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from runs import make_untrained
+from sets import relabel_rows
 
 from cxrfast.runs.remarks import LabelsNow, remarks_on, unfinished
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
-from cxrfast.shards.upkeep.relabel import relabel
 
 PARTS = ["train", "val", "test"] * 50
 
@@ -23,19 +23,6 @@ def run(folder: Path, tmp_path: Path) -> Run:
     run = make_untrained(tmp_path / "runs", folder, PARTS)
     run.set_state("done", epoch=2)
     return run
-
-
-def relabelled(
-    shards: Path, tmp_path: Path, changed: dict[tuple[int, str], float], dropped: tuple[str, ...] = ()
-) -> None:
-    """Relabel the set with its own labels, except those in `changed`, by row and label; `dropped` labels are left out."""
-    rows = read_rows(shards / "rows.parquet").drop(columns=list(dropped))
-    for (row, label), value in changed.items():
-        rows.loc[row, label] = value
-    names = [name for name in rows.columns[12:] if not name.startswith("radiologist/")]
-    table = tmp_path / "labels.csv"
-    rows[["image_id", *names]].rename(columns={"image_id": "dicom_id"}).to_csv(table, index=False)
-    relabel(shards, table, labels=names)
 
 
 def a_label(run: Run, value: float, at: int = 0) -> tuple[int, str]:
@@ -76,7 +63,7 @@ def test_a_run_that_is_not_known_to_be_done_is_unfinished(run: Run, content: obj
 
 def test_changed_labels_are_counted(run: Run, folder: Path, tmp_path: Path) -> None:
     one, other = a_label(run, 1.0), a_label(run, 0.0)
-    relabelled(folder, tmp_path, {one: 0.0, other: -1.0})
+    relabel_rows(folder, tmp_path, {one: 0.0, other: -1.0})
     change = LabelsNow.of(run).compare(run)
     rows = len({one[0], other[0]})
     assert (change.labels, change.rows, change.gone, change.new_rows) == (2, rows, (), 0)
@@ -86,14 +73,14 @@ def test_changed_labels_are_counted(run: Run, folder: Path, tmp_path: Path) -> N
 
 
 def test_the_same_labels_from_another_table_are_no_change(run: Run, folder: Path, tmp_path: Path) -> None:
-    relabelled(folder, tmp_path, {})
+    relabel_rows(folder, tmp_path, {})
     assert remarks_on([run]) == {run.folder: ""}
 
 
 def test_rows_that_got_their_first_label_since_are_counted(run: Run, folder: Path, tmp_path: Path) -> None:
     """The run leaves out rows without any label."""
     rows = run.rows()
-    relabelled(folder, tmp_path, {})
+    relabel_rows(folder, tmp_path, {})
     rows[rows["row"] != 7].to_parquet(run.rows_path)
     change = LabelsNow.of(run).compare(run)
     assert (change.labels, change.new_rows) == (0, 1)
@@ -108,7 +95,7 @@ def test_rows_that_were_left_out_for_another_reason_are_not(
     run: Run, folder: Path, tmp_path: Path, options: dict
 ) -> None:
     rows = run.rows()
-    relabelled(folder, tmp_path, {})
+    relabel_rows(folder, tmp_path, {})
     rows[rows["row"] != 7].to_parquet(run.rows_path)
     config = json.loads(run.config_path.read_text())
     config["config"].update(options)
@@ -125,7 +112,7 @@ def test_rows_of_a_set_that_was_never_relabelled_are_not_counted(run: Run) -> No
 
 
 def test_a_label_that_the_set_lost_is_named(run: Run, folder: Path, tmp_path: Path) -> None:
-    relabelled(folder, tmp_path, {}, dropped=("Fracture",))
+    relabel_rows(folder, tmp_path, {}, dropped=("Fracture",))
     change = LabelsNow.of(run).compare(run)
     assert change.gone == ("Fracture",)
     assert change.in_words().endswith("the set no longer has Fracture")
@@ -135,13 +122,13 @@ def test_blank_labels_that_were_filled_in_are_counted(run: Run, folder: Path, tm
     rows = run.rows()
     labels = list(run.config.labels)
     row, j = np.argwhere(rows[labels].isna().to_numpy())[0]
-    relabelled(folder, tmp_path, {(int(rows["row"].iloc[row]), labels[j]): 1.0})
+    relabel_rows(folder, tmp_path, {(int(rows["row"].iloc[row]), labels[j]): 1.0})
     assert f"{labels[j]} of row {rows['row'].iloc[row]}: blank then, 1 now" in LabelsNow.of(run).compare(run).in_words()
 
 
 @pytest.mark.parametrize("what", ["gone", "another set", "damaged", "a pipe", "no path"])
 def test_nothing_is_said_of_a_set_that_cannot_be_read(run: Run, folder: Path, tmp_path: Path, what: str) -> None:
-    relabelled(folder, tmp_path, {a_label(run, 1.0): 0.0})
+    relabel_rows(folder, tmp_path, {a_label(run, 1.0): 0.0})
     assert remarks_on([run])[run.folder]
     if what == "gone":
         shutil.rmtree(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from commands import invoke
+from sets import relabel_rows
 
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
@@ -114,6 +115,37 @@ def test_runs_of_another_set_are_refused(tiny_set: Path, tmp_path: Path) -> None
     assert "densenet121-32/fold-0 was trained on set 0000000000000000" in text
     assert "densenet121-32/fold-4 was trained on set" in text, "though it is not of this study"
     assert text.count(f"{runs}/densenet121-32/fold-0 was trained") == 1
+
+
+def test_runs_made_before_a_relabelling_are_refused(folder: Path, tmp_path: Path) -> None:
+    plan, runs = planned(folder, tmp_path / "runs", [32], [0, 1, 2]), tmp_path / "runs"
+    done, begun = started(plan, state="done", epoch=10), started(plan, fold=1, state="preempted", epoch=4)
+    other = started(planned(folder, runs, [64], [4]), 64, 4, state="done", epoch=10)
+    forecast(plan).check()
+    rows = done.rows()
+    row = int(rows["row"][rows["Support Devices"] == 1].iloc[0])
+    relabel_rows(folder, tmp_path, {(row, "Support Devices"): 0.0})
+    result = forecast(plan)
+    text = refusals(result)
+    for run in (done, begun, other):
+        assert (
+            f"{run.folder} was trained before {folder} was relabelled: 1 label of 1 row differs, such as Support Devices of row {row}: "
+            "1 then, 0 now; choose another RUNS to train with the labels of now, or relabel the set with the former table"
+        ) in text
+    assert [o.what for o in result.outlooks] == ["refused", "refused", "start"]
+    assert text.count("was relabelled") == 3
+
+
+def test_a_run_that_has_trained_nothing_takes_the_labels_of_now(folder: Path, tmp_path: Path) -> None:
+    plan = planned(folder, tmp_path / "runs", [32], [0])
+    run = started(plan)
+    rows = run.rows()
+    row = int(rows["row"][rows["Support Devices"] == 1].iloc[0])
+    relabel_rows(folder, tmp_path, {(row, "Support Devices"): 0.0})
+    result = forecast(plan)
+    result.check()
+    assert result.outlooks[0].what == "start"
+    assert started(plan).rows().set_index("row").loc[row, "Support Devices"] == 0
 
 
 def test_a_precision_left_to_the_machine_may_differ(tiny_set: Path, tmp_path: Path) -> None:

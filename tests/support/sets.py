@@ -15,6 +15,7 @@ from cxrfast.shards.build import build as build_set
 from cxrfast.shards.building.build_report import Report
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.rows import read_rows
+from cxrfast.shards.upkeep.relabel import relabel
 from cxrfast.shards.upkeep.verify import verify
 
 REAL = Path(__file__).parents[3] / "shared" / "real"
@@ -105,3 +106,16 @@ def table_arguments(tree: Path, out: Path, *labels: str) -> list[str]:
         "--workers=1",
         *named,
     ]
+
+
+def relabel_rows(
+    shards: Path, tmp_path: Path, changed: dict[tuple[int, str], float], dropped: tuple[str, ...] = ()
+) -> None:
+    """Relabel the set with its own labels, except those in `changed`, by row and label; `dropped` labels are left out."""
+    rows = read_rows(shards / "rows.parquet").drop(columns=list(dropped))
+    for (row, label), value in changed.items():
+        rows.loc[row, label] = value
+    names = [name for name in rows.columns[12:] if not name.startswith("radiologist/")]
+    table = tmp_path / "labels.csv"
+    rows[["image_id", *names]].rename(columns={"image_id": "dicom_id"}).to_csv(table, index=False)
+    relabel(shards, table, labels=names)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sets import relabel_rows
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
@@ -53,3 +54,19 @@ def test_absent_and_damaged_weights_are_refused(run, tmp_path):
     other.weights_path.write_bytes(weights[: len(weights) // 2])
     with pytest.raises(RunError, match="is damaged"):
         predict(other, World(torch.device("cpu")))
+
+
+def test_a_run_whose_set_was_relabelled_is_predicted_with_a_warning(run, folder, tmp_path, caplog):
+    world = World(torch.device("cpu"))
+    with caplog.at_level("WARNING", "cxrfast"):
+        predict(run, world, shards=folder)
+        assert not caplog.records
+        rows = run.rows()
+        row = int(rows["row"][rows["Support Devices"] == 1].iloc[0])
+        relabel_rows(folder, tmp_path, {(row, "Support Devices"): -1.0})
+        predict(run, world, shards=folder)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "densenet121-32/fold-0 keeps the labels that it was started with, and its set was relabelled since: 1 label of 1 row "
+        f"differs, such as Support Devices of row {row}: 1 then, -1 now; to use the new labels, train in another --runs folder"
+    )

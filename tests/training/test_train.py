@@ -7,9 +7,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from sets import relabel_rows
 from trainings import FAST, OPTIONS, command, run_to_the_end
 
 import cxrfast.training.train
@@ -48,6 +50,17 @@ def test_a_training_leaves_what_the_next_steps_need_and_says_which_engine_it_cho
     assert json.loads((run.folder / "config.json").read_text())["hash"] == config.hash
     again = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert again.metrics() == lines, "a run that is done is not trained again"
+
+
+def test_a_run_whose_set_was_relabelled_keeps_its_labels_and_says_so(folder, tmp_path, caplog):
+    config = make_config(folder, 32, device="cpu", **{**FAST, "epochs": 1, "limit": 16})
+    runtime = Runtime(shards=folder, runs=tmp_path / "runs", device="cpu")
+    rows = train(config, runtime).rows()
+    row = int(rows["row"][rows["Support Devices"] == 1].iloc[0])
+    assert "relabelled" not in caplog.text
+    relabel_rows(folder, tmp_path, {(row, "Support Devices"): 0.0})
+    pd.testing.assert_frame_equal(train(config, runtime).rows(), rows)
+    assert f"such as Support Devices of row {row}: 1 then, 0 now; to use the new labels, train in another" in caplog.text
 
 
 @pytest.mark.slow
