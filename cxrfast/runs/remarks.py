@@ -34,7 +34,7 @@ def remarks_on(runs: Iterable[Run]) -> dict[Path, str]:
         change = known.compare(run) if known else None
         state = unfinished(run)
         remarks = [f"unfinished, {state}"] if state else []
-        remarks += [PARTLY_BUILT] if getattr(run.config, "allow_partial", False) else []
+        remarks += [PARTLY_BUILT] if run.config.allow_partial else []
         remarks += [f"its set has other labels now, {change.brief()}"] if change else []
         found[run.folder] = "; ".join(remarks)
     return found

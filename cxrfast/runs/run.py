@@ -105,8 +105,8 @@ class Run(RunFolder):
         """Create the run, or continue the existing one if its configuration is the same, whatever its number of epochs.
 
         Otherwise raises RunError naming the differences, unless the run failed before it had trained anything: then it is
-        replaced. One that has trained nothing takes the `rows` of now, whose labels may be others. `origin`: of its first
-        weights, if they were just loaded; default: what is recorded.
+        replaced. One that starts over takes the `rows` of now, whose labels may be others. `origin`: of its first weights, if
+        they were just loaded; default: what is recorded.
         """
         run = cls(folder, config, shards, origin or Origin.of_path(config))
         if run.is_started:
@@ -117,8 +117,10 @@ class Run(RunFolder):
                     f"{folder} holds a run of another configuration ({'; '.join(differences)}): "
                     "choose another --runs or --name, or give the same options to resume it"
                 )
-            if not differences and origin in (None, earlier.origin) and earlier.has_results:
-                return replace(run, origin=earlier.origin, stored_hash=earlier.stored_hash)
+            if not differences:
+                if not earlier.starts_over:
+                    return replace(run, origin=earlier.origin, stored_hash=earlier.stored_hash)
+                run = replace(run, origin=origin or earlier.origin)
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,15 +230,15 @@ class Run(RunFolder):
         return self.state().get("state") == "done"
 
     @property
-    def has_results(self) -> bool:
-        """True if anything has been trained."""
-        results = (self.checkpoint_path, self.weights_path, self.metrics_path, self.predictions_path)
-        return any(path.exists() for path in results)
+    def starts_over(self) -> bool:
+        """True if its training starts at the first epoch: it is not done, and there is no checkpoint to resume from."""
+        return not self.has_checkpoint and not self.is_done
 
     @property
     def has_nothing_to_lose(self) -> bool:
         """True if it failed before anything was trained, so that another configuration may take its folder."""
-        return self.state().get("state") == "failed" and not self.has_results
+        results = (self.checkpoint_path, self.weights_path, self.metrics_path)
+        return self.state().get("state") == "failed" and not any(path.exists() for path in results)
 
     # Metrics
 

@@ -278,8 +278,8 @@ def _find(plan: Plan, config: TrainConfig, folder: RunFolder, labels: LabelsNow)
 
 
 def check_labels(run: Run, plan: Plan, labels: LabelsNow) -> None:
-    """Raises RunError if a run of the plan's set has trained on labels that the set no longer has."""
-    if run.has_results and (change := labels.compare(run)):
+    """Raises RunError if a run of the plan's set is done, or goes on, with labels that the set no longer has."""
+    if not run.starts_over and (change := labels.compare(run)):
         raise RunError(
             f"{run.folder} was trained before {plan.runtime.shards} was relabelled: {change.in_words()}; choose another RUNS to "
             "train with the labels of now, or relabel the set with the former table to keep this run"

@@ -61,6 +61,13 @@ def test_a_run_that_is_not_known_to_be_done_is_unfinished(run: Run, content: obj
     assert remarks_on([run]) == {run.folder: f"unfinished, {text}"}
 
 
+def test_a_run_that_missed_rows_of_its_set_says_so(run: Run) -> None:
+    config = json.loads(run.config_path.read_text())
+    config["config"]["allow_partial"] = True
+    run.config_path.write_text(json.dumps(config))
+    assert remarks_on([Run.open(run.folder)]) == {run.folder: "trained on a partly built set (--allow-partial)"}
+
+
 def test_changed_labels_are_counted(run: Run, folder: Path, tmp_path: Path) -> None:
     one, other = a_label(run, 1.0), a_label(run, 0.0)
     relabel_rows(folder, tmp_path, {one: 0.0, other: -1.0})

@@ -136,9 +136,12 @@ def test_runs_made_before_a_relabelling_are_refused(folder: Path, tmp_path: Path
     assert text.count("was relabelled") == 3
 
 
-def test_a_run_that_has_trained_nothing_takes_the_labels_of_now(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_starts_over_takes_the_labels_of_now(folder: Path, tmp_path: Path) -> None:
+    """Such as one that was killed before its first checkpoint, or whose checkpoint was deleted since it was damaged."""
     plan = planned(folder, tmp_path / "runs", [32], [0])
     run = started(plan)
+    run.set_state("running", epoch=1)
+    run.add_metrics({"epoch": 0})
     rows = run.rows()
     row = int(rows["row"][rows["Support Devices"] == 1].iloc[0])
     relabel_rows(folder, tmp_path, {(row, "Support Devices"): 0.0})

@@ -60,7 +60,9 @@ def test_a_run_whose_set_was_relabelled_keeps_its_labels_and_says_so(folder, tmp
     assert "relabelled" not in caplog.text
     relabel_rows(folder, tmp_path, {(row, "Support Devices"): 0.0})
     pd.testing.assert_frame_equal(train(config, runtime).rows(), rows)
-    assert f"such as Support Devices of row {row}: 1 then, 0 now; to use the new labels, train in another" in caplog.text
+    assert (
+        f"such as Support Devices of row {row}: 1 then, 0 now; to use the new labels, train in another" in caplog.text
+    )
 
 
 @pytest.mark.slow
