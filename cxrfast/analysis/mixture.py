@@ -6,8 +6,6 @@ Arrays in, arrays out; S scales, N rows, L findings. Touches no files.
 from typing import Any
 
 import numpy as np
-import torch
-from torch.optim.adam import adam
 
 from cxrfast import metrics
 
@@ -78,6 +76,9 @@ def fit_weights(
     logits: (S, N, L), finite. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None:
     all do. A finding without positives or without negatives keeps equal weights.
     """
+    import torch  # which a report without an ensemble needs not load
+    from torch.optim.adam import adam
+
     weights, defined = uniform(logits), has_both_classes(targets, mask)
     if not defined.any():
         return weights

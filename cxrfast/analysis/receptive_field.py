@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cxrfast.analysis.energy import energy_centre, energy_radius, erf_size
 from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
-from cxrfast.models import receptive_field as fields
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def erf(
     run: Run,
     images: int = 64,
     shards: Path | None = None,
-    device: torch.device | str = "cpu",
+    device: "torch.device | str" = "cpu",
     seed: int = 0,
 ) -> Erf:
     """Measure the field on the run's first `images` validation images, in fp32, and store it in maps.zarr.
@@ -72,8 +75,10 @@ def erf(
         return _erf(held, images, shards, device, seed)
 
 
-def _erf(run: Run, images: int, shards: Path | None, device: torch.device | str, seed: int) -> Erf:
-    frame = run.rows()
+def _erf(run: Run, images: int, shards: Path | None, device: "torch.device | str", seed: int) -> Erf:
+    from cxrfast.models import receptive_field as fields  # torch, which figures do without
+
+    frame = run.rows(["row", "part"])
     rows = part_rows(frame, "val")[: max(images, 0)]
     if not len(rows):
         raise RunError(
@@ -86,7 +91,7 @@ def _erf(run: Run, images: int, shards: Path | None, device: torch.device | str,
         for batch in batches(run, rows, shards, device, f"erf {run.name}")
     )
     found = fields.effective_receptive_field(model, moved).astype(np.float32)
-    size, theoretical = fields.erf_size(found), None
+    size, theoretical = erf_size(found), None
     with suppress(RunError):  # none is known for some architectures
         theoretical = fields.theoretical_receptive_field(run.config.arch)[0]
     result = Erf(
@@ -96,8 +101,8 @@ def _erf(run: Run, images: int, shards: Path | None, device: torch.device | str,
         seed=seed,
         size=size,
         fraction=size / scale,
-        radius_50=fields.energy_radius(found, 0.5),
-        radius_95=fields.energy_radius(found, 0.95),
+        radius_50=energy_radius(found, 0.5),
+        radius_95=energy_radius(found, 0.95),
         theoretical=theoretical,
         config_hash=run.hash,
     )
@@ -142,11 +147,11 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
         axes.set_axis_off()
     for axes, ((side, name), found) in zip(panels, groups.items(), strict=False):
         erf_map = np.mean([e.map for e in found], axis=0)
-        size = fields.erf_size(erf_map)
+        size = erf_size(erf_map)
         shares = np.maximum(erf_map / (erf_map.max() or 1), FLOOR)
         shown = axes.imshow(shares, norm=LogNorm(FLOOR, 1), cmap="magma", extent=(0, side, side, 0))
         # A square as large as the image fits only in its middle, wherever the centre of mass is.
-        y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in fields.energy_centre(erf_map))
+        y, x = (min(max(c + 0.5 - size / 2, 0), side - size) for c in energy_centre(erf_map))
         axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor="cyan", linewidth=1.5))
         known = f"theoretical {found[0].theoretical} px, " if found[0].theoretical else ""
         many = f"{len(found)} folds × " if len(found) > 1 else ""

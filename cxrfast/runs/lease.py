@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
-from cxrfast.distributed import World
 from cxrfast.errors import RunError
 from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.format.lock import Lease
+
+if TYPE_CHECKING:
+    from cxrfast.distributed import World  # torch, which tables do without
 
 
 class InUse(RunError):
@@ -31,7 +34,7 @@ def locked(run: RunFolder, task: str) -> Iterator[Lease]:
 
 
 @contextmanager
-def locked_by_first(run: RunFolder, task: str, ranks: World) -> Iterator[Lease | None]:
+def locked_by_first(run: RunFolder, task: str, ranks: "World") -> Iterator[Lease | None]:
     """Rank 0 holds the lease for all ranks, which call this together; the others get None, or exit if it is refused."""
     with ExitStack() as stack:
         held: list[Lease] = []

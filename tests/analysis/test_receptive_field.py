@@ -7,6 +7,7 @@ import pytest
 from runs import SMALL, make_untrained
 
 from cxrfast.analysis import maps
+from cxrfast.analysis.energy import erf_size
 from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
 from cxrfast.errors import RunError
 from cxrfast.models import receptive_field as fields
@@ -67,7 +68,7 @@ def test_the_figure_has_a_panel_a_scale_with_its_numbers(tiny_set, tmp_path):
     assert len(titles) == 2
     assert titles[0].startswith(f"32 px: ERF {measured[32, 0].size:.0f} px, {100 * measured[32, 0].fraction:.0f} %")
     mean = (measured[64, 0].map + measured[64, 1].map) / 2
-    assert titles[1].startswith(f"64 px: ERF {fields.erf_size(mean):.0f} px")
+    assert titles[1].startswith(f"64 px: ERF {erf_size(mean):.0f} px")
     assert "2 folds" in titles[1]
     with pytest.raises(RunError, match="no runs"):
         erf_figure([])

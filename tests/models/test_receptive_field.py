@@ -12,6 +12,7 @@ from runs import noise
 from torch import nn
 from torchvision.transforms import functional as vision
 
+from cxrfast.analysis.energy import energy_centre, energy_radius, erf_size
 from cxrfast.errors import RunError
 from cxrfast.models import receptive_field as fields
 from cxrfast.models.classifier import Classifier
@@ -103,7 +104,7 @@ def test_a_unit_that_nothing_reaches_gives_zeros_not_nan() -> None:
     nn.init.zeros_(conv.weight)
     found = fields.effective_receptive_field(with_features(conv), [noise(1, 8)])
     assert not found.any()
-    assert fields.erf_size(found) == fields.energy_radius(found, 0.5) == 0
+    assert erf_size(found) == energy_radius(found, 0.5) == 0
     with pytest.raises(RunError, match="at least one image"):
         fields.effective_receptive_field(with_features(conv), [])
 
@@ -139,17 +140,17 @@ def test_a_square_has_its_own_size() -> None:
     erf_map[5:17, 20:32] = 0.046
     erf_map[10, 25] = 1.0
     erf_map[30:, :] = 0.045  # below 1 - 0.9545
-    assert fields.erf_size(erf_map) == 12
+    assert erf_size(erf_map) == 12
 
 
 @pytest.mark.parametrize("centre", [(100, 100), (90.5, 104)])
 def test_a_gaussian_has_its_analytic_size_and_radii(centre: tuple[float, float]) -> None:
     sigma, (y, x) = 12.0, np.indices((201, 201))
     erf_map = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * sigma**2))
-    assert fields.energy_centre(erf_map) == pytest.approx(centre, abs=1e-3)
-    assert fields.erf_size(erf_map) == pytest.approx(sigma * math.sqrt(-2 * math.pi * math.log(0.0455)), rel=0.01)
-    assert fields.energy_radius(erf_map, 0.5) == pytest.approx(sigma * math.sqrt(2 * math.log(2)), abs=0.5)
-    assert fields.energy_radius(erf_map, 0.95) == pytest.approx(sigma * math.sqrt(2 * math.log(20)), abs=0.5)
+    assert energy_centre(erf_map) == pytest.approx(centre, abs=1e-3)
+    assert erf_size(erf_map) == pytest.approx(sigma * math.sqrt(-2 * math.pi * math.log(0.0455)), rel=0.01)
+    assert energy_radius(erf_map, 0.5) == pytest.approx(sigma * math.sqrt(2 * math.log(2)), abs=0.5)
+    assert energy_radius(erf_map, 0.95) == pytest.approx(sigma * math.sqrt(2 * math.log(20)), abs=0.5)
 
 
 # In theory
