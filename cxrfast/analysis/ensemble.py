@@ -29,7 +29,7 @@ from cxrfast.analysis.scores import (
 )
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes, write_figure
-from cxrfast.progress import progress
+from cxrfast.progress import Advance, progress
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
 from cxrfast.runs.run import Run
@@ -113,10 +113,9 @@ def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool 
         raise RunError(f"no fold has predictions of all scales ({held}): train and predict the missing ones")
     remarks = remarks_on(group[fold] for group in groups.values() for fold in folds)
     parts = []
-    with progress("ensemble", len(folds), unit="folds") as advance:
+    with progress("ensemble", STEPS * len(folds), unit="steps") as advance:
         for fold in folds:
-            parts.append(_fold([group[fold] for group in groups.values()], remarks))
-            advance(note=f"fold {fold}")
+            parts.append(_fold([group[fold] for group in groups.values()], remarks, advance))
     weights, auroc, bce = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     configs = [group[folds[0]].config for group in groups.values()]
     left_out = {name: sorted(rest) for name, group in groups.items() if (rest := set(group) - set(folds))}
@@ -136,14 +135,22 @@ def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool 
     return result
 
 
-def _fold(runs: Sequence[Run], remarks: Mapping[Path, str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+STEPS = 4
+"""Steps of a fold that the progress bar counts: to read validation logits, to fit weights, to find their optimum, to test."""
+
+
+def _fold(
+    runs: Sequence[Run], remarks: Mapping[Path, str], advance: Advance
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale; remarks by folder."""
+    name = f"fold {runs[0].config.fold}"
     of_fold = {"fold": runs[0].config.fold, "label": runs[0].config.labels}
     logits, targets, mask = join_logits(runs, "val")
-    fitted, optimum = (
-        mixture.fit_weights(logits, targets, mask),
-        mixture.fit_weights_by_em(logits, targets, mask),
-    )  # (L, S)
+    advance(note=f"{name}: weights")
+    fitted = mixture.fit_weights(logits, targets, mask)  # (L, S)
+    advance(note=f"{name}: optimum")
+    optimum = mixture.fit_weights_by_em(logits, targets, mask)  # (L, S)
+    advance(note=f"{name}: test")
     can_fit = mixture.has_both_classes(targets, mask)
     compared = {"voting": mixture.uniform(logits), "stacked": fitted, "optimum": optimum}
     bce = {
@@ -180,6 +187,7 @@ def _fold(runs: Sequence[Run], remarks: Mapping[Path, str]) -> tuple[pd.DataFram
         )
         for method, score in scores.items()
     ]
+    advance(note=name)
     return pd.concat(weights), pd.concat(auroc), pd.DataFrame({**of_fold, **bce})
 
 

@@ -12,6 +12,9 @@ import zarr
 from cxrfast.errors import RunError
 from cxrfast.files import TEMPORARY
 
+CHUNK_BYTES = 2**24
+"""Most bytes in a chunk of several rows."""
+
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
     """Write a zarr group that replaces `path` once it is complete."""
@@ -21,13 +24,21 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mappi
     group = zarr.open_group(temporary, mode="w", zarr_format=3)
     for name, array in arrays.items():
         lost = np.nan if array.dtype.kind == "f" else 0  # value of a chunk that is lost later; zarr's default is 0
-        made = group.create_array(name, shape=array.shape, dtype=array.dtype, fill_value=lost)
+        made = group.create_array(
+            name, shape=array.shape, dtype=array.dtype, chunks=_chunk_shape(array), fill_value=lost
+        )
         made[...] = array
     group.attrs.update(dict(attributes))
     if path.exists():
         os.replace(path, old)
     os.replace(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _chunk_shape(array: np.ndarray) -> tuple[int, ...]:
+    """Whole rows, so that one file holds most arrays: each file costs a look-up, which network storage answers slowly."""
+    rows = CHUNK_BYTES * len(array) // max(array.nbytes, 1)
+    return max(min(rows, len(array)), 1), *(max(side, 1) for side in array.shape[1:])
 
 
 def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:

@@ -5,10 +5,12 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrfast import metrics
+from cxrfast.analysis import mixture
 from cxrfast.analysis.mixture import fit_weights, fit_weights_by_em, log_odds, mixture_bce, uniform, vote
 
 
@@ -169,3 +171,27 @@ def test_very_sure_scales_are_not_tied_by_voting_or_stacking(sign):
 def test_a_vote_does_not_depend_on_which_scale_gave_which_logit():
     logits = np.random.default_rng(2).normal(size=(5, 200, 2)) * 20
     np.testing.assert_array_equal(vote(logits), vote(logits[[3, 0, 4, 2, 1]]))
+
+
+def test_the_fit_is_torchs_adam_with_exponential_decay_to_the_last_bit():
+    rng = np.random.default_rng(4)
+    logits, targets = rng.normal(size=(3, 400, 2)).astype(np.float32), (rng.random((400, 2)) < 0.3).astype(np.float32)
+    ratio, share = (torch.from_numpy(a[..., [True, True]]) for a in mixture._ratios(logits, targets, None))
+    v = torch.zeros((2, 3), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([v], lr=mixture.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, mixture.DECAY)
+    for _ in range(mixture.EPOCHS):
+        optimiser.zero_grad()
+        (-(share * torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1)).log()).sum()).backward()
+        optimiser.step()
+        schedule.step()
+    np.testing.assert_array_equal(fit_weights(logits, targets), torch.softmax(v.detach(), dim=1).numpy())
+
+
+def test_log_odds_do_not_depend_on_how_many_rows_are_computed_at_a_time(monkeypatch):
+    rng = np.random.default_rng(5)
+    logits, weights = rng.normal(size=(3, 50, 2)).astype(np.float32), np.full((2, 3), 1 / 3)
+    whole = log_odds(logits, weights)
+    monkeypatch.setattr(mixture, "BLOCK", 7)
+    np.testing.assert_array_equal(log_odds(logits, weights), whole)
+    assert log_odds(logits[:, :0], weights).shape == (0, 2)

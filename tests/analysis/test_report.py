@@ -1,5 +1,7 @@
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,29 @@ def test_the_report_is_one_file_that_names_images_by_id_alone(drawn):
     for name in ("patient_id", "image_id"):
         assert not re.search(rf"\b{run.rows()[name].iloc[0]}\b", text)
     assert sorted(p.name for p in (drawn.parent / "figures").iterdir()) == ["auroc.png", "learning.png", "weights.png"]
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+
+from cxrfast.analysis import evaluate, report
+
+evaluate.evaluate(Path(sys.argv[1]))
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_tables_and_report_read_no_ids_and_load_no_torch_to_do_so(tmp_path):
+    runs = make_runs(tmp_path, whole=True)
+    files = [tmp_path / name for name in ("evaluation/auroc.csv", "ensemble/weights.csv", "ensemble/auroc.csv")]
+    report(tmp_path)
+    whole = [path.read_bytes() for path in files]
+    for one in runs:
+        one.rows().drop(columns=["image_id", "patient_id"]).to_parquet(one.rows_path, index=False)
+    report(tmp_path)
+    assert [path.read_bytes() for path in files] == whole
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, tmp_path], check=True)
 
 
 def test_the_figure_draws_defined_findings_and_no_bar_beyond_one(tmp_path):

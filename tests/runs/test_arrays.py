@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cxrfast.errors import RunError
-from cxrfast.runs.arrays import open_arrays, read_array, update_arrays
+from cxrfast.runs import arrays
+from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
 
 
 def test_maps_of_one_kind_survive_the_writing_of_another(tmp_path):
@@ -32,6 +33,19 @@ def test_maps_survive_a_process_killed_between_two_renames_and_damaged_ones_are_
     with pytest.raises(RunError, match="delete it"):
         update_arrays(path, {"other": np.zeros(2)}, {})
     assert (path / "erf").is_dir()
+
+
+def test_an_array_is_one_file_until_it_is_large(tmp_path, monkeypatch):
+    logits = np.arange(42, dtype=np.float32).reshape(6, 7)
+    write_arrays(tmp_path / "whole.zarr", {"logits": logits, "none": logits[:0]}, {})
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 2 * logits[0].nbytes)
+    write_arrays(tmp_path / "parts.zarr", {"logits": logits, "none": logits[:0]}, {})
+    for name, files in (("whole", 1), ("parts", 3)):
+        group = open_arrays(tmp_path / f"{name}.zarr")
+        np.testing.assert_array_equal(read_array(group, "logits", ""), logits)
+        assert read_array(group, "none", "").shape == (0, 7)
+        chunks = [path for path in (tmp_path / f"{name}.zarr" / "logits" / "c").rglob("*") if path.is_file()]
+        assert len(chunks) == files
 
 
 class Trap:
