@@ -3,6 +3,7 @@
 The rows table of a set comes in; row numbers and labels of a part go out. It reads and writes no files.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,17 +84,30 @@ def check_unlabelled(unlabelled: str, blanks: Sequence[str]) -> None:
         )
 
 
+def divide(table: pd.DataFrame, split: str, fold: int) -> dict[str, np.ndarray]:
+    """Masks of train, val and test over all rows of a set, bool (images,) each."""
+    if split == "official":
+        return official_masks(table["split"].to_numpy())
+    return part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), fold)
+
+
+def division(table: pd.DataFrame, split: str, fold: int) -> str:
+    """Hash of the part of every row of a set.
+
+    Sets with one id hold the same images, but their split column, or folds of their own, may differ.
+    """
+    masks = divide(table, split, fold)
+    part = np.select([masks[name] for name in PARTS], [1, 2, 3], default=0).astype(np.uint8)
+    return hashlib.sha256(part[np.argsort(table["row"].to_numpy())].tobytes()).hexdigest()[:16]
+
+
 def masks_of_parts(table: pd.DataFrame, held: np.ndarray, selection: Selection) -> dict[str, np.ndarray]:
     """Masks of the rows of train, val and test, bool (images,) each; a part may be empty.
 
     `table`: the set's rows. `held`: int64, rows that are built. Raises RunError if a name or row of `selection` is not in the
     set, if its split lacks a part, or if two parts hold a patient and `selection` does not allow it.
     """
-    parts = (
-        official_masks(table["split"].to_numpy())
-        if selection.split == "official"
-        else part_masks(table["fold"].to_numpy(), table["block"].to_numpy(), selection.fold)
-    )
+    parts = divide(table, selection.split, selection.fold)
     usable = table["row"].isin(held).to_numpy(copy=True)
     if selection.unlabelled == "drop":
         usable &= table[list(selection.labels)].notna().any(axis=1).to_numpy()

@@ -10,6 +10,7 @@ from torch import nn
 
 from cxrfast.errors import RunError
 from cxrfast.models.densenet import ARCHITECTURES, lean
+from cxrfast.models.head import check_outputs, head_name, use_float32
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet, as torchvision's weights expect."""
@@ -42,7 +43,8 @@ def check_arch(arch: str) -> None:
 class Classifier(nn.Module):
     """`normalise`, then a torchvision classifier `net` with one logit per finding: float (N, L).
 
-    DenseNets are torchvision's, made to use less memory (see `densenet`); with `recompute` even less, for more time.
+    The last layer computes in float32, also under autocast (see `head`). DenseNets are torchvision's, made to use less memory
+    (see `densenet`); with `recompute` even less, for more time.
     Raises RunError for an unknown architecture, or for `recompute` with one that does not support it.
     """
 
@@ -57,13 +59,18 @@ class Classifier(nn.Module):
         self.normalise = Normalise()
         net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
         self.net = lean(net, recompute) if arch in ARCHITECTURES else net
+        self.outputs = outputs
+        self.head = head_name(net)
+        """Name of the last layer in `net`; None if it is not known."""
+        if self.head is not None:
+            use_float32(net, self.head)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.net(self.normalise(image))
 
     def check_size(self, side: int) -> None:
-        """Raise RunError if images of `side` px are too small for the network, or if it only takes one size."""
+        """Raise RunError unless the network can be trained on images of `side` px, and its outputs are logits."""
         trial = copy.deepcopy(self).train()  # a copy, since a forward pass updates BatchNorm's statistics
         try:
             with torch.no_grad():
@@ -75,6 +82,7 @@ class Classifier(nn.Module):
             ) from error
         if not isinstance(logits, torch.Tensor):
             raise RunError(f"{self.arch} has more outputs than its logits: use another classifier")
+        check_outputs(self.net, self.arch, self.outputs, min(side, SMALL))
 
     @property
     def feature_layers(self) -> nn.Module:

@@ -1,14 +1,21 @@
-"""First weights of a classifier: ImageNet's, a file's or another run's."""
+"""First weights of a classifier: ImageNet's are fetched; those of a file or of another run are fitted to it."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier, check_arch
+from cxrfast.models.weights_file import WeightsFile
+
+OPTIONAL = re.compile(r"normalise\.|.*num_batches_tracked$")
+"""Names of tensors that a file may lack: torchvision's do not normalise, and nothing reads num_batches_tracked."""
+
+SHOWN, LONGEST = 3, 80
+"""Names in a message, and characters of each."""
 
 
 def imagenet_file(arch: str) -> tuple[str, Path]:
@@ -40,38 +47,92 @@ def fetch_weights(arch: str, to: Path | None = None) -> Path:
     return target
 
 
-def load_weights(model: Classifier, path: Path, option: str | None = None) -> None:
-    """Load a .pth or .safetensors file into `model`; `option`: the value of --weights, for messages.
+def load_weights(
+    model: Classifier, file: WeightsFile, labels: Sequence[str] = (), theirs: Sequence[str] | None = None
+) -> list[str]:
+    """Load weights into `model`, of findings `labels`; return the findings whose outputs came from the file.
 
-    The last layer stays random if the file has another number of outputs. Raises RunError if the file is not a
-    checkpoint of this architecture.
+    `theirs`: findings of the file's outputs, in their order; None if it does not say. Outputs are taken over by finding;
+    the others stay as they are. Raises RunError if the weights are not finite, or not of the model's architecture.
     """
-    weights = option or path
-    try:
-        given = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        given = {_modern(name): tensor for name, tensor in given.items()}
-    except Exception as error:  # torch and safetensors raise half a dozen unrelated classes for other files
-        raise RunError(f"--weights {weights}: {path} is not a checkpoint ({type(error).__name__})") from error
-    own = model.state_dict()
-    usable = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
-    # older files have no num_batches_tracked, which nothing reads
-    optional = r"normalise\.|.*num_batches_tracked$"
-    missing = [name for name in own if name not in usable and not re.match(optional, name)]
-    last = {name for name, _ in list(model.named_parameters())[-2:]}  # weight and bias of the last layer
-    if set(missing) - last:
+    own, given = model.state_dict(), _by_our_names(file)
+    head = [name for name in own if name.rpartition(".")[0] == f"net.{model.head}"]
+    expected = {name: tensor for name, tensor in own.items() if name not in head}
+    if theirs is not None:
+        expected |= {name: own[name].new_empty((len(theirs), *own[name].shape[1:])) for name in head}
+    usable = {name: given[name] for name in expected if name in given and _fits(given[name], expected[name])}
+    if missing := [name for name in expected if name not in usable and not OPTIONAL.match(name)]:
+        raise RunError(f"{file.name} does not fit {model.arch}: {_misfit(missing, given, expected)}")
+    usable = {name: tensor.to(expected[name].dtype) for name, tensor in usable.items()}
+    if wrong := [name for name, tensor in usable.items() if not tensor.isfinite().all()]:
         raise RunError(
-            f"--weights {weights}: {path} does not fit {model.arch}: "
-            f"{len(missing)} of {len(own)} tensors are absent or of another shape, first {missing[0]}"
+            f"{file.name}: {_short(wrong[0])} holds NaN or infinite values, so the training that wrote it diverged: use "
+            "other weights"
         )
+    number = {label: i for i, label in enumerate(theirs or ())}
+    shared = [label for label in labels if label in number]
+    for name in head if theirs is not None else ():
+        merged = own[name].clone()
+        for i, label in enumerate(labels):
+            if label in number:
+                merged[i] = usable[name][number[label]]
+        usable[name] = merged
     model.load_state_dict(usable, strict=False)
+    return shared
+
+
+def _by_our_names(file: WeightsFile) -> dict[str, torch.Tensor]:
+    """Tensors of a file by the names of `Classifier`. Raises RunError if two of them are one."""
+    given: dict[str, torch.Tensor] = {}
+    for name, tensor in file.tensors.items():
+        if given.setdefault(our := _modern(name), tensor) is not tensor:
+            raise RunError(f"{file.name} holds {_short(our)} twice, as {name[:LONGEST]} too: give a file of one model")
+    return given
 
 
 def _modern(name: str) -> str:
-    """Key of a torchvision file → key of `Classifier`; old densenet files write `norm.1` for `norm1`."""
-    if name.startswith(("net.", "normalise.")):
+    """Name of a tensor in a file → its name in `Classifier`.
+
+    Wrappers prefix names: DataParallel with `module.`, torch.compile with `_orig_mod.`, others with `model.`. torchvision's
+    old densenet files write `norm.1` for `norm1`.
+    """
+    name = re.sub(r"^(?:(?:module|model|net)\.)+", "", re.sub(r"(^|\.)_orig_mod\.", r"\1", name))
+    if name.startswith("normalise."):
         return name
     return "net." + re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.", r"\1\2.", name)
+
+
+def _fits(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a tensor can be copied into another: its shape, and plain numbers of the same kind."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    return is_plain and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _misfit(missing: list[str], given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Why tensors of a file cannot be used, with the first few names."""
+    if given.keys().isdisjoint(name for name in expected if not OPTIONAL.match(name)):
+        return f"none of its {len(given):,} tensors is one of the model; it holds {_first(given)}, expected were {_first(missing)}"
+    shapes = [
+        f"{_short(name)} is {_kind(given[name])}, not {_kind(expected[name])}"
+        if name in given
+        else f"{_short(name)} is absent"
+        for name in missing[:SHOWN]
+    ]
+    more = f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else ""
+    return f"{'; '.join(shapes)}{more}; it holds {_first(given)}"
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Shape and number format of a tensor."""
+    return f"{'x'.join(map(str, tensor.shape)) or 'a number'} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first few names, and how many there are."""
+    names = [_short(name) for name in names]
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def _short(name: str) -> str:
+    """A name as torchvision spells it, cut for a message."""
+    return name.removeprefix("net.")[:LONGEST]

@@ -31,6 +31,9 @@ FROM_RUN = "from "
 SUFFIXES = {".pth", ".pt", ".safetensors", ".tar", ".ckpt", ".bin", ".pkl", ".th"}
 """Ends of the names of files of weights."""
 
+Difference = Literal["set", "split", "fold", "division", "unknown"]
+"""What two runs differ in, so that one may have trained on patients that the other is tested on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -49,6 +52,10 @@ class Origin:
     split: str | None = None
     labels: tuple[str, ...] | None = None
     """The run's findings, in the order of its logits."""
+    division: str | None = None
+    """Hash of the part of every row of the set: sets with one id may have split columns of their own."""
+    config_hash: str | None = None
+    """Hash of the run's configuration."""
     start: Optional["Origin"] = None
     """Origin of the first weights of that run."""
 
@@ -113,27 +120,38 @@ def origin_of(run: "Run") -> str:
         return origin.file or "a file"
     if origin.kind != "run":
         return {"imagenet": "ImageNet", "none": "none"}[origin.kind]
-    first, *earlier = ((link.run or "an unknown run", strangeness(link, run.config)) for link in origin.runs)
-    return FROM_RUN + ", which started from ".join(
-        name + what for name, what in (first, *filter(lambda o: o[1], earlier))
-    )
+    own = run.as_origin()
+    first, *earlier = ((link.run or "a run of an earlier version", _difference_text(link, own)) for link in origin.runs)
+    shown = [first, *(one for one in earlier if one[1])]
+    return FROM_RUN + ", which started from ".join(name + difference for name, difference in shown)
 
 
-def strangeness(origin: Origin, config: TrainConfig) -> str:
-    """`, another fold`, and likewise for another set or split, if the run of `origin` is known to be; else "".
+def differs_in(link: Origin, own: Origin) -> Difference | None:
+    """Why the training rows of one run may hold patients that another is tested on; None if nothing says so."""
+    if link.run is None and link.set_id is None:
+        return "unknown"
+    compared: dict[Difference, tuple[str | int | None, str | int | None]] = {
+        "set": (link.set_id, own.set_id),
+        "split": (link.split, own.split),
+        "fold": (link.fold, own.fold),
+        "division": (link.division, own.division),
+    }
+    return next((what for what, pair in compared.items() if None not in pair and pair[0] != pair[1]), None)
 
-    Then its training rows may hold patients that a run of `config` is tested on.
-    """
-    if origin.set_id is not None and origin.set_id != config.set_id:
-        return f", another set ({origin.set_id[:8]})"
-    if origin.split is not None and origin.split != config.split:
-        return f", another split ({origin.split})"
-    if origin.fold is not None and origin.fold != config.fold:
-        return (
-            OTHER_FOLD
-            if origin.run and origin.run.endswith(f"/fold-{origin.fold}")
-            else f"{OTHER_FOLD} ({origin.fold})"
-        )
+
+def _difference_text(link: Origin, own: Origin) -> str:
+    match differs_in(link, own):
+        case "set":
+            return f", another set ({(link.set_id or '')[:8]})"
+        case "split":
+            return f", another split ({link.split})"
+        case "fold":
+            is_named = (link.run or "").endswith(f"/fold-{link.fold}")
+            return OTHER_FOLD if is_named else f"{OTHER_FOLD} ({link.fold})"
+        case "division":
+            return ", the same set split otherwise"
+        case "unknown":
+            return f" ({link.file}), set and fold unknown" if link.file else ", set and fold unknown"
     return ""
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import msgspec
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
 
 from cxrfast import __version__
 from cxrfast.config import TrainConfig
@@ -41,6 +40,7 @@ class _ConfigFile(TypedDict):
     hash: NotRequired[str]
     shards: str
     origin: NotRequired[dict[str, Any]]
+    division: NotRequired[str]
 
 
 class _Line(TypedDict):
@@ -67,6 +67,8 @@ class Run(RunFolder):
     origin: Origin
     """Where its first weights came from."""
     stored_hash: str | None = field(default=None, repr=False, compare=False)
+    division: str | None = None
+    """Hash of its set's division into parts, see `shards.parts.division`; None: an earlier version did not record it."""
     lease: Lease | None = field(default=None, repr=False, compare=False)
     """This process's right to write into the folder, checked before each write; None: not asked for."""
 
@@ -82,7 +84,8 @@ class Run(RunFolder):
             config = TrainConfig.from_json(value["config"])
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
-            return cls(folder, config, Path(value["shards"]), origin, value.get("hash"))
+            stored = value.get("hash"), value.get("division")
+            return cls(folder, config, Path(value["shards"]), origin, *stored)
         except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 
@@ -100,7 +103,13 @@ class Run(RunFolder):
 
     @classmethod
     def start(
-        cls, folder: Path, config: TrainConfig, shards: Path, rows: pd.DataFrame, origin: Origin | None = None
+        cls,
+        folder: Path,
+        config: TrainConfig,
+        shards: Path,
+        rows: pd.DataFrame,
+        origin: Origin | None = None,
+        division: str | None = None,
     ) -> "Run":
         """Create the run, or continue the existing one if its configuration is the same, whatever its number of epochs.
 
@@ -108,7 +117,7 @@ class Run(RunFolder):
         replaced. One that starts over takes the `rows` of now, whose labels may be others. `origin`: of its first weights, if
         they were just loaded; default: what is recorded.
         """
-        run = cls(folder, config, shards, origin or Origin.of_path(config))
+        run = cls(folder, config, shards, origin or Origin.of_path(config), division=division)
         if run.is_started:
             earlier = cls.open(folder)
             differences = config.differences(earlier.config)
@@ -119,7 +128,7 @@ class Run(RunFolder):
                 )
             if not differences:
                 if not earlier.starts_over:
-                    return replace(run, origin=earlier.origin, stored_hash=earlier.stored_hash)
+                    return replace(earlier, config=config, shards=shards)
                 run = replace(run, origin=origin or earlier.origin)
         import torch
 
@@ -133,6 +142,7 @@ class Run(RunFolder):
                 "hash": config.hash,
                 "shards": str(shards.absolute()),
                 "origin": run.origin.json(),
+                **({"division": division} if division else {}),
                 "versions": {"cxrfast": __version__, "torch": torch.__version__},
             },
         )
@@ -161,8 +171,14 @@ class Run(RunFolder):
             fold=config.fold,
             split=config.split,
             labels=config.labels,
+            division=self.division,
+            config_hash=self.hash,
             start=self.origin,
         )
+
+    def _record(self) -> str:
+        """What its weights say about the run, wherever they are copied to."""
+        return json.dumps(self.as_origin().json())
 
     # The right to write
 
@@ -266,9 +282,11 @@ class Run(RunFolder):
     def write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         import torch
 
+        from cxrfast.models.weights_file import RECORD
+
         self.check_lease()
         data = io.BytesIO()  # writing to a full disk itself, torch raises a RuntimeError about a position
-        torch.save({**checkpoint, "config_hash": self.hash}, data)
+        torch.save({**checkpoint, "config_hash": self.hash, RECORD: self._record()}, data)
         with replacing(self.checkpoint_path) as file:
             file.write(data.getbuffer())
 
@@ -296,25 +314,30 @@ class Run(RunFolder):
         """Replace the best weights, and delete predictions, maps and figures made with the old ones."""
         from safetensors.torch import save
 
+        from cxrfast.models.weights_file import RECORD
+
         self.check_lease()
         for derived in (self.predictions_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
         for figure in self.gradcam_paths().values():
             figure.unlink()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        write_bytes(self.weights_path, save(tensors, metadata={"config_hash": self.hash}))
+        write_bytes(self.weights_path, save(tensors, metadata={RECORD: self._record()}))
 
     def read_weights(self) -> "dict[str, torch.Tensor]":
-        """The best weights, as a state dict. Raises RunError if they are missing or damaged."""
-        from safetensors.torch import load_file
+        """The best weights, as a state dict. Raises RunError if they are missing, damaged or another run's."""
+        from cxrfast.models.weights_file import read_weights_file
 
         path = self.weights_path
+        if not path.exists():
+            raise RunError(f"{self.folder} has no {path.name} yet: train it first")
         try:
-            return load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
-            if not path.exists():
-                raise RunError(f"{self.folder} has no {path.name} yet: train it first") from None
-            raise RunError(f"{path} is damaged ({error}): train the run again") from error
+            file = read_weights_file(path)
+        except RunError as error:
+            raise RunError(f"{error}; restore it, or train the run again") from error
+        if file.config_hash not in (None, self.hash):
+            raise RunError(f"{path} belongs to another configuration: restore it, or train the run again")
+        return file.tensors
 
     def load(self, device: "torch.device | str" = "cpu") -> "Classifier":
         """The run's classifier with its best weights, in eval mode on the device."""

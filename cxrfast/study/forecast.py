@@ -28,11 +28,12 @@ from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.remarks import LabelsNow
 from cxrfast.runs.run import Run
 from cxrfast.runs.status import SILENT_SECONDS, read_metrics
+from cxrfast.shards.parts import division
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
 from cxrfast.study.plan import Plan
 from cxrfast.tables import Cell, Table
-from cxrfast.training.first_weights import refuse_other_fold, weights_file
+from cxrfast.training.first_weights import FirstWeights
 from cxrfast.training.resume import kept, why_over
 from cxrfast.training.setup import is_partial, read_subset, select_rows, train_order
 from cxrfast.units import duration, size
@@ -212,7 +213,7 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
         outlook.config = plan.config(data.scale, fold, "cpu")
     if (config := outlook.config) is None:
         return outlook
-    folder = RunFolder.of(plan.runtime.runs, config.arch, config.scale, config.fold)
+    folder, selected = RunFolder.of(plan.runtime.runs, config.arch, config.scale, config.fold), None
     with _collected(outlook.refusals):
         subset = plan.runtime.subset
         selected = select_rows(data.table, config, data.held, None if subset is None else read_subset(subset))
@@ -222,7 +223,10 @@ def look(plan: Plan, data: ScaleData, fold: int, pace: Pace) -> Outlook:
     with _collected(outlook.refusals):
         what, epochs = _find(plan, config, folder, data.labels)
     with _collected(outlook.refusals):
-        weights = folder.checkpoint_path.name if what not in ("refused", "start") else _first_weights(config)
+        if what not in ("refused", "start"):
+            weights = folder.checkpoint_path.name
+        elif selected is not None:
+            weights = _first_weights(config, data.table, selected)
     if not outlook.refusals:
         outlook.what, outlook.weights, outlook.images_per_s = what, weights, pace.of(folder.folder, config)
         if not outlook.is_done:
@@ -293,14 +297,17 @@ def other_set(run: Run, plan: Plan, set_id: str) -> str:
     )
 
 
-def _first_weights(config: TrainConfig) -> str:
-    """Where the first weights come from. Raises RunError if they are missing or may not be used for this fold."""
+def _first_weights(config: TrainConfig, table: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Where the first weights come from. Raises RunError if they are missing or may not be used for this fold.
+
+    `table`: all rows of the set; `rows`: those that the run uses.
+    """
     if config.weights == "none":
         return "none"
     if config.weights == "imagenet":
         return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
-    refuse_other_fold(config)
-    weights_file(config)
+    own_division = division(table, config.split, config.fold)
+    FirstWeights.find(config).refuse_seen_patients(config, own_division, rows)
     return Path(config.weights).name
 
 

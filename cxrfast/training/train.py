@@ -15,15 +15,15 @@ import torch
 from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import World, world
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.weights import load_weights
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import locked_by_first
 from cxrfast.runs.remarks import relabelling_note
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.lock import Lease
+from cxrfast.shards.parts import division
 from cxrfast.training import resume, setup
-from cxrfast.training.first_weights import origin_of_weights, refuse_other_fold, weights_file
+from cxrfast.training.first_weights import FirstWeights
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
 from cxrfast.training.trainer import Trainer
 
@@ -88,13 +88,13 @@ def _train(
     setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 
     def start() -> Run:
-        origin = None
+        origin, own_division = None, division(reader.shard_set.rows(), config.split, config.fold)
         if not folder.has_checkpoint:  # a checkpoint has its own weights
-            refuse_other_fold(config, rows)
-            if file := weights_file(config):
-                load_weights(model, file, config.weights)  # the other ranks get them from DistributedDataParallel
-            origin = origin_of_weights(config, file)
-        return Run.start(folder.folder, config, runtime.shards, rows, origin)
+            first = FirstWeights.find(config)
+            first.refuse_seen_patients(config, own_division, rows)
+            first.load_into(model, config)  # the other ranks get them from DistributedDataParallel
+            origin = first.origin
+        return Run.start(folder.folder, config, runtime.shards, rows, origin, own_division)
 
     run = replace(ranks.on_first(start), lease=lease)
     if ranks.is_first and (note := relabelling_note(run, reader.shard_set)):

@@ -1,4 +1,4 @@
-import re
+import copy
 import urllib.request
 
 import pytest
@@ -6,11 +6,10 @@ import torch
 import torchvision
 from commands import invoke
 from runs import noise
-from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier, Normalise
-from cxrfast.models.weights import load_weights
+from cxrfast.models.head import check_outputs, use_float32
 from cxrfast.training.loss import masked_bce_sum
 
 
@@ -61,31 +60,121 @@ def test_checkpointing_is_for_densenets_and_changes_no_logit():
         Classifier("densenet999", 2)
 
 
-def test_a_torchvision_file_loads_except_its_last_layer(tmp_path):
-    file = torchvision.models.densenet121(num_classes=10).state_dict()
-    # as torchvision's published file spells them: denselayer1.norm.1.weight
-    old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", k): v for k, v in file.items() if "num_batches" not in k}
-    assert len(old.keys() - file.keys()) == 2 * 58 * 5
-    save_file(old, tmp_path / "weights.safetensors")
-    torch.save(old, tmp_path / "weights.pth")
-    model = Classifier("densenet121", 5)
-    for path in sorted(tmp_path.iterdir()):
-        model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
-        load_weights(model, path)
-        for name in old.keys() & file.keys() - {"classifier.weight", "classifier.bias"}:
-            assert torch.equal(model.state_dict()["net." + name], file[name]), name
-    assert model.net.classifier.out_features == 5
+# The last layer
 
 
-def test_a_checkpoint_of_another_architecture_and_a_file_that_is_not_one_are_refused(tmp_path):
-    model = Classifier("resnet18", 5)
-    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(RunError, match="does not fit resnet18"):
-        load_weights(model, tmp_path / "other.pth")
-    for name, content in (("empty.pth", b""), ("bad.pth", b"not one"), ("bad.safetensors", b"not one")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(RunError, match="is not a checkpoint"):
-            load_weights(model, tmp_path / name)
+def heads(arch: str = "resnet18", labels: int = 3) -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(arch, labels)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "densenet121", "mobilenet_v3_small", "vgg11", "maxvit_t", "squeezenet1_1"]
+)
+def test_the_last_layer_is_the_one_that_gives_a_number_per_finding_under_the_names_of_torchvision(arch):
+    torch.manual_seed(0)
+    oracle = torchvision.models.get_model(arch, num_classes=3).state_dict()
+    model = heads(arch)
+    own = {name.removeprefix("net."): value for name, value in model.state_dict().items() if name.startswith("net.")}
+    assert list(own) == list(oracle)
+    assert all(torch.equal(own[name], oracle[name]) for name in oracle), "the same random numbers"
+    assert own[f"{model.head}.weight"].shape[0] == 3
+    assert (f"{model.head}.bias" in own) == (arch != "maxvit_t")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121"])
+def test_the_last_layer_computes_in_float32_under_autocast_with_gradients(arch, dtype):
+    model = heads(arch).eval()
+    seen: list[torch.Tensor] = []
+    model.net.get_submodule(model.head).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(noise(2, 32))
+        assert torch.is_autocast_enabled("cpu"), "on again after the last layer"
+    assert seen[0].dtype == dtype, "the layers before it compute in half precision"
+    assert logits.dtype == torch.float32
+    head = model.net.get_submodule(model.head)
+    assert torch.equal(logits, torch.nn.functional.linear(seen[0].float(), head.weight, head.bias))
+    logits.sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == torch.float32
+    assert model(noise(2, 32)).dtype == torch.float32
+
+
+def test_a_copy_of_a_model_computes_with_its_own_last_layer():
+    model = heads().eval()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.net.fc.bias += 5
+        torch.testing.assert_close(twin(noise(2, 32)), model(noise(2, 32)) + 5)
+
+
+def test_logits_of_rare_findings_are_not_rounded_together():
+    """At a prevalence of 1 in 1,000 logits lie near -7, where bfloat16 has one value per 1/32."""
+    torch.manual_seed(0)
+    features = torch.randn(20_000, 64, dtype=torch.bfloat16)
+    fc = torch.nn.Linear(64, 1)
+    with torch.no_grad():
+        fc.bias.fill_(-7)
+    holder = torch.nn.Sequential(fc)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        rounded = holder(features).unique().numel()
+        use_float32(holder, "0")
+        exact = holder(features).unique().numel()
+    assert rounded < 200
+    assert exact > 15_000
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("squeezenet1_1", "squeezenet1_1 returns no logit below 0, since another layer follows its last one"),
+        ("inception_v3", "inception_v3 "),
+        ("vit_b_32", "vit_b_32 cannot be trained on images of 64 px"),
+    ],
+)
+def test_classifiers_without_logits_are_refused(arch, message, device):
+    with torch.device(device):
+        model = Classifier(arch, 2)
+        with pytest.raises(RunError, match=message):
+            model.check_size(64)
+
+
+class _Ends(torch.nn.Module):
+    """A network whose last layer is followed by something."""
+
+    def __init__(self, *after: torch.nn.Module, outputs: int = 2) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, outputs), *after)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (_Ends(torch.nn.ReLU()), "no logit below 0"),
+        (_Ends(torch.nn.Sigmoid()), "no logit below 0"),
+        (_Ends(torch.nn.Softmax(1)), "no logit below 0"),
+        (_Ends(torch.nn.Tanh()), "other values than its last layer"),
+        (_Ends(torch.nn.LogSoftmax(1)), "other values than its last layer"),
+        (_Ends(torch.nn.GELU()), "other values than its last layer"),
+        (_Ends(outputs=3), "does not return one logit per finding and image"),
+        (_Ends(torch.nn.Unflatten(1, (2, 1))), "does not return one logit per finding and image"),
+        (_Ends(torch.nn.BatchNorm1d(2)), "does not end in a linear layer or a convolution"),
+    ],
+)
+def test_what_follows_the_last_layer_is_found_by_a_forward_pass(net, message):
+    with pytest.raises(RunError, match=message):
+        check_outputs(net, "ours", 2, 8)
+
+
+def test_a_dropout_or_an_average_after_the_last_layer_leaves_logits():
+    check_outputs(_Ends(torch.nn.Dropout(0.5)), "ours", 2, 8)
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    check_outputs(pooled, "ours", 2, 8)
 
 
 def test_imagenet_weights_without_a_network_say_what_to_do(tmp_path, monkeypatch):

@@ -1,0 +1,90 @@
+"""The last layer of a torchvision classifier, whose outputs must be the logits. It computes in float32 whatever the precision.
+
+A logit of -7 in bfloat16 is one of -7.03, -7.00, -6.97: most rows of a rare finding would tie.
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from cxrfast.errors import RunError
+
+SHIFT = 100.0
+"""Added to the outputs of the last layer to see whether the logits follow."""
+
+
+def _float32(features: torch.Tensor) -> AbstractContextManager[object]:
+    """Autocast switched off for the device of `features`; the device meta has none."""
+    return nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
+
+
+class _Float32Linear(nn.Linear):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with _float32(features):
+            return super().forward(features.float())
+
+
+class _Float32Conv2d(nn.Conv2d):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with _float32(features):
+            return super().forward(features.float())
+
+
+def head_name(net: nn.Module) -> str | None:
+    """Name of the last layer with weights, as `classifier.6`; None if it is neither linear nor a convolution."""
+    *_, (name, layer) = (
+        (name, m) for name, m in net.named_modules() if next(m.parameters(recurse=False), None) is not None
+    )
+    return name if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+
+
+def use_float32(net: nn.Module, name: str) -> None:
+    """Make the last layer of `net` compute in float32 under autocast. Its parameters stay as they are, with their names."""
+    old = net.get_submodule(name)
+    new: nn.Linear | nn.Conv2d
+    if isinstance(old, nn.Linear):
+        new = _Float32Linear(old.in_features, old.out_features, device="meta")
+    else:
+        assert isinstance(old, nn.Conv2d)
+        new = _Float32Conv2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,  # type: ignore[arg-type]
+            old.stride,  # type: ignore[arg-type]
+            old.padding,  # type: ignore[arg-type]
+            old.dilation,  # type: ignore[arg-type]
+            old.groups,
+            padding_mode=old.padding_mode,
+            device="meta",
+        )
+    new.weight, new.bias = old.weight, old.bias
+    net.set_submodule(name, new)
+
+
+def check_outputs(net: nn.Module, arch: str, outputs: int, side: int) -> None:
+    """Raises RunError unless the logits of `net`, for images of `side` px, are the outputs of its last layer, (N, L).
+
+    A layer that follows, such as the ReLU of SqueezeNet, would leave no logit below 0, and a sigmoid would leave
+    probabilities. `net` may have no numbers (device meta).
+    """
+    name = head_name(net)
+    if name is None:
+        raise RunError(f"{arch} does not end in a linear layer or a convolution: use another classifier")
+    trial = copy.deepcopy(net).to_empty(device="cpu").eval()
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        tensor.detach().zero_()
+    for shift in (-SHIFT, SHIFT):
+        hook = trial.get_submodule(name).register_forward_hook(lambda *given, shift=shift: given[-1] + shift)
+        with torch.device("cpu"), torch.no_grad():
+            logits = trial(torch.zeros((2, 3, side, side)))
+        hook.remove()
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, outputs):
+            raise RunError(f"{arch} does not return one logit per finding and image: use another classifier")
+        if not torch.allclose(logits, torch.full_like(logits, shift)):
+            found = "no logit below 0" if shift < 0 <= float(logits.min()) else "other values than its last layer"
+            raise RunError(
+                f"{arch} returns {found}, since another layer follows its last one, so it cannot be trained on several "
+                "findings: use another classifier, such as densenet121 or resnet50"
+            )
