@@ -129,8 +129,7 @@ def test_logits_of_rare_findings_are_not_rounded_together():
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("squeezenet1_1", "squeezenet1_1 returns no logit below 0, since another layer follows its last one"),
-        ("inception_v3", "inception_v3 "),
+        ("squeezenet1_1", "squeezenet1_1 does not return logits: none is below 0, since an activation follows"),
         ("vit_b_32", "vit_b_32 cannot be trained on images of 64 px"),
     ],
 )
@@ -155,12 +154,12 @@ class _Ends(torch.nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (_Ends(torch.nn.ReLU()), "no logit below 0"),
-        (_Ends(torch.nn.Sigmoid()), "no logit below 0"),
-        (_Ends(torch.nn.Softmax(1)), "no logit below 0"),
-        (_Ends(torch.nn.Tanh()), "other values than its last layer"),
-        (_Ends(torch.nn.LogSoftmax(1)), "other values than its last layer"),
-        (_Ends(torch.nn.GELU()), "other values than its last layer"),
+        (_Ends(torch.nn.ReLU()), "none is below 0"),
+        (_Ends(torch.nn.Sigmoid()), "none is below 0"),
+        (_Ends(torch.nn.Softmax(1)), "none is below 0"),
+        (_Ends(torch.nn.Tanh()), "they are not those of its last layer"),
+        (_Ends(torch.nn.LogSoftmax(1)), "they are not those of its last layer"),
+        (_Ends(torch.nn.GELU()), "they are not those of its last layer"),
         (_Ends(outputs=3), "does not return one logit per finding and image"),
         (_Ends(torch.nn.Unflatten(1, (2, 1))), "does not return one logit per finding and image"),
         (_Ends(torch.nn.BatchNorm1d(2)), "does not end in a linear layer or a convolution"),
