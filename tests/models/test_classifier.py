@@ -159,7 +159,7 @@ class _Ends(torch.nn.Module):
         (_Ends(torch.nn.Softmax(1)), "none is below 0"),
         (_Ends(torch.nn.Tanh()), "they are not those of its last layer"),
         (_Ends(torch.nn.LogSoftmax(1)), "they are not those of its last layer"),
-        (_Ends(torch.nn.GELU()), "they are not those of its last layer"),
+        (_Ends(torch.nn.GELU()), "none is below 0"),
         (_Ends(outputs=3), "does not return one logit per finding and image"),
         (_Ends(torch.nn.Unflatten(1, (2, 1))), "does not return one logit per finding and image"),
         (_Ends(torch.nn.BatchNorm1d(2)), "does not end in a linear layer or a convolution"),
