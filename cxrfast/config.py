@@ -123,7 +123,12 @@ class TrainConfig:
         ),
     ] = "auto"
     """`make_config` resolves auto, so that runs store what they used."""
-    allow_shared_patients: Annotated[bool, Option("Train even if a patient is in two parts of the split.")] = False
+    allow_shared_patients: Annotated[
+        bool,
+        Option(
+            "Train even if a patient is in two parts of the split, or the first weights may have seen test patients."
+        ),
+    ] = False
     allow_partial: Annotated[bool, Option("Train on the rows that are there of a set whose build is not finished.")] = (
         False
     )
