@@ -29,8 +29,14 @@ ENGINES = ("auto", "dali", "host")
 LATER = ("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weighted_validation")
 """Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
 
+LARGEST = 2**31 - 1
+"""Upper limit of all numbers of images, pixels and epochs."""
+
 AUTO = -1
 """Micro-batch that `train` replaces by the largest that fits, before the run starts."""
+
+YEAR = 365 * 24 * 60
+"""Minutes; the longest time that may be waited for something."""
 
 VALIDATION_COST = 1 / 3
 """Cost of a validation image in training images: a forward pass without the backward pass."""
@@ -190,9 +196,23 @@ class TrainConfig:
             raise RunError(f"--fold {self.fold} with --split official: there is only one official split, give --fold 0")
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
-        for name in ("global_batch", "micro_batch", "epochs", "learning_rate", "scale", "patience", "stop_after"):
-            if (name, getattr(self, name)) != ("micro_batch", AUTO) and not 0 < getattr(self, name) < math.inf:
-                raise RunError(f"{name.replace('_', ' ')} must be above 0, not {getattr(self, name)}")
+        for name in (
+            "global_batch",
+            "micro_batch",
+            "epochs",
+            "learning_rate",
+            "scale",
+            "patience",
+            "stop_after",
+            "limit",
+        ):
+            value = getattr(self, name)
+            if value is None or (name, value) == ("micro_batch", AUTO):
+                continue
+            if not 0 < value < math.inf:
+                raise RunError(f"{name.replace('_', ' ')} must be above 0, not {value}")
+            if value > LARGEST:
+                raise RunError(f"{name.replace('_', ' ')} must be at most {LARGEST:,}")
         if not 0 <= self.flip <= 1:
             raise RunError(f"flip must be between 0 and 1, not {self.flip}")
         for label, policy in self.label_policies:
@@ -207,8 +227,10 @@ class TrainConfig:
                     f"--blank {'='.join(filter(None, (label, policy)))}: give {' or '.join(BLANKS)}, or LABEL=ignore with a "
                     f"label of the set ({', '.join(self.labels)})"
                 )
-        if any(side <= 0 or epochs <= 0 for side, epochs in self.sizes):
-            raise RunError(f"--sizes {self.sizes}: sides and epochs must be above 0, as in --sizes 64x2,96x2")
+        if not all(0 < n <= LARGEST for size in self.sizes for n in size):
+            raise RunError(
+                f"--sizes {self.sizes}: sides and epochs must be above 0 and at most {LARGEST:,}, as in --sizes 64x2,96x2"
+            )
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -243,7 +265,13 @@ class TrainConfig:
 
         `images`, `validated`: number of images that an epoch trains on and validates on.
         """
-        return sum(images * self.area_at(epoch) + VALIDATION_COST * validated for epoch in range(done, self.epochs))
+        total, start = 0.0, 0
+        for side, epochs in (*self.sizes, (self.scale, self.epochs)):
+            end = min(start + epochs, self.epochs)
+            area = (side / self.scale) ** 2
+            total += max(0, end - max(start, done)) * (images * area + VALIDATION_COST * validated)
+            start = end
+        return total
 
     @property
     def hash(self) -> str:
@@ -307,6 +335,11 @@ class Runtime:
     deterministic: Annotated[bool, Option("Bitwise repeatable on a GPU, slower; a CPU always is.")] = False
 
     def __post_init__(self) -> None:
+        for name in ("checkpoint_minutes", "dist_timeout"):
+            if not 0 < getattr(self, name) <= YEAR:
+                raise RunError(
+                    f"--{name.replace('_', '-')} {getattr(self, name):g} must be above 0 and at most {YEAR:,} minutes"
+                )
         if self.compile in ("reduce-overhead", "max-autotune"):
             raise RunError(
                 f"--compile {self.compile} captures CUDA graphs, which fail when gradients are accumulated over "

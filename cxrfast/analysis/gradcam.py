@@ -7,7 +7,6 @@ that names images only by their id. Nothing here changes a weight.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from cxrfast.metrics import sigmoid
 from cxrfast.models.classifier import Classifier, frozen
 from cxrfast.models.precision import without_tf32
 from cxrfast.runs.arrays import read_array
+from cxrfast.runs.folder import file_name
 from cxrfast.runs.run import Run
 
 
@@ -149,8 +149,8 @@ def _index(run: Run, label: str) -> int:
 
 
 def _group(label: str) -> str:
-    """Group of a finding's maps in maps.zarr; a slash in its name must not open another level."""
-    return f"gradcam/{quote(label, safe=' ')}"
+    """Group of a finding's maps in maps.zarr."""
+    return f"gradcam/{file_name(label)}"
 
 
 # Figure

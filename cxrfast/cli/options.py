@@ -10,6 +10,8 @@ import click
 
 from cxrfast import config
 from cxrfast.config import options_of
+from cxrfast.files import read_file
+from cxrfast.text import shown
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -145,24 +147,51 @@ class Finite(click.FloatRange):
         return number
 
 
+LARGEST_TOML = 2**20
+"""Bytes of a file of options."""
+
+
 def read_toml(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Take options of this command from a TOML file; options on the command line win."""
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(f"{path} is not a TOML file ({error})", ctx, param) from error
+        values = tomllib.loads(read_file(path, LARGEST_TOML).decode("utf-8-sig"))
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}", ctx, param) from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise click.BadParameter(f"{path} is not a TOML file ({why})", ctx, param) from error
     known = {option: option_ for option_ in ctx.command.params for option in option_.opts}
     found = {}
     for name, value in values.items():
         option = known.get(f"--{name.replace('_', '-')}")
         if option is None or option is param:
             names = ", ".join(sorted(o.removeprefix("--").replace("-", "_") for o in known if o.startswith("--")))
-            raise click.BadParameter(f"{path} sets {name}, which is not an option: the options are {names}", ctx, param)
+            raise click.BadParameter(
+                f"{path} sets {shown(name)}, which is not an option: the options are {names}", ctx, param
+            )
+        if fault := _toml_fault(option, value):
+            raise click.BadParameter(f"{path}: {name} = {shown(str(value))} {fault}", ctx, param)
         found[option.name] = value if isinstance(value, list) or not option.multiple else [value]
     ctx.default_map = {**(ctx.default_map or {}), **found}
     return path
+
+
+TOML_KINDS = {bool: "true or false", list: "a list", dict: "a table"}
+
+
+def _toml_fault(option: click.Parameter, value: Any) -> str | None:
+    """What is wrong with the type of an option's value in a TOML file, for a message; None if nothing is."""
+    for one in value if option.multiple and isinstance(value, list) else [value]:
+        if getattr(option, "is_flag", False):
+            if not isinstance(one, bool):
+                return "must be true or false"
+        elif isinstance(option.type, click.Path) and not isinstance(one, str):  # a number would be an open file
+            return "must be a text"
+        elif isinstance(one, bool) or not isinstance(one, str | int | float):
+            return f"must be a number or a text, not {TOML_KINDS.get(type(one), 'a date or time')}"
+    return None
 
 
 SOURCE_OPTIONS: dict[str, dict[str, Any]] = {

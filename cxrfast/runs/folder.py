@@ -3,12 +3,25 @@
 Imports neither torch nor pandas, since `cxrfast status` must answer at once.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 WEIGHTS = "best.safetensors"
 FIGURE = "gradcam-"
+LONGEST = 120
+"""Characters of a finding's name in the name of a file; file systems allow 255, and temporary names are longer."""
+
+
+def file_name(label: str) -> str:
+    """Name of a finding in names of files and arrays: it opens no other level and is not too long."""
+    name = quote(label, safe=" ")
+    if not name.strip("."):
+        name = name.replace(".", "%2E")
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    return name
 
 
 class _File:
@@ -69,7 +82,7 @@ class RunFolder:
 
     def gradcam_path(self, label: str) -> Path:
         """Figure of a finding's Grad-CAM maps."""
-        return self.folder / f"{FIGURE}{quote(label, safe=' ')}.png"
+        return self.folder / f"{FIGURE}{file_name(label)}.png"
 
     def gradcam_paths(self) -> dict[str, Path]:
         """The existing Grad-CAM figures by finding, as spelt in the file names; sorted."""

@@ -4,6 +4,7 @@ That is Counters, whatever has a state_dict (model, optimiser, scaler, schedule)
 random generators. `Run.write_checkpoint` adds the configuration's hash, by which a checkpoint of another run is refused.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from cxrfast.distributed import World
+from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.runs.run import Run
 
 
@@ -70,11 +72,32 @@ def restore(
     checkpoint = run.read_checkpoint()
     if checkpoint is None:
         return None
+    try:
+        return _restore(checkpoint, ranks, counters, stateful, loss)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"{run.checkpoint_path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}): delete it to "
+            "restart the run, or restore it"
+        ) from error
+
+
+def _restore(
+    checkpoint: Mapping[str, Any], ranks: World, counters: Counters, stateful: Mapping[str, Any], loss: torch.Tensor
+) -> float:
+    """As `restore`, from a checkpoint that was read; raises what torch raises for contents that it never wrote."""
+    counted = {name: checkpoint[name] for name in vars(counters)}
+    losses, rng, spent = checkpoint["losses"], checkpoint["rng"], float(checkpoint["spent"])
+    counts = [counted[name] for name in ("epoch", "consumed", "stale")]
+    if any(type(count) is not int or count < 0 for count in counts) or not 0 <= spent < math.inf:
+        raise ValueError("its progress cannot be")
+    if math.isnan(counted["best"]) or not isinstance(counted["best_auroc"], float | None):
+        raise ValueError("its best epoch cannot be")
     for name, part in stateful.items():
         part.load_state_dict(checkpoint[name])
-    for name in vars(counters):
-        setattr(counters, name, checkpoint[name])
-    losses, rng = checkpoint["losses"], checkpoint["rng"]
+    for name, value in counted.items():
+        setattr(counters, name, value)
     if len(losses) == ranks.size:
         loss.fill_(losses[ranks.rank])
     else:  # resuming is bitwise with the same number of ranks; with another one only the sum counts
@@ -83,4 +106,4 @@ def restore(
     torch.set_rng_state(states["cpu"])
     if ranks.device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"], ranks.device)
-    return checkpoint["spent"]
+    return spent

@@ -1,6 +1,7 @@
 """Configurations are read back as they were written, or refused with the field that is wrong."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrfast.config import TrainConfig
+from cxrfast.config import VALIDATION_COST, Runtime, TrainConfig
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 
@@ -85,3 +86,38 @@ def test_the_wrong_field_is_named(change, message):
 def test_a_missing_field_is_named():
     with pytest.raises(RunError, match="missing required field `scale`"):
         TrainConfig.from_json({name: value for name, value in STORED["config"].items() if name != "scale"})
+
+
+def config(**options) -> TrainConfig:
+    known = {"set_id": "a1", "labels": ("Edema",), "global_batch": 8, "micro_batch": 8, "learning_rate": 1e-4}
+    return TrainConfig(**{**known, "scale": 64, **options})
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 128), st.integers(1, 9)), max_size=3),
+    st.integers(1, 30),
+    st.integers(0, 40),
+)
+def test_the_cost_of_a_training_is_the_sum_over_its_epochs(sizes, epochs, done):
+    one = config(sizes=tuple(sizes), epochs=epochs)
+    each = [500 * (one.size_at(epoch) / 64) ** 2 + VALIDATION_COST * 100 for epoch in range(done, epochs)]
+    assert one.work(done, 500, 100) == pytest.approx(sum(each))
+    assert one.work(done, 500, 100) == pytest.approx(sum(500 * one.area_at(e) + 100 / 3 for e in range(done, epochs)))
+
+
+def test_the_cost_of_a_billion_epochs_is_known_at_once():
+    assert config(epochs=10**9, sizes=((32, 10**8),)).work(0, 3, 3) == pytest.approx(0.9e9 * 4 + 1e8 * 1.75)
+
+
+@pytest.mark.parametrize("name", ["global_batch", "micro_batch", "epochs", "scale", "limit", "learning_rate"])
+@pytest.mark.parametrize("value", [0, -2, 2**31, 10**30, math.inf, math.nan])
+def test_numbers_that_nobody_means_are_refused(name, value):
+    with pytest.raises(RunError, match=f"{name.replace('_', ' ')} must be (above 0|at most 2,147,483,647)"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["checkpoint_minutes", "dist_timeout"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e300])
+def test_times_to_wait_are_bounded(name, value):
+    with pytest.raises(RunError, match=f"--{name.replace('_', '-')} .* must be above 0 and at most 525,600 minutes"):
+        Runtime(shards=Path("set"), runs=Path("runs"), **{name: value})

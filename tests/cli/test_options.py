@@ -1,5 +1,6 @@
 """The options of `train` and `study` are made from the configuration, and arguments from its values: there and back."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def values(name: str, option: Option, kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(option.choices)
     if kind == Path | None:
         return WORDS.filter(lambda text: "://" not in text).map(Path)
-    by_type = {bool: st.booleans(), int: st.integers(1, 2**62), float: st.floats(1e-9, 1e9), str: WORDS}
+    by_type = {bool: st.booleans(), int: st.integers(1, 2**31 - 1), float: st.floats(1e-9, 5e5), str: WORDS}
     by_type |= {int | None: by_type[int], str | None: WORDS, tuple[str, ...]: st.lists(WORDS).map(tuple)}
     return by_type[kind]
 
@@ -111,3 +112,54 @@ def test_scales_may_be_joined_by_commas(tiny_set, tmp_path):
         assert invoke("stage", tiny_set, tmp_path / "copy", *options).exit_code == 0
         assert ShardSet(tmp_path / "copy").scales == [32, 64]
         shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = [1, 2]", "epochs = '[1, 2]' must be a number or a text, not a list"),
+        ("epochs = true", "epochs = 'True' must be a number or a text, not true or false"),
+        ("epochs = 2020-01-01", "must be a number or a text, not a date or time"),
+        ("[epochs]\nx = 1", "must be a number or a text, not a table"),
+        ("epochs = nan", "Invalid value for '--epochs'"),
+        ("view = [1, ['PA']]", "must be a number or a text, not a list"),
+        ("profile = 'no'", "profile = 'no' must be true or false"),
+        ("cache = 5", "cache = '5' must be a text"),
+        ("shards = -1", "shards = '-1' must be a text"),
+        ("a = " + "[" * 100_000, "is not a TOML file"),
+        ("'\\u001b[31m' = 1", r"sets '\\u001b[31m', which is not an option"),
+        ("config = 'other.toml'", "sets 'config', which is not an option"),
+        ("epochs = " + "9" * 5000, "is not a TOML file"),
+    ],
+)
+def test_a_file_of_options_with_other_values_is_refused_by_name(tmp_path, text, message):
+    file = tmp_path / "options.toml"
+    file.write_text(text)
+    done = invoke("train", "--scale=32", "--shards=set", f"--config={file}")
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "loop", "huge", "bytes", "absent"])
+def test_what_is_no_file_of_options_is_refused_and_never_waited_for(tmp_path, kind):
+    file = tmp_path / "options.toml"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "huge":
+        with file.open("wb") as opened:
+            opened.truncate(2**40)
+    elif kind == "bytes":
+        file.write_bytes(b"\xff\xfe\0")
+    elif kind != "absent":
+        file.symlink_to(file if kind == "loop" else kind)
+    done = invoke("train", "--scale=32", "--shards=set", f"--config={file}")
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "cannot be read" in done.stderr or "is not a TOML file" in done.stderr
+
+
+def test_a_file_of_options_may_start_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_bytes(b"\xef\xbb\xbfscale = 64\n")
+    assert train.make_context("train", [f"--config={file}"]).params["scale"] == 64

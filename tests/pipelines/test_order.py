@@ -90,6 +90,7 @@ FITTING = {"rows": np.arange(100), "global_batch": 96, "micro_batch": 8}
         ({"world": 2, "rank": -1}, "rank -1 does not exist"),
         ({"global_batch": 12, "micro_batch": 0}, "micro-batch 0: micro-batches that fit are 1, 2, 3, 4, 6, 12"),
         ({"global_batch": 12, "micro_batch": -1}, "micro-batch -1: micro-batches that fit"),
+        ({"global_batch": 2**62, "micro_batch": 3}, "micro-batches that fit are 1, 2, 4, 8, .*, 4096$"),
         ({"global_batch": 12, "micro_batch": 5}, "global batch 12 is not a multiple of micro-batch 5"),
         ({"global_batch": 12, "micro_batch": 24}, "micro-batch 24: micro-batches that fit"),
         ({"rows": np.arange(95)}, "95 training rows do not fill one global batch of 96"),

@@ -1,5 +1,6 @@
 """Checkpoints: restored bitwise, or refused."""
 
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,35 @@ def test_a_damaged_checkpoint_is_refused(trained, tiny_set, tmp_path):
         (folder / "last.pt").write_bytes(damaged)
         with pytest.raises(RunError, match=r"last\.pt is damaged"):
             train(trained.config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("stale", None, "KeyError: 'stale'"),
+        ("epoch", "1", "its progress cannot be"),
+        ("consumed", -8, "its progress cannot be"),
+        ("spent", math.nan, "its progress cannot be"),
+        ("best", math.nan, "its best epoch cannot be"),
+        ("best_auroc", "0.9", "its best epoch cannot be"),
+        ("losses", None, "KeyError: 'losses'"),
+        ("rng", [], "division|modulo"),
+        ("model", {"x": torch.zeros(3)}, "Missing key"),
+        ("optimizer", {}, "KeyError"),
+    ],
+)
+def test_a_checkpoint_with_another_value_is_refused(trained, tiny_set, tmp_path, name, value, why):
+    folder = tmp_path / "densenet121-32" / "fold-0"
+    shutil.copytree(trained.folder, folder)
+    (folder / "state.json").unlink()
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    assert name in checkpoint
+    checkpoint[name] = value
+    if value is None:
+        del checkpoint[name]
+    torch.save(checkpoint, folder / "last.pt")
+    with pytest.raises(RunError, match=rf"last\.pt is damaged \(.*{why}.*\): delete it to restart the run"):
+        train(trained.config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
 
 
 def test_a_resumed_training_no_longer_needs_its_first_weights(tiny_set, tmp_path):
