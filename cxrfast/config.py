@@ -38,6 +38,9 @@ AUTO = -1
 YEAR = 365 * 24 * 60
 """Minutes; the longest time that may be waited for something."""
 
+MOST_THREADS = 1024
+"""Decoding threads per process."""
+
 VALIDATION_COST = 1 / 3
 """Cost of a validation image in training images: a forward pass without the backward pass."""
 
@@ -340,6 +343,12 @@ class Runtime:
                 raise RunError(
                     f"--{name.replace('_', '-')} {getattr(self, name):g} must be above 0 and at most {YEAR:,} minutes"
                 )
+        from cxrfast.text import name_fault
+
+        if self.name is not None and (fault := name_fault(self.name) or _folder_fault(self.name)):
+            raise RunError(f"--name {self.name!r} {fault}: give the name of one folder, such as densenet121-256-warm")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise RunError(f"--threads must be at most {MOST_THREADS:,}, not {self.threads:,}")
         if self.compile in ("reduce-overhead", "max-autotune"):
             raise RunError(
                 f"--compile {self.compile} captures CUDA graphs, which fail when gradients are accumulated over "
@@ -347,6 +356,13 @@ class Runtime:
             )
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise RunError(f"--compile {self.compile} is unknown: use {' or '.join(COMPILE_MODES)}")
+
+
+def _folder_fault(name: str) -> str | None:
+    """Why this cannot be the name of a folder; None if it can."""
+    if not name.strip():
+        return "is empty"
+    return "leads to another folder" if "/" in name or name in (".", "..") else None
 
 
 def options_of(kind: type) -> dict[str, tuple[Option, Any, Any]]:

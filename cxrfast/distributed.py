@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cxrfast.errors import DeviceError
+from cxrfast.errors import DeviceError, RunError
 from cxrfast.launch import launched
 from cxrfast.machine import usable_cores, user_sets_threads
 
@@ -97,11 +97,7 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
     elif not user_sets_threads():
         torch.set_num_threads(max(1, usable_cores() // local_size))
     if size > 1:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            device_id=chosen if chosen.type == "cuda" else None,
-            timeout=timeout,
-        )
+        _join(chosen, size, timeout)
     try:
         yield World(chosen, launch.rank, size, local_size)
         if size > 1:
@@ -110,6 +106,20 @@ def world(device: str = "auto", timeout: timedelta | None = None) -> Iterator[Wo
         if size > 1:
             gc.collect()
             dist.destroy_process_group()
+
+
+def _join(device: torch.device, size: int, timeout: timedelta | None) -> None:
+    """Join the process group of all ranks. Raises RunError if they do not meet."""
+    is_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if is_gpu else "gloo", device_id=device if is_gpu else None, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch.distributed's own are RuntimeErrors
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"the {size} processes that WORLD_SIZE={size} announces did not meet at {where} ({reason}): start them all with "
+            "torchrun, or unset WORLD_SIZE and RANK to use one process"
+        ) from error
 
 
 def parallel(model: nn.Module) -> DistributedDataParallel:

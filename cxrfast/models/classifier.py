@@ -84,6 +84,20 @@ class Classifier(nn.Module):
             raise RunError(f"{self.arch} has more outputs than its logits: use another classifier")
         check_outputs(self.net, self.arch, self.outputs, min(side, SMALL))
 
+    def check_micro_batch(self, side: int, images: int) -> None:
+        """Raise RunError if BatchNorm would see one value per channel, in micro-batches of one image of `side` px."""
+        if images > 1:
+            return
+        trial = copy.deepcopy(self).train()
+        try:
+            with torch.no_grad():
+                trial(torch.zeros((1, 1, min(side, SMALL), min(side, SMALL)), dtype=torch.uint8))
+        except ValueError as error:
+            raise RunError(
+                f"--micro-batch 1 at {side} px: {self.arch} shrinks an image to one pixel, of which BatchNorm has no statistics: "
+                "use a micro-batch of 2 images or more, or a larger scale"
+            ) from error
+
     @property
     def feature_layers(self) -> nn.Module:
         """The layers whose output is the last convolutional feature map, (N, C, h, w)."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import zarr
 
 from cxrfast.errors import RunError
 from cxrfast.files import TEMPORARY
+from cxrfast.machine import memory_bytes
+from cxrfast.units import size
 
 CHUNK_BYTES = 2**24
 """Most bytes in a chunk of several rows."""
@@ -63,7 +66,12 @@ def update_arrays(path: Path, arrays: Mapping[str, np.ndarray], attributes: Mapp
 def read_array(group: Any, name: str, advice: str) -> np.ndarray:
     """An array of an open group. Raises RunError with `advice` if it is missing, damaged or has lost a chunk."""
     try:
-        array = np.asarray(group[name][:])
+        stored = group[name]
+        if (claimed := stored.nbytes) > memory_bytes():
+            raise RunError(f"{name} in {group.store_path} claims {size(claimed)}, more than this machine has: {advice}")
+        array = np.asarray(stored[:])
+    except RunError:
+        raise
     except Exception as error:  # of zarr, of its codecs, of the file system
         raise RunError(f"{name} in {group.store_path} cannot be read ({type(error).__name__}): {advice}") from error
     if array.dtype.kind == "f" and np.isnan(array).any():
@@ -72,7 +80,14 @@ def read_array(group: Any, name: str, advice: str) -> np.ndarray:
 
 
 def open_arrays(path: Path) -> Any:
-    """The zarr group at `path`, read-only. Raises RunError if it cannot be read."""
+    """The zarr group at `path`, read-only. Raises RunError if it cannot be read, or holds anything but files and folders.
+
+    It may come from elsewhere: reading a pipe would never end, and a link may lead anywhere.
+    """
+    for folder, folders, names in os.walk(path):
+        for entry in (Path(folder, name) for name in (*folders, *names)):
+            if not stat.S_ISREG(mode := entry.lstat().st_mode) and not stat.S_ISDIR(mode):
+                raise RunError(f"{entry} is neither a file nor a folder: delete {path} and make it again")
     try:
         return zarr.open_group(path, mode="r", zarr_format=3)  # arrays of version 2 may hold pickles, which run code
     except Exception as error:  # zarr's own classes differ by version

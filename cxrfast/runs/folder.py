@@ -24,6 +24,10 @@ def file_name(label: str) -> str:
     return name
 
 
+LARGEST_TEXT = 2**26
+"""Bytes of a run's JSON files; those of long trainings have a hundredth of it."""
+
+
 class _File:
     """Path of a file in a run's folder."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -21,9 +21,9 @@ import pandas as pd
 from cxrfast import __version__
 from cxrfast.config import TrainConfig
 from cxrfast.errors import RunError
-from cxrfast.files import replacing, write_bytes, write_json
+from cxrfast.files import open_file, read_file, replacing, write_bytes, write_json
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
-from cxrfast.runs.folder import RunFolder
+from cxrfast.runs.folder import LARGEST_TEXT, RunFolder
 from cxrfast.runs.lease import locked
 from cxrfast.runs.lineage import Origin
 from cxrfast.shards.format.lock import Lease
@@ -44,7 +44,17 @@ class _ConfigFile(TypedDict):
 
 
 class _Line(TypedDict):
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    train_loss: NotRequired[float | None]
+    val_loss: NotRequired[float | None]
+    val_loss_unweighted: NotRequired[float | None]
+    val_auroc: NotRequired[float | None]
+    val_auroc_by_label: NotRequired[dict[str, float | None]]
+    learning_rate: NotRequired[float | None]
+    seconds: NotRequired[float | None]
+    images_per_s: NotRequired[float | None]
+    waiting_share: NotRequired[float | None]
+    size: NotRequired[int | None]
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,10 @@ class Run(RunFolder):
         """The run in a folder like `runs/densenet121-256/fold-0`. Raises RunError if its config.json is missing or damaged."""
         folder = Path(folder)
         path = RunFolder(folder).config_path
-        if not path.is_file():
+        if not path.exists():
             raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
         try:
-            value = _checked(json.loads(path.read_bytes()), _ConfigFile)
+            value = _checked(json.loads(read_file(path, LARGEST_TEXT)), _ConfigFile)
             config = TrainConfig.from_json(value["config"])
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
@@ -155,7 +165,7 @@ class Run(RunFolder):
 
     def keep_epochs(self) -> None:
         """Write the number of epochs of `config` into config.json, which keeps all else, its hash too."""
-        known = json.loads(self.config_path.read_bytes())
+        known = json.loads(read_file(self.config_path, LARGEST_TEXT))
         if known["config"]["epochs"] != self.config.epochs:
             self.check_lease()
             known["config"]["epochs"] = self.config.epochs
@@ -206,7 +216,8 @@ class Run(RunFolder):
         if columns is None:
             columns = ["row", "image_id", "patient_id", "part", *self.config.labels]
         try:
-            return pd.read_parquet(self.rows_path, columns=list(columns))
+            with open(open_file(self.rows_path), "rb") as file:
+                return pd.read_parquet(file, columns=list(columns))
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's and, of damaged metadata, pandas's
             raise RunError(
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"
@@ -233,7 +244,7 @@ class Run(RunFolder):
         """{} if the run never started."""
         path = self.state_path
         try:
-            return _checked(json.loads(path.read_bytes()), dict[str, Any]) if path.exists() else {}
+            return _checked(json.loads(read_file(path, LARGEST_TEXT)), dict[str, Any]) if path.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
@@ -259,13 +270,18 @@ class Run(RunFolder):
     # Metrics
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict per epoch, oldest first, without a last line that a killed process left unfinished."""
+        """One dict per epoch, oldest first, without a last line that a killed process left unfinished.
+
+        Fields that an earlier version did not write are absent. Raises RunError naming the line and field that are wrong.
+        """
         path = self.metrics_path
         try:
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            return _checked([json.loads(line) for line in lines], list[_Line])
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunError(f"{path} is damaged: restore it, or train the run again in a new folder") from error
+            lines = read_file(path, LARGEST_TEXT).decode().split("\n")[:-1] if path.exists() else []
+            return [_read_line(number, line) for number, line in enumerate(lines, 1)]
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} is damaged ({error}): restore it, or train the run again in a new folder"
+            ) from error
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Append an epoch's line, in place of lines of this or later epochs that a killed process left."""
@@ -298,7 +314,8 @@ class Run(RunFolder):
         import torch
 
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with open(open_file(path), "rb") as file:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             owner = checkpoint["config_hash"]
         except Exception as error:  # torch raises half a dozen unrelated classes here
             raise RunError(
@@ -391,6 +408,14 @@ def _checked(value: Any, kind: Any) -> Any:
     """`value`, unchanged, if it is of that type. Raises ValueError if not."""
     msgspec.convert(value, kind)
     return value
+
+
+def _read_line(number: int, text: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises ValueError naming the line and what is wrong in it."""
+    try:
+        return _checked(json.loads(text), _Line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def part_rows(rows: pd.DataFrame, part: str) -> np.ndarray:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cxrfast.errors import RunError
-from cxrfast.runs.folder import RunFolder
+from cxrfast.files import read_file
+from cxrfast.runs.folder import LARGEST_TEXT, RunFolder
 from cxrfast.tables import Cell, Table
 from cxrfast.units import duration
 
@@ -71,7 +72,7 @@ def read_status(run: RunFolder, now: float) -> Status:
 
     def read(path: Path) -> dict[str, Any]:
         try:
-            value = _json_object(path.read_bytes())
+            value = _json_object(read_file(path, LARGEST_TEXT))
         except FileNotFoundError:
             return {}
         except OSError:
@@ -116,7 +117,7 @@ def _json_object(text: bytes) -> dict[str, Any] | None:
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The readable lines of a run's metrics, one dict per epoch, oldest first."""
     try:
-        texts = run.metrics_path.read_bytes().splitlines()
+        texts = read_file(run.metrics_path, LARGEST_TEXT).splitlines()
     except OSError:
         return []
     return [line for line in map(_json_object, texts) if line is not None]

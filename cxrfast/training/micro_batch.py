@@ -131,7 +131,7 @@ def gpu_step_memory(config: TrainConfig, runtime: Runtime, device: torch.device,
         _train(config, runtime, device, images, max(config.sides))
         torch.cuda.synchronize(device)
         return GpuMemory(torch.cuda.max_memory_allocated(device), total - torch.cuda.mem_get_info(device)[0])
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         if is_out_of_memory(error):
             return None
         raise RunError(f"a training step over {images} images failed, give --micro-batch a number: {error}") from error

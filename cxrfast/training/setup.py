@@ -20,7 +20,7 @@ from cxrfast import config as presets
 from cxrfast.config import Runtime, TrainConfig
 from cxrfast.distributed import World, parallel, pick_device
 from cxrfast.errors import RunError
-from cxrfast.files import open_own
+from cxrfast.files import open_own, read_file
 from cxrfast.labels import targets
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import compiled, resolve_precision
@@ -140,8 +140,8 @@ def label_warnings(config: TrainConfig, rows: pd.DataFrame) -> list[str]:
 def read_subset(path: Path) -> np.ndarray:
     """Row numbers from a file with one per line, int64, ascending. Raises RunError if it holds anything else, or nothing."""
     try:
-        rows = np.unique([int(line) for line in path.read_text().split()])
-    except (OSError, ValueError) as error:
+        rows = np.unique(np.array([int(line) for line in read_file(path).decode().split()], np.int64))
+    except (OSError, ValueError, OverflowError) as error:
         raise RunError(f"--rows {path}: give a text file with one row number per line ({error})") from error
     if not len(rows):
         raise RunError(f"--rows {path} is empty: give a text file with one row number per line")

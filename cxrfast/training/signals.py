@@ -5,10 +5,12 @@ torchrun forwards the signals that `--signals-to-handle` names. Ranks receive th
 `Monitor.after_step` then returns STOP, and the trainer saves and raises `Stopped`.
 """
 
+import os
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from cxrfast.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 """Signals that torchrun is to forward: its own four, and two that would kill it and orphan its workers."""
@@ -51,17 +53,22 @@ class Stopped(SystemExit):
 class StopRequest:
     """While entered, the first of `SIGNALS` is recorded instead of ending the process; a second SIGINT interrupts at once.
 
-    Does nothing outside the main thread, where Python cannot handle signals.
+    The signal is answered at once by a line on stderr, since the step that runs may take long, and saving too. SIGHUP stays
+    ignored where nohup ignores it. Does nothing outside the main thread, where Python cannot handle signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "training", answers: bool = False) -> None:
+        """`name`: of the run. `answers`: whether this process writes the line; one rank does."""
         self.number = 0
         """Number of the signal received; 0 for none."""
+        self.name, self.answers = name, answers
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -71,7 +78,16 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.answers and not self.number:
+            self._answer(number)
         self.number = number
+
+    def _answer(self, number: int) -> None:
+        """Write without the buffers of sys.stderr, which the code that was interrupted may be writing to."""
+        again = "; Ctrl-C again ends it at once, back to the last checkpoint" if number == signal.SIGINT else ""
+        line = f"\n{self.name}: {signal.Signals(number).name}: saving once this step is over{again}\n"
+        with suppress(OSError):  # a terminal that was closed
+            os.write(2, line.encode(errors="replace"))
 
 
 class Votes:

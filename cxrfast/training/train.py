@@ -84,6 +84,8 @@ def _train(
                 f"their tables will say; to train them alike, give --micro-batch {chosen} to all"
             )
         config = replace(config, micro_batch=chosen)
+    for side in config.sides:
+        model.check_micro_batch(side, config.micro_batch)
     # refuse sizes that do not fit before anything is written
     setup.train_order(config, rows, ranks, reader.info.rows_per_shard)
 

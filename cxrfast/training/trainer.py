@@ -77,7 +77,7 @@ class Trainer:
         """When this process began the epoch, and seconds spent on it by earlier ones."""
         self.loss = EpochLoss(ranks.device)
         self.board: Board | None = None
-        self.stop = StopRequest()
+        self.stop = StopRequest(run.name, answers=ranks.is_first)
         self.monitor = Monitor(ranks, runtime.checkpoint_minutes, runtime.checkpoint_steps)
         self.is_bad = False
         """Whether this rank has seen a bad loss or image."""

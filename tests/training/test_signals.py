@@ -48,7 +48,7 @@ def undisturbed(request, tiny_set, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_all_ranks_and_the_same_command_ends_as_if_nothing_had_happened(
     undisturbed, tiny_set, tmp_path, number
 ):
@@ -188,6 +188,36 @@ def test_signals_are_noted_only_where_they_are_asked_for():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_a_signal_is_answered_at_once_and_a_second_ctrl_c_interrupts(capfd):
+    with StopRequest("densenet121-32/fold-0", answers=True) as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        said = capfd.readouterr().err
+        assert "densenet121-32/fold-0: SIGINT: saving once this step is over; Ctrl-C again ends it at once" in said
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert request.number == signal.SIGINT
+    assert capfd.readouterr().err == ""
+    with StopRequest("other", answers=False):  # a rank other than the first
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_terminal_that_is_closed_saves_unless_nohup_ignores_it(capfd):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopRequest("x", answers=True) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.number == signal.SIGHUP
+        assert "x: SIGHUP: saving" in capfd.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest("x", answers=True) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.number == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # A training in a process of its own
