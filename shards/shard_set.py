@@ -1,5 +1,7 @@
 """A shard set on disk: its contents and paths. All other code reads sets through it; it writes nothing."""
 
+import csv
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
+from cxrfast.files import read_file
 from cxrfast.shards.format.checksums import read_sums
 from cxrfast.shards.format.info import read_set
 from cxrfast.shards.format.manifest import ShardManifest, built, read_manifest, scales_in
@@ -111,6 +114,16 @@ class ShardSet:
                 f"build them with `cxrfast shard --scale {scale}`"
             )
         return np.array([row for manifest in manifests if manifest for row in manifest.rows], np.int64)
+
+    def quarantined(self) -> np.ndarray:
+        """int64, ascending: rows in quarantine.csv, which a build writes at its end. Raises ShardError if it is missing or
+        damaged."""
+        path = self.folder / "quarantine.csv"
+        try:
+            lines = csv.DictReader(io.StringIO(read_file(path).decode(), newline=""))
+            return np.unique(np.array([int(line["row"]) for line in lines], np.int64))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+            raise ShardError(f"{path} is missing or damaged ({error}): run `cxrfast verify --repair`") from error
 
     def shards(self, scale: int) -> list[int]:
         """Numbers of the shards that are built at this scale, ascending."""

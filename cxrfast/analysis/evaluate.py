@@ -171,7 +171,7 @@ def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> 
         table,
         positives,
         tuple(found.without),
-        rules_note(groups),
+        rules_note({name: {k: group[k] for k in shared or group} for name, group in groups.items()}),
         tuple(found.unfinished),
     )
     write(runs / FOLDER, evaluation)

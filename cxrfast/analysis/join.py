@@ -39,8 +39,9 @@ class Answers:
         return targets(self.raw, config.policies, config.blanks, config.unlabelled)
 
 
-MAY_DIFFER = ("precision", "micro_batch", "epochs", "allow_shared_patients")
-"""Fields of TrainConfig in which the folds of a group may differ: a machine chose them, or they ask no other question."""
+MAY_DIFFER = ("precision", "micro_batch", "epochs", "allow_shared_patients", "allow_partial", "weighted_validation")
+"""Fields of TrainConfig in which the folds of a group may differ: a machine chose them, a version of cxrfast did not know
+them, or they ask no other question. A study that was interrupted may hold both; the tables say so."""
 
 
 def rules_note(groups: Mapping[str, Mapping[int, Run]]) -> str:

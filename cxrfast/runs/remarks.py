@@ -6,6 +6,7 @@ In: run folders, and their shard sets where they can be reached. Writes nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ def remarks_on(runs: Iterable[Run]) -> dict[Path, str]:
         remarks = [f"unfinished, {state}"] if state else []
         remarks += [PARTLY_BUILT] if run.config.allow_partial else []
         remarks += [f"its set has other labels now, {change.brief()}"] if change else []
+        if known and not change and not run.config.allow_partial and (unused := known.unused_rows(run)):
+            remarks.append(f"its set has {counted(unused, 'row')} now that it did not have")
         found[run.folder] = "; ".join(remarks)
     return found
 
@@ -101,8 +104,9 @@ class LabelsNow:
     """
 
     def __init__(self, shard_set: ShardSet, table: pd.DataFrame | None = None) -> None:
-        self.shard_set = shard_set
-        self.table = shard_set.rows(["row", "view", *shard_set.info.labels]) if table is None else table
+        self.shard_set, self.labels = shard_set, list(shard_set.info.labels)
+        self.table = shard_set.rows(["row", "view", *self.labels]) if table is None else table
+        self.raw = _small(self.table[self.labels])
 
     @classmethod
     def of(cls, run: Run) -> "LabelsNow | None":
@@ -115,14 +119,12 @@ class LabelsNow:
 
     def compare(self, run: Run) -> Relabelling | None:
         """None if the run has the labels of now. Raises RunError if its rows cannot be read."""
-        names = [label for label in run.config.labels if label in self.table]
-        rows = run.rows(["row", *names])
-        rows = rows[rows["row"].between(0, len(self.table) - 1)]
-        row = rows["row"].to_numpy(np.int64)
-        then, now = rows[names].to_numpy(np.float32), self.table[names].to_numpy(np.float32)[row]
-        differ = ~((then == now) | (np.isnan(then) & np.isnan(now)))
-        gone = tuple(label for label in run.config.labels if label not in self.table)
-        new_rows = self._labelled_since(run, row)
+        names = [label for label in run.config.labels if label in self.labels]
+        row, then = self._rows(run, names)
+        now = self.raw[row][:, [self.labels.index(name) for name in names]]
+        differ = then != now
+        gone = tuple(label for label in run.config.labels if label not in names)
+        new_rows = self.unused_rows(run, row) if self.shard_set.info.labels_from else 0
         if not (differ.any() or gone or new_rows):
             return None
         example = ""
@@ -137,21 +139,37 @@ class LabelsNow:
             new_rows=new_rows,
         )
 
-    def _labelled_since(self, run: Run, row: np.ndarray) -> int:
-        """Number of rows that the run would use now, since they have a label, and that are not among its rows."""
-        config, is_relabelled = run.config, self.shard_set.info.labels_from != ""
-        if not is_relabelled or config.unlabelled != "drop" or config.limit is not None or config.subset is not None:
+    def unused_rows(self, run: Run, row: np.ndarray | None = None) -> int:
+        """Number of rows that the run would use if it started now, and that are not among its rows (`row`, if known).
+
+        0 where that cannot be told: for runs of some rows only, and where the set's build is not finished.
+        """
+        config = run.config
+        if config.limit is not None or config.subset is not None or self._quarantined is None:
             return 0
-        usable = self.table[[*self.shard_set.info.labels]].notna().any(axis=1).to_numpy(copy=True)
+        usable = np.ones(len(self.table), bool)
+        if config.unlabelled == "drop":
+            usable &= (self.raw != BLANK).any(axis=1)
         if config.views:
             usable &= self.table["view"].isin(config.views).to_numpy()
-        others = np.setdiff1d(np.flatnonzero(usable), row)
-        if not len(others):
-            return 0
+        usable[self._rows(run, [])[0] if row is None else row] = False
+        usable[self._quarantined] = False
+        return int(usable.sum())
+
+    def _rows(self, run: Run, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the run, int64 (n,), and their raw labels as `_small`, (n, len(names)); without rows that no set has."""
+        rows = run.rows(["row", *names])
+        rows = rows[rows["row"].between(0, len(self.table) - 1)]
+        return rows["row"].to_numpy(np.int64), _small(rows[names])
+
+    @cached_property
+    def _quarantined(self) -> np.ndarray | None:
+        """int64: rows of the set in quarantine; None if that is not known, as while it is built."""
         try:
-            return len(np.intersect1d(others, self.shard_set.held(config.scale)))  # others are in quarantine
+            rows = self.shard_set.quarantined()
         except ShardError:
-            return 0
+            return None
+        return rows[(rows >= 0) & (rows < len(self.table))]
 
 
 def relabelling_note(run: Run, shard_set: ShardSet) -> str:
@@ -168,5 +186,18 @@ def relabelling_note(run: Run, shard_set: ShardSet) -> str:
     )
 
 
-def _value(raw: float) -> str:
-    return "blank" if pd.isna(raw) else f"{raw:g}"
+BLANK = 2
+"""A blank label in `_small`."""
+
+
+def _small(raw: pd.DataFrame) -> np.ndarray:
+    """Raw labels as int8 (n, L): a quarter of the memory, and blanks are equal."""
+    found = np.empty(raw.shape, np.int8)
+    with np.errstate(invalid="ignore"):  # no set holds other values, but a run from elsewhere may
+        for j, name in enumerate(raw):
+            found[:, j] = np.nan_to_num(raw[name].to_numpy(np.float32), nan=BLANK)
+    return found
+
+
+def _value(raw: int) -> str:
+    return "blank" if raw == BLANK else f"{raw}"

@@ -214,11 +214,26 @@ def test_folds_that_ran_on_other_machines_or_for_more_epochs_are_joined_and_the_
         "Folds of densenet121-256 differ: precision bf16 (folds 0, 1), fp16 (fold 2); micro batch 8 (folds 0, 1), 4 (fold 2); "
         "epochs 100 (folds 0, 1), 60 (fold 2)."
     )
+    assert "differ" not in evaluate(tmp_path).rules, "fold 2 does not count yet"
+    make_run(tmp_path, 512, 2, precision="bf16")
     assert "differ" not in evaluate(tmp_path).rules.replace(note, "")
     assert note in (tmp_path / "evaluation" / "auroc.md").read_text()
-    make_run(tmp_path, 512, 2, precision="bf16")
     ensemble(tmp_path)
     assert note in (tmp_path / "ensemble" / "summary.md").read_text()
+
+
+def test_folds_of_a_study_that_outlived_its_version_and_the_build_of_its_set_are_joined(tmp_path):
+    make_run(tmp_path, 256, 0, allow_shared_patients=True, allow_partial=True, positive_weights=True)
+    make_run(tmp_path, 256, 1, positive_weights=True, weighted_validation=True)
+    rules = evaluate(tmp_path).rules
+    for told in (
+        "allow shared patients True (fold 0), False (fold 1)",
+        "weighted validation False (fold 0), True (fold 1)",
+    ):
+        assert told in rules
+    assert "‡ trained on a partly built set (--allow-partial): densenet121-256 (fold 0)." in (
+        tmp_path / "evaluation" / "auroc.md"
+    ).read_text().replace("\\", "")
 
 
 OTHER_RECIPES = {
