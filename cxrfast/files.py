@@ -62,6 +62,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def make_own_folder(path: Path) -> None:
+    """Make a folder for results if it is absent. Raises OSError for a link, which could lead anywhere, and for a file."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link, and results are not written where it leads: remove it", str(path))
+    path.mkdir(exist_ok=True)
+
+
 def write_figure(path: Path, figure: "Figure", dpi: float | None = None) -> None:
     """A PNG, the same bytes for the same figure. `dpi`: default: the figure's own."""
     with replacing(path) as file:
@@ -84,9 +91,9 @@ def open_file(path: Path, flags: int = 0) -> int:
     return descriptor
 
 
-def read_file(path: Path, largest: int = LARGEST) -> bytes:
+def read_file(path: Path, largest: int = LARGEST, flags: int = 0) -> bytes:
     """Content of a regular file. Raises OSError as `open_file` does, and for more than `largest` bytes."""
-    with open(open_file(path), "rb") as file:
+    with open(open_file(path, flags), "rb") as file:
         if os.fstat(file.fileno()).st_size > largest:
             raise OSError(errno.EFBIG, f"has more than {largest:,} bytes", str(path))
         return file.read()

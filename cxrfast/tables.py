@@ -32,6 +32,9 @@ LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 LIGATURE = re.compile(r"[-'`,?!](?=[-'`,])")
 """Start of what LaTeX joins into one character, such as -- and ``."""
 
+LONG = 60
+"""Characters above which a cell of an HTML table should be wrapped."""
+
 MARKDOWN = re.compile(r"[\\`*\[\]{}<>|!~^$&#@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.", re.IGNORECASE)
 """What Markdown, as GitHub and pandoc read it, takes for markup or for an address; `_` only at the edge of a word."""
 
@@ -100,12 +103,16 @@ class Table:
         return heading + "".join(map(line, (list(map(markdown_text, self.head)), rule, *rows))) + notes
 
     def html(self) -> str:
-        """A `table` element and paragraphs. Classes: `number`, the cells' styles, and `total` of a last row that sums up."""
+        """A `table` element and paragraphs.
+
+        Classes: `number`, `long` (more than LONG characters), the cells' styles, and `total` of a last row that sums up.
+        """
 
         def line(tag: str, cells: Sequence[Cell]) -> str:
             found = []
             for (text, style), is_text in zip(cells, self._text_columns(), strict=True):
-                names = f"{'' if is_text else 'number'} {style}".strip()
+                classes = ("" if is_text else "number", "long" if len(text) > LONG else "", style)
+                names = " ".join(filter(None, classes))
                 content = _html(text).replace("\n", "<br>")
                 found.append(f'<{tag} class="{names}">{content}</{tag}>' if names else f"<{tag}>{content}</{tag}>")
             return f"<tr>{''.join(found)}</tr>\n"

@@ -4,7 +4,7 @@ In: run folders with predictions of val and test at two scales or more. Out: wei
 summary.tex and weights.png in RUNS/ensemble/. Every fold is fitted and tested by itself; no fit sees a test row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from cxrfast.analysis.scores import (
     undefined_note,
 )
 from cxrfast.errors import RunError
-from cxrfast.files import write_bytes, write_figure
+from cxrfast.figures import add_legend, figure_text
+from cxrfast.files import make_own_folder, write_bytes, write_figure
 from cxrfast.progress import Advance, progress
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
@@ -96,16 +97,17 @@ class EnsembleResult:
         return ["undefined" if np.isnan(row).any() else self.names[row.argmax()] for row in means]
 
 
-def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool = False) -> EnsembleResult:
+def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool = False, damaged: Collection[str] = ()) -> EnsembleResult:
     """Fit and test the ensemble in every fold that all `names` have predicted; write RUNS/ensemble/.
 
     names: groups of runs, such as densenet121-256; None: all of the one architecture that has several scales.
     finished_only: leave out runs whose training is not done; otherwise they are marked.
+    damaged: names of runs to leave out.
 
     Raises RunError if there are fewer than two scales, if they share no fold, if it is unclear which groups are
     meant, or if runs differ in shard set, label policy, or rows and labels of a fold.
     """
-    groups, unfinished = choose_scales(runs, names, finished_only)
+    groups, unfinished = choose_scales(runs, names, finished_only, damaged)
     check_same_study([run for group in groups.values() for run in group.values()])
     folds = shared_folds(groups)
     if not folds:
@@ -271,27 +273,28 @@ def weights_figure(result: EnsembleResult) -> Figure:
     figure = Figure(figsize=(9.0, 1.3 + 0.32 * len(shown)), dpi=100, layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.2, 0.9, len(result.names)))
-    left = np.zeros(len(shown))
+    left, scales = np.zeros(len(shown)), []
     for width, name, colour in zip(weights[shown].T, result.short_names, colours, strict=True):
         bars = axes.barh(range(len(shown)), width, left=left, height=0.78, color=colour, edgecolor="white", label=name)
+        scales.append(bars)
         ink = "white" if colour[:3] @ (0.299, 0.587, 0.114) < 0.55 else "#222222"
         numbers = [f"{w:.2f}" if w >= 0.05 else "" for w in width]
         axes.bar_label(bars, numbers, label_type="center", color=ink, fontsize=8)
         left += width
-    axes.set_yticks(range(len(shown)), [result.labels[j] for j in shown])
+    axes.set_yticks(range(len(shown)), [figure_text(result.labels[j]) for j in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"weight of each scale, mean over {folds_text(result.folds)}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(y=0.01)
-    figure.legend(loc="outside upper center", ncols=min(6, len(result.names)), frameon=False)
+    add_legend(figure, scales, result.short_names, loc="outside upper center", ncols=min(6, len(result.names)))
     return figure
 
 
 def write(folder: Path, result: EnsembleResult) -> None:
     """weights.csv, auroc.csv, summary.md, summary.tex and weights.png, each whole or absent."""
-    folder.mkdir(exist_ok=True)
+    make_own_folder(folder)
     tables = ensemble_table(result, brief=False), weights_table(result)
     for name, text in {
         "weights.csv": csv_text(result.weights),

@@ -4,7 +4,7 @@ In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_su
 RUNS/evaluation/. Runs that did not answer the same questions are never joined; what is undefined is never a number.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from cxrfast.analysis.scores import (
     undefined_note,
 )
 from cxrfast.errors import RunError
-from cxrfast.files import write_bytes
+from cxrfast.files import make_own_folder, write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
@@ -67,6 +67,8 @@ class Evaluation:
     """How rows and labels were chosen, the same for all runs."""
     unfinished: tuple[str, ...] = ()
     """Unfinished runs that were left out."""
+    damaged: tuple[str, ...] = ()
+    """Damaged runs that were left out."""
 
     @property
     def is_compared(self) -> bool:
@@ -132,7 +134,7 @@ class Evaluation:
         )
 
 
-def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> Evaluation:
+def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False, damaged: Collection[str] = ()) -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
 
     `finished_only`: leave out runs whose training is not done; otherwise they are marked.
@@ -142,7 +144,7 @@ def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> 
     """
     if part not in PARTS:
         raise RunError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
-    found = with_predictions(runs, finished_only)
+    found = with_predictions(runs, finished_only, damaged)
     predicted = found.runs
     groups = by_name(predicted)
     check_same_study(predicted)
@@ -173,6 +175,7 @@ def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False) -> 
         tuple(found.without),
         rules_note({name: {k: group[k] for k in shared or group} for name, group in groups.items()}),
         tuple(found.unfinished),
+        tuple(damaged),
     )
     write(runs / FOLDER, evaluation)
     return evaluation
@@ -239,6 +242,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
         evaluation.footnotes,
         f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
         f"Left out, unfinished: {', '.join(evaluation.unfinished)}." if evaluation.unfinished else "",
+        f"Left out, damaged: {', '.join(evaluation.damaged)}." if evaluation.damaged else "",
     )
     rows = score_rows(labels, columns, compared=evaluation.is_compared)
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
@@ -253,7 +257,7 @@ def auroc_table(evaluation: Evaluation) -> Table:
 
 def write(folder: Path, evaluation: Evaluation) -> None:
     """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent; auroc-<part>.* if not of the test part."""
-    folder.mkdir(exist_ok=True)
+    make_own_folder(folder)
     stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
     table = auroc_table(evaluation)
     for name, text in {

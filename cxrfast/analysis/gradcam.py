@@ -1,9 +1,10 @@
 """Grad-CAM (Selvaraju et al. 2017, section 3): where in a radiograph a finding's logit comes from.
 
 In: a trained run and a finding. Out: one map per image, for a few positives, in the run's maps.zarr, and a figure
-that names images only by their id. Nothing here changes a weight.
+that names images only by their row: ids may be paths, and hold names. Nothing here changes a weight.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
+from cxrfast.figures import figure_text
 from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
@@ -137,7 +139,7 @@ def positives(run: Run, label: str, part: str) -> np.ndarray:
 def read_gradcam(run: Run, label: str) -> Maps:
     """Raises RunError if there are no maps of this finding, or only another configuration's."""
     _index(run, label)
-    name, command = _group(label), f"cxrfast gradcam {run.folder} --label '{label}'"
+    name, command = _group(label), f"cxrfast gradcam {run.folder} --label {shlex.quote(label)}"
     group, known = stored(run, name, f"Grad-CAM of {label}", command)
     return Maps(**{array: read_array(group, f"{name}/{array}", f"`{command}`") for array in ARRAYS}, part=known["part"])
 
@@ -157,20 +159,19 @@ def _group(label: str) -> str:
 
 
 def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
-    """Each image next to the same image under its map, two pairs per line; titled with the start of its id and its probability.
+    """Each image next to the same image under its map, two pairs per line; titled with its row and its probability.
 
     The images are read from the shard set. Raises RunError as `read_gradcam` does.
     """
     found = read_gradcam(run, label)
     images = np.concatenate([batch.image[:, 0].numpy() for batch in batches(run, found.rows, shards)])
-    ids = run.rows().set_index("row").loc[found.rows, "image_id"].tolist()
     probabilities = sigmoid(found.logits)
-    columns = min(2, len(ids))
-    lines = -(-len(ids) // columns)
+    columns = min(2, len(images))
+    lines = -(-len(images) // columns)
     result = Figure(figsize=(4.7 * columns + 0.8, 2.5 * lines + 0.4), layout="constrained")
     widths = [1, 1, 0.1] * columns  # the narrow column keeps pairs apart
     grid = result.add_gridspec(lines, len(widths) - 1, width_ratios=widths[:-1])
-    for i in range(len(ids)):
+    for i in range(len(images)):
         y, x = i // columns, 3 * (i % columns)
         alone, under = result.add_subplot(grid[y, x]), result.add_subplot(grid[y, x + 1])
         for axes in (alone, under):
@@ -178,12 +179,12 @@ def figure(run: Run, label: str, shards: Path | None = None) -> Figure:
             axes.set_axis_off()
         # Transparent where the map is low: the radiograph stays readable.
         shown = under.imshow(found.maps[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6 * found.maps[i])
-        alone.set_title(f"{ids[i][:8]}…", fontsize="small")
+        alone.set_title(f"row {found.rows[i]}", fontsize="small")
         empty = "" if found.maps[i].any() else ", map is zero"
         under.set_title(f"probability {probabilities[i]:.2f}{empty}", fontsize="small")
     bar = result.colorbar(shown, ax=result.axes, shrink=0.8, aspect=30)
     bar.set_label("Grad-CAM / the image's maximum")
-    result.suptitle(f"{label}: {run.name}, {found.part} part", fontsize="medium")
+    result.suptitle(f"{figure_text(label)}: {figure_text(run.name)}, {found.part} part", fontsize="medium")
     return result
 
 

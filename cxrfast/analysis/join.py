@@ -3,7 +3,7 @@
 In: run folders with predictions; no shard set, no GPU. Runs that did not answer the same questions are never joined.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -106,9 +106,9 @@ class Predicted:
     """Those that are unfinished, if only finished ones were asked for."""
 
 
-def with_predictions(runs: Path, finished_only: bool = False) -> Predicted:
+def with_predictions(runs: Path, finished_only: bool = False, damaged: Collection[str] = ()) -> Predicted:
     """The runs that have predictions; `finished_only`: and whose training is done. Raises RunError if there is none."""
-    found = Run.find(runs)
+    found = Run.find(runs, damaged)
     predicted = [run for run in found if run.has_predictions]
     if not predicted:
         none = "the only run" if len(found) == 1 else f"none of the {len(found):,} runs"
@@ -265,13 +265,13 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
 
 
 def choose_scales(
-    runs: Path, names: Sequence[str] | None, finished_only: bool = False
+    runs: Path, names: Sequence[str] | None, finished_only: bool = False, damaged: Collection[str] = ()
 ) -> tuple[dict[str, dict[int, Run]], list[str]]:
     """Groups to combine, ascending in scale: name → fold → run; and the names of the unfinished runs that are left out.
 
     Raises RunError as `ensemble` does.
     """
-    found = with_predictions(runs, finished_only)
+    found = with_predictions(runs, finished_only, damaged)
     predicted, skipped = found.runs, found.without
     known = {run.folder.parent.name: run.config for run in predicted}
     have = ", ".join(names or known)

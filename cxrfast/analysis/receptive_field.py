@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from cxrfast.analysis.energy import energy_centre, energy_radius, erf_size
 from cxrfast.analysis.maps import batches, stored
 from cxrfast.errors import RunError
+from cxrfast.figures import figure_text
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.run import Run, part_rows
 
@@ -159,7 +160,7 @@ def erf_figure(runs: Sequence[Run]) -> Figure:
         axes.set_title(f"{area}\n{known}{many}{found[0].images} images", fontsize="small")
         axes.set_xticks([0, side // 2, side])
         axes.set_yticks([0, side // 2, side])
-        axes.set_xlabel(f"px, {name}")
+        axes.set_xlabel(f"px, {figure_text(name, 30)}")
     bar = result.colorbar(shown, ax=panels.tolist(), shrink=0.8, extend="min")
     bar.set_label("squared gradient / maximum")
     return result

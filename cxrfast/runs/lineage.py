@@ -72,7 +72,9 @@ class Origin:
         elif path.suffix in SUFFIXES:
             return cls(kind="file", file=path.name)
         fold = re.fullmatch(r"fold-(\d+)", path.name) if len(path.parts) > 1 else None
-        return cls(kind="run", run="/".join(path.parts[-2:]), fold=int(fold[1]) if fold else None)
+        if not fold:
+            return cls(kind="run")  # other folders say more about the machine than about the run
+        return cls(kind="run", run="/".join(path.parts[-2:]), fold=int(fold[1]))
 
     @classmethod
     def from_json(cls, value: Any) -> "Origin":

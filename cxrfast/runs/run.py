@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -100,9 +100,13 @@ class Run(RunFolder):
             raise RunError(f"{path} is damaged ({error})") from error
 
     @classmethod
-    def find(cls, runs: str | Path) -> list["Run"]:
-        """Every run below `runs`, by name, scale and fold. Raises RunError if there is none."""
-        found = [cls.open(one.folder) for one in RunFolder.below(Path(runs)) if one.is_started]
+    def find(cls, runs: str | Path, damaged: Container[str] = ()) -> list["Run"]:
+        """Every run below `runs`, by name, scale and fold. Raises RunError if there is none.
+
+        damaged: names of those that are not opened.
+        """
+        folders = [one for one in RunFolder.below(Path(runs)) if one.is_started and one.name not in damaged]
+        found = [cls.open(one.folder) for one in folders]
         if not found:
             raise RunError(
                 f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"

@@ -82,14 +82,14 @@ def read_status(run: RunFolder, now: float) -> Status:
         return value or {}
 
     config, state, lines = read(run.config_path).get("config"), read(run.state_path), read_metrics(run)
-    heartbeat = _number(state.get("time"))
+    heartbeat = number(state.get("time"))
     age = None if heartbeat is None else max(0.0, now - heartbeat)  # clocks of two machines differ
     shown = "damaged" if damaged else str(state.get("state") or "not started")
     if shown == "running" and (age is None or age > SILENT_SECONDS):
         shown = "silent"
-    rate, epoch, epochs = (_number(state.get(name)) for name in ("images_per_s", "epoch", "epochs"))
+    rate, epoch, epochs = (number(state.get(name)) for name in ("images_per_s", "epoch", "epochs"))
     if epochs is None and isinstance(config, dict):
-        epochs = _number(config.get("epochs"))
+        epochs = number(config.get("epochs"))
     return Status(
         name=run.name,
         folder=str(run.folder),
@@ -97,8 +97,8 @@ def read_status(run: RunFolder, now: float) -> Status:
         epoch=len(lines) if epoch is None else int(epoch),
         epochs=None if epochs is None else int(epochs),
         val_auroc=auroc_at_lowest_loss(lines),
-        images_per_s=_number(lines[-1].get("images_per_s")) if rate is None and lines else rate,
-        eta_seconds=None if shown == "done" else _number(state.get("eta_seconds")),
+        images_per_s=number(lines[-1].get("images_per_s")) if rate is None and lines else rate,
+        eta_seconds=None if shown == "done" else number(state.get("eta_seconds")),
         heartbeat_seconds=age,
         job=None if state.get("job") is None else str(state["job"]),
         note="; ".join([*damaged, *([str(state["error"])] if state.get("error") else [])]),
@@ -126,13 +126,17 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
 def auroc_at_lowest_loss(lines: list[dict[str, Any]]) -> float | None:
     """`val_auroc` of the line with the lowest `val_loss`, which may not be the highest; None if there is none or it is
     undefined."""
-    scored = [line for line in lines if _number(line.get("val_loss")) is not None]
-    return _number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
+    scored = [line for line in lines if number(line.get("val_loss")) is not None]
+    return number(min(scored, key=lambda line: line["val_loss"]).get("val_auroc")) if scored else None
 
 
-def _number(value: Any) -> float | None:
+LARGEST = 1e300
+"""Largest number that is taken for one: whole numbers in JSON have no end, and arithmetic with larger ones overflows."""
+
+
+def number(value: Any) -> float | None:
     """`value` if it is a finite number, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     return value if is_number else None
 
 

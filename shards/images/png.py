@@ -53,6 +53,16 @@ def decode_png(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(image[:, :, 0]) if image.ndim == 3 else image
 
 
+def bare_png(data: bytes) -> bytes:
+    """The PNG without text, profiles, animation and whatever else it holds besides its pixels and palette. Raises BadImage."""
+    if not data.startswith(SIGNATURE):
+        raise BadImage(Reason.CORRUPT, "no PNG")
+    decode_png(data)
+    header, palette, packed = _read(data)
+    chunks = [(b"IHDR", header), *([(b"PLTE", palette)] if palette else []), (b"IDAT", packed), (b"IEND", b"")]
+    return SIGNATURE + b"".join(_chunk(kind, content) for kind, content in chunks)
+
+
 def _read(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Contents of IHDR, PLTE and all IDAT. Every chunk up to IEND is checked against its CRC."""
     header = palette = None

@@ -1,5 +1,6 @@
 """Grad-CAM against captum, against networks whose map is known, and over runs."""
 
+import shlex
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -157,16 +158,16 @@ def test_findings_that_are_unknown_or_absent_are_explained(tiny_set, tmp_path):
         cams.gradcam_run(replace(other, folder=make_run(tmp_path / "b", tiny_set, RAW).folder), LABEL)
 
 
-def test_the_figure_names_images_by_the_start_of_their_id_alone(stored, tiny_set):
+def test_the_figure_names_images_by_their_row_alone(stored, tiny_set):
     run, _, made = stored
     figure = cams.figure(run, LABEL)
     texts = [text.get_text() for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
     written = " ".join([*texts, figure.get_suptitle()])
     table = pd.read_parquet(tiny_set / "rows.parquet").set_index("row").loc[made.rows]
     for row, probability in zip(table.itertuples(), torch.sigmoid(torch.from_numpy(made.logits)), strict=True):
-        assert f"{row.image_id[:8]}…" in written
+        assert f"row {row.Index} " in written
         assert f"probability {probability:.2f}" in written
-        for secret in (row.image_id, row.patient_id, row.study_id, row.path, str(tiny_set), str(run.folder.parents[1])):
+        for secret in (row.image_id, row.image_id[:8], row.patient_id, row.study_id, row.path, str(tiny_set), str(run.folder.parents[1])):
             assert secret not in written
     overlays = [axes for axes in figure.axes if len(axes.images) == 2]
     np.testing.assert_array_equal(overlays[1].images[1].get_array(), made.maps[1])
@@ -176,12 +177,16 @@ def test_the_figure_names_images_by_the_start_of_their_id_alone(stored, tiny_set
     assert path.parent == run.folder
 
 
-def test_a_slash_in_a_findings_name_opens_no_other_level(stored, tiny_set, tmp_path):
-    name, (run, _, _) = "../Mass/Nodule", stored
+@pytest.mark.parametrize("name", ["../Mass/Nodule", "..", ".", "$x_1$ \\frac{", "_x", "ä" * 200, "'; touch x; '"])
+def test_any_name_of_a_finding_is_a_name_in_files_and_figures(stored, tiny_set, tmp_path, name):
+    run, _, _ = stored
     renamed = run.rows().rename(columns={LABEL: name})
     labels = tuple(name if label == LABEL else label for label in MIMIC)
     other = Run.start(tmp_path / "x" / "fold-0", replace(run.config, labels=labels), tiny_set, renamed)
     other.write_weights(run.read_weights())
+    with pytest.raises(RunError, match="has no Grad-CAM") as missing:
+        cams.read_gradcam(other, name)
+    assert shlex.split(str(missing.value).split("`")[1])[-1] == name, "the command can be pasted"
     made = cams.gradcam_run(other, name, images=99)
     assert len(made.rows) == 5, "all there are"
     erf(other, images=1)
