@@ -53,6 +53,9 @@ def auroc_figure(evaluation: Evaluation) -> Figure:
     return figure
 
 
+LEAST, MOST = 1e-9, 1e9
+"""Smallest (except 0) and largest epoch, loss or number of seconds that a curve shows."""
+
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
 
 
@@ -63,25 +66,27 @@ def learning_figure(runs: list[Run]) -> Figure:
     origins = origins_of(runs)
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(origins)))
     colours = dict(zip(origins, map(tuple, shades), strict=True))
-    longest = max(np.nansum(values_of(run.metrics(), "seconds")) for run in runs)
+    longest = max(np.nansum(_plausible(run.metrics(), "seconds")) for run in runs)
+    positive = dict.fromkeys(CURVES, False)
     unit, seconds = ("hours", 3600) if longest > 3600 else ("minutes", 60)
     for run in runs:
         metrics, colour = run.metrics(), colours[run.folder.parent.name]
         rates = values_of(metrics, "learning_rate")
         drops = np.flatnonzero(rates[1:] < rates[:-1]) + 1
-        epochs = values_of(metrics, "epoch") + 1
-        for line, x in zip(panels, (epochs, np.cumsum(values_of(metrics, "seconds")) / seconds), strict=True):
+        epochs = _plausible(metrics, "epoch") + 1
+        for line, x in zip(panels, (epochs, np.cumsum(_plausible(metrics, "seconds")) / seconds), strict=True):
             for axes, key in zip(line, CURVES, strict=True):
-                values = values_of(metrics, key)
+                values = _plausible(metrics, key)
+                positive[key] |= bool((values > 0).any())
                 axes.plot(x, values, ".-", markersize=3, linewidth=0.9, color=colour)
                 axes.plot(x[drops], values[drops], "|", markersize=10, markeredgewidth=1.2, color=colour)
-    for (above, below), title in zip(panels.T, CURVES.values(), strict=True):
-        above.set_title(title, fontsize="medium")
+    for (above, below), key in zip(panels.T, CURVES, strict=True):
+        above.set_title(CURVES[key], fontsize="medium")
         above.set_xlabel("epoch")
         above.xaxis.get_major_locator().set_params(integer=True)
         below.set_xlabel(unit)
         below.set_xlim(left=0)
-        if "loss" in title:
+        if "loss" in key and positive[key]:
             above.set_yscale("log")  # an early validation loss may be ten times the later ones
             above.yaxis.set_major_formatter(ScalarFormatter())
             above.yaxis.set_minor_formatter(ScalarFormatter())
@@ -98,6 +103,12 @@ def values_of(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """float64, one per epoch: a value of the metrics; NaN where it is missing or not a number."""
     found = (number(line.get(key)) for line in lines)
     return np.array([np.nan if value is None else value for value in found], np.float64)
+
+
+def _plausible(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """As `values_of`, and NaN for what no epoch can have and no axis can show."""
+    values = values_of(lines, key)
+    return np.where((values == 0) | ((values > LEAST) & (values < MOST)), values, np.nan)
 
 
 def origins_of(runs: Sequence[Run]) -> dict[str, str]:

@@ -97,7 +97,9 @@ class EnsembleResult:
         return ["undefined" if np.isnan(row).any() else self.names[row.argmax()] for row in means]
 
 
-def ensemble(runs: Path, names: list[str] | None = None, *, finished_only: bool = False, damaged: Collection[str] = ()) -> EnsembleResult:
+def ensemble(
+    runs: Path, names: list[str] | None = None, *, finished_only: bool = False, damaged: Collection[str] = ()
+) -> EnsembleResult:
     """Fit and test the ensemble in every fold that all `names` have predicted; write RUNS/ensemble/.
 
     names: groups of runs, such as densenet121-256; None: all of the one architecture that has several scales.

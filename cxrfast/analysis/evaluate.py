@@ -134,7 +134,9 @@ class Evaluation:
         )
 
 
-def evaluate(runs: Path, part: str = "test", *, finished_only: bool = False, damaged: Collection[str] = ()) -> Evaluation:
+def evaluate(
+    runs: Path, part: str = "test", *, finished_only: bool = False, damaged: Collection[str] = ()
+) -> Evaluation:
     """Score every run below `runs` that has predictions of `part`; write the tables into RUNS/evaluation/.
 
     `finished_only`: leave out runs whose training is not done; otherwise they are marked.

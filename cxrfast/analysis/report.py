@@ -72,7 +72,10 @@ def report(
     """
     found, damaged = _readable(runs)
     scores = _auroc(runs, found, damaged, evaluation)  # first: this may find another run damaged
+    known = len(damaged)
     stack = _ensemble(runs, found, damaged, stacked)
+    if len(damaged) > known:
+        scores = _auroc(runs, found, damaged, None)
     for name, why in damaged.items():
         log.warning(f"{name} is damaged and left out of the report: {why}")
     chapters = [_summary(found, damaged), scores, stack, _learning(runs, found), _erf(runs, found), _gradcam(found)]

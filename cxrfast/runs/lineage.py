@@ -71,10 +71,11 @@ class Origin:
             path = path.parent
         elif path.suffix in SUFFIXES:
             return cls(kind="file", file=path.name)
-        fold = re.fullmatch(r"fold-(\d+)", path.name) if len(path.parts) > 1 else None
+        fold = re.fullmatch(r"fold-(\d+)", path.name)
         if not fold:
-            return cls(kind="run")  # other folders say more about the machine than about the run
-        return cls(kind="run", run="/".join(path.parts[-2:]), fold=int(fold[1]))
+            return cls(kind="run")  # the name of another folder may say more about the machine than about the run
+        is_named = len(path.parts) > 1
+        return cls(kind="run", run="/".join(path.parts[-2:]), fold=int(fold[1]) if is_named else None)
 
     @classmethod
     def from_json(cls, value: Any) -> "Origin":

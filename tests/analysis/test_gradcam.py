@@ -167,7 +167,15 @@ def test_the_figure_names_images_by_their_row_alone(stored, tiny_set):
     for row, probability in zip(table.itertuples(), torch.sigmoid(torch.from_numpy(made.logits)), strict=True):
         assert f"row {row.Index} " in written
         assert f"probability {probability:.2f}" in written
-        for secret in (row.image_id, row.image_id[:8], row.patient_id, row.study_id, row.path, str(tiny_set), str(run.folder.parents[1])):
+        for secret in (
+            row.image_id,
+            row.image_id[:8],
+            row.patient_id,
+            row.study_id,
+            row.path,
+            str(tiny_set),
+            str(run.folder.parents[1]),
+        ):
             assert secret not in written
     overlays = [axes for axes in figure.axes if len(axes.images) == 2]
     np.testing.assert_array_equal(overlays[1].images[1].get_array(), made.maps[1])
