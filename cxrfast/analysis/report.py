@@ -102,7 +102,7 @@ def _readable(runs: Path) -> tuple[list[Run], dict[str, str]]:
     for folder in started:
         try:
             run = Run.open(folder.folder)
-            run.rows(), run.metrics(), run.state()
+            run.rows(["part"]), run.metrics(), run.state()
         except RunError as error:
             damaged[folder.name] = shareable(str(error), runs)
     if started and len(damaged) == len(started):
