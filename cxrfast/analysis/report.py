@@ -350,8 +350,11 @@ def _resources(runs: list[Run]) -> Chapter:
                 "torch peak GiB": _shown(gpu, ".1f"),
             }
         )
-    note = f"Medians over epochs. {_footnote(runs)}"
-    return Chapter("Time and memory", tables=[_table(records, note, ["Precision"])] if records else [])
+    if not records:
+        return Chapter("Time and memory", "No epoch has ended yet.")
+    return Chapter(
+        "Time and memory", tables=[_table(records, f"Medians over epochs. {_footnote(runs)}", ["Precision"])]
+    )
 
 
 def _configuration(runs: list[Run]) -> Chapter:
