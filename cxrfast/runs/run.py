@@ -221,7 +221,11 @@ class Run(RunFolder):
             columns = ["row", "image_id", "patient_id", "part", *self.config.labels]
         try:
             with open(open_file(self.rows_path), "rb") as file:
-                return pd.read_parquet(file, columns=list(columns))
+                rows = pd.read_parquet(file, columns=list(columns))
+            kinds = {"row": "i", **dict.fromkeys(self.config.labels, "f")}
+            if wrong := [name for name in columns if name in kinds and rows[name].dtype.kind != kinds[name]]:
+                raise ValueError(f"{wrong[0]} holds no numbers")
+            return rows
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's and, of damaged metadata, pandas's
             raise RunError(
                 f"{self.rows_path} is missing or damaged: restore it, or train the run again in a new folder"

@@ -33,6 +33,9 @@ COLUMNS: dict[str, pa.DataType] = {
 }
 """The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
 
+RESERVED = {*COLUMNS, "part"}
+"""Names that no label may have; a run's own table of rows has a column `part`."""
+
 ROOM, LARGEST_ROW = 2**26, 2**16
 """Bytes that a table and one row of it may claim to have, uncompressed."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.rows import COLUMNS, REFERENCE, reference_names
+from cxrfast.shards.format.rows import REFERENCE, RESERVED, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
 from cxrfast.shards.sources.parts import SPLITS, checked_folds, shared_in_words
 from cxrfast.shards.sources.tables.text_columns import lines
@@ -95,7 +95,7 @@ def _label_names(source: Source, where: str) -> tuple[str, ...]:
         raise ShardError(f"{where} were listed with the labels {labels!r}: name one or more columns")
     if twice := [name for name in labels if labels.count(name) > 1]:
         raise ShardError(f"label {twice[0]!r} is named twice: name it once")
-    if taken := [name for name in labels if name in COLUMNS or name.startswith(REFERENCE)]:
+    if taken := [name for name in labels if name in RESERVED or name.startswith(REFERENCE)]:
         raise ShardError(f"a label cannot be called {taken[0]!r}, as a column of rows.parquet is: rename it")
     if fault := find_fault((*labels, *reference_names(source.images)), label_fault):
         raise ShardError(f"the label {fault}: rename its column")

@@ -11,7 +11,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError, did_you_mean
 from cxrfast.labels import EARLIER, MIMIC
-from cxrfast.shards.format.rows import COLUMNS, REFERENCE
+from cxrfast.shards.format.rows import REFERENCE, RESERVED
 from cxrfast.shards.sources.ids import normal_ids
 from cxrfast.shards.sources.table_files import columns_of, read_table
 from cxrfast.shards.sources.tables.text_columns import filled, notes_on_words, raw_labels
@@ -156,7 +156,7 @@ def choose_labels(
     if not taken:
         raise ShardError(f"{table} has no label columns ({', '.join(columns)}): name them with --label COLUMN")
     for label, name in taken.items():
-        if label in COLUMNS or name == key or label.startswith(REFERENCE):
+        if label in RESERVED or name == key or label.startswith(REFERENCE):
             raise ShardError(
                 f"{name!r} of {table} cannot be a label: a set uses that name for something else, rename it"
             )

@@ -125,6 +125,16 @@ def test_a_damaged_file_of_a_run_is_named(run: Run, name: str, text: str) -> Non
         read_all(run.folder)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"), [("row", ["0", "1"]), ("A", ["x", "1"]), ("A", [None, None]), ("row", [0.5, 1])]
+)
+def test_rows_of_another_type_are_refused(run: Run, column: str, values: list[object]) -> None:
+    rows = pd.read_parquet(run.rows_path).iloc[:2]
+    rows.assign(**{column: values}).to_parquet(run.rows_path, index=False)
+    with pytest.raises(RunError, match=r"rows.parquet is missing or damaged"):
+        run.rows()
+
+
 def read_all(folder: Path) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
     run = Run.open(folder)
     run.rows()

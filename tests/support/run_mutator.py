@@ -541,7 +541,7 @@ def check_outputs(runs: Path) -> None:
         if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28:
             data = path.read_bytes()
             assert not any(mark in data for mark in marks), f"{path.name} holds a file from outside"
-            assert b"<script>alert" not in data
+            assert path.suffix != ".html" or b"<script>alert" not in data
 
 
 def main() -> None:
