@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-lowest lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/cxrfast demo --out demo
@@ -13,6 +13,9 @@ test: $(VENV)/installed-test
 
 test-all: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-lowest: $(VENV)/installed-test
+	$(BIN)/python tests/support/lowest.py $(VENV)-lowest
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -33,4 +36,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest demo build *.egg-info

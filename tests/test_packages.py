@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from lowest import lowest
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -138,3 +140,13 @@ def test_installed_from_the_wheel_of_an_sdist(tree: Path, venv: Path, tmp_path: 
     package = site_packages(venv) / "cxrfast"
     assert files_of(package) == FILES
     check(venv / "bin/python", [venv / "bin/cxrfast"], tmp_path, package)
+
+
+def test_every_dependency_has_a_lowest_version():
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    requirements = [*PYPROJECT["project"]["dependencies"], *(one for extra in extras for one in extra)]
+    pins = lowest(requirements)
+    assert len(pins) == len({re.split(r"[\[>=;]", one)[0] for one in requirements})
+    assert pins["moto"] == "moto[server]==5.0"
+    with pytest.raises(SystemExit, match="rich has no floor"):
+        lowest(["click>=8", "rich"])

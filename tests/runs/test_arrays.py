@@ -2,11 +2,16 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
+from runs import make_run
 
+from cxrfast.analysis.evaluate import evaluate
+from cxrfast.analysis.receptive_field import read_erf
 from cxrfast.errors import RunError
 from cxrfast.runs import arrays
 from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_arrays
@@ -58,17 +63,50 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.filterwarnings("ignore")  # of zarr, about what it would have read
-def test_arrays_that_hold_pickles_are_refused_and_never_unpickled(tmp_path, monkeypatch):
-    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)  # as earlier versions did
-    path, trace = tmp_path / "predictions.zarr", tmp_path / "trace"
-    array = path / "row"
-    array.mkdir(parents=True)
-    (path / ".zgroup").write_text('{"zarr_format": 2}')
+def make_old_array(folder: Path, trace: Path) -> None:
+    """An array of zarr's version 2 whose only chunk is a pickle that leaves `trace`."""
+    folder.mkdir(parents=True)
     filters = [{"id": "vlen-utf8"}, {"id": "pickle", "protocol": 5}]
     kind = {"shape": [1], "chunks": [1], "dtype": "|O", "fill_value": "", "order": "C", "compressor": None}
-    (array / ".zarray").write_text(json.dumps({"zarr_format": 2, **kind, "filters": filters}))
-    (array / "0").write_bytes(pickle.dumps(Trap(trace)))
+    (folder / ".zarray").write_text(json.dumps({"zarr_format": 2, **kind, "filters": filters}))
+    (folder / "0").write_bytes(pickle.dumps(Trap(trace)))
+
+
+@pytest.fixture
+def unsafe(monkeypatch):
+    """Pickles are read, as earlier versions of numcodecs did."""
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of zarr, about what it would have read
+def test_arrays_that_hold_pickles_are_refused_and_never_unpickled(tmp_path, unsafe):
+    path, trace = tmp_path / "predictions.zarr", tmp_path / "trace"
+    make_old_array(path / "row", trace)
+    (path / ".zgroup").write_text('{"zarr_format": 2}')
     with pytest.raises(RunError):
         read_array(open_arrays(path), "row", "make it again")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("root", ["old", "new"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_whose_predictions_and_maps_are_of_an_old_version_is_refused(tmp_path, unsafe, root):
+    run, trace = make_run(tmp_path / "runs", 32), tmp_path / "trace"
+    attributes = {"config_hash": run.hash, "set_id": run.config.set_id}
+    for path in (run.predictions_path, run.maps_path):
+        shutil.rmtree(path, ignore_errors=True)
+        if root == "old":
+            path.mkdir()
+            (path / ".zgroup").write_text('{"zarr_format": 2}')
+            (path / ".zattrs").write_text(json.dumps(attributes))
+        else:
+            zarr.open_group(path, mode="w", zarr_format=3).attrs.update({**attributes, "erf": attributes})
+        for name in ("test/row", "test/logits", "val/row", "val/logits", "erf"):
+            make_old_array(path / name, trace)
+    with pytest.raises(RunError):
+        evaluate(tmp_path / "runs")
+    with pytest.raises(RunError):
+        run.read_predictions("test")
+    with pytest.raises(RunError):
+        read_erf(run)
     assert not trace.exists()
