@@ -83,7 +83,6 @@ def study(folder: Path, bin: Path) -> None:
         )
         one = f"runs/shufflenet_v2_x0_5-{scale}/fold-0"
         run(folder, cxrfast, "predict", one, "--device", "cpu")
-        run(folder, cxrfast, "erf", one, "--images", 4, "--device", "cpu")
     for command in ("status", "evaluate", "ensemble", "report"):
         run(folder, cxrfast, command, "runs")
 
