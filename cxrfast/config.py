@@ -188,6 +188,12 @@ class TrainConfig:
         from cxrfast.labels import BLANKS, POLICIES, UNLABELLED
         from cxrfast.splits import FOLDS
 
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise RunError("findings must be one or more different names")
+        if taken := {"row", "image_id", "patient_id", "part"} & set(self.labels):
+            raise RunError(
+                f"a finding cannot be called {min(taken)!r}, as a column of a run's rows is: rename it with `cxrfast relabel`"
+            )
         known = {"policy": POLICIES, "unlabelled": UNLABELLED}
         known |= {"precision": PRECISIONS, "split": SPLITS, "order": ORDERS}
         for name, allowed in known.items():

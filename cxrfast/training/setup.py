@@ -93,10 +93,6 @@ def select_rows(
         raise RunError("split auto is not resolved: make the configuration with make_config, or give folds or official")
     if absent := [name for name in config.labels if name not in table]:
         raise RunError(f"the set has no label {absent[0]} any more, it was relabelled: start a new training")
-    if "part" in config.labels:  # sets of earlier versions may have it
-        raise RunError(
-            "a finding cannot be called 'part', as a column of a run's rows is: give it another name with relabel"
-        )
     if config.split == "official":
         check_official(official_masks(table["split"].to_numpy()))
     selection = Selection(

@@ -74,6 +74,10 @@ def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder, name, new
         ({"learning_rate": -1.0}, "learning rate must be above 0, not -1.0"),
         ({"learning_rate": 0.0}, "learning rate must be above 0, not 0.0"),
         ({"learning_rate": float("nan")}, "learning rate must be above 0, not nan"),
+        ({"labels": []}, "findings must be one or more different names"),
+        ({"labels": ["Edema", "Edema"]}, "findings must be one or more different names"),
+        ({"labels": ["Edema", "part"]}, "a finding cannot be called 'part', as a column of a run's rows is"),
+        ({"labels": ["row"]}, "a finding cannot be called 'row'"),
         ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
     ],
 )

@@ -1,7 +1,6 @@
 """What a training starts from: configuration, rows, staged shards, first weights; wrong options are named."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -60,13 +59,6 @@ def test_rows_are_chosen_by_split_view_and_limit(tiny_set):
         assert rows.groupby("patient_id")["part"].nunique().max() == 1
     with pytest.raises(RunError, match="split folds, fold 0: the train part has no rows"):
         select_rows(table, make_config(tiny_set, 32, device="cpu"), held[:0])
-
-
-def test_a_finding_called_part_is_refused_since_a_column_of_a_runs_rows_is(tiny_set):
-    table = read_rows(tiny_set / "rows.parquet").rename(columns={"Edema": "part"})
-    config = replace(make_config(tiny_set, 32, device="cpu"), labels=("Fracture", "part"))
-    with pytest.raises(RunError, match="a finding cannot be called 'part'"):
-        select_rows(table, config, table["row"].to_numpy())
 
 
 def test_a_view_that_no_image_has_is_refused_with_those_there_are(tiny_set):
