@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cxrfast.cli.options import configured
 from cxrfast.cli.study import study
 from cxrfast.cli.training import train
-from cxrfast.config import COMPILE_MODES, Option, Runtime, TrainConfig, as_arguments, options_of
+from cxrfast.config import COMPILE_MODES, MOST_THREADS, Option, Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
 from cxrfast.shards.shard_set import ShardSet
 
@@ -40,6 +40,8 @@ CHOSEN = {
     "micro_batch": st.integers(1, 10**6) | st.just("auto"),
     "sizes": st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 100)), max_size=3).map(tuple),
     "compile": st.sampled_from(COMPILE_MODES),
+    "threads": st.integers(1, MOST_THREADS),
+    "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._é-]{0,60}[A-Za-z0-9]", fullmatch=True),
 }
 """Where not every value of the type makes sense."""
 WORDS = st.text(st.characters(exclude_categories=["C"]), min_size=1)
