@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 class _ConfigFile(TypedDict):
     config: dict[str, Any]
+    first_epochs: NotRequired[int]
+    """Number of epochs that it was started with, as in its hash; absent if it is still that of `config`."""
     hash: NotRequired[str]
     shards: str
     origin: NotRequired[dict[str, Any]]
@@ -95,6 +97,9 @@ class Run(RunFolder):
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
             stored = value.get("hash"), value.get("division")
+            started = replace(config, epochs=value.get("first_epochs", config.epochs))
+            if stored[0] not in (None, started.hash):
+                raise RunError("its configuration is not the one that it was started with: restore the file")
             return cls(folder, config, Path(value["shards"]), origin, *stored)
         except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
@@ -168,10 +173,11 @@ class Run(RunFolder):
         return self.stored_hash or self.config.hash
 
     def keep_epochs(self) -> None:
-        """Write the number of epochs of `config` into config.json, which keeps all else, its hash too."""
+        """Write the number of epochs of `config` into config.json, which keeps its hash and all else."""
         known = json.loads(read_file(self.config_path, LARGEST_TEXT))
         if known["config"]["epochs"] != self.config.epochs:
             self.check_lease()
+            known.setdefault("first_epochs", known["config"]["epochs"])
             known["config"]["epochs"] = self.config.epochs
             write_json(self.config_path, known)
 

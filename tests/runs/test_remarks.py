@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from runs import make_untrained
+from runs import make_untrained, rewrite_config
 from sets import relabel_rows
 
 from cxrfast.runs.remarks import LabelsNow, remarks_on, unfinished
@@ -62,9 +62,7 @@ def test_a_run_that_is_not_known_to_be_done_is_unfinished(run: Run, content: obj
 
 
 def test_a_run_that_missed_rows_of_its_set_says_so(run: Run) -> None:
-    config = json.loads(run.config_path.read_text())
-    config["config"]["allow_partial"] = True
-    run.config_path.write_text(json.dumps(config))
+    rewrite_config(run, allow_partial=True)
     assert remarks_on([Run.open(run.folder)]) == {run.folder: "trained on a partly built set (--allow-partial)"}
 
 
@@ -102,10 +100,7 @@ def test_rows_that_were_left_out_for_another_reason_are_not(
     rows = run.rows()
     relabel_rows(folder, tmp_path, {})
     rows[rows["row"] != 7].to_parquet(run.rows_path)
-    config = json.loads(run.config_path.read_text())
-    config["config"].update(options)
-    run.config_path.write_text(json.dumps(config))
-    reopened = Run.open(run.folder)
+    reopened = rewrite_config(run, **options)
     assert remarks_on([reopened]) == {run.folder: ""}
 
 
@@ -160,9 +155,7 @@ def test_nothing_is_said_of_a_set_that_cannot_be_read(run: Run, folder: Path, tm
     if what == "gone":
         shutil.rmtree(folder)
     elif what == "another set":
-        config = json.loads(run.config_path.read_text())
-        config["config"]["set_id"] = "0" * 32
-        run.config_path.write_text(json.dumps(config))
+        rewrite_config(run, set_id="0" * 32)
     elif what == "damaged":
         (folder / "rows.parquet").write_bytes(b"PAR1")
     elif what == "a pipe":

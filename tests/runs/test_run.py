@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_predictions_come_back_sorted_by_row_and_replace_the_old_ones_whole(run:
     changed = replace(run, config=replace(CONFIG, seed=7))
     with pytest.raises(RunError, match="belongs to another run"):
         changed.read_predictions("val")
+
+
+@pytest.mark.parametrize("change", [{"labels": ["B", "A"]}, {"policy": "u_ones"}, {"fold": 1}, {"epochs": 7}])
+def test_a_configuration_that_was_changed_by_hand_is_refused(run: Run, change: dict[str, object]) -> None:
+    stored = json.loads(run.config_path.read_text())
+    run.config_path.write_text(json.dumps({**stored, "config": {**stored["config"], **change}}))
+    with pytest.raises(RunError, match=r"config\.json is damaged .*not the one that it was started with"):
+        Run.open(run.folder)
 
 
 def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from commands import invoke
+from runs import rewrite_config
 from sets import relabel_rows
 
 from cxrfast.errors import RunError
@@ -108,9 +109,8 @@ def test_what_cannot_train_is_refused(tiny_set: Path, tmp_path: Path, options: d
 
 def test_runs_of_another_set_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     plan, runs = planned(tiny_set, tmp_path / "runs", [32], [0]), tmp_path / "runs"
-    for folder in (started(plan).folder, started(plan, fold=4).folder):
-        path = folder / "config.json"
-        path.write_text(path.read_text().replace(plan.config(32, 0, "cpu").set_id, "0" * 16))
+    for run in (started(plan), started(plan, fold=4)):
+        rewrite_config(run, set_id="0" * 16)
     text = refusals(forecast(plan))
     assert "densenet121-32/fold-0 was trained on set 0000000000000000" in text
     assert "densenet121-32/fold-4 was trained on set" in text, "though it is not of this study"

@@ -56,6 +56,15 @@ def make_run(
     return run
 
 
+def rewrite_config(run: Run, **fields: Any) -> Run:
+    """Opens the run again, as if it had been started with other values of these fields of TrainConfig."""
+    stored = json.loads(run.config_path.read_text())
+    stored["config"].update(fields)
+    stored["hash"] = TrainConfig.from_json(stored["config"]).hash
+    run.config_path.write_text(json.dumps(stored))
+    return Run.open(run.folder)
+
+
 def predict(run: Run, quality: float, drop: int = 0) -> None:
     """Store logits that know each finding by `quality`, rows in a random order; the first `drop` are left out."""
     rng, parts = np.random.default_rng(run.config.scale + run.config.fold), {}

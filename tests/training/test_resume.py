@@ -56,7 +56,8 @@ def test_more_epochs_go_on_from_the_last_checkpoint_as_if_they_had_been_asked_fo
     again = Run.open(run.folder)
     assert (again.is_done, again.state()["epoch"], again.state()["epochs"], again.config.epochs) == (True, 4, 4, 4)
     now = json.loads(run.config_path.read_bytes())
-    assert now == {**stored, "config": {**stored["config"], "epochs": 4}}, "all else is kept, the hash too"
+    config = {**stored["config"], "epochs": 4}
+    assert now == {**stored, "config": config, "first_epochs": 2}, "all else is kept, the hash too"
     assert again.hash == first.hash == torch.load(run.checkpoint_path, weights_only=True)["config_hash"]
     assert len(again.read_weights()) > 0
 
