@@ -439,23 +439,27 @@ def test_runs_that_cannot_be_joined_are_told_in_the_chapter(tmp_path):
     assert re.search("<h2>AUROC on the test rows</h2>\\s*<p>densenet121-32/fold-0 and .* cannot be joined", html)
 
 
-METRICS = [
+GAPS = [
     '{"epoch": 0}',
-    '{"epoch": 0, "val_loss": null, "seconds": null, "learning_rate": "x", "resident_bytes": [], "gpu_peak_bytes": {}}',
+    '{"epoch": 0, "val_loss": null, "seconds": null, "learning_rate": null}',
     '{"epoch": 0, "val_loss": NaN, "train_loss": Infinity, "val_auroc": NaN, "seconds": NaN, "resident_bytes": NaN}',
-    '{"epoch": 0, "val_loss": -1, "train_loss": 0, "val_auroc": true, "seconds": -5, "images_per_s": 1e999}',
-    '{"epoch": -7, "val_loss": 1e308, "train_loss": 1e-320, "val_auroc": 7, "seconds": 1e308, "learning_rate": 1e308}',
+    '{"epoch": 0, "val_loss": -1, "train_loss": 0, "seconds": -5, "resident_bytes": [], "gpu_peak_bytes": {}}',
+    '{"epoch": 7, "val_loss": 1e308, "train_loss": 1e-320, "val_auroc": 7, "seconds": 1e308, "learning_rate": 1e308}',
+]
+DAMAGE = [
+    '{"epoch": 0, "learning_rate": "x"}',
+    '{"epoch": 0, "val_auroc": true, "images_per_s": 1e999}',
+    '{"epoch": -7}',
     f'{{"epoch": {10**400}, "val_loss": {10**400}, "seconds": {10**400}}}',
 ]
 
 
-@pytest.mark.parametrize("line", METRICS)
-def test_metrics_without_numbers_leave_gaps(tmp_path, line):
+@pytest.mark.parametrize("line", [*GAPS, *DAMAGE])
+def test_metrics_without_numbers_leave_gaps_and_wrong_ones_are_damage(tmp_path, line):
     for one in make_runs(tmp_path, whole=True)[:2]:
         one.metrics_path.write_text(f"{line}\n{json.dumps(metrics_line(1))}\n{line}\n")
-    html = report(tmp_path).read_text()
-    assert "damaged" not in html
+    assert ("damaged" in report(tmp_path).read_text()) == (line in DAMAGE)
     assert invoke("status", str(tmp_path)).exit_code == 0
     for one in make_runs(tmp_path / "b"):
         one.metrics_path.write_text(f"{line}\n")
-    assert report(tmp_path / "b").exists()
+    assert invoke("report", str(tmp_path / "b")).exit_code == (2 if line in DAMAGE else 0)
