@@ -47,6 +47,10 @@ REACHES = (
 )
 
 
+OWN = tuple(f"{os.path.realpath(tempfile.gettempdir())}/{name}" for name in ("cxrfast-bench-", "torchinductor_"))
+"""Starts of the paths of temporary folders that commands and torch make."""
+
+
 class Watch:
     """What happens inside `watch`, for the whole process: audit hooks cannot be removed."""
 
@@ -87,7 +91,7 @@ class Watch:
             place = os.path.join(os.path.realpath(os.path.dirname(text) or "."), os.path.basename(text))
             real = os.path.realpath(text) if event == "open" else place
             inside = any(real == one or real.startswith(one + "/") for one in cls.allowed)
-            if not inside and not real.startswith(f"{tempfile.gettempdir()}/cxrfast-bench-"):
+            if not inside and not real.startswith(OWN):
                 cls.found.append(f"{event} {text!r:.200}")
         finally:
             cls.is_on = True
@@ -102,7 +106,6 @@ def _is_local(arguments: tuple[Any, ...]) -> bool:
 @contextmanager
 def watch(*allowed: Path) -> Iterator[list[str]]:
     """List of what is done outside `allowed`, the folder for temporary files, caches of libraries and /dev/null."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "inductor"))
     if not Watch.is_installed:
         sys.addaudithook(Watch.hook)
         Watch.is_installed = True

@@ -136,7 +136,7 @@ def words_of(seed: int, folder: Path) -> list[str]:
     random = Random(seed)
     known = commands()
     places = [(name, param) for name in known for param in known[name].params]
-    name, param = places[seed % len(places)]
+    name, param = Random(0).sample(places, len(places))[seed % len(places)]  # few seeds try many commands
     is_number = isinstance(param.type, click.types.IntParamType | click.types.FloatParamType)
     value = random.choice(NUMBERS if is_number and random.random() < 0.9 else TEXTS + NUMBERS)
     words = base(name, folder)
