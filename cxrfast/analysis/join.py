@@ -139,14 +139,28 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             _check_equal(other, run, {"scale": "scale", "architecture": "arch"})
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
-            mine, theirs = (shared_origin([origin_of(r)]) for r in (run, other))
-            same_start = mine == theirs and mine.startswith(FROM_RUN)  # each from its own fold of one group
-            weights = run.config.weights if same_start else other.config.weights
-            same = {name: getattr(run.config, name) for name in ("fold", *MAY_DIFFER)}
-            if differences := run.config.differences(replace(other.config, weights=weights, **same)):
+            same = {name: getattr(run.config, name) for name in ("fold", "weights", *MAY_DIFFER)}
+            differences = run.config.differences(replace(other.config, **same)) + _start_differences(run, other)
+            if differences:
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")
         group[run.config.fold] = run
     return groups
+
+
+def _start_differences(run: Run, other: Run) -> list[str]:
+    """How the first weights of two folds differ; empty if they are one file, or each is from its own fold of one group."""
+    mine, theirs = (shared_origin([origin_of(one)]) for one in (run, other))
+    is_one_group = mine == theirs and mine.startswith(FROM_RUN)
+    path, hashes = run.config.weights, [one.origin.sha256 or "" for one in (run, other)]
+    if all(hashes) and hashes[0] == hashes[1]:
+        return []
+    if path != other.config.weights:
+        return [] if is_one_group else [f"weights: {path}, not {other.config.weights}"]
+    if not all(hashes) or (is_one_group and run.origin.run):  # earlier versions recorded no hash
+        return []
+    return [
+        f"weights: {path} held sha256 {hashes[0][:12]} for one and {hashes[1][:12]} for the other when they started"
+    ]
 
 
 def check_same_study(runs: Sequence[Run]) -> None:

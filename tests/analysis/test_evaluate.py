@@ -1,5 +1,6 @@
 """Tables from run folders: right numbers, and no join of runs that do not belong together."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import auroc_table, evaluate
 from cxrfast.errors import RunError
+from cxrfast.runs.lineage import Origin
 from cxrfast.runs.run import Predictions, Run
 
 DEFINED = [0, 2, 3]
@@ -254,6 +256,43 @@ def test_folds_of_another_recipe_are_not_joined(tmp_path, field):
     make_run(tmp_path, 256, 0)
     make_run(tmp_path, 256, 1, **{field: OTHER_RECIPES[field]})
     with pytest.raises(RunError, match=rf"fold-0 and densenet121-256/fold-1 .*configurations differ \({field}: "):
+        evaluate(tmp_path)
+
+
+FILES = [Origin(kind="file", file="w.pth", sha256=digit * 64) for digit in "ab"]
+COPIES = [
+    Origin(kind="run", file="w.pth", sha256=digit * 64, run=f"densenet121-64/fold-{k}", fold=k)
+    for k, digit in enumerate("ab")
+]
+OLD_COPIES = [Origin(kind="run", file="w.pth", sha256=digit * 64) for digit in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "origins", "message"),
+    [
+        (
+            ("w.pth", "w.pth"),
+            FILES,
+            "weights: w.pth held sha256 b{12} for one and a{12} for the other when they started",
+        ),
+        (("imagenet", "imagenet"), FILES, "weights: imagenet held sha256"),
+        (("w.pth", "w.pth"), OLD_COPIES, "weights: w.pth held sha256"),
+        (("w.pth", "v.pth"), FILES, "weights: v.pth, not w.pth"),
+        (("w.pth", "v.pth"), [FILES[0], FILES[0]], None),
+        (("w.pth", "w.pth"), [FILES[0], Origin(kind="file", file="w.pth")], None),
+        (("w.pth", "w.pth"), COPIES, None),
+    ],
+)
+def test_first_weights_of_folds_are_compared_by_content(tmp_path, paths, origins, message):
+    """One path may have held two files; copies of each fold of one group are as good as its folders."""
+    for fold, (path, origin) in enumerate(zip(paths, origins, strict=True)):
+        run = make_run(tmp_path, 256, fold, weights=path)
+        stored = json.loads(run.config_path.read_bytes())
+        run.config_path.write_text(json.dumps(stored | {"origin": origin.json()}))
+    if message is None:
+        evaluate(tmp_path)
+        return
+    with pytest.raises(RunError, match=rf"configurations differ \({message}"):
         evaluate(tmp_path)
 
 
