@@ -54,6 +54,8 @@ class Origin:
     """The run's findings, in the order of its logits."""
     division: str | None = None
     """Hash of the part of every row of the set: sets with one id may have split columns of their own."""
+    shared_patients: bool | None = None
+    """Whether the run was trained with --allow-shared-patients; None: it was not, or an earlier version did not record it."""
     config_hash: str | None = None
     """Hash of the run's configuration."""
     start: Optional["Origin"] = None

@@ -192,6 +192,7 @@ class Run(RunFolder):
             split=config.split,
             labels=config.labels,
             division=self.division,
+            shared_patients=config.allow_shared_patients or None,
             config_hash=self.hash,
             start=self.origin,
         )

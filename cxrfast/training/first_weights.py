@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -90,7 +91,7 @@ class FirstWeights:
     def refuse_seen_patients(self, config: TrainConfig, division: str | None, rows: pd.DataFrame) -> None:
         """Raises RunError if the weights may have been trained on validation or test patients of the run to start.
 
-        `division`: of its set, see `setup.division`; `rows`: its table. With --allow-shared-patients it is only logged.
+        `division`: of its set, see `shards.parts.division`; `rows`: its table. With --allow-shared-patients it is only logged.
         """
         if not (found := self._seen(config, division, rows)):
             return
@@ -106,8 +107,9 @@ class FirstWeights:
         """Why the weights may know validation and test patients, and what to do instead; None if they do not."""
         own = Origin(kind="run", set_id=config.set_id, fold=config.fold, split=config.split, division=division)
         for link in self.origin.runs:
-            difference = differs_in(link, own)
-            if difference is None or (difference == "division" and link is self.origin and self.run):
+            difference = differs_in(link, own) or ("patients" if link.shared_patients else None)
+            is_at_hand = link is self.origin and self.run is not None
+            if difference is None or (difference in ("division", "patients") and is_at_hand):
                 continue  # of a run that is at hand, rows tell more
             what, advice = _in_words(difference, link, own)
             return (what if link is self.origin else f"started from {link.run or 'a run'}, which {what}"), advice
@@ -147,7 +149,7 @@ def _origin(file: WeightsFile, run: Run | None) -> Origin:
     return Origin(kind="file")
 
 
-def _in_words(difference: Difference, link: Origin, own: Origin) -> tuple[str, str]:
+def _in_words(difference: Difference | Literal["patients"], link: Origin, own: Origin) -> tuple[str, str]:
     """What a run was trained on that another may not have seen, and what to do instead."""
     parts = "this run's validation and test parts"
     match difference:
@@ -163,6 +165,9 @@ def _in_words(difference: Difference, link: Origin, own: Origin) -> tuple[str, s
         case "division":
             what = f"was trained when this set was split into other parts, so it may have seen patients of {parts}"
             return what, "start from a run of the same split"
+        case "patients":
+            what = f"was trained with --allow-shared-patients, so its training rows may hold patients of {parts}"
+            return what, "start from a run that was trained without it"
         case "unknown":
             what = f"comes from an earlier version, which did not write down the set and fold, so it may have seen patients of {parts}"
             return what, "give the folder of its run"

@@ -220,6 +220,20 @@ def test_weights_copied_from_a_run_of_an_earlier_version_may_be_of_any_fold(pare
     assert told == "from a run of an earlier version (mine.safetensors), set and fold unknown"
 
 
+def test_a_copy_of_weights_that_were_trained_on_shared_patients_may_have_seen_any_of_them(parent, tiny_set, tmp_path):
+    """Its run's rows could tell which, and are not at hand."""
+    parent = Run.open(parent.folder)
+    sharing = replace(parent, config=replace(parent.config, allow_shared_patients=True))
+    sharing.write_weights(parent.read_weights())
+    path = copied(sharing, tmp_path)
+    with pytest.raises(
+        RunError, match=r"was trained with --allow-shared-patients, .* trained without it, or, if you know"
+    ):
+        check(path, tiny_set, fold=1, split="auto")
+    check(parent.folder, tiny_set, fold=1, split="auto")  # its rows say that no patient is shared
+    assert check(path, tiny_set, fold=1, split="auto", allow_shared_patients=True).origin.shared_patients
+
+
 def test_a_damaged_record_in_a_file_of_weights_is_refused(parent, tiny_set, tmp_path):
     for text in ("{", "[]", '{"kind": "run", "fold": "one"}', '{"kind": "run", "run": "a\\u001b[2Jb"}', "[" * 10**5):
         save_file(load_file(parent.weights_path), tmp_path / "mine.safetensors", metadata={"cxrfast": text})
