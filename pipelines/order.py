@@ -180,5 +180,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _divisors(n: int) -> str:
-    """Those up to 4096, which nobody exceeds in earnest."""
+    """Divisors of `n` up to 4096, for a message."""
     return ", ".join(str(d) for d in range(1, min(n, 4096) + 1) if n % d == 0)

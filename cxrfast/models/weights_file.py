@@ -37,7 +37,7 @@ class WeightsFile:
     tensors: dict[str, torch.Tensor]
     """By their names in the file."""
     record: dict[str, Any]
-    """What `record_text` put there about the run that trained them; {} in other files."""
+    """What the run that trained them wrote there about itself, see `runs.lineage.Origin`; {} in other files."""
     config_hash: str | None
     """Hash of that run's configuration, which files of earlier versions hold without a record."""
     sha256: str

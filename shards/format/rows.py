@@ -144,8 +144,11 @@ def _check_values(table: pa.Table) -> None:
 
 
 def read_rows(path: Path, info: SetInfo | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table in the order of its rows; `columns`: those to read, `row` among them. Raises ShardError if it is missing or damaged or lacks a column, or if the
-    description inside is not `info`: its labels were replaced since."""
+    """The table in the order of its rows; `columns`: those to read, `row` among them.
+
+    Raises ShardError if it is missing or damaged or lacks a column, or if the description inside is not `info`: its labels
+    were replaced since.
+    """
     try:
         with open(open_file(path), "rb") as file:  # opened once: it may be replaced at any time
             stored = pq.ParquetFile(file, page_checksum_verification=True)
