@@ -56,10 +56,8 @@ def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int |
             )
             scores = score(model, loader, world, run.config.precision, advance)
             if scores is not None:
-                parts[part] = complete(scores, rows[part], run.name)
-    if world.is_first:
-        run.write_predictions(parts)
-    world.barrier()
+                parts[part] = scores
+    world.on_first(lambda: run.write_predictions({part: complete(parts[part], rows[part], run.name) for part in PARTS}))
 
 
 def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:

@@ -92,9 +92,7 @@ class Trainer:
         another rank has ended. The run's state records which it was.
         """
         self.restore()
-        if self.ranks.is_first:
-            self.heartbeat.write("running")
-            self.run.keep_epochs()
+        self.ranks.on_first(self._write_start)
         self._log_engine()
         with ExitStack() as stack:
             if self.runtime.tensorboard and self.ranks.is_first:
@@ -114,6 +112,10 @@ class Trainer:
                 raise
         if self.ranks.is_first:
             self.heartbeat.write("done")
+
+    def _write_start(self) -> None:
+        self.heartbeat.write("running")
+        self.run.keep_epochs()
 
     def train_epoch(self) -> tuple[int, float]:
         """Take the remaining optimiser steps of this epoch. Returns their number and the seconds spent waiting for data."""
@@ -212,8 +214,7 @@ class Trainer:
         }
         self.schedule.step(result["val_loss"])
         is_best = self.counters.add_validation(result["val_loss"], result["val_auroc"])
-        if self.ranks.is_first:
-            self._write_epoch({**result, **measured}, is_best)
+        self.ranks.on_first(lambda: self._write_epoch({**result, **measured}, is_best))
         self.counters.next_epoch()
         self.begun, self.spent = time.monotonic(), 0.0
         self.loss.total.zero_()
@@ -234,11 +235,14 @@ class Trainer:
 
         scores = score(self.model, self.val_loader, self.ranks, self.config.precision, watched)
         self.monitor.votes.close()
-        result: dict[str, Any] = {}
-        if scores is not None and losses is not None:
-            complete(scores, self.val_rows, self.run.name)
-            result = {"train_loss": sum(losses) / self.order.steps, **self.targets.validate(scores.logits, scores.row)}
-        result = self.ranks.broadcast(result)
+
+        def measure() -> dict[str, Any]:
+            assert scores is not None  # gathered to the first rank
+            assert losses is not None
+            found = complete(scores, self.val_rows, self.run.name)
+            return {"train_loss": sum(losses) / self.order.steps, **self.targets.validate(found.logits, found.row)}
+
+        result: dict[str, Any] = self.ranks.on_first(measure)
         if not np.isfinite(result["val_loss"]):
             epoch = self.counters.epoch + 1
             raise RunError(f"the validation loss of epoch {epoch} is not finite; {self._last_good}")
@@ -280,8 +284,7 @@ class Trainer:
         if spent is None:
             return
         self.spent = spent
-        if self.ranks.is_first:
-            self.run.cut_metrics(self.counters.epoch)
+        self.ranks.on_first(lambda: self.run.cut_metrics(self.counters.epoch))
         log.info(
             f"{self.run.name}: resuming in epoch {self.counters.epoch + 1} after {self.counters.consumed:,} images"
         )

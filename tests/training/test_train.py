@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -47,7 +48,9 @@ def test_a_training_leaves_what_the_next_steps_need_and_says_which_engine_it_cho
         assert set(line["val_auroc_by_label"]) == set(config.labels)
         assert line["val_auroc_by_label"]["Edema"] is None, "no phantom has edema: undefined, not 0.5"
     assert run.state()["state"] == "done"
-    assert json.loads((run.folder / "config.json").read_text())["hash"] == config.hash
+    stored = json.loads((run.folder / "config.json").read_text())
+    assert stored["hash"] == replace(config, precision=stored["config"]["precision"]).hash
+    assert stored["config"]["precision"] in ("fp32", "bf16"), "auto is resolved when the run starts"
     again = train(config, Runtime(shards=tiny_set, runs=tmp_path, device="cpu"))
     assert again.metrics() == lines, "a run that is done is not trained again"
 
