@@ -96,11 +96,10 @@ class Run(RunFolder):
             config = TrainConfig.from_json(value["config"])
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
-            stored = value.get("hash"), value.get("division")
-            started = replace(config, epochs=value.get("first_epochs", config.epochs))
-            if stored[0] not in (None, started.hash):
+            started = replace(config, epochs=value.get("first_epochs", config.epochs)).hash
+            if value.get("hash") not in (None, started):
                 raise RunError("its configuration is not the one that it was started with: restore the file")
-            return cls(folder, config, Path(value["shards"]), origin, *stored)
+            return cls(folder, config, Path(value["shards"]), origin, started, value.get("division"))
         except (OSError, ValueError, RecursionError, RunError) as error:
             raise RunError(f"{path} is damaged ({error})") from error
 

@@ -16,6 +16,7 @@ from cxrfast.errors import RunError
 from cxrfast.models.precision import resolve_precision
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
+from cxrfast.runs.status import number
 
 log = logging.getLogger(__name__)
 
@@ -73,27 +74,25 @@ def _check_precision(run: Run, precision: str, device: torch.device) -> None:
         )
 
 
-def earlier_micro_batch(folder: RunFolder, config: TrainConfig) -> tuple[int | None, int | None]:
-    """Micro-batch of the run in a folder, and the smallest of its other folds with this configuration; None where unknown.
+def micro_batch_of_other_folds(folder: RunFolder, config: TrainConfig) -> int | None:
+    """Smallest micro-batch of the other folds with this configuration; None if there are none.
 
-    Other folds may differ in what the machine chose and in their number of epochs.
+    They may differ in what the machine chose and in their number of epochs.
     """
-    own, others = None, []
+    found = []
     for path in folder.folder.parent.glob("fold-*"):
         with suppress(RunError):  # a damaged run is reported when it is opened to be trained
             run = Run.open(path)
-            if run.has_nothing_to_lose:  # its size may be what failed
+            if path == folder.folder or run.has_nothing_to_lose:  # the size of the latter may be what failed
                 continue
-            if path == folder.folder:
-                own = run.config.micro_batch
-            elif not kept(replace(config, fold=run.config.fold, micro_batch=AUTO), run.config).differences(run.config):
-                others.append(run.config.micro_batch)
-    return own, min(others, default=None)
+            if not kept(replace(config, fold=run.config.fold, micro_batch=AUTO), run.config).differences(run.config):
+                found.append(run.config.micro_batch)
+    return min(found, default=None)
 
 
 def stale_epochs(lines: list[dict[str, Any]]) -> int:
     """Number of epochs since the one with the lowest validation loss, from a run's metrics; 0 without any."""
-    losses = [line.get("val_loss", float("inf")) for line in lines]
+    losses = [float("inf") if (loss := number(line.get("val_loss"))) is None else loss for line in lines]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 

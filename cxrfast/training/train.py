@@ -76,9 +76,9 @@ def _train(
     """As `train`, with what it has prepared; rank 0 has the lease of the folder."""
     config = ranks.on_first(lambda: resume.as_started(folder, config, ranks.device))
     if config.micro_batch == AUTO:
-        own, other = ranks.on_first(lambda: resume.earlier_micro_batch(folder, config))
-        chosen = own or largest_micro_batch(config, runtime, ranks, most=other)
-        if other and not own and chosen < other and ranks.is_first:
+        other = ranks.on_first(lambda: resume.micro_batch_of_other_folds(folder, config))
+        chosen = largest_micro_batch(config, runtime, ranks, most=other)
+        if other and chosen < other and ranks.is_first:
             log.warning(
                 f"{folder.name}: --micro-batch auto: {chosen} images fit here, and other folds were trained with {other}, which "
                 f"their tables will say; to train them alike, give --micro-batch {chosen} to all"

@@ -24,7 +24,7 @@ from cxrfast.study.forecast import forecast
 from cxrfast.study.plan import make_plan
 from cxrfast.training import resume
 from cxrfast.training.loss import weighted_bce
-from cxrfast.training.resume import as_started, earlier_micro_batch, kept, stale_epochs
+from cxrfast.training.resume import as_started, kept, micro_batch_of_other_folds, stale_epochs
 from cxrfast.training.setup import make_config
 from cxrfast.training.train import train
 
@@ -122,7 +122,8 @@ def test_a_forecast_and_a_study_take_up_the_epochs_that_are_left(tiny_set, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("losses", "stale"), [([], 0), ([1.0], 0), ([1.0, 0.9], 0), ([0.9, 1.0, 0.9], 2), ([1.0, 0.8, 0.9], 1)]
+    ("losses", "stale"),
+    [([], 0), ([1.0], 0), ([1.0, 0.9], 0), ([0.9, 1.0, 0.9], 2), ([1.0, 0.8, 0.9], 1), ([0.8, None, 0.9], 2)],
 )
 def test_stale_epochs_are_counted_from_the_first_of_the_lowest_losses(losses, stale):
     assert stale_epochs([{"val_loss": loss} for loss in losses]) == stale
@@ -166,7 +167,7 @@ def test_a_micro_batch_left_to_the_machine_is_taken_from_folds_in_another_precis
     different = replace(config, fold=2, precision="bf16", micro_batch=1, seed=5)
     Run.start(tmp_path / NAME / "fold-2", different, tmp_path, rows_of_nothing())
     folder = Run.of(tmp_path, "shufflenet_v2_x0_5", 32, 0)
-    assert earlier_micro_batch(folder, replace(config, micro_batch=AUTO)) == (None, 2)
+    assert micro_batch_of_other_folds(folder, replace(config, micro_batch=AUTO)) == 2
 
 
 # The validation loss
