@@ -3,7 +3,7 @@
 Arrays in, arrays out; S scales, N rows, L findings. Touches no files.
 """
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from cxrfast import metrics
 EPOCHS, LEARNING_RATE, DECAY = 100, 0.1, 0.96
 """Schedule of the fit. The study gives epochs, rate and "exponential decay"; how fast it decays is our reading."""
 
-ADAM: dict[str, Any] = dict(
-    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, foreach=False
-)
-"""Defaults of torch.optim.Adam."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Of Adam, as in torch and in Kingma and Ba 2015, algorithm 1."""
 
 BLOCK = 4096
 """Rows whose log-odds are computed at a time, to save memory."""
@@ -76,24 +74,18 @@ def fit_weights(
     logits: (S, N, L), finite. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None:
     all do. A finding without positives or without negatives keeps equal weights.
     """
-    import torch  # which a report without an ensemble needs not load
-    from torch.optim.adam import adam
-
-    weights, defined = uniform(logits), has_both_classes(targets, mask)
-    if not defined.any():
-        return weights
-    ratio, share = (torch.from_numpy(a[..., defined]) for a in _ratios(logits, targets, mask))
-    v = torch.zeros((int(defined.sum()), len(logits)), dtype=torch.float64, requires_grad=True)
-    mean, square, steps = torch.zeros_like(v), torch.zeros_like(v), torch.tensor(0.0)
-    rate = LEARNING_RATE
-    for _ in range(epochs):
-        mixture = torch.einsum("snl,ls->nl", ratio, torch.softmax(v, dim=1))
-        (gradient,) = torch.autograd.grad(-(share * mixture.log()).sum(), v)
-        with torch.no_grad():
-            # not torch.optim.Adam, which imports the compiler: 2 s and 150 MB
-            adam([v], [gradient], [mean], [square], [], [steps], lr=rate, **ADAM)
-        rate *= DECAY
-    weights[defined] = torch.softmax(v.detach(), dim=1).numpy()
+    weights = uniform(logits)
+    for j, likelihood in _likelihoods(logits, targets, mask):
+        (v, mean, square), rate = np.zeros((3, len(logits))), LEARNING_RATE
+        for step in range(1, epochs + 1):
+            w = _softmax(v)
+            gradient = w * (1.0 - _gain(likelihood, w))
+            mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
+            square = BETAS[1] * square + (1 - BETAS[1]) * gradient**2
+            spread = np.sqrt(square / (1 - BETAS[1] ** step)) + EPSILON
+            v = v - rate * mean / (1 - BETAS[0] ** step) / spread
+            rate *= DECAY
+        weights[j] = _softmax(v)
     return weights
 
 
@@ -106,17 +98,26 @@ def fit_weights_by_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray 
 
     Arguments and undefined findings as in `fit_weights`.
     """
-    weights, (ratio, share) = uniform(logits), _ratios(logits, targets, mask)
-    for j in np.flatnonzero(has_both_classes(targets, mask)):
-        counted = share[:, j] > 0
-        likelihood, w = np.ascontiguousarray(ratio[:, counted, j]), weights[j]
+    weights = uniform(logits)
+    for j, likelihood in _likelihoods(logits, targets, mask):
+        w = weights[j]
         for _ in range(STEPS):
-            gain = (likelihood @ (1.0 / (w @ likelihood))) / likelihood.shape[1]
+            gain = _gain(likelihood, w)
             if gain.max() - 1.0 < GAP:
                 break
             w = w * gain
         weights[j] = w / w.sum()
     return weights
+
+
+def _gain(likelihood: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Mean over rows of L_s / Σ_t w_t L_t, (S,): minus the derivative of the mixture's cross-entropy with respect to w_s."""
+    return (likelihood @ (1.0 / (w @ likelihood))) / likelihood.shape[1]
+
+
+def _softmax(v: np.ndarray) -> np.ndarray:
+    powers = np.exp(v - v.max())
+    return powers / powers.sum()
 
 
 def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
@@ -132,18 +133,19 @@ def mixture_bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None
 
 
 def _log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """log of the probability that each scale gives to the actual target, float64 (S, N, L)."""
+    """log of the probability that each scale gives to the actual target, float64, of the shape of `logits`."""
     return metrics.log_sigmoid(np.where(np.asarray(targets) > 0.5, logits, -np.asarray(logits)))
 
 
-def _ratios(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Likelihoods over the best scale's, (S, N, L) in [0, 1], and the entries' shares of the mean, (N, L).
+def _likelihoods(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Each finding that has positives and negatives, by number, and its rows' likelihoods, (S, n) in [0, 1].
 
-    The shift by the largest term that keeps logsumexp from underflow; free of the weights, it is done once.
+    They are those over the best scale's, which keeps logsumexp from underflow and changes no gain.
     """
-    terms = _log_likelihood(logits, targets)
-    counted = np.ones(terms.shape[1:]) if mask is None else mask.astype(np.float64)
-    return np.exp(terms - terms.max(axis=0)), counted / np.maximum(counted.sum(axis=0), 1.0)
+    for j in np.flatnonzero(has_both_classes(targets, mask)):
+        counted = slice(None) if mask is None else mask[:, j]
+        terms = _log_likelihood(logits[:, counted, j], np.asarray(targets)[counted, j])
+        yield int(j), np.exp(terms - terms.max(axis=0))
 
 
 def has_both_classes(targets: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
