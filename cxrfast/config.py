@@ -205,16 +205,8 @@ class TrainConfig:
             raise RunError(f"--fold {self.fold} with --split official: there is only one official split, give --fold 0")
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
-        for name in (
-            "global_batch",
-            "micro_batch",
-            "epochs",
-            "learning_rate",
-            "scale",
-            "patience",
-            "stop_after",
-            "limit",
-        ):
+        numbers = "global_batch micro_batch epochs learning_rate scale patience stop_after limit"
+        for name in numbers.split():
             value = getattr(self, name)
             if value is None or (name, value) == ("micro_batch", AUTO):
                 continue

@@ -67,5 +67,5 @@ def refuse_slurm_tasks(command: str, torchrun: str, environment: Mapping[str, st
 
 
 def _number(text: str | None) -> int:
-    """At least 1; also 1 for what is no number."""
+    """At least 1, also for text that is not a number."""
     return max(1, int(text)) if text and text.isascii() and text.isdecimal() else 1

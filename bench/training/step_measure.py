@@ -110,7 +110,7 @@ def measurements(trainer: Trainer, micro_batch: int) -> dict[str, Measurement]:
         """The rate of the steps that `start` makes of a loader's batches, or of the one kept on the device."""
 
         def measure(seconds: float) -> float:
-            with closing(endless(loader)) if loader else nullcontext(repeat(kept)) as batches:
+            with closing(endless(loader)) if loader is not None else nullcontext(repeat(kept)) as batches:
                 step = start(trainer, batches)
                 step()  # to warm up
                 return rate(step, seconds, trainer.ranks.device)

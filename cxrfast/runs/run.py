@@ -12,9 +12,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import pandas as pd
 
@@ -26,6 +25,7 @@ from cxrfast.runs.arrays import open_arrays, read_array, update_arrays, write_ar
 from cxrfast.runs.folder import LARGEST_TEXT, RunFolder
 from cxrfast.runs.lease import locked
 from cxrfast.runs.lineage import Origin
+from cxrfast.runs.records import ConfigFile, checked, read_line
 from cxrfast.shards.format.lock import Lease
 
 if TYPE_CHECKING:
@@ -33,30 +33,6 @@ if TYPE_CHECKING:
 
     from cxrfast.models.classifier import Classifier
     from cxrfast.pipelines.reader import Reader
-
-
-class _ConfigFile(TypedDict):
-    config: dict[str, Any]
-    first_epochs: NotRequired[int]
-    """Number of epochs that it was started with, as in its hash; absent if it is still that of `config`."""
-    hash: NotRequired[str]
-    shards: str
-    origin: NotRequired[dict[str, Any]]
-    division: NotRequired[str]
-
-
-class _Line(TypedDict):
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
-    train_loss: NotRequired[float | None]
-    val_loss: NotRequired[float | None]
-    val_loss_unweighted: NotRequired[float | None]
-    val_auroc: NotRequired[float | None]
-    val_auroc_by_label: NotRequired[dict[str, float | None]]
-    learning_rate: NotRequired[float | None]
-    seconds: NotRequired[float | None]
-    images_per_s: NotRequired[float | None]
-    waiting_share: NotRequired[float | None]
-    size: NotRequired[int | None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,7 @@ class Run(RunFolder):
         if not path.exists():
             raise RunError(f"{folder} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
         try:
-            value = _checked(json.loads(read_file(path, LARGEST_TEXT)), _ConfigFile)
+            value = checked(json.loads(read_file(path, LARGEST_TEXT)), ConfigFile)
             config = TrainConfig.from_json(value["config"])
             recorded = value.get("origin")
             origin = Origin.from_json(recorded) if recorded else Origin.of_path(config)
@@ -258,7 +234,7 @@ class Run(RunFolder):
         """{} if the run never started."""
         path = self.state_path
         try:
-            return _checked(json.loads(read_file(path, LARGEST_TEXT)), dict[str, Any]) if path.exists() else {}
+            return checked(json.loads(read_file(path, LARGEST_TEXT)), dict[str, Any]) if path.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is damaged: delete it, then run the training command again") from error
 
@@ -291,7 +267,7 @@ class Run(RunFolder):
         path = self.metrics_path
         try:
             lines = read_file(path, LARGEST_TEXT).decode().split("\n")[:-1] if path.exists() else []
-            return [_read_line(number, line) for number, line in enumerate(lines, 1)]
+            return [read_line(number, line) for number, line in enumerate(lines, 1)]
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{path} is damaged ({error}): restore it, or train the run again in a new folder"
@@ -416,20 +392,6 @@ class Run(RunFolder):
         """Write arrays and attributes into the maps, keeping others that are there."""
         self.check_lease()
         update_arrays(self.maps_path, arrays, attributes)
-
-
-def _checked(value: Any, kind: Any) -> Any:
-    """`value`, unchanged, if it is of that type. Raises ValueError if not."""
-    msgspec.convert(value, kind)
-    return value
-
-
-def _read_line(number: int, text: str) -> dict[str, Any]:
-    """A line of metrics.jsonl. Raises ValueError naming the line and what is wrong in it."""
-    try:
-        return _checked(json.loads(text), _Line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {error}") from error
 
 
 def part_rows(rows: pd.DataFrame, part: str) -> np.ndarray:

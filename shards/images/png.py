@@ -56,7 +56,7 @@ def decode_png(data: bytes) -> np.ndarray:
 def bare_png(data: bytes) -> bytes:
     """The PNG without text, profiles, animation and whatever else it holds besides its pixels and palette. Raises BadImage."""
     if not data.startswith(SIGNATURE):
-        raise BadImage(Reason.CORRUPT, "no PNG")
+        raise BadImage(Reason.CORRUPT, "not a PNG")
     decode_png(data)
     header, palette, packed = _read(data)
     chunks = [(b"IHDR", header), *([(b"PLTE", palette)] if palette else []), (b"IDAT", packed), (b"IEND", b"")]

@@ -341,7 +341,7 @@ def test_only_regular_figures_of_the_runs_own_findings_are_embedded(tmp_path, ca
     html = report(tmp_path).read_text()
     for label, why in (
         (one, "is a link"),
-        (two, "corrupt: no PNG"),
+        (two, "corrupt: not a PNG"),
         (three, "is not a regular file"),
         (four, "truncated"),
     ):
