@@ -30,7 +30,7 @@ LATER = ("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weigh
 """Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
 
 LARGEST = 2**31 - 1
-"""Upper limit of all numbers of images, pixels and epochs."""
+"""Upper limit of the learning rate and of all numbers of images, pixels and epochs."""
 
 AUTO = -1
 """Micro-batch that `train` replaces by the largest that fits, before the run starts."""

@@ -5,6 +5,7 @@ stay on the device; the host reads the losses every few seconds and before it sa
 """
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -81,6 +82,8 @@ class Trainer:
         self.monitor = Monitor(ranks, runtime.checkpoint_minutes, runtime.checkpoint_steps)
         self.is_bad = False
         """Whether this rank has seen a bad loss or image."""
+        self.first_pid = 0
+        """Process number of the first rank, once the training has begun."""
         self.heartbeat = Heartbeat(run, self.counters, self.order.steps * config.global_batch, len(self.val_rows))
 
     # The loop
@@ -92,7 +95,7 @@ class Trainer:
         another rank has ended. The run's state records which it was.
         """
         self.restore()
-        self.ranks.on_first(self._write_start)
+        self.first_pid = self.ranks.on_first(self._write_start)
         self._log_engine()
         with ExitStack() as stack:
             if self.runtime.tensorboard and self.ranks.is_first:
@@ -113,9 +116,11 @@ class Trainer:
         if self.ranks.is_first:
             self.heartbeat.write("done")
 
-    def _write_start(self) -> None:
+    def _write_start(self) -> int:
+        """Returns the process number of the first rank, which the run's state names while it is ours."""
         self.heartbeat.write("running")
         self.run.keep_epochs()
+        return os.getpid()
 
     def train_epoch(self) -> tuple[int, float]:
         """Take the remaining optimiser steps of this epoch. Returns their number and the seconds spent waiting for data."""
@@ -346,8 +351,9 @@ class Trainer:
         if self.ranks.size == 1 or not is_lost_rank(error):
             self.heartbeat.write("failed", error=f"{type(error).__name__}: {error}"[:500])
             return
-        # rank 0 may be gone: any rank writes
-        if self.run.state().get("state") != "failed":
+        # rank 0 may be gone: any rank writes, unless another training took over
+        state = self.run.state()
+        if state.get("pid") == self.first_pid and state.get("state") != "failed":
             self.heartbeat.write("failed", error=LOST_RANK)
         log.error(f"{self.run.name}: {LOST_RANK}")
         raise SystemExit(2) from error

@@ -15,6 +15,7 @@ import cxrfast.training.train
 from cxrfast.config import Runtime
 from cxrfast.distributed import World
 from cxrfast.errors import LoadError, RunError
+from cxrfast.files import write_json
 from cxrfast.pipelines import dali
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
@@ -160,3 +161,16 @@ def test_a_gpu_without_a_number_is_the_one_that_this_rank_uses(tiny_set, monkeyp
         loader = Loader(reader, order, device="cuda", engine="dali")
         assert loader.device == loader._engine.device == loader.proof.device == torch.device("cuda", 3)
         assert Loader(reader, order, device="cuda:1", engine="dali")._engine.device.index == 1
+
+
+# Ranks
+
+
+@pytest.mark.parametrize(("pid", "state"), [(1234, "failed"), (4321, "running")])
+def test_a_rank_that_lost_the_first_one_records_it_unless_another_training_took_over(tiny_set, tmp_path, pid, state):
+    trainer = make_trainer(tiny_set, tmp_path, limit=8)
+    trainer.first_pid, trainer.ranks = 1234, World(CPU, rank=1, size=2)
+    write_json(trainer.run.state_path, {"state": "running", "pid": pid})
+    with pytest.raises(SystemExit):
+        trainer._failed(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert trainer.run.state()["state"] == state
