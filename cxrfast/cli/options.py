@@ -188,9 +188,9 @@ def _toml_fault(option: click.Parameter, value: Any) -> str | None:
             if not isinstance(one, bool):
                 return "must be true or false"
         elif isinstance(option.type, click.Path) and not isinstance(one, str):  # a number would be an open file
-            return "must be a text"
+            return "must be text"
         elif isinstance(one, bool) or not isinstance(one, str | int | float):
-            return f"must be a number or a text, not {TOML_KINDS.get(type(one), 'a date or time')}"
+            return f"must be a number or text, not {TOML_KINDS.get(type(one), 'a date or time')}"
     return None
 
 

@@ -94,8 +94,8 @@ class Classifier(nn.Module):
                 trial(torch.zeros((1, 1, min(side, SMALL), min(side, SMALL)), dtype=torch.uint8))
         except ValueError as error:
             raise RunError(
-                f"--micro-batch 1 at {side} px: {self.arch} shrinks an image to one pixel, of which BatchNorm has no statistics: "
-                "use a micro-batch of 2 images or more, or a larger scale"
+                f"--micro-batch 1 at {side} px: {self.arch} shrinks an image to one pixel, and BatchNorm cannot take the variance of "
+                "one value: use a micro-batch of 2 images or more, or a larger scale"
             ) from error
 
     @property

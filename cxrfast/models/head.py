@@ -83,8 +83,12 @@ def check_outputs(net: nn.Module, arch: str, outputs: int, side: int) -> None:
         if not isinstance(logits, torch.Tensor) or logits.shape != (2, outputs):
             raise RunError(f"{arch} does not return one logit per finding and image: use another classifier")
         if not torch.allclose(logits, torch.full_like(logits, shift)):
-            found = "none is below 0" if shift < 0 <= float(logits.min()) else "they are not those of its last layer"
+            found = (
+                "none of its outputs is below 0"
+                if shift < 0 <= float(logits.min())
+                else "its outputs are not those of its last layer"
+            )
             raise RunError(
-                f"{arch} does not return logits: {found}, since an activation follows that layer; use another classifier, such "
+                f"{arch} does not return logits: {found}, because an activation follows the last layer; use another classifier, such "
                 "as densenet121 or resnet50"
             )

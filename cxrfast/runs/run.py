@@ -77,7 +77,9 @@ class Run(RunFolder):
                 raise RunError("its configuration is not the one that it was started with: restore the file")
             return cls(folder, config, Path(value["shards"]), origin, started, value.get("division"))
         except (OSError, ValueError, RecursionError, RunError) as error:
-            raise RunError(f"{path} is damaged ({error})") from error
+            raise RunError(
+                f"{path} is damaged ({error}): restore it, or move the folder of this run elsewhere"
+            ) from error
 
     @classmethod
     def find(cls, runs: str | Path, damaged: Container[str] = ()) -> list["Run"]:

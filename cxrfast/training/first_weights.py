@@ -149,25 +149,9 @@ def _origin(file: WeightsFile, run: Run | None) -> Origin:
     return Origin(kind="file")
 
 
+def _part_in_words(split: str | None, fold: int | None) -> str:
+    """The fold or split of a run, for a message."""
+    return f"the {split} split" if split == "official" else f"fold {fold}"
+
+
 def _in_words(difference: Difference | Literal["patients"], link: Origin, own: Origin) -> tuple[str, str]:
-    """What a run was trained on that another may not have seen, and what to do instead."""
-    parts = "this run's validation and test parts"
-    match difference:
-        case "set":
-            what = (
-                f"was trained on set {link.set_id}, whose training rows may hold patients of {parts} (set {own.set_id})"
-            )
-            return what, "start from a run on the same set"
-        case "fold" | "split":
-            known = " ".join(filter(None, (link.split, f"fold {link.fold}")))
-            what = f"was trained on {known}, whose training rows hold patients of {parts} ({own.split} fold {own.fold})"
-            return what, "start from a run of the same fold"
-        case "division":
-            what = f"was trained when this set was split into other parts, so it may have seen patients of {parts}"
-            return what, "start from a run of the same split"
-        case "patients":
-            what = f"was trained with --allow-shared-patients, so its training rows may hold patients of {parts}"
-            return what, "start from a run that was trained without it"
-        case "unknown":
-            what = f"comes from an earlier version, which did not write down the set and fold, so it may have seen patients of {parts}"
-            return what, "give the folder of its run"

@@ -129,7 +129,10 @@ def test_logits_of_rare_findings_are_not_rounded_together():
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("squeezenet1_1", "squeezenet1_1 does not return logits: none is below 0, since an activation follows"),
+        (
+            "squeezenet1_1",
+            "squeezenet1_1 does not return logits: none of its outputs is below 0, because an activation follows the last layer",
+        ),
         ("vit_b_32", "vit_b_32 cannot be trained on images of 64 px"),
     ],
 )
@@ -154,12 +157,12 @@ class _Ends(torch.nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (_Ends(torch.nn.ReLU()), "none is below 0"),
-        (_Ends(torch.nn.Sigmoid()), "none is below 0"),
-        (_Ends(torch.nn.Softmax(1)), "none is below 0"),
-        (_Ends(torch.nn.Tanh()), "they are not those of its last layer"),
-        (_Ends(torch.nn.LogSoftmax(1)), "they are not those of its last layer"),
-        (_Ends(torch.nn.GELU()), "none is below 0"),
+        (_Ends(torch.nn.ReLU()), "none of its outputs is below 0"),
+        (_Ends(torch.nn.Sigmoid()), "none of its outputs is below 0"),
+        (_Ends(torch.nn.Softmax(1)), "none of its outputs is below 0"),
+        (_Ends(torch.nn.Tanh()), "its outputs are not those of its last layer"),
+        (_Ends(torch.nn.LogSoftmax(1)), "its outputs are not those of its last layer"),
+        (_Ends(torch.nn.GELU()), "none of its outputs is below 0"),
         (_Ends(outputs=3), "does not return one logit per finding and image"),
         (_Ends(torch.nn.Unflatten(1, (2, 1))), "does not return one logit per finding and image"),
         (_Ends(torch.nn.BatchNorm1d(2)), "does not end in a linear layer or a convolution"),

@@ -51,7 +51,7 @@ def train(shards: Path, runs: Path, *more: str) -> tuple[int, str]:
         ("--arch=", "architecture '' is unknown"),
         (
             "--micro-batch=1",
-            "--micro-batch 1 at 32 px: resnet18 shrinks an image to one pixel, of which BatchNorm has no",
+            "--micro-batch 1 at 32 px: resnet18 shrinks an image to one pixel, and BatchNorm cannot take",
         ),
         ("--sizes=32x0", "sides and epochs must be above 0"),
         ("--limit=0", "0 is not in the range x>=1"),

@@ -143,7 +143,7 @@ WAYS += [checkpoint, copied_checkpoint, in_the_folder_of_another_run]
 def test_weights_are_judged_as_their_run_however_they_are_given(parent, tiny_set, tmp_path, give):
     path = give(parent, tmp_path)
     with pytest.raises(
-        RunError, match=r"was trained on auto fold 1, whose training rows hold patients of this run's"
+        RunError, match=r"was trained on fold 1, whose training rows hold patients of this run's"
     ) as error:
         check(path, tiny_set, fold=0, split=parent.config.split)
     assert str(error.value).startswith(f"--weights {path} was trained on ")
@@ -162,7 +162,7 @@ def test_weights_are_judged_as_their_run_however_they_are_given(parent, tiny_set
             {"set_id": "f" * 32},
             r"was trained on set [0-9a-f]{32}, whose training rows may hold .* \(set f{32}\): start from a run on",
         ),
-        ({"split": "official", "fold": 0}, r"was trained on auto fold 1, whose .* \(official fold 0\)"),
+        ({"split": "official", "fold": 0}, r"was trained on fold 1, whose .* \(the official split\)"),
     ],
 )
 def test_weights_of_another_set_or_split_are_refused_by_file_too(parent, tiny_set, tmp_path, change, message):
@@ -173,7 +173,7 @@ def test_weights_of_another_set_or_split_are_refused_by_file_too(parent, tiny_se
 
 def test_shared_patients_can_be_allowed_and_are_then_said(parent, tiny_set, tmp_path, caplog):
     check(copied(parent, tmp_path), tiny_set, fold=0, split="auto", allow_shared_patients=True)
-    assert "was trained on auto fold 1" in caplog.text
+    assert "was trained on fold 1" in caplog.text
     assert "continuing, with --allow-shared-patients" in caplog.text
 
 
@@ -186,7 +186,7 @@ def test_a_chain_is_judged_by_each_of_its_runs(parent, tiny_set, tmp_path):
     child = Run.open(child.folder)
     child.write_weights(Classifier("mobilenet_v3_small", len(child.config.labels)).state_dict())
     for path in (child.folder, copied(child, tmp_path)):
-        with pytest.raises(RunError, match=rf"started from {parent.name}, which was trained on auto fold 1, whose"):
+        with pytest.raises(RunError, match=rf"started from {parent.name}, which was trained on fold 1, whose"):
             check(path, tiny_set, fold=0, split="auto")
     grandchild = check(copied(child, tmp_path), tiny_set, fold=0, split="auto", allow_shared_patients=True)
     run = replace(child, origin=grandchild.origin)
@@ -345,7 +345,7 @@ def test_a_leak_that_was_allowed_stands_in_every_table(tiny_set, tmp_path):
     child = [*options, "--scale=64", "--fold=0", f"--weights={weights}"]
     refused = invoke("train", *child)
     assert refused.exit_code == 2
-    assert "was trained on folds fold 1" in " ".join(refused.output.split())
+    assert "was trained on fold 1" in " ".join(refused.output.split())
     assert not (tmp_path / "shufflenet_v2_x0_5-64").exists()
     run("train", *child, "--allow-shared-patients")
     run("predict", tmp_path / "shufflenet_v2_x0_5-64/fold-0", "--device=cpu")
