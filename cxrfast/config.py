@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -282,12 +282,17 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "TrainConfig") -> list[str]:
-        """`name: mine, not theirs` for every field that differs, except `epochs`, which a run may have more of later."""
-        return [
-            f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
-            for f in fields(self)
-            if f.name != "epochs" and getattr(self, f.name) != getattr(other, f.name)
-        ]
+        """`name: mine, not theirs` for every field that differs, except `epochs`, which a run may have more of later.
+
+        Labels that differ are named, see `label_differences`.
+        """
+        found = []
+        for name in (f.name for f in fields(self) if f.name != "epochs"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                told = label_differences(mine, theirs) if name == "labels" else f"{mine}, not {theirs}"
+                found.append(f"{name}: {told}")
+        return found
 
     @classmethod
     def from_json(cls, value: Any) -> "TrainConfig":
@@ -299,6 +304,23 @@ class TrainConfig:
             return cls(**{name: _frozen(given) for name, given in value.items()})
         except (msgspec.ValidationError, TypeError) as error:
             raise RunError(f"not a configuration of this version of cxrfast: {error}") from error
+
+
+def label_differences(these: Sequence[str], others: Sequence[str]) -> str:
+    """How labels differ from others, such as `without Edema, with Tube`."""
+    told = []
+    for word, names in (
+        ("without", [name for name in others if name not in these]),
+        ("with", [name for name in these if name not in others]),
+    ):
+        if names:
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            told.append(f"{word} {', '.join(names[:MOST_NAMED])}{more}")
+    return ", ".join(told) or "in another order"
+
+
+MOST_NAMED = 5
+"""Labels that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)

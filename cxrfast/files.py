@@ -3,10 +3,13 @@
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import socket
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,8 @@ from cxrfast.errors import is_disk_full
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 NOT_REGULAR = "is not a regular file"
 
@@ -70,9 +75,25 @@ def make_own_folder(path: Path) -> None:
 
 
 def write_figure(path: Path, figure: "Figure", dpi: float | None = None) -> None:
-    """A PNG, the same bytes for the same figure. `dpi`: default: the figure's own."""
-    with replacing(path) as file:
+    """A PNG, the same bytes for the same figure. `dpi`: default: the figure's own.
+
+    One line says which characters its font lacks; boxes stand for them.
+    """
+    with replacing(path) as file, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(file, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
+    lacking = []
+    for one in caught:
+        if glyph := GLYPH.match(str(one.message)):
+            lacking.append(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if lacking:
+        log.warning(f"{path}: the figure's font lacks {' '.join(sorted(set(lacking)))}, and boxes stand for them")
+
+
+GLYPH = re.compile(r"Glyph (\d+) .*missing from font", re.DOTALL)
+"""matplotlib's warning about a character that is drawn as a box."""
 
 
 LARGEST = 2**30

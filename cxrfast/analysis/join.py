@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from cxrfast.analysis.scores import fold_numbers
-from cxrfast.config import TrainConfig
+from cxrfast.config import TrainConfig, label_differences
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
@@ -84,6 +84,8 @@ def _folds_note(groups: Mapping[str, Mapping[int, Run]]) -> list[str]:
     for name, group in groups.items():
         told = []
         for field in MAY_DIFFER:
+            if field == "allow_partial":  # a mark says so
+                continue
             folds: dict[object, list[int]] = {}
             for fold, run in sorted(group.items()):
                 folds.setdefault(getattr(run.config, field), []).append(fold)
@@ -167,7 +169,10 @@ def check_same_study(runs: Sequence[Run]) -> None:
     """Raises RunError naming two runs whose shard set, findings, split or label policies differ, or two folds whose raw
     labels do, or that test the same rows."""
     for run in runs[1:]:
-        _check_equal(runs[0], run, {"set id": "set_id", "labels": "labels", "split": "split", "label policy": "policy"})
+        _check_equal(runs[0], run, {"set id": "set_id", "split": "split", "label policy": "policy"})
+        if run.config.labels != runs[0].config.labels:
+            told = label_differences(run.config.labels, runs[0].config.labels)
+            _refuse(runs[0], run, f"the second has the labels of the first {told}")
         _check_equal(runs[0], run, {"policy for images without any label": "unlabelled"})
         for what, field in (("label policy", "policies"), ("policy for blank", "blanks")):
             by_label = zip(run.config.labels, getattr(runs[0].config, field), getattr(run.config, field), strict=True)

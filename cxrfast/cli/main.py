@@ -3,6 +3,7 @@
 Each command parses, calls one function and prints the result. Imports are inside the commands, so `cxrfast --help` is quick.
 """
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def in_words(error: OSError) -> str:
             f"no space or quota left ({error.filename or 'while writing'}): finished work is kept; make room and run the same "
             "command again"
         )
+    if error.errno == errno.EROFS and error.filename:
+        folder = Path(error.filename).parent
+        return f"{folder} is on a read-only file system, and this command writes there: run it on a copy that you can write to"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 

@@ -106,7 +106,10 @@ class Classifier(nn.Module):
         if hasattr(self.net, "layer4"):
             layers = list(self.net.children())
             return nn.Sequential(*layers[: layers.index(self.net.layer4) + 1])
-        raise RunError(f"no last feature map is known for {self.arch}")
+        raise RunError(
+            f"cxrfast does not know the last feature map of {self.arch}, which receptive fields and Grad-CAM need: use an "
+            "architecture such as densenet121 or resnet50 for them"
+        )
 
 
 @contextmanager

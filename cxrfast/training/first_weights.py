@@ -155,3 +155,24 @@ def _part_in_words(split: str | None, fold: int | None) -> str:
 
 
 def _in_words(difference: Difference | Literal["patients"], link: Origin, own: Origin) -> tuple[str, str]:
+    """What a run was trained on that another may not have seen, and what to do instead."""
+    parts = "this run's validation and test parts"
+    match difference:
+        case "set":
+            what = (
+                f"was trained on set {link.set_id}, whose training rows may hold patients of {parts} (set {own.set_id})"
+            )
+            return what, "start from a run on the same set"
+        case "fold" | "split":
+            theirs, ours = (_part_in_words(one.split, one.fold) for one in (link, own))
+            what = f"was trained on {theirs}, whose training rows hold patients of {parts} ({ours})"
+            return what, "start from a run of the same fold"
+        case "division":
+            what = f"was trained when this set was split into other parts, so it may have seen patients of {parts}"
+            return what, "start from a run of the same split"
+        case "patients":
+            what = f"was trained with --allow-shared-patients, so its training rows may hold patients of {parts}"
+            return what, "start from a run that was trained without it"
+        case "unknown":
+            what = f"comes from an earlier version, which did not write down the set and fold, so it may have seen patients of {parts}"
+            return what, "give the folder of its run"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrfast.config import VALIDATION_COST, Runtime, TrainConfig
+from cxrfast.config import VALIDATION_COST, Runtime, TrainConfig, label_differences
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 
@@ -125,3 +125,10 @@ def test_numbers_that_nobody_means_are_refused(name, value):
 def test_times_to_wait_are_bounded(name, value):
     with pytest.raises(RunError, match=f"--{name.replace('_', '-')} .* must be above 0 and at most 525,600 minutes"):
         Runtime(shards=Path("set"), runs=Path("runs"), **{name: value})
+
+
+def test_labels_that_differ_are_named_a_few_at_most():
+    many = [f"L{i}" for i in range(9)]
+    assert label_differences(["Edema", "Tube"], ["Edema", "Mass"]) == "without Mass, with Tube"
+    assert label_differences(["Edema"], ["Edema", *many]) == "without L0, L1, L2, L3, L4 and 4 more"
+    assert label_differences(["A", "B"], ["B", "A"]) == "in another order"

@@ -1,6 +1,7 @@
 """Names in figures are drawn as they are spelt."""
 
 import re
+import warnings
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cxrfast.figures import LONGEST, add_legend, figure_text
+from cxrfast.files import write_figure
 
 
 def drawn(figure: Figure, text: str) -> str:
@@ -44,3 +46,14 @@ def test_a_long_name_is_cut_in_its_middle_and_an_invisible_character_is_shown():
     assert name.startswith(start)
     assert name.endswith(end)
     assert re.fullmatch(r"a\\x1bb\\u202e", figure_text("a\x1bb\u202e"))
+
+
+def test_characters_that_the_font_lacks_are_named_in_one_line(tmp_path, caplog):
+    figure = Figure()
+    figure.text(0, 0, "\u80ba \u80ba \u5fc3 Edema")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_figure(tmp_path / "figure.png", figure)
+    assert caplog.messages == [
+        f"{tmp_path / 'figure.png'}: the figure's font lacks \u5fc3 \u80ba, and boxes stand for them"
+    ]

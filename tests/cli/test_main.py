@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import invoke
 from damage import flip_bit, mounted
+from runs import make_run
 
 
 def refused(*arguments: object) -> str:
@@ -105,3 +106,14 @@ def test_a_full_disk_keeps_what_was_finished(tiny_set, tmp_path):
         assert not list(small.rglob("*.tmp")), "nothing half-written stays behind"
         subprocess.run(["mount", "-o", "remount,size=512m", small], check=True)
         accepted(*arguments)
+
+
+def test_results_on_a_read_only_file_system_are_explained(tmp_path):
+    make_run(tmp_path, 64, arch="shufflenet_v2_x0_5")
+    with mounted(tmp_path / "disk", "size=8m") as disk:
+        shutil.copytree(tmp_path / "shufflenet_v2_x0_5-64", disk / "shufflenet_v2_x0_5-64")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert "disk is on a read-only file system, and this command writes there: run it on a copy" in refused(
+            "evaluate", disk
+        )
+        accepted("status", disk)
