@@ -171,7 +171,7 @@ def test_options_of_a_file_are_taken_and_those_of_the_command_line_win(tiny_set,
     assert config.views == ("AP", "PA")
     assert config.positive_weights
     assert config.sizes == ((32, 1),)
-    for text, message in (("epoch = 1", "sets epoch, which is not an option"), ("epochs", "is not a TOML file")):
+    for text, message in (("epoch = 1", "sets 'epoch', which is not an option"), ("epochs", "is not a TOML file")):
         file.write_text(text)
         done = invoke(*given)
         assert done.exit_code == 2
