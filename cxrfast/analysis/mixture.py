@@ -13,7 +13,7 @@ EPOCHS, LEARNING_RATE, DECAY = 100, 0.1, 0.96
 """Schedule of the fit. The study gives epochs, rate and "exponential decay"; how fast it decays is our reading."""
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Of Adam, as in torch and in Kingma and Ba 2015, algorithm 1."""
+"""Decay rates and ε of Adam, as in torch and in Kingma and Ba 2015, algorithm 1."""
 
 BLOCK = 4096
 """Rows whose log-odds are computed at a time, to save memory."""
