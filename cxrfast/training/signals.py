@@ -66,9 +66,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            self._before = {number: signal.signal(number, self._note) for number in _not_ignored(SIGNALS)}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -88,6 +86,12 @@ class StopRequest:
         line = f"\n{self.name}: {signal.Signals(number).name}: saving once this step is over{again}\n"
         with suppress(OSError):  # a terminal that was closed
             os.write(2, line.encode(errors="replace"))
+
+
+def _not_ignored(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """`signals` without SIGHUP where nohup ignores it."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in signals if not (is_nohup and number == signal.SIGHUP)]
 
 
 class Votes:
@@ -149,7 +153,7 @@ def call(command: Sequence[str]) -> tuple[int, int | None]:
         if process is not None:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, forward) for number in _not_ignored(FORWARDED)}
     try:
         process = subprocess.Popen(command, process_group=0)
         if received:  # while it was being started

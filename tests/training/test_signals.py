@@ -252,6 +252,16 @@ def test_a_signal_is_passed_on_once_and_the_child_is_waited_for(tmp_path, number
     assert signal.getsignal(number) is before
 
 
+def test_a_study_under_nohup_passes_no_hangup_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        parent = f"import os, signal; os.kill({os.getpid()}, signal.SIGHUP)"
+        assert call([sys.executable, "-c", parent]) == (0, None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_child_without_a_signal_has_only_its_exit_code_and_a_stop_that_of_a_shell():
     assert call(["sh", "-c", "exit 3"]) == (3, None)
     assert Stopped("x").code == 143
