@@ -53,7 +53,7 @@ class FirstWeights:
                 run = None  # copied from another run
             return cls(config.weights, replace(_origin(file, run), file=file.name, sha256=file.sha256), file, run)
         except RunError as error:
-            raise RunError(f"--weights {config.weights}: {error}") from error
+            raise RunError(_of_option(config.weights, error)) from error
 
     def load_into(self, model: Classifier, config: TrainConfig) -> None:
         """Take the weights over into `model`, and log what becomes of its last layer. Raises RunError if they do not fit."""
@@ -62,7 +62,7 @@ class FirstWeights:
         try:
             taken = load_weights(model, self.file, config.labels, self.origin.labels)
         except RunError as error:
-            raise RunError(f"--weights {self.option}: {error}") from error
+            raise RunError(_of_option(self.option, error)) from error
         is_expected = self.origin.kind == "imagenet" or taken == list(config.labels)
         log.log(
             logging.INFO if is_expected else logging.WARNING,
@@ -124,6 +124,11 @@ class FirstWeights:
         return f"{what}, such as that of row {seen['row'].iloc[0]}", "start from a run of the same split"
 
 
+def _of_option(weights: str, error: RunError) -> str:
+    """Message of an error about `--weights`, which names a path once."""
+    return f"--weights {error}" if str(error).startswith(weights) else f"--weights {weights}: {error}"
+
+
 def weights_path(config: TrainConfig) -> Path:
     """File that `--weights` names by a path. Raises RunError if there is none."""
     given = Path(config.weights)
@@ -133,9 +138,7 @@ def weights_path(config: TrainConfig) -> Path:
         return path
     if given.is_dir() and folder.is_started:
         raise RunError(f"--weights {given}: that run has no {path.name} yet: train it first")
-    raise RunError(
-        f"--weights {given}: {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run"
-    )
+    raise RunError(f"--weights {path} does not exist; use imagenet, none, a .pth or .safetensors file, or a run")
 
 
 def _origin(file: WeightsFile, run: Run | None) -> Origin:
