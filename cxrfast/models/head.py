@@ -23,13 +23,13 @@ def _float32(features: torch.Tensor) -> AbstractContextManager[object]:
 class _Float32Linear(nn.Linear):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with _float32(features):
-            return super().forward(features.float())
+            return super().forward(features.to(self.weight.dtype))
 
 
 class _Float32Conv2d(nn.Conv2d):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with _float32(features):
-            return super().forward(features.float())
+            return super().forward(features.to(self.weight.dtype))
 
 
 def head_name(net: nn.Module) -> str | None:

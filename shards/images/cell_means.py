@@ -7,7 +7,6 @@ Some hardware JPEG decoders have silently overwritten memory in use. A manifest 
 import base64
 from itertools import pairwise
 
-import cv2
 import numpy as np
 
 SIDE = 4
@@ -24,6 +23,8 @@ def edges(side: int) -> list[int]:
 
 def grid(image: np.ndarray) -> np.ndarray:
     """uint8 (H, W), at least 4 px per side → int16 (4, 4): mean grey of each cell in steps of 1 / STEPS."""
+    import cv2  # here, since tables read manifests and need no OpenCV
+
     rows, columns = edges(image.shape[0]), edges(image.shape[1])
     cells = [image[top:bottom, left:right] for top, bottom in pairwise(rows) for left, right in pairwise(columns)]
     means = [cv2.sumElems(cell)[0] * STEPS / cell.size for cell in cells]

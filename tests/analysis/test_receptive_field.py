@@ -46,11 +46,10 @@ def test_batch_size_does_not_change_the_field(tiny_set, tmp_path, monkeypatch):
     assert whole.images == 4  # all there are
 
 
-def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(tiny_set, tmp_path):
+def test_another_set_and_a_run_without_validation_images_or_weights_are_refused(tiny_set, raw_set, tmp_path):
     run = make_untrained(tmp_path, tiny_set, PARTS)
-    other = replace(run, config=replace(run.config, set_id="0" * 32))
-    with pytest.raises(RunError, match=f"trained on set {'0' * 32}.*--shards"):
-        erf(other, shards=tiny_set)
+    with pytest.raises(RunError, match=f"trained on set {run.config.set_id}.*--shards"):
+        erf(run, shards=raw_set)
     with pytest.raises(RunError, match="at least one validation image, not 0 of 4"):
         erf(run, images=0)
     (run.folder / "best.safetensors").unlink()

@@ -61,7 +61,7 @@ C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 def test_other_locales_and_terminals_show_the_same_words(runs, variables):
     usual, other = (run(sys.executable, "-m", "cxrfast", "status", runs, **given) for given in ({}, variables))
     assert other.returncode == 0
-    words = [sorted(re.findall(r"[A-Za-z0-9.]+", done.stdout)) for done in (usual, other)]
+    words = [sorted(re.findall(r"\b[A-Za-z][A-Za-z.]+", done.stdout)) for done in (usual, other)]  # ages differ
     assert words[0] == words[1]
 
 
