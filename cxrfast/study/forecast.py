@@ -27,7 +27,7 @@ from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.remarks import LabelsNow
 from cxrfast.runs.run import Run
-from cxrfast.runs.status import SILENT_SECONDS, read_metrics
+from cxrfast.runs.status import SILENT_SECONDS, number, read_metrics
 from cxrfast.shards.parts import division
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import PARTS
@@ -110,8 +110,8 @@ class Pace:
                 config = Run.open(folder.folder).config
             except CxrfastError:
                 continue
-            lines = [line for line in read_metrics(folder) if line.get("images_per_s")]
-            if rates := [line["images_per_s"] * config.area_at(line["epoch"]) for line in lines]:
+            lines = ((number(line.get("images_per_s")), number(line.get("epoch"))) for line in read_metrics(folder))
+            if rates := [rate * config.area_at(int(epoch)) for rate, epoch in lines if rate and epoch is not None]:
                 self.by_folder[folder.folder] = self.by_scale[config.arch, config.scale] = median(rates)
 
     def of(self, folder: Path, config: TrainConfig) -> float | None:
@@ -272,12 +272,12 @@ def _find(plan: Plan, config: TrainConfig, folder: RunFolder, labels: LabelsNow)
             "same options to resume it"
         )
     state = run.state()
-    epochs = int(state.get("epoch") or 0)
+    epochs, written = int(number(state.get("epoch")) or 0), number(state.get("time")) or 0
     if state.get("state") == "done" and why_over(run, kept(config, run.config)):
         return "done", epochs
     if not folder.has_checkpoint:
         return "start", 0
-    is_alive = state.get("state") == "running" and time.time() - state.get("time", 0) < SILENT_SECONDS
+    is_alive = state.get("state") == "running" and time.time() - written < SILENT_SECONDS
     return f"resume in epoch {epochs + 1}{', runs now' if is_alive else ''}", epochs
 
 
@@ -316,7 +316,7 @@ def _first_weights(config: TrainConfig, table: pd.DataFrame, rows: pd.DataFrame)
 
 def parse_walltime(text: str) -> int:
     """`36:00:00` or `1-12:00:00` → seconds. Raises RunError for anything else, or if too short to save."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
+    match = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6}):([0-5]\d):([0-5]\d)", text)
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if total <= NOTICE_SECONDS:

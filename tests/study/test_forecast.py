@@ -1,5 +1,6 @@
 """What a dry run says of a study, and that it writes nothing."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from runs import rewrite_config
 from sets import relabel_rows
 
 from cxrfast.errors import RunError
+from cxrfast.files import write_json
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.rows import read_rows
 from cxrfast.study.forecast import Forecast, forecast, jobs, parse_walltime, projection
@@ -77,6 +79,17 @@ def test_what_is_there_is_taken_up(tiny_set: Path, tmp_path: Path) -> None:
     assert resume.seconds == pytest.approx(6 * (resume.images + resume.rows["val"] / 3) / 25.0), "its own rate"
     assert resume.weights == "last.pt"
     assert begun.images_per_s == fresh.images_per_s, "that of another run of the scale"
+
+
+@pytest.mark.parametrize("wrong", ["x", [1], None, 10**400, float("nan"), float("inf")])
+def test_progress_of_the_wrong_kind_counts_as_none(tiny_set: Path, tmp_path: Path, wrong: Any) -> None:
+    plan = planned(tiny_set, tmp_path, [32], [0])
+    run = started(plan, state="running", epoch=wrong)
+    write_json(run.state_path, run.state() | {"time": wrong})
+    lines = [{"epoch": wrong, "images_per_s": 5.0}, {"epoch": 1, "images_per_s": wrong}, {"images_per_s": 5.0}]
+    run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (outlook,) = forecast(plan).outlooks
+    assert (outlook.what, outlook.images_per_s) == ("resume in epoch 1", None)
 
 
 def test_every_reason_is_listed(tiny_set: Path, tmp_path: Path) -> None:
