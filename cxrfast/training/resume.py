@@ -17,6 +17,7 @@ from cxrfast.models.precision import resolve_precision
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.runs.status import number
+from cxrfast.units import counted
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ def why_over(run: Run, config: TrainConfig) -> str:
     done = state.get("epoch")
     done = done if isinstance(done, int) else len(lines)
     if config.epochs <= done:
-        return f"{done} epochs are trained" + (f", more than --epochs {config.epochs}" if config.epochs < done else "")
+        return f"{counted(done, 'epoch')} {'is' if done == 1 else 'are'} trained" + (
+            f", more than --epochs {config.epochs}" if config.epochs < done else ""
+        )
     stale = stale_epochs(lines)
     if stale >= config.stop_after or (not lines and done < run.config.epochs):
         since = f", {stale} of them without a lower validation loss" if stale else ""
