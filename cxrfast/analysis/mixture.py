@@ -19,7 +19,7 @@ BLOCK = 4096
 """Rows whose log-odds are computed at a time, to save memory."""
 
 GAP, STEPS = 1e-6, 5000
-"""EM stops when it is provably within GAP nats of the optimum, or after STEPS steps."""
+"""EM stops when it is provably within GAP nats of the optimum, or after STEPS pairs of steps."""
 
 
 def log_odds(logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -105,9 +105,20 @@ def fit_weights_by_em(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray 
             gain = _gain(likelihood, w)
             if gain.max() - 1.0 < GAP:
                 break
-            w = w * gain
+            first = w * gain
+            second = first * _gain(likelihood, first)
+            w = _extrapolated(w, first, second)
         weights[j] = w / w.sum()
     return weights
+
+
+def _extrapolated(start: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Weights further along the way of two steps of EM, (S,), above 0, of sum one: SQUAREM, scheme S3, of Varadhan and
+    Roland 2008, which takes ten steps where EM takes a thousand."""
+    step, change = first - start, second - 2 * first + start
+    length = max(1.0, float(np.linalg.norm(step)) / max(float(np.linalg.norm(change)), 1e-300))  # 1: just the two steps
+    w = np.maximum(start + 2 * length * step + length**2 * change, second / 10)
+    return w / w.sum()
 
 
 def _gain(likelihood: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -173,6 +173,22 @@ def test_a_vote_does_not_depend_on_which_scale_gave_which_logit():
     np.testing.assert_array_equal(vote(logits), vote(logits[[3, 0, 4, 2, 1]]))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_no_weights_are_better_than_the_optimum_by_more_than_the_gap(seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(rng.integers(2, 6), rng.integers(9, 400), 1)) * rng.choice([0.1, 1.0, 5.0, 40.0])
+    targets = (rng.random(logits.shape[1:]) < rng.choice([0.05, 0.5])).astype(np.float64)
+    targets[:2, 0] = 0, 1
+    if seed % 2:
+        logits[0] += 3 * (2 * targets - 1)  # one scale that knows more
+    if seed % 3 == 0:
+        logits[1] = logits[0]
+    bce = mixture_bce(logits, targets, None, fit_weights_by_em(logits, targets))
+    others = rng.dirichlet(np.full(len(logits), 0.3), size=300)
+    assert min(mixture_bce(logits, targets, None, w[None])[0] for w in others) >= bce[0] - mixture.GAP
+    assert mixture_bce(logits, targets, None, fit_weights(logits, targets))[0] >= bce[0] - mixture.GAP
+
+
 @pytest.mark.parametrize("spread", [1.0, 5.0])
 def test_the_fit_is_that_of_torch_with_adam_and_exponential_decay(spread):
     rng = np.random.default_rng(4)
