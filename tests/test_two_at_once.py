@@ -1,6 +1,6 @@
 """Two commands at once on one folder, in processes of their own: one works, the other is refused or finds the work done.
 
-Whatever they do, the folder holds bitwise what one command alone leaves. CXRFAST_AT_ONCE repeats each test so often.
+Whatever they do, the folder holds bitwise what one command alone leaves. CXRFAST_AT_ONCE is how often each test is repeated.
 """
 
 import os
