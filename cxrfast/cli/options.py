@@ -182,7 +182,7 @@ TOML_KINDS = {bool: "true or false", list: "a list", dict: "a table"}
 
 
 def _toml_fault(option: click.Parameter, value: Any) -> str | None:
-    """What is wrong with the type of an option's value in a TOML file, for a message; None if nothing is."""
+    """What is wrong with an option's value in a TOML file, for a message; None if the command line could hold it."""
     for one in value if option.multiple and isinstance(value, list) else [value]:
         if getattr(option, "is_flag", False):
             if not isinstance(one, bool):
@@ -191,6 +191,8 @@ def _toml_fault(option: click.Parameter, value: Any) -> str | None:
             return "must be text"
         elif isinstance(one, bool) or not isinstance(one, str | int | float):
             return f"must be a number or text, not {TOML_KINDS.get(type(one), 'a date or time')}"
+        elif "\0" in str(one):  # which a command line cannot hold, nor the name of a file
+            return "holds the character U+0000"
     return None
 
 

@@ -122,6 +122,8 @@ def test_scales_may_be_joined_by_commas(tiny_set, tmp_path):
         ("epochs = [1, 2]", "epochs = '[1, 2]' must be a number or text, not a list"),
         ("epochs = true", "epochs = 'True' must be a number or text, not true or false"),
         ("epochs = 2020-01-01", "must be a number or text, not a date or time"),
+        (r'stage = "\u0000"', "holds the character U+0000"),
+        (r'view = ["PA", "A\u0000"]', "holds the character U+0000"),
         ("[epochs]\nx = 1", "must be a number or text, not a table"),
         ("epochs = nan", "Invalid value for '--epochs'"),
         ("view = [1, ['PA']]", "must be a number or text, not a list"),
