@@ -382,7 +382,7 @@ class Run(RunFolder):
         group = open_arrays(path)
         if group.attrs.get("config_hash") != self.hash or group.attrs.get("set_id") != self.config.set_id:
             raise RunError(f"{path} belongs to another run: {again}")
-        if part not in group:
+        if not (path / part).is_dir():
             raise RunError(f"{path} has no part {part!r}: {again}")
         return Predictions(read_array(group, f"{part}/row", again), read_array(group, f"{part}/logits", again))
 

@@ -95,6 +95,16 @@ def test_a_configuration_that_was_changed_by_hand_is_refused(run: Run, change: d
         Run.open(run.folder)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", '{"attributes": 1, "zarr_format": 3, "node_type": "group"}'])
+def test_an_array_of_predictions_whose_description_is_damaged_is_refused(run: Run, text: str) -> None:
+    run.write_predictions({"val": Predictions(np.array([1]), np.zeros((1, 2), np.float32))})
+    (run.predictions_path / "val" / "zarr.json").write_text(text)  # of the group, which nothing needs
+    assert run.read_predictions("val").row.tolist() == [1]
+    (run.predictions_path / "val" / "row" / "zarr.json").write_text(text)
+    with pytest.raises(RunError, match="predict again"):
+        run.read_predictions("val")
+
+
 def test_presets_can_be_shared_by_the_numbers_of_gpus_that_they_promise() -> None:
     for scale, sizes in PRESETS.items():
         assert preset(scale) == sizes
