@@ -72,7 +72,10 @@ def test_several_tasks_of_slurm_are_refused_with_what_to_start_instead(
     ],
 )
 def test_one_task_of_slurm_and_the_ranks_of_torchrun_go_on(environment: dict[str, str]) -> None:
-    refuse_slurm_tasks("cxrfast train", "torchrun {n}", environment)
+    refuse_slurm_tasks("cxrfast train", "torchrun {n}", environment)  # raises nothing
+    tasks = {name: "3" for name in environment if name != "WORLD_SIZE"} or {"SLURM_NTASKS": "3"}
+    with pytest.raises(RunError, match="3 tasks"):
+        refuse_slurm_tasks("cxrfast train", "torchrun {n}", tasks)
 
 
 def test_commands_that_would_do_everything_twice_say_so_before_anything_is_read(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -1,12 +1,12 @@
 """The options of `train` and `study` are made from the configuration, and arguments from its values: there and back."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import invoke
+from damage import put
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,17 +147,10 @@ def test_a_file_of_options_with_other_values_is_refused_by_name(tmp_path, text, 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "loop", "huge", "bytes", "absent"])
 def test_what_is_no_file_of_options_is_refused_and_never_waited_for(tmp_path, kind):
     file = tmp_path / "options.toml"
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "folder":
-        file.mkdir()
-    elif kind == "huge":
-        with file.open("wb") as opened:
-            opened.truncate(2**40)
-    elif kind == "bytes":
+    if kind == "bytes":
         file.write_bytes(b"\xff\xfe\0")
-    elif kind != "absent":
-        file.symlink_to(file if kind == "loop" else kind)
+    else:
+        put(kind, file)
     done = invoke("train", "--scale=32", "--shards=set", f"--config={file}")
     assert (done.exit_code, type(done.exception)) == (2, SystemExit)
     assert "cannot be read" in done.stderr or "is not a TOML file" in done.stderr

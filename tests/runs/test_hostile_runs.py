@@ -1,4 +1,4 @@
-"""Folders of runs that come from elsewhere: what is no file, JSON and Parquet that are damaged; a message, never a hang."""
+"""Folders of runs that come from elsewhere: pipes and devices, damaged JSON and Parquet; a message, never a hang."""
 
 import json
 import os

@@ -145,6 +145,22 @@ def problems(folder: Path) -> list[str]:
     return [f"{problem.path}: {problem.what}" for problem in verify(folder).problems]
 
 
+def put(kind: str, path: Path, **targets: Path) -> None:
+    """Put something at a free path: a pipe, folder, empty or huge file, loop of links, nothing (absent), or else a link to
+    `kind`, or to what `targets` calls so."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    elif kind != "absent":
+        path.symlink_to({"loop": path, **targets}.get(kind, kind))
+
+
 def requantise(path: Path) -> None:
     """Change the pixels of a JPEG but not its length."""
     data = bytearray(path.read_bytes())

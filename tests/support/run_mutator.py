@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from damage import put
 from hostile import outcome, try_seeds
 from set_mutator import NUMBERS, RAW, TEXTS, VALUES, change_bytes, change_json, change_rows
 from trainings import started, wait_for
@@ -330,18 +331,7 @@ def change_kind(run: Path, random: Random) -> str:
         "huge",
     ]
     kind = random.choice(kinds)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "empty":
-        path.touch()
-    elif kind == "huge":
-        with path.open("wb") as file:
-            file.truncate(2**40)
-    elif kind != "absent":
-        outside = {"loop": path, "victim": outer(run) / "victim", "secret": outer(run) / "secret.png", "self": run}
-        path.symlink_to(outside.get(kind, kind))
+    put(kind, path, victim=outer(run) / "victim", secret=outer(run) / "secret.png", self=run)
     return f"{name} becomes {kind}"
 
 

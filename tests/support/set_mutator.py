@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from click.testing import CliRunner
-from damage import sign
+from damage import put, sign
 
 from cxrfast.cli.main import cli
 from cxrfast.errors import CxrfastError
@@ -312,14 +312,7 @@ def change_kind(folder: Path, random: Random) -> str:
     kind = random.choice(
         ["pipe", "folder", "absent", "empty", "/etc/passwd", "/dev/zero", "/dev/null", "loop", "outside"]
     )
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "empty":
-        path.touch()
-    elif kind != "absent":
-        path.symlink_to({"loop": path, "outside": folder.parent / "victim"}.get(kind, kind))
+    put(kind, path, outside=folder.parent / "victim")
     return f"{name} becomes {kind}"
 
 

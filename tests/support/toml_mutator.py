@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from random import Random
 
+from damage import put
 from hostile import outcome, try_seeds
 from set_mutator import NUMBERS, TEXTS, change_bytes
 
@@ -130,15 +131,7 @@ def attempt(shards: Path, seed: int, aside: Path) -> str:
     path, is_slurm = here / "options.toml", random.random() < 0.4
     if random.random() < 0.1:
         done = random.choice(KINDS)
-        if done == "pipe":
-            os.mkfifo(path)
-        elif done == "folder":
-            path.mkdir()
-        elif done == "huge":
-            with path.open("wb") as file:
-                file.truncate(2**40)
-        elif done != "absent":
-            path.symlink_to(path if done == "loop" else done)
+        put(done, path)
     else:
         path.write_bytes(toml(random, is_slurm))
         done = path.read_bytes()[:300].decode(errors="replace")
