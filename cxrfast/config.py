@@ -186,7 +186,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # not at the top: numpy would slow down `cxrfast --help`
         from cxrfast.labels import BLANKS, POLICIES, UNLABELLED
-        from cxrfast.splits import FOLDS
+        from cxrfast.splits import check_fold
 
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise RunError("findings must be one or more different names")
@@ -199,10 +199,7 @@ class TrainConfig:
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
-        if not 0 <= self.fold < FOLDS:
-            raise RunError(f"--fold {self.fold} does not exist: folds are 0 to {FOLDS - 1}")
-        if self.split == "official" and self.fold:
-            raise RunError(f"--fold {self.fold} with --split official: there is only one official split, give --fold 0")
+        check_fold(self.split, self.fold)
         if not 0 <= self.seed < 2**63:
             raise RunError(f"--seed {self.seed} is not between 0 and 2^63 - 1")
         numbers = "global_batch micro_batch epochs learning_rate scale patience stop_after limit"

@@ -18,6 +18,14 @@ SHOWN = 3
 """Patients that a message about shared patients names."""
 
 
+def check_fold(split: str, fold: int) -> None:
+    """Raises RunError if the split, folds or official, has no such fold."""
+    if split == "official" and fold:
+        raise RunError(f"--fold {fold} with --split official: there is only one official split, give --fold 0")
+    if not 0 <= fold < FOLDS:
+        raise RunError(f"--fold {fold} does not exist: folds are 0 to {FOLDS - 1}")
+
+
 def deal(patients: Sequence[str], seed: int, folds: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Fold (0–4) and block (0–9) of every entry of `patients`, int8 each: equal patients, equal parts.
 

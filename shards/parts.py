@@ -13,7 +13,7 @@ import pandas as pd
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.shards.format.info import SetInfo
-from cxrfast.splits import FOLDS, PARTS, check_official, official_masks, part_masks, shared_patients
+from cxrfast.splits import PARTS, check_fold, check_official, official_masks, part_masks, shared_patients
 from cxrfast.text import shown
 
 
@@ -69,10 +69,7 @@ def resolve_split(info: SetInfo, split: str, fold: int = 0) -> str:
             f"--fold {fold}: the set was built with --split-column, and its split is used, which has no folds: give --fold 0, "
             "or --split folds"
         )
-    if found == "official" and fold:
-        raise RunError(f"--fold {fold} with --split official: there is only one official split, give --fold 0")
-    if not 0 <= fold < FOLDS:
-        raise RunError(f"--fold {fold} does not exist: folds are 0 to {FOLDS - 1}")
+    check_fold(found, fold)
     return found
 
 
