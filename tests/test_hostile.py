@@ -14,9 +14,9 @@ from damage import contents, copy_set
 from run_mutator import DONE, UNFINISHED, make_runs, mutate
 
 SUPPORT = Path(__file__).parent / "support"
-RUNS = int(os.environ.get("CXRFAST_HOSTILE_RUNS", "1000"))
-FILES = int(os.environ.get("CXRFAST_HOSTILE_FILES", "300"))
-OPTIONS = int(os.environ.get("CXRFAST_HOSTILE_OPTIONS", "900"))
+RUNS = int(os.environ.get("CXRFAST_HOSTILE_RUNS", "40"))
+FILES = int(os.environ.get("CXRFAST_HOSTILE_FILES", "100"))
+OPTIONS = int(os.environ.get("CXRFAST_HOSTILE_OPTIONS", "100"))
 
 
 @pytest.fixture(scope="module")

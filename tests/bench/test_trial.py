@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import run
+from runs import make_run
 
 from cxrfast.bench.trial import compare_runs, rates, read_steps, trial
 from cxrfast.pipelines import dali
@@ -73,6 +75,17 @@ def test_losses_that_differ_and_steps_that_failed_are_reported(tmp_path):
         (tmp_path / "steps.tsv").write_text(steps + last)
         assert trial(tmp_path, tmp_path / "runs") is is_right
     assert "| 2 | last | timeout | 3 |" in (tmp_path / "trial.md").read_text()
+
+
+def test_weights_of_deterministic_runs_are_compared_by_value(tmp_path):
+    for last, is_right in ((1.0, True), (torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item(), False)):
+        runs = {}
+        for number, value in ((1, 1.0), (2, last)):
+            run = make_run(tmp_path / str(is_right), 32, name=f"deterministic-{number}")
+            run.write_weights({"weight": torch.tensor([value])})
+            runs[f"deterministic-{number}"] = run
+        assert len({run.weights_path.read_bytes() for run in runs.values()}) == 2, "each file names its run"
+        assert [finding["is_right"] for finding in compare_runs(runs)] == [is_right]
 
 
 def test_steps_are_read_without_folders(tmp_path):
