@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,19 +64,24 @@ class Chapter:
 
 
 def report(
-    runs: Path, evaluation: evaluate.Evaluation | None = None, stacked: ensemble.EnsembleResult | None = None
+    runs: Path,
+    evaluation: evaluate.Evaluation | None = None,
+    stacked: ensemble.EnsembleResult | None = None,
+    *,
+    finished_only: bool = False,
 ) -> Path:
     """Write RUNS/report.html from what the runs hold; a chapter whose results are missing names the command for them.
 
-    `evaluation`, `stacked`: of these runs' test rows, if they are known already. Raises RunError if there is no run, or none
+    `evaluation`, `stacked`: of these runs' test rows, if they are known already. `finished_only`: leave runs whose training
+    is not done out of the AUROCs and the ensemble; otherwise they are marked. Raises RunError if there is no run, or none
     that can be read.
     """
     found, damaged = _readable(runs)
-    scores = _auroc(runs, found, damaged, evaluation)  # first: this may find another run damaged
+    scores = _auroc(runs, found, damaged, evaluation, finished_only)  # first: this may find another run damaged
     known = len(damaged)
-    stack = _ensemble(runs, found, damaged, stacked)
+    stack = _ensemble(runs, found, damaged, stacked, finished_only)
     if len(damaged) > known:
-        scores = _auroc(runs, found, damaged, None)
+        scores = _auroc(runs, found, damaged, None, finished_only)
     for name, why in damaged.items():
         log.warning(f"{name} is damaged and left out of the report: {why}")
     chapters = [_summary(found, damaged), scores, stack, _learning(runs, found), _erf(runs, found), _gradcam(found)]
@@ -198,11 +204,14 @@ def _summary(runs: list[Run], damaged: Mapping[str, str]) -> Chapter:
     return Chapter("Runs", tables=[_table(records, "\n".join(filter(None, notes)), ["State", "Split"])])
 
 
-def _auroc(runs: Path, found: list[Run], damaged: dict[str, str], evaluation: evaluate.Evaluation | None) -> Chapter:
+def _auroc(
+    runs: Path, found: list[Run], damaged: dict[str, str], evaluation: evaluate.Evaluation | None, finished_only: bool
+) -> Chapter:
     """Damaged runs move from `found` to `damaged`."""
     title = "AUROC on the test rows"
     try:
-        evaluation = evaluation or _without_damaged(evaluate.evaluate, runs, found, damaged, ["test"])
+        join = partial(evaluate.evaluate, finished_only=finished_only)
+        evaluation = evaluation or _without_damaged(join, runs, found, damaged, ["test"])
     except RunError as error:
         log.warning(f"the report has no AUROC: {error}")
         return Chapter(title, shareable(str(error), runs))
@@ -238,13 +247,16 @@ def _without_damaged(
     return join(runs, damaged=damaged) if any(run.has_predictions for run in found) else None
 
 
-def _ensemble(runs: Path, found: list[Run], damaged: dict[str, str], result: ensemble.EnsembleResult | None) -> Chapter:
+def _ensemble(
+    runs: Path, found: list[Run], damaged: dict[str, str], result: ensemble.EnsembleResult | None, finished_only: bool
+) -> Chapter:
     """Damaged runs move from `found` to `damaged`."""
     title = "Ensemble of scales"
     if len({run.config.scale for run in found if run.has_predictions}) < 2:
         return Chapter(title, "Needs predictions at two scales or more.")
     try:
-        result = result or _without_damaged(ensemble.ensemble, runs, found, damaged, ["val", "test"])
+        join = partial(ensemble.ensemble, finished_only=finished_only)
+        result = result or _without_damaged(join, runs, found, damaged, ["val", "test"])
     except RunError as error:
         return Chapter(title, shareable(str(error), runs))
     if result is None:

@@ -72,8 +72,9 @@ def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None
 
 @click.command()
 @option.RUNS
-def report(runs: Path) -> None:
+@FINISHED_ONLY
+def report(runs: Path, finished_only: bool) -> None:
     """Write report.html: tables and figures of RUNS in one file that opens anywhere."""
     from cxrfast.analysis.report import report as write_report
 
-    say(write_report(runs))
+    say(write_report(runs, finished_only=finished_only))

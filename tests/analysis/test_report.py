@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from html import unescape
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -430,6 +431,23 @@ def test_if_every_run_is_damaged_there_is_no_report(tmp_path):
     ):
         report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_finished_only_leaves_unfinished_runs_out_of_the_numbers(tmp_path):
+    for scale in (256, 512):
+        make_run(tmp_path, scale, 0)
+        make_run(tmp_path, scale, 1, state="preempted")
+    left_out = "Left out, unfinished: densenet121-256/fold-1, densenet121-512/fold-1."
+    texts = {}
+    for option in ("", "--finished-only"):
+        done = invoke("report", tmp_path, *option.split())
+        assert done.exit_code == 0, done.output
+        texts[option] = unescape((tmp_path / "report.html").read_text())
+    assert "unfinished, preempted after 1 of 100 epochs" in texts[""]
+    assert left_out not in texts[""]
+    assert texts["--finished-only"].count(left_out) >= 2, "in the chapters of the AUROCs and of the ensemble"
+    assert "unfinished, preempted" not in texts["--finished-only"]
+    assert "densenet121-256/fold-1" in texts["--finished-only"].split("<h2>")[1], "the first chapter lists every run"
 
 
 def test_runs_that_cannot_be_joined_are_told_in_the_chapter(tmp_path):
