@@ -35,7 +35,10 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that replaces `path` when the block ends, and is removed if the block raises."""
+    """Open a binary file that replaces `path` when the block ends, and is removed if the block raises.
+
+    An OSError of the file names `path`, not the temporary name.
+    """
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:  # open(), unlike mkstemp, honours umask and setgid
@@ -44,8 +47,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

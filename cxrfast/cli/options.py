@@ -156,7 +156,7 @@ def read_toml(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     if path is None:
         return None
     try:
-        values = tomllib.loads(read_file(path, LARGEST_TOML).decode("utf-8-sig"))
+        content = tomllib.loads(read_file(path, LARGEST_TOML).decode("utf-8-sig"))
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror}", ctx, param) from error
     except (ValueError, RecursionError) as error:
@@ -164,16 +164,19 @@ def read_toml(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
         raise click.BadParameter(f"{path} is not a TOML file ({why})", ctx, param) from error
     known = {option: option_ for option_ in ctx.command.params for option in option_.opts}
     found = {}
-    for name, value in values.items():
+    for name, value in content.items():
         option = known.get(f"--{name.replace('_', '-')}")
         if option is None or option is param:
             names = ", ".join(sorted(o.removeprefix("--").replace("-", "_") for o in known if o.startswith("--")))
             raise click.BadParameter(
                 f"{path} sets {shown(name)}, which is not an option: the options are {names}", ctx, param
             )
-        if fault := _toml_fault(option, value):
-            raise click.BadParameter(f"{path}: {name} = {shown(str(value))} {fault}", ctx, param)
-        found[option.name] = value if isinstance(value, list) or not option.multiple else [value]
+        values = value if option.multiple and isinstance(value, list) else [value]
+        if fault := next(filter(None, (_toml_fault(option, one) for one in values)), None):
+            raise click.BadParameter(f"{path}: {name} = {shown(_spelt(value))} {fault}", ctx, param)
+        # numbers as the command line has them: click would cut 1.5 to a whole 1
+        texts = [one if isinstance(one, bool) else str(one) for one in values]
+        found[option.name] = texts if option.multiple else texts[0]
     ctx.default_map = {**(ctx.default_map or {}), **found}
     return path
 
@@ -182,18 +185,27 @@ TOML_KINDS = {bool: "true or false", list: "a list", dict: "a table"}
 
 
 def _toml_fault(option: click.Parameter, value: Any) -> str | None:
-    """What is wrong with an option's value in a TOML file, for a message; None if the command line could hold it."""
-    for one in value if option.multiple and isinstance(value, list) else [value]:
-        if getattr(option, "is_flag", False):
-            if not isinstance(one, bool):
-                return "must be true or false"
-        elif isinstance(option.type, click.Path) and not isinstance(one, str):  # a number would be an open file
-            return "must be text"
-        elif isinstance(one, bool) or not isinstance(one, str | int | float):
-            return f"must be a number or text, not {TOML_KINDS.get(type(one), 'a date or time')}"
-        elif "\0" in str(one):  # which a command line cannot hold, nor the name of a file
-            return "holds the character U+0000"
-    return None
+    """What is wrong with a value of an option in a TOML file, for a message; None if the command line could hold it."""
+    if getattr(option, "is_flag", False):
+        return None if isinstance(value, bool) else "must be true or false"
+    if isinstance(option.type, click.Path) and not isinstance(value, str):  # a number would be an open file
+        return "must be text"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return f"must be a number or text, not {TOML_KINDS.get(type(value), 'a date or time')}"
+    if "\0" in (text := _spelt(value)):  # which a command line cannot hold, nor the name of a file
+        return "holds the character U+0000"
+    return "is too large" if text == TOO_LONG else None
+
+
+TOO_LONG = "a number of thousands of digits"
+
+
+def _spelt(value: Any) -> str:
+    """A value of a TOML file as text; Python refuses to spell the largest hexadecimal numbers."""
+    try:
+        return str(value)
+    except ValueError:
+        return TOO_LONG
 
 
 SOURCE_OPTIONS: dict[str, dict[str, Any]] = {

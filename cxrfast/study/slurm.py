@@ -37,6 +37,9 @@ PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 OPTION = re.compile(r"-[A-Za-z]\S*|--[A-Za-z][A-Za-z0-9-]*(=.*)?")
 """One option of sbatch with its value."""
 
+MOST = 2**20
+"""Nodes, or GPUs or cores of one node, above any cluster's."""
+
 PORT = 29400
 """Port on the first node where a training's nodes meet; plus the job's number mod 1000, so jobs can share a node."""
 
@@ -48,11 +51,11 @@ class Slurm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     partition: str = ""
     time: str = "24:00:00"
     """Wall time of one job, [DAYS-]HH:MM:SS; a training that takes longer continues in the next."""
-    nodes: Annotated[int, Meta(ge=1)] = 1
+    nodes: Annotated[int, Meta(ge=1, le=MOST)] = 1
     """Nodes per training."""
-    gpus: Annotated[int, Meta(ge=0)] | None = None
+    gpus: Annotated[int, Meta(ge=0, le=MOST)] | None = None
     """GPUs per node; default: one per process, none with --device cpu."""
-    cpus: Annotated[int, Meta(ge=1)] | None = None
+    cpus: Annotated[int, Meta(ge=1, le=MOST)] | None = None
     """Cores per node; default: 8 per process."""
     memory: str = ""
     """Memory per node, as sbatch takes it: 200G; 0 is all of it."""

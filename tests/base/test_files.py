@@ -58,6 +58,14 @@ def test_files_honour_the_umask_and_a_folder_that_does_not_exist_is_the_system_s
         write_bytes(tmp_path / "absent" / "file", b"")
 
 
+def test_a_file_that_cannot_be_written_is_named_as_the_user_knows_it(tmp_path):
+    (tmp_path / "table.csv").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_bytes(tmp_path / "table.csv", b"new")
+    assert str(caught.value) == f"[Errno 21] Is a directory: '{tmp_path / 'table.csv'}'"
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
 def test_temporary_names_lie_in_the_same_folder_and_are_never_the_same(tmp_path):
     script = (
         "import sys; from pathlib import Path; from cxrfast.files import temporary_name\n"

@@ -81,6 +81,7 @@ def test_one_process_needs_no_torchrun_and_the_cpu_no_gpu(tiny_set, tmp_path):
         ("[slurm]\ngpus = 'six'", "Expected `int | null`, got `str` - at `$.slurm.gpus`"),
         ("[slurm]\nsetup = [1]", "Expected `str`, got `int` - at `$.slurm.setup[0]`"),
         ("[slurm]\nnodes = 0", "Expected `int` >= 1 - at `$.slurm.nodes`"),
+        ("[slurm]\ncpus = 0x" + "f" * 5000, "Expected `int` <= 1048576 - at `$.slurm.cpus`"),
         ("[slurm]\ntime = '3 days'", "such as 24:00:00"),
         ("[slurm", "Expected ']' at the end of a table declaration"),
     ],
