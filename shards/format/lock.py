@@ -181,7 +181,7 @@ class Lock(Lease):
         return self
 
     def alone(self) -> bool:
-        """Is no other part running, as far as this machine knows?"""
+        """True unless another part is running, as far as this machine knows."""
         return all(_is_dead_here(path) for path in self._others() if path.suffix == ".lock")
 
     def _others(self) -> list[Path]:

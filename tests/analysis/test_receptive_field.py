@@ -7,8 +7,7 @@ import pytest
 from runs import SMALL, make_untrained
 
 from cxrfast.analysis import maps
-from cxrfast.analysis.energy import erf_size
-from cxrfast.analysis.receptive_field import erf, erf_figure, has_erf, read_erf
+from cxrfast.analysis.receptive_field import erf, erf_figure, erf_size, has_erf, read_erf
 from cxrfast.errors import RunError
 from cxrfast.models import receptive_field as fields
 from cxrfast.runs.run import Run

@@ -47,7 +47,7 @@ def shown():
     log.LOGGER.setLevel("NOTSET")
 
 
-def test_where_stderr_is_no_terminal_a_step_ends_in_one_plain_line(capsys):
+def test_where_stderr_is_not_a_terminal_a_step_ends_in_one_plain_line(capsys):
     with progress("sharding", 1500, unit="images") as advance:
         for _ in range(15):
             advance(100)

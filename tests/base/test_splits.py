@@ -169,7 +169,7 @@ def test_the_folds_that_the_seed_gives_have_the_same_blocks_when_they_are_given(
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 9).map(str), st.sampled_from([None, "", np.nan, "train", "val", "test"]))))
-def test_shared_patients_are_those_in_two_parts_and_none_is_no_part(pairs):
+def test_shared_patients_are_those_in_two_parts_and_an_absent_one_is_in_no_part(pairs):
     parts: dict[str, set[str]] = {}
     for patient, part in pairs:
         parts.setdefault(patient, set()).update({part} if isinstance(part, str) and part else ())

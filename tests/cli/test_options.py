@@ -148,7 +148,7 @@ def test_a_file_of_options_with_other_values_is_refused_by_name(tmp_path, text, 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "loop", "huge", "bytes", "absent"])
-def test_what_is_no_file_of_options_is_refused_and_never_waited_for(tmp_path, kind):
+def test_what_is_not_a_file_of_options_is_refused_and_never_waited_for(tmp_path, kind):
     file = tmp_path / "options.toml"
     if kind == "bytes":
         file.write_bytes(b"\xff\xfe\0")

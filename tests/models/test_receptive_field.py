@@ -12,7 +12,7 @@ from runs import noise
 from torch import nn
 from torchvision.transforms import functional as vision
 
-from cxrfast.analysis.energy import energy_centre, energy_radius, erf_size
+from cxrfast.analysis.receptive_field import energy_centre, energy_radius, erf_size
 from cxrfast.errors import RunError
 from cxrfast.models import receptive_field as fields
 from cxrfast.models.classifier import Classifier

@@ -190,7 +190,9 @@ class _Runs:
         return os.mkdir, ("executed",)
 
 
-def test_what_is_no_file_of_weights_is_refused_with_one_message_and_nothing_is_executed(model, tmp_path, monkeypatch):
+def test_what_is_not_a_file_of_weights_is_refused_with_one_message_and_nothing_is_executed(
+    model, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     whole = tmp_path / "whole.pth"
     torch.save(plain(), whole)

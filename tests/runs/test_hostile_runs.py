@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_in_a_run_is_a_message_and_never_waited_for(run: Run, name: str, kind: str) -> None:
+def test_what_is_not_a_file_in_a_run_is_a_message_and_never_waited_for(run: Run, name: str, kind: str) -> None:
     replace(run.folder / name, kind)
     runs = run.folder.parents[1]
     for words in (("status", runs), ("evaluate", runs), ("predict", run.folder, "--device=cpu")):
@@ -82,7 +82,7 @@ def test_each_file_that_is_none_is_named(run: Run, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "loop", "/dev/zero", "/etc"])
 @pytest.mark.parametrize("name", ["zarr.json", "test/zarr.json", "test/logits/c/0/0", "more"])
-def test_what_is_no_file_in_an_array_is_named(run: Run, name: str, kind: str) -> None:
+def test_what_is_not_a_file_in_an_array_is_named(run: Run, name: str, kind: str) -> None:
     replace(run.predictions_path / name, kind)
     with pytest.raises(
         RunError, match=rf"predictions\.zarr/{name} is neither a file nor a folder: delete .*predictions\.zarr"

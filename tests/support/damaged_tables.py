@@ -104,7 +104,7 @@ def _truth(rng: np.random.Generator) -> tuple[list[str], list[str], list[list[st
         row |= {label: str(rng.choice(some)) for label in labels}
         rows.append([row[header[i]] for i in order])
     part = [header[i] for i in order].index("split")
-    if not any(row[part] for row in rows):  # a column of blanks is no split
+    if not any(row[part] for row in rows):  # a column of blanks is not a split
         rows = [[text or "train" if at == part else text for at, text in enumerate(row)] for row in rows]
     return [header[i] for i in order], labels, rows
 

@@ -194,7 +194,7 @@ def test_patients_count_only_where_they_are_used(leaking):
 
 @pytest.mark.slow
 def test_weights_of_a_run_on_another_split_of_the_same_images_are_refused(own, tmp_path):
-    """The two sets have one id, since a split is no part of it."""
+    """The two sets have one id, since it leaves out the split."""
     other = build(tmp_path, APART, "--split-column=part", part=PARTS[::-1])
     assert rows_of(other)["image_id"].tolist() == rows_of(own)["image_id"].tolist()
     assert make_config(other, 32, device="cpu").set_id == make_config(own, 32, device="cpu").set_id
