@@ -1,0 +1,1 @@
+"""A web page on this machine that shows what an exported model says about a film."""
