@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cxrfast import __version__, log
-from cxrfast.cli import analysis, bench, shards, study, training
+from cxrfast.cli import analysis, bench, predict, shards, study, training
 from cxrfast.cli import options as option
 from cxrfast.cli.streams import prepare
 from cxrfast.cli.terminal import fail, say, show
@@ -101,7 +101,7 @@ def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
 
 IN_ORDER = (
     *(shards.synth, shards.shard, shards.relabel, shards.describe, shards.verify, shards.stage),
-    *(training.train, training.fetch_weights, training.predict),
+    *(training.train, training.fetch_weights, predict.predict),
     *(analysis.evaluate, analysis.ensemble, analysis.erf, analysis.gradcam, analysis.report),
     *(training.status, study.study, bench.bench, study.demo, doctor),
 )

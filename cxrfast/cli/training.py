@@ -54,24 +54,6 @@ def fetch_weights(arch: str, to: Path | None) -> None:
 
 
 @click.command()
-@option.EACH_RUN
-@option.MOVED_SHARDS
-@option.runtime_options
-def predict(runs: tuple[Path, ...], shards: Path | None, device: str, **options: Any) -> None:
-    """Compute the logits of each RUN for its validation and test rows."""
-    refuse_slurm_tasks("cxrfast predict", "torchrun --nproc_per_node={n} -m cxrfast predict …")
-    from cxrfast.distributed import world
-    from cxrfast.runs.run import Run
-    from cxrfast.training.predict import predict as predict_run
-
-    with world(device) as ranks:
-        for folder in runs:
-            run = Run.open(folder)
-            predict_run(run, ranks, shards=shards, **options)
-            say(run.predictions_path)
-
-
-@click.command()
 @option.RUNS
 @option.flag("--json", "A JSON list instead of the table.", "as_json")
 def status(runs: Path, as_json: bool) -> None:
