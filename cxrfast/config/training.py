@@ -1,30 +1,18 @@
-"""What a training is: its configuration, its presets by scale, its command-line options, and default folders.
-
-Each field that can be set on the command line says so once, in its type: `cxrfast.cli.options` makes the options of `train`
-and `study` from it, and `as_arguments` turns values back into arguments.
-"""
+"""Everything that decides the weights of a run, and how two configurations differ."""
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, get_args
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any
 
+from cxrfast.config.option import Option
 from cxrfast.errors import RunError
 
-DATA = os.environ.get("CXRFAST_DATA") or "data/mimic-cxr-jpg"  # text: it may be a URL
-SHARDS = Path(os.environ.get("CXRFAST_SHARDS") or "data/shards")
-RUNS = Path("runs")
-
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-"""Modes of torch.compile that work with gradient accumulation; see `Runtime.compile`."""
 SPLITS = ("folds", "official", "auto")
 ORDERS = ("global", "block")
-ENGINES = ("auto", "dali", "host")
 
 LATER = ("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weighted_validation")
 """Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
@@ -35,57 +23,8 @@ LARGEST = 2**31 - 1
 AUTO = -1
 """Micro-batch that `train` replaces by the largest that fits, before the run starts."""
 
-YEAR = 365 * 24 * 60
-"""Minutes; the longest time that may be waited for something."""
-
-MOST_THREADS = 1024
-"""Decoding threads per process."""
-
 VALIDATION_COST = 1 / 3
 """Cost of a validation image in training images: a forward pass without the backward pass."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Batch sizes; they do not depend on the number of GPUs. Ours: the study's own table was not available to us."""
-
-    global_batch: int
-    micro_batch: int
-
-
-PRESETS = {128: Preset(32, 16), 256: Preset(384, 32), 512: Preset(192, 16), 1024: Preset(96, 8), 2048: Preset(48, 4)}
-"""By largest scale. From 256 px on, 1, 2, 3, 4, 6 or 12 ranks can share a global batch."""
-
-LEARNING_RATE, LEARNING_RATE_BATCH = 1e-4, 32
-"""Adam's learning rate for a global batch of 32; it grows in proportion to the global batch, as in the study."""
-
-
-def preset(scale: int) -> Preset:
-    """Preset of the next scale in PRESETS at or above `scale`; above 2048 px, the preset of 2048 px."""
-    return PRESETS[min((s for s in PRESETS if s >= scale), default=max(PRESETS))]
-
-
-def learning_rate(global_batch: int) -> float:
-    return LEARNING_RATE * global_batch / LEARNING_RATE_BATCH
-
-
-@dataclass(frozen=True)
-class Option:
-    """Describes the command-line option of a field. Its default is the field's."""
-
-    help: str
-    name: str = ""
-    """Default: the field's, with dashes."""
-    minimum: int | None = None
-    choices: tuple[str, ...] | None = None
-    metavar: str | None = None
-    multiple: bool = False
-    """The option is given once per item of a tuple."""
-    write: Callable[[Any], str] = str
-    """Turns a value, or an item of a `multiple` one, into the option's text."""
-
-    def flag(self, field: str) -> str:
-        return f"--{self.name or field.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,95 +257,6 @@ def label_differences(these: Sequence[str], others: Sequence[str]) -> str:
 
 MOST_NAMED = 5
 """Labels that a message names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """Where and how a training runs. Nothing here changes the rows, their order or the training options."""
-
-    shards: Path
-    runs: Path
-    name: Annotated[str | None, Option("Folder of this run's folds. [default: ARCH-SCALE]")] = None
-    subset: Annotated[
-        Path | None,
-        Option("Use only the rows in this file: one row number per line.", name="rows", metavar="FILE"),
-    ] = None
-    device: Annotated[str, Option("auto, cpu or cuda.")] = "auto"
-    engine: Annotated[str, Option("Decoder of the images.", choices=ENGINES)] = "auto"
-    threads: Annotated[
-        int | None, Option("Decoding threads per process. [default: usable cores / processes]", minimum=1)
-    ] = None
-    cache: Annotated[
-        Path | None,
-        Option("Keep decoded pixels here, on a local disk; may be deleted at any time.", metavar="DIR"),
-    ] = None
-    stage: Annotated[
-        Path | None, Option("Copy the scale to this local disk first, once per machine.", metavar="DIR")
-    ] = None
-    checkpoint_minutes: Annotated[float, Option("Minutes between checkpoints, at most.")] = 10.0
-    checkpoint_steps: Annotated[int | None, Option("Optimiser steps between checkpoints, at most.", minimum=1)] = None
-    recompute: Annotated[
-        bool, Option("Recompute activations in the backward pass: the same result, slower, in less memory.")
-    ] = False
-    compile: Annotated[str | None, Option(f"torch.compile: {' or '.join(COMPILE_MODES)}.", metavar="MODE")] = None
-    tensorboard: Annotated[bool, Option("Also write TensorBoard events into the run.")] = False
-    profile: Annotated[bool, Option("Write a trace of a few steps: profile.json in the run.")] = False
-    dist_timeout: Annotated[float, Option("Minutes a rank waits for the others before it gives up.")] = 10.0
-    deterministic: Annotated[bool, Option("Bitwise repeatable on a GPU, slower; a CPU always is.")] = False
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_minutes", "dist_timeout"):
-            if not 0 < getattr(self, name) <= YEAR:
-                raise RunError(
-                    f"--{name.replace('_', '-')} {getattr(self, name):g} must be above 0 and at most {YEAR:,} minutes"
-                )
-        from cxrfast.text import name_fault
-
-        if self.name is not None and (fault := name_fault(self.name) or _folder_fault(self.name)):
-            raise RunError(f"--name {self.name!r} {fault}: give the name of one folder, such as densenet121-256-warm")
-        if self.threads is not None and self.threads > MOST_THREADS:
-            raise RunError(f"--threads must be at most {MOST_THREADS:,}, not {self.threads:,}")
-        if self.compile in ("reduce-overhead", "max-autotune"):
-            raise RunError(
-                f"--compile {self.compile} captures CUDA graphs, which fail when gradients are accumulated over "
-                f"micro-batches or DALI frees memory during the capture: use {' or '.join(COMPILE_MODES)}"
-            )
-        if self.compile is not None and self.compile not in COMPILE_MODES:
-            raise RunError(f"--compile {self.compile} is unknown: use {' or '.join(COMPILE_MODES)}")
-
-
-def _folder_fault(name: str) -> str | None:
-    """Why this cannot be the name of a folder; None if it can."""
-    if not name.strip():
-        return "is empty"
-    return "leads to another folder" if "/" in name or name in (".", "..") else None
-
-
-def options_of(kind: type) -> dict[str, tuple[Option, Any, Any]]:
-    """Option, type and default (None if there is none) of each field of TrainConfig or Runtime that has an option."""
-    return {
-        f.name: (option, type_, None if f.default is MISSING else f.default)
-        for f in fields(kind)
-        for type_, option in [get_args(f.type)[:2] or (None, None)]
-        if isinstance(option, Option)
-    }
-
-
-def as_arguments(values: Mapping[str, Any]) -> list[str]:
-    """Command-line arguments that set fields of TrainConfig and Runtime to these values. Defaults are left out.
-
-    Raises RunError for a field that has no option.
-    """
-    options = options_of(TrainConfig) | options_of(Runtime)
-    arguments = []
-    for name, value in values.items():
-        if name not in options:
-            raise RunError(f"{name} has no command-line option: to set it, train from Python in a single process")
-        option, _, default = options[name]
-        if value is not None and value != default:
-            items = value if option.multiple else [value]
-            arguments += [option.flag(name) + ("" if one is True else f"={option.write(one)}") for one in items]
-    return arguments
 
 
 def _frozen(value: Any) -> Any:
