@@ -5,8 +5,12 @@ never 0.5.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+LARGEST = np.float32(1e30)
+"""Scores beyond it, such as infinite ones, are compared as if they were it."""
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -55,6 +59,77 @@ def _auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     won = np.searchsorted(below, above, side="left").sum(dtype=np.int64)
     won_or_tied = np.searchsorted(below, above, side="right").sum(dtype=np.int64)
     return float(won + won_or_tied) / (2.0 * len(above) * len(below))
+
+
+def compared(scores: np.ndarray) -> np.ndarray:
+    """Scores as they are compared with a threshold: float32, at most LARGEST in size, NaN kept; same shape."""
+    return np.clip(scores, -LARGEST, LARGEST).astype(np.float32)
+
+
+def is_positive(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """bool (N, L): the score (N, L) is at or above its finding's threshold (L,); False where either is NaN.
+
+    The one place where scores meet thresholds. Both are rounded to float32, as logits are stored: numpy, torch and a file
+    give the same verdict.
+    """
+    bounds = np.clip(thresholds, -2 * LARGEST, 2 * LARGEST).astype(np.float32)  # one above LARGEST: no score reaches it
+    return compared(scores) >= bounds
+
+
+@dataclass(frozen=True)
+class AtThresholds:
+    """How the verdicts of L findings compare with the targets: counts int64 (L,), ratios float64 (L,), NaN where undefined."""
+
+    tp: np.ndarray
+    """True positives."""
+    fp: np.ndarray
+    tn: np.ndarray
+    fn: np.ndarray
+
+    @property
+    def sensitivity(self) -> np.ndarray:
+        """TP / (TP + FN); undefined without positives."""
+        return _ratio(self.tp, self.fn)
+
+    @property
+    def specificity(self) -> np.ndarray:
+        """TN / (TN + FP); undefined without negatives."""
+        return _ratio(self.tn, self.fp)
+
+    @property
+    def ppv(self) -> np.ndarray:
+        """Positive predictive value TP / (TP + FP), at these rows' prevalence; undefined if no verdict is positive."""
+        return _ratio(self.tp, self.fp)
+
+    @property
+    def npv(self) -> np.ndarray:
+        """Negative predictive value TN / (TN + FN), at these rows' prevalence; undefined if no verdict is negative."""
+        return _ratio(self.tn, self.fn)
+
+
+def at_thresholds(
+    scores: np.ndarray, targets: np.ndarray, mask: np.ndarray | None, thresholds: np.ndarray
+) -> AtThresholds:
+    """Counts of right and wrong verdicts of each finding, and sensitivity, specificity, PPV and NPV.
+
+    Definitions as in Altman & Bland 1994, BMJ 308:1552 and 309:102. A score at or above the threshold is positive.
+
+    scores: (N, L), logits or probabilities. targets: (N, L) in {0, 1}. mask: bool (N, L), True where an entry counts; None
+    counts all. thresholds: (L,), on the scale of the scores; NaN: no verdict, all counts are 0 and all ratios undefined. A
+    NaN score that counts gets no verdict, as in `Thresholds.verdicts`, and is in no count.
+    """
+    scores, actual, thresholds = np.asarray(scores), np.asarray(targets) > 0.5, np.asarray(thresholds, np.float64)
+    counted = ~np.isnan(scores) & ~np.isnan(thresholds)
+    if mask is not None:
+        counted &= mask
+    verdict = is_positive(scores, thresholds)
+    cells = (verdict & actual, verdict & ~actual, ~verdict & ~actual, ~verdict & actual)
+    return AtThresholds(*((cell & counted).sum(axis=0, dtype=np.int64) for cell in cells))
+
+
+def _ratio(part: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    whole = part + rest
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def bce(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray | None = None) -> float:
