@@ -58,6 +58,8 @@ class RunFolder:
     """Weights of the epoch with the lowest validation loss."""
     predictions_path = _File("predictions.zarr")
     """Logits of the validation and test rows."""
+    thresholds_path = _File("thresholds.json")
+    """Thresholds of its logits, chosen on the validation rows."""
     maps_path = _File("maps.zarr")
     """Receptive field and Grad-CAM maps."""
     profile_path = _File("profile.json")

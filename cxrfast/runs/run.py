@@ -26,7 +26,9 @@ from cxrfast.runs.folder import LARGEST_TEXT, RunFolder
 from cxrfast.runs.lease import locked
 from cxrfast.runs.lineage import Origin
 from cxrfast.runs.records import ConfigFile, checked, read_line
+from cxrfast.runs.thresholds import read_thresholds, write_thresholds
 from cxrfast.shards.format.lock import Lease
+from cxrfast.thresholds import Thresholds
 
 if TYPE_CHECKING:
     import torch
@@ -320,7 +322,7 @@ class Run(RunFolder):
         return checkpoint
 
     def write_weights(self, weights: "dict[str, torch.Tensor]") -> None:
-        """Replace the best weights, and delete predictions, maps and figures made with the old ones."""
+        """Replace the best weights, and delete predictions, thresholds, maps and figures made with the old ones."""
         from safetensors.torch import save
 
         from cxrfast.models.weights_file import RECORD
@@ -328,6 +330,7 @@ class Run(RunFolder):
         self.check_lease()
         for derived in (self.predictions_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
+        self.thresholds_path.unlink(missing_ok=True)
         for figure in self.gradcam_paths().values():
             figure.unlink()
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -359,7 +362,7 @@ class Run(RunFolder):
             raise RunError(f"the weights of {self.name} do not fit {self.config.arch}: train it again") from error
         return model.to(device).eval()
 
-    # Predictions and maps
+    # Predictions, thresholds and maps
 
     def write_predictions(self, parts: Mapping[str, Predictions]) -> None:
         """Write predictions.zarr with one group per part. Raises RunError if rows are repeated."""
@@ -385,6 +388,14 @@ class Run(RunFolder):
         if not (path / part).is_dir():
             raise RunError(f"{path} has no part {part!r}: {again}")
         return Predictions(read_array(group, f"{part}/row", again), read_array(group, f"{part}/logits", again))
+
+    def write_thresholds(self, thresholds: Thresholds, rows: int) -> None:
+        """Replace the thresholds. rows: number of validation rows, on which they were chosen."""
+        write_thresholds(self, thresholds, rows)
+
+    def read_thresholds(self) -> Thresholds | None:
+        """Thresholds of the run's own logits; None if none were chosen yet. Raises RunError if they are damaged."""
+        return read_thresholds(self)
 
     def open_maps(self) -> Any:
         """The zarr group of the run's maps, read-only; None if there are none yet. Raises RunError if it is damaged."""

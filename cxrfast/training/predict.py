@@ -1,14 +1,20 @@
-"""Logits of a trained run for its validation and test rows, into predictions.zarr. One process, or several by torchrun."""
+"""Logits of a trained run for its validation and test rows, into predictions.zarr, and thresholds chosen on validation rows.
+
+One process, or several by torchrun.
+"""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
+from cxrfast.labels import targets
 from cxrfast.models.precision import autocast, use_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
@@ -17,6 +23,7 @@ from cxrfast.progress import Advance, progress
 from cxrfast.runs.lease import locked_by_first
 from cxrfast.runs.remarks import relabelling_note
 from cxrfast.runs.run import Predictions, Run, part_rows
+from cxrfast.thresholds import YOUDEN, choose
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +38,9 @@ def predict(
     engine: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Score the run's validation and test rows with its best weights.
+    """Score the run's validation and test rows with its best weights, then choose its thresholds on the validation rows.
+
+    Thresholds that it has already are chosen again by their rule, otherwise by Youden's.
 
     `shards`: current location of the set; default: where it was in training. Raises RunError if it is another set, or if
     another process writes into the run.
@@ -43,6 +52,7 @@ def predict(
 def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int | None) -> None:
     if world.is_first and (note := relabelling_note(run, reader.shard_set)):
         log.warning(note)
+    world.on_first(run.read_thresholds)  # raises, before anything is done, if those that are there are damaged
     model = run.load(world.device)
     table = run.rows()
     rows = {part: part_rows(table, part) for part in PARTS}
@@ -57,7 +67,21 @@ def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int |
             scores = score(model, loader, world, run.config.precision, advance)
             if scores is not None:
                 parts[part] = scores
-    world.on_first(lambda: run.write_predictions({part: complete(parts[part], rows[part], run.name) for part in PARTS}))
+    world.on_first(lambda: _write(run, {part: complete(parts[part], rows[part], run.name) for part in PARTS}, table))
+
+
+def _write(run: Run, parts: Mapping[str, Predictions], rows: pd.DataFrame) -> None:
+    """Write predictions, and the thresholds that the validation rows give. rows: `Run.rows`."""
+    run.write_predictions(parts)
+    if not np.isfinite(parts["val"].logits).all():
+        log.warning(f"{run.name} has no thresholds: some validation logits are not finite, its weights diverged")
+        run.thresholds_path.unlink(missing_ok=True)
+        return
+    earlier, config = run.read_thresholds(), run.config
+    raw = rows[rows["part"] == "val"].sort_values("row")[list(config.labels)].to_numpy(np.float32)
+    known = targets(raw, config.policies, config.blanks, config.unlabelled)
+    chosen = choose(parts["val"].logits, *known, earlier.rule if earlier else YOUDEN)
+    run.write_thresholds(chosen, len(raw))
 
 
 def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:

@@ -10,9 +10,11 @@ from sets import relabel_rows
 
 from cxrfast.distributed import World
 from cxrfast.errors import RunError
+from cxrfast.labels import targets
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.images.jpeg import decode_grey
+from cxrfast.thresholds import Rule, choose
 from cxrfast.training.predict import PARTS, predict
 
 
@@ -35,6 +37,41 @@ def test_every_row_of_a_part_is_predicted_once_with_the_logits_of_its_own_image(
             alone = torch.cat([model(torch.from_numpy(image)[None, None]) for image in images]).numpy()
         np.testing.assert_allclose(predictions.logits, alone, rtol=1e-3, atol=1e-4)
         assert predictions.logits.std(axis=0).max() > 1e-4, "logits that do not differ would pass whatever the order"
+
+
+def test_thresholds_are_chosen_on_the_validation_rows_and_keep_the_rule_that_was_chosen(run):
+    predict(run, World(torch.device("cpu")))
+    first = run.read_thresholds()
+    rows = run.rows().query("part == 'val'").sort_values("row")
+    raw, config = rows[list(run.config.labels)].to_numpy(np.float32), run.config
+    known = targets(raw, config.policies, config.blanks, config.unlabelled)
+    logits = run.read_predictions("val").logits
+    assert first == choose(logits, *known)
+    assert any(threshold is not None for threshold in first.logits)
+    wanted = Rule.parse("sensitivity=0.8")
+    run.write_thresholds(choose(logits, *known, wanted), len(rows))
+    predict(run, World(torch.device("cpu")))
+    again = run.read_thresholds()
+    assert again.rule == wanted
+    assert [s for s in again.sensitivity if s is not None and s < 0.8] == []
+    run.thresholds_path.write_text("{")
+    before = run.thresholds_path.stat().st_mtime_ns
+    with pytest.raises(RunError, match=r"thresholds\.json is damaged"):
+        predict(run, World(torch.device("cpu")))
+    assert run.thresholds_path.stat().st_mtime_ns == before
+    run.thresholds_path.unlink()
+
+
+def test_weights_that_diverged_give_no_thresholds_and_a_warning(run, tmp_path, caplog):
+    other = Run.start(tmp_path / "densenet121-32" / "fold-0", run.config, run.shards, run.rows())
+    weights = run.read_weights()
+    other.write_weights(
+        {name: torch.full_like(value, torch.nan) if "classifier" in name else value for name, value in weights.items()}
+    )
+    with caplog.at_level("WARNING", "cxrfast"):
+        predict(other, World(torch.device("cpu")))
+    assert "has no thresholds: some validation logits are not finite" in caplog.text
+    assert other.read_thresholds() is None
 
 
 def test_a_set_that_was_moved_is_found_and_another_set_refused(run, tiny_set, tmp_path):
