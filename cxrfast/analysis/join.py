@@ -297,14 +297,7 @@ def choose_scales(
     if unknown := sorted(set(names or ()) - set(known)):
         raise RunError(f"no predictions of {', '.join(unknown)} in {runs}, which has {', '.join(known)}")
     if names is None:
-        scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
-        several = [arch for arch, those in scales.items() if len(those) > 1]
-        names = [name for name, c in known.items() if c.arch in several]
-        if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
-            raise RunError(
-                f"{runs} holds several architectures with several scales, or one scale twice ({have}): "
-                "move those not meant to another --runs folder, or give `names` in Python"
-            )
+        names = names_to_combine(predicted, runs)
     if len({known[name].scale for name in names}) < 2:
         waiting = f" (without predictions: {', '.join(skipped)})" if skipped else ""
         waiting += f" (unfinished: {', '.join(found.unfinished)})" if found.unfinished else ""
@@ -313,6 +306,23 @@ def choose_scales(
             f"{have}{waiting}: train and predict another scale"
         )
     return by_name(run for run in predicted if run.folder.parent.name in names), found.unfinished
+
+
+def names_to_combine(runs: Iterable[Run], where: object) -> list[str]:
+    """Names of the groups of the one architecture that has several scales; none if no architecture has.
+
+    Raises RunError, saying that `where` holds them, if several architectures have or if a scale comes twice.
+    """
+    known = {run.folder.parent.name: run.config for run in runs}
+    scales = {c.arch: {d.scale for d in known.values() if d.arch == c.arch} for c in known.values()}
+    several = [arch for arch, those in scales.items() if len(those) > 1]
+    names = [name for name, c in known.items() if c.arch in several]
+    if len(several) > 1 or len(names) > sum(len(scales[arch]) for arch in several):
+        raise RunError(
+            f"{where} holds several architectures with several scales, or one scale twice ({', '.join(known)}): "
+            "move those not meant to another --runs folder, or give `names` in Python"
+        )
+    return names
 
 
 def join_logits(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

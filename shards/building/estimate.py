@@ -13,7 +13,7 @@ import numpy as np
 from cxrfast.errors import ShardError
 from cxrfast.shards.building.agreement import SourceChanged
 from cxrfast.shards.building.tasks import Task, decoded, meta_json, pictures_of
-from cxrfast.shards.format.codec import encode_member
+from cxrfast.shards.format import film
 from cxrfast.shards.format.source_hashes import source_hash
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.units import size
@@ -74,7 +74,7 @@ def measure(task: Task) -> Measured:
             continue  # the build itself reports it
         meta = meta_json(image, *source.shape)
         for scale in task.scales:
-            member = encode_member(pictures[scale], task.info.codec, task.info.quality, task.info.dct)
+            member = film.encoded(pictures[scale], task.info.recipe)
             found.sizes[scale].append(len(member) + len(meta) + OVERHEAD)
         found.seconds.append(time.perf_counter() - start)
         found.remarks.append([remark.value for remark in remarks])

@@ -15,9 +15,8 @@ from cxrfast.errors import ShardError
 from cxrfast.files import sha256
 from cxrfast.shards.building.agreement import Earlier, SourceChanged, disagreements, earlier
 from cxrfast.shards.building.reading import ImageReader
-from cxrfast.shards.format import manifest
+from cxrfast.shards.format import film, manifest
 from cxrfast.shards.format.checksums import listed_sums
-from cxrfast.shards.format.codec import encode_member
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifest
 from cxrfast.shards.format.names import shard_name, shard_path
@@ -27,9 +26,7 @@ from cxrfast.shards.format.source_hashes import source_hash
 from cxrfast.shards.format.tar import TarWriter
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.cell_means import grid, pack
-from cxrfast.shards.images.decode import decode_with_remarks
 from cxrfast.shards.images.remark import Remark
-from cxrfast.shards.images.resize import at_scales
 from cxrfast.shards.storage import Tree
 
 
@@ -213,7 +210,7 @@ def build_shard(task: Task, began: Callable[[int], None] = lambda row: None) -> 
             shard.add(image.row, of_file, source, remarks)
             for scale in task.scales:
                 shard.grids[scale].append(grid(pictures[scale]))
-                writers[scale].add(image.row, encode_member(pictures[scale], info.codec, info.quality, info.dct), meta)
+                writers[scale].add(image.row, film.encoded(pictures[scale], info.recipe), meta)
         for scale in task.scales:  # a replaced shard is not whole until its new manifest is written
             shard_path(task.out, scale, task.shard, "json").unlink(missing_ok=True)
         closed = {scale: writer.close() for scale, writer in writers.items()}
@@ -267,7 +264,7 @@ def pictures_of(task: Task, image: Image, digest: bytes, source: np.ndarray) -> 
         known.check_hash(image.row, image.path, digest)
         compared = known.scale if image.row in known.grids else None
         scales = {*task.scales, compared} if compared else {*task.scales}
-        pictures = at_scales(source, sorted(scales), task.info.resize)
+        pictures = film.scaled(source, scales, task.info.recipe)
         if compared:
             known.check_pixels(image.row, image.path, pictures[compared], task.info)
     except SourceChanged as error:
@@ -291,7 +288,7 @@ def decoded(task: Task, image: Image, data: bytes) -> tuple[np.ndarray, list[Rem
     Raises BadImage, or ShardError naming the image if the recipe or a missing codec is at fault.
     """
     try:
-        return decode_with_remarks(data, task.info.grey)
+        return film.decoded(data, task.info.recipe)
     except BadImage:
         raise
     except ShardError as error:

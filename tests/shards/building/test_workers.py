@@ -64,13 +64,13 @@ from pathlib import Path
 from cxrfast.errors import ShardError
 from cxrfast.shards.building import dask_workers
 from cxrfast.shards import build
-from cxrfast.shards.building import tasks as task
-real = task.decode_with_remarks
+from cxrfast.shards.format import film as step
+real = step.decode_with_remarks
 def decode(data, grey):
     if sys.argv[3].encode() in data:
         HOW
     return real(data, grey)
-task.decode_with_remarks = decode
+step.decode_with_remarks = decode
 if __name__ == "__main__":
     try:
         build.build(Path(sys.argv[1]), Path(sys.argv[2]), [32], workers=2)

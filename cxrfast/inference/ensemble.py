@@ -1,0 +1,220 @@
+"""The trained networks of a study as one module: every scale and fold, the ensemble's weights and thresholds.
+
+In: runs with predictions, then films or batches. Out: logits of each network, probabilities of each scale and of the
+ensemble. Nothing here trains, and nothing is written.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cxrfast.analysis import mixture
+from cxrfast.analysis.gradcam import gradcam
+from cxrfast.analysis.join import check_same_study, join_logits
+from cxrfast.errors import RunError
+from cxrfast.inference.choice import choose_members, recipe_of
+from cxrfast.inference.film import Film, prepared
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.precision import autocast, resolve_precision, use_tf32
+from cxrfast.runs.run import Run
+from cxrfast.runs.thresholds import shared_rule
+from cxrfast.shards.format.recipe import ImageRecipe
+from cxrfast.thresholds import Rule, Thresholds, choose, mean_over_folds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One network: a scale and a fold."""
+
+    name: str
+    """`densenet121-256/fold-0`."""
+    scale: int
+    """Side of its images, px."""
+    fold: int
+    network: Classifier
+    """In evaluation mode."""
+    precision: str = "fp32"
+    """Number format of its forward pass, as `cxrfast predict` uses it for the run; see `models.precision`."""
+    micro_batch: int = 32
+    """Images per forward pass."""
+    thresholds: Thresholds | None = None
+    """Of its own logits, chosen on its own validation rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What an ensemble makes of N films; L findings."""
+
+    logits: dict[str, Tensor]
+    """By member: float32 (N, L)."""
+    scales: dict[int, Tensor]
+    """By scale: probabilities float64 (N, L), the mean over its folds."""
+    ensemble: Tensor
+    """Probabilities float64 (N, L): the mean over folds of Σ_s w_fs σ(l_fs)."""
+
+
+class ScaleEnsemble(nn.Module):
+    """Networks of every scale in every fold, and how they are combined.
+
+        ensemble = ScaleEnsemble.from_runs(Run.find("runs"))
+        ensemble.predict("film.png")
+
+    members: by scale, then fold; each scale has the same folds. weights: by fold, float64 (L, S), in the order of `scales`.
+    recipe: how the images of the training set were made; films are prepared the same way.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: Sequence[str],
+        recipe: ImageRecipe,
+        members: Sequence[Member],
+        weights: Mapping[int, np.ndarray],
+        thresholds: Thresholds | None = None,
+        reference: Any = None,
+    ) -> None:
+        super().__init__()
+        self.labels = tuple(labels)
+        self.recipe = recipe
+        self.members = tuple(sorted(members, key=lambda member: (member.scale, member.fold)))
+        self.networks = nn.ModuleList(member.network for member in self.members)
+        self.weights = {fold: np.asarray(w, np.float64) for fold, w in sorted(weights.items())}
+        self.thresholds = thresholds
+        self.reference = reference
+        if [(m.scale, m.fold) for m in self.members] != [(s, f) for s in self.scales for f in self.folds]:
+            raise RunError("an ensemble needs each of its scales in each of its folds, once")
+        for fold in self.folds:
+            if self.weights.get(fold, np.empty(0)).shape != (len(self.labels), len(self.scales)):
+                raise RunError(
+                    f"an ensemble of {len(self.scales)} scales needs weights of fold {fold} for each finding"
+                )
+        self.eval()
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Sides of the images, px, ascending."""
+        return tuple(sorted({member.scale for member in self.members}))
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        return tuple(sorted({member.fold for member in self.members}))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @classmethod
+    def from_runs(
+        cls, runs: Sequence[Run], device: torch.device | str = "cpu", *, shards: Path | None = None
+    ) -> "ScaleEnsemble":
+        """The runs of one architecture, with the weights that `cxrfast ensemble` fits on their validation logits.
+
+        As there, of several architectures the one with several scales is taken, and only folds that every scale has. A single
+        scale is an ensemble of itself. `shards`: where the runs' shard set is now, if it has moved.
+
+        Raises RunError if the runs do not belong together, or if one has no weights or predictions.
+        """
+        groups = choose_members(runs)
+        chosen = [run for group in groups.values() for run in group.values()]
+        check_same_study(chosen)
+        config = chosen[0].config
+        folds = sorted(next(iter(groups.values())))
+        rule = shared_rule(chosen)
+        fitted = {fold: fit([group[fold] for group in groups.values()], rule) for fold in folds}
+        where = torch.device(device)
+        members = [
+            Member(
+                name=run.name,
+                scale=run.config.scale,
+                fold=run.config.fold,
+                network=run.load(where),
+                precision=resolve_precision(run.config.precision, where),
+                micro_batch=max(1, run.config.micro_batch),
+                thresholds=run.read_thresholds(),
+            )
+            for run in chosen
+        ]
+        return cls(
+            labels=config.labels,
+            recipe=recipe_of(chosen, shards),
+            members=members,
+            weights={fold: weights for fold, (weights, _) in fitted.items()},
+            thresholds=mean_over_folds([thresholds for _, thresholds in fitted.values()]),
+        )
+
+    def prepare(self, film: Path | str | bytes | np.ndarray) -> Film:
+        """A film at every scale, by the steps of the training set's build. `film`: a path, bytes, or pixels uint8 (H, W).
+
+        Raises BadImage if it cannot be used.
+        """
+        return prepared(film, self.scales, self.recipe)
+
+    def forward(self, images: Mapping[int, Tensor]) -> Scores:
+        """Scores of N films. images: by scale, uint8 (N, 1, scale, scale), on any device."""
+        logits = {member.name: self._logits(member, images[member.scale].to(self.device)) for member in self.members}
+        return self.combine(logits)
+
+    def combine(self, logits: Mapping[str, Tensor]) -> Scores:
+        """Scores from the logits of every member, float (N, L)."""
+        sigmoids = {(m.fold, m.scale): torch.sigmoid(logits[m.name].double()) for m in self.members}
+        scales = {s: torch.stack([sigmoids[fold, s] for fold in self.folds]).mean(0) for s in self.scales}
+        mixed = []
+        for fold in self.folds:
+            parts = torch.stack([sigmoids[fold, scale] for scale in self.scales], -1)  # (N, L, S)
+            mixed.append((parts * torch.from_numpy(self.weights[fold]).to(parts.device)).sum(-1))
+        return Scores(logits=dict(logits), scales=scales, ensemble=torch.stack(mixed).mean(0))
+
+    def _logits(self, member: Member, images: Tensor) -> Tensor:
+        """float32 (N, L), in micro-batches, as `training.predict.score` computes them."""
+        use_tf32(member.precision)
+        with autocast(images.device, member.precision):
+            parts = [member.network(part).float() for part in images.split(member.micro_batch)]
+        return torch.cat(parts) if parts else images.new_zeros((0, len(self.labels)), dtype=torch.float32)
+
+    def predict(self, films: Any) -> pd.DataFrame:
+        """Probabilities of one film or several: a path, bytes or pixels uint8 (H, W), or a sequence of them.
+
+        One line per film, with the columns of the CSV that `cxrfast predict` writes. Raises BadImage if a film cannot be used.
+        """
+        from cxrfast.inference.table import table_of
+
+        given = [films] if isinstance(films, str | Path | bytes | np.ndarray) else list(films)
+        ready = [self.prepare(film) for film in given]
+        names = [str(film) if isinstance(film, str | Path) else "" for film in given]
+        with torch.inference_mode():
+            scores = self.forward(stacked(ready, self.scales))
+        return table_of(self, names, ready, scores)
+
+    def gradcam(self, images: Mapping[int, Tensor], label: str) -> dict[int, np.ndarray]:
+        """Grad-CAM of a finding by scale: float32 (N, scale, scale) in [0, 1], the mean over folds.
+
+        images: by scale, uint8 (N, 1, scale, scale).
+        """
+        if label not in self.labels:
+            raise RunError(f"the ensemble has no finding {label!r}: use one of {', '.join(self.labels)}")
+        index = self.labels.index(label)
+        maps: dict[int, list[np.ndarray]] = {scale: [] for scale in self.scales}
+        for member in self.members:
+            found, _ = gradcam(member.network, images[member.scale].to(self.device), index)
+            maps[member.scale].append(found.cpu().numpy())
+        return {scale: np.stack(those).mean(axis=0) for scale, those in maps.items()}
+
+
+def stacked(films: Sequence[Film], scales: Sequence[int]) -> dict[int, Tensor]:
+    """By scale: uint8 (N, 1, scale, scale) of N films."""
+    if not films:
+        return {scale: torch.zeros((0, 1, scale, scale), dtype=torch.uint8) for scale in scales}
+    return {scale: torch.from_numpy(np.stack([film.images[scale] for film in films]))[:, None] for scale in scales}
+
+
+def fit(runs: Sequence[Run], rule: Rule) -> tuple[np.ndarray, Thresholds]:
+    """Weights float64 (L, S) of one fold's runs, by scale, and thresholds of their mixture, from their validation logits."""
+    logits, targets, mask = join_logits(runs, "val")
+    weights = mixture.fit_weights(logits, targets, mask)
+    return weights, choose(mixture.log_odds(logits, weights), targets, mask, rule)
