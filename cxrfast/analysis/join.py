@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from cxrfast.analysis.scores import fold_numbers
-from cxrfast.config import TrainConfig, label_differences
+from cxrfast.config import TrainConfig, label_differences, recipe_in_words
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
@@ -62,7 +62,8 @@ def rules_note(groups: Mapping[str, Mapping[int, Run]]) -> str:
         f"Split: {config.split}{shared}. Uncertain labels: {', '.join(policies)}; blank labels: {', '.join(blanks)}; images "
         f"without any label: {left}."
     )
-    return "\n".join([rules, *_rows_note({name: those[0] for name, those in configs.items()}), *_folds_note(groups)])
+    firsts = {name: those[0] for name, those in configs.items()}
+    return "\n".join([rules, *_rows_note(firsts), *_recipe_note(firsts), *_folds_note(groups)])
 
 
 def _rows_note(configs: Mapping[str, TrainConfig]) -> list[str]:
@@ -76,6 +77,17 @@ def _rows_note(configs: Mapping[str, TrainConfig]) -> list[str]:
     if len(set(chosen.values())) > 1:
         return [f"Rows differ. {'. '.join(f'{name}: {text}' for name, text in chosen.items())}."]
     return [f"Rows: only {text}." for text in set(chosen.values()) if text != "all"]
+
+
+def _recipe_note(configs: Mapping[str, TrainConfig]) -> list[str]:
+    """One sentence about how the optimisation differs from the study's; none if it does not."""
+    told = {name: recipe_in_words(config) for name, config in configs.items()}
+    if len(set(told.values())) == 1:
+        return [f"Recipe: {text}." for text in set(told.values()) if text]
+    return [f"Recipes differ. {'. '.join(f'{name}: {text or STUDY}' for name, text in told.items())}."]
+
+
+STUDY = "the study's"
 
 
 def _folds_note(groups: Mapping[str, Mapping[int, Run]]) -> list[str]:
@@ -142,6 +154,8 @@ def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
             if other.config.fold == run.config.fold:
                 _refuse(other, run, f"both are fold {run.config.fold}")
             same = {name: getattr(run.config, name) for name in ("fold", "weights", *MAY_DIFFER)}
+            if run.config.schedule == other.config.schedule == "cosine":
+                del same["epochs"]  # they shape the schedule
             differences = run.config.differences(replace(other.config, **same)) + _start_differences(run, other)
             if differences:
                 _refuse(other, run, f"their configurations differ ({'; '.join(differences)})")

@@ -272,6 +272,8 @@ def _type(name: str, option: config.Option, kind: Any) -> Any:
         return click.IntRange(min=option.minimum)
     if kind == Path | None:
         return FILE if option.metavar == "FILE" else FOLDER
+    if kind == float | None:
+        return float
     return str if kind in (str | None, tuple[str, ...]) else kind
 
 

@@ -7,6 +7,7 @@ and `study` from it, and `as_arguments` turns values back into arguments.
 from cxrfast.config.arguments import as_arguments
 from cxrfast.config.option import Option, options_of
 from cxrfast.config.presets import DATA, PRESETS, RUNS, SHARDS, Preset, learning_rate, preset
+from cxrfast.config.recipe import recipe_in_words
 from cxrfast.config.runtime import COMPILE_MODES, ENGINES, MOST_THREADS, YEAR, Runtime
 from cxrfast.config.training import (
     AUTO,
@@ -45,4 +46,5 @@ __all__ = [
     "learning_rate",
     "options_of",
     "preset",
+    "recipe_in_words",
 ]

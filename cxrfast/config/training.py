@@ -14,7 +14,16 @@ PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 SPLITS = ("folds", "official", "auto")
 ORDERS = ("global", "block")
 
-LATER = ("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weighted_validation")
+DECAY = {"adam": 0.0, "adamw": 0.01}
+"""Default weight decay by optimiser: none in the study's Adam, torch's own in AdamW."""
+
+OPTIMIZERS = tuple(DECAY)
+SCHEDULES = ("plateau", "cosine")
+
+LATER = (
+    *("allow_partial", "allow_shared_patients", "blank", "unlabelled", "weighted_validation"),
+    *("optimizer", "weight_decay", "schedule", "warmup"),
+)
 """Fields of TrainConfig that earlier versions lack: at their defaults they leave the hash, and so earlier runs, as they are."""
 
 LARGEST = 2**31 - 1
@@ -92,6 +101,23 @@ class TrainConfig:
         int, Option("Images per forward pass; auto: as many as fit. [default: by scale]", minimum=1, metavar="N|auto")
     ]
     learning_rate: Annotated[float, Option("[default: 1e-4 · global batch / 32]")]
+    optimizer: Annotated[
+        str, Option("adam, the study's, or adamw, whose weight decay is decoupled.", choices=OPTIMIZERS)
+    ] = "adam"
+    weight_decay: Annotated[
+        float | None,
+        Option("Of weights with two or more dimensions, not of biases and norms. [default: adam 0, adamw 0.01]"),
+    ] = None
+    """None: the optimiser's default, see `decay`."""
+    schedule: Annotated[
+        str,
+        Option(
+            "plateau: halve the learning rate when the validation loss no longer falls, as in the study; cosine: lower it "
+            "towards 0 over --epochs.",
+            choices=SCHEDULES,
+        ),
+    ] = "plateau"
+    warmup: Annotated[float, Option("Epochs in which the learning rate first grows linearly.", metavar="EPOCHS")] = 0.0
     epochs: Annotated[int, Option("Maximum number of epochs.")] = 100
     factor: float = 0.5
     """Multiplies the learning rate after more than `patience` epochs without a lower validation loss."""
@@ -99,10 +125,10 @@ class TrainConfig:
     """For the learning rate; early stopping has `stop_after`."""
     stop_after: int = 10
     """Epochs without a lower validation loss after which training stops early."""
-    degrees: float = 15.0
-    """Rotation, uniform in ±degrees."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
+    degrees: Annotated[float, Option("Rotation in training, uniform in ±D degrees.", metavar="D")] = 15.0
+    flip: Annotated[
+        float, Option("Probability of a horizontal flip in training; docs/runs.md says what it costs.", metavar="P")
+    ] = 0.5
     sizes: Annotated[
         tuple[tuple[int, int], ...],
         Option(
@@ -135,6 +161,7 @@ class TrainConfig:
             )
         known = {"policy": POLICIES, "unlabelled": UNLABELLED}
         known |= {"precision": PRECISIONS, "split": SPLITS, "order": ORDERS}
+        known |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise RunError(f"{name} {getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}")
@@ -150,8 +177,7 @@ class TrainConfig:
                 raise RunError(f"{name.replace('_', ' ')} must be above 0, not {value}")
             if value > LARGEST:
                 raise RunError(f"{name.replace('_', ' ')} must be at most {LARGEST:,}")
-        if not 0 <= self.flip <= 1:
-            raise RunError(f"flip must be between 0 and 1, not {self.flip}")
+        self._check_recipe()
         for label, policy in self.label_policies:
             if label not in self.labels or policy not in POLICIES:
                 raise RunError(
@@ -168,6 +194,29 @@ class TrainConfig:
             raise RunError(
                 f"--sizes {self.sizes}: sides and epochs must be above 0 and at most {LARGEST:,}, as in --sizes 64x2,96x2"
             )
+
+    def _check_recipe(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise RunError(f"flip must be between 0 and 1, not {self.flip}")
+        if not 0 <= self.degrees <= 180:
+            raise RunError(f"degrees must be between 0 and 180, not {self.degrees}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < 1:
+            raise RunError(f"weight decay must be at least 0 and below 1, not {self.weight_decay}")
+        if not 0 <= self.warmup < self.epochs:
+            raise RunError(
+                f"warmup must be at least 0 and below the number of epochs, {self.epochs}, not {self.warmup}: give fewer "
+                "--warmup epochs, or more --epochs"
+            )
+
+    @property
+    def decay(self) -> float:
+        """Weight decay: as given, else the optimiser's default."""
+        return self.weight_decay if self.weight_decay is not None else DECAY[self.optimizer]
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether `stop_after` ends the training. A cosine schedule is not cut short: its last epochs have the low rates."""
+        return self.schedule != "cosine"
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -220,14 +269,17 @@ class TrainConfig:
     def differences(self, other: "TrainConfig") -> list[str]:
         """`name: mine, not theirs` for every field that differs, except `epochs`, which a run may have more of later.
 
-        Labels that differ are named, see `label_differences`.
+        A cosine schedule is laid out over its epochs, which therefore count. Labels that differ are named, see
+        `label_differences`.
         """
         found = []
-        for name in (f.name for f in fields(self) if f.name != "epochs"):
+        is_cosine = self.schedule == other.schedule == "cosine"
+        for name in (f.name for f in fields(self) if f.name != "epochs" or is_cosine):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 told = label_differences(mine, theirs) if name == "labels" else f"{mine}, not {theirs}"
-                found.append(f"{name}: {told}")
+                why = ", over which its cosine schedule is laid out" if name == "epochs" else ""
+                found.append(f"{name}: {told}{why}")
         return found
 
     @classmethod

@@ -119,7 +119,7 @@ class Monitor:
 
 def is_over(config: TrainConfig, counters: Counters) -> bool:
     """Whether all epochs are done, or the validation loss has not fallen for `stop_after` epochs (early stopping)."""
-    return counters.epoch >= config.epochs or counters.stale >= config.stop_after
+    return counters.epoch >= config.epochs or (config.stops_early and counters.stale >= config.stop_after)
 
 
 class Heartbeat:

@@ -110,7 +110,7 @@ def why_over(run: Run, config: TrainConfig) -> str:
             f", more than --epochs {config.epochs}" if config.epochs < done else ""
         )
     stale = stale_epochs(lines)
-    if stale >= config.stop_after or (not lines and done < run.config.epochs):
+    if (config.stops_early and stale >= config.stop_after) or (not lines and done < run.config.epochs):
         since = f", {stale} of them without a lower validation loss" if stale else ""
         return f"it stopped early after {done} epochs{since}, so --epochs {config.epochs} changes nothing"
     if not run.has_checkpoint:

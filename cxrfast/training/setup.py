@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def make_config(
     resolve_precision(given.get("precision", "auto"), pick_device(device))  # refuses what the device does not have
     given.setdefault("weighted_validation", given.get("positive_weights", False))
     config = TrainConfig(set_id=info.id, scale=scale, labels=tuple(info.labels), global_batch=global_batch, **given)
+    config = replace(config, weight_decay=config.decay or None if config.optimizer == "adam" else config.decay)
     check_unlabelled(config.unlabelled, config.blanks)
     return config
 

@@ -25,13 +25,16 @@ from cxrfast.shards.parts import division
 from cxrfast.training import resume, setup
 from cxrfast.training.first_weights import FirstWeights
 from cxrfast.training.micro_batch import largest_micro_batch, memory_explained
-from cxrfast.training.trainer import Trainer
+from cxrfast.training.trainer import OnEpoch, Trainer
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, runtime: Runtime) -> Run:
+def train(config: TrainConfig, runtime: Runtime, on_epoch: OnEpoch | None = None) -> Run:
     """Train the run of this configuration, or resume it. Returns it when it is done.
+
+    `on_epoch` is called after each epoch, once it is saved, with the epoch's line of metrics.jsonl, by the first rank alone. What
+    it raises ends the training, which the same call resumes.
 
     Raises Stopped (a SystemExit), with everything saved, after a signal; RunError if another process writes into its folder.
     """
@@ -60,7 +63,7 @@ def train(config: TrainConfig, runtime: Runtime) -> Run:
             for warning in [*missing, *setup.label_warnings(config, rows)]:
                 log.warning(f"{folder.name}: {warning}")
         with locked_by_first(folder, "training", ranks) as lease:
-            return _train(config, runtime, ranks, model, reader, rows, folder, lease)
+            return _train(config, runtime, ranks, model, reader, rows, folder, lease, on_epoch)
 
 
 def _train(
@@ -72,6 +75,7 @@ def _train(
     rows: pd.DataFrame,
     folder: RunFolder,
     lease: Lease | None,
+    on_epoch: OnEpoch | None,
 ) -> Run:
     """As `train`, with what it has prepared; rank 0 has the lease of the folder."""
     config = ranks.on_first(lambda: resume.as_started(folder, config, ranks.device))
@@ -104,7 +108,7 @@ def _train(
     if ranks.rank:  # else all ranks would drop the same units of different images
         torch.manual_seed(config.seed + ranks.rank)
     with memory_explained(config, ranks):
-        trainer = Trainer(run, ranks, model, reader, runtime)
+        trainer = Trainer(run, ranks, model, reader, runtime, on_epoch)
     if over := ranks.on_first(lambda: resume.why_over(Run.open(run.folder), config) if run.is_done else ""):
         log.info(f"{run.name} is done already: {over}; its weights are in {run.folder}")
     else:

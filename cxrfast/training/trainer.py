@@ -7,7 +7,7 @@ stay on the device; the host reads the losses every few seconds and before it sa
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
@@ -32,20 +32,33 @@ from cxrfast.training.checkpoint import Counters
 from cxrfast.training.loss import EXPLODED, NEVER, EpochLoss, Targets
 from cxrfast.training.micro_batch import memory_explained
 from cxrfast.training.monitor import RATE_STEPS, Action, Heartbeat, Monitor, Timed, is_over, profiled
+from cxrfast.training.optimizer import make_optimizer
 from cxrfast.training.predict import complete, score
+from cxrfast.training.schedule import Schedule
 from cxrfast.training.setup import distribute, train_order
 from cxrfast.training.signals import LOST_RANK, Stopped, StopRequest, is_lost_rank
 from cxrfast.units import duration
 
 log = logging.getLogger(__name__)
 
+OnEpoch = Callable[[dict[str, Any]], object]
+"""Takes an epoch's line of metrics.jsonl."""
+
 
 class Trainer:
     """Trains a run from its last checkpoint to its end, or until a signal."""
 
-    def __init__(self, run: Run, ranks: World, model: Classifier, reader: Reader, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        run: Run,
+        ranks: World,
+        model: Classifier,
+        reader: Reader,
+        runtime: Runtime,
+        on_epoch: OnEpoch | None = None,
+    ) -> None:
         config = run.config
-        self.run, self.config, self.ranks, self.runtime = run, config, ranks, runtime
+        self.run, self.config, self.ranks, self.runtime, self.on_epoch = run, config, ranks, runtime, on_epoch
         use_tf32(config.precision)
         torch.backends.cudnn.benchmark = not runtime.deterministic  # shapes are fixed
         rows = run.rows()
@@ -65,12 +78,9 @@ class Trainer:
         self.val_loader = Loader(reader, val_order, **loading)
         self.model = model.to(ranks.device)
         self.forward, self.unsynced = distribute(self.model, config, runtime, ranks)
-        # fused: one kernel for all weights, on GPUs and CPUs
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=config.factor, patience=config.patience
-        )
+        self.schedule = Schedule(config, self.optimizer, self.order.steps)
         names = ("model", "optimizer", "scaler", "schedule")
         self.stateful = {name: getattr(self, name) for name in names}
         self.counters = Counters()
@@ -148,6 +158,7 @@ class Trainer:
 
     def step(self, rows: np.ndarray, batches: Iterator[Batch]) -> None:
         """One optimiser step over the global batch `rows`, using this rank's micro-batches."""
+        self.schedule.start_step(self.counters.epoch, self.counters.consumed // self.config.global_batch)
         mine = self.order.accumulation // self.ranks.size
         # BCE summed over unmasked entries / their number in the global batch; DDP averages over ranks, hence the size
         weight = self.ranks.size / self.targets.entries(rows)
@@ -217,15 +228,19 @@ class Trainer:
             "gpu_peak_bytes": self.gpu_peak(),
             "batchnorm_batch": self.config.micro_batch * (self.ranks.size if self.config.sync_bn else 1),
         }
-        self.schedule.step(result["val_loss"])
+        self.schedule.end_epoch(self.counters.epoch, result["val_loss"])
         is_best = self.counters.add_validation(result["val_loss"], result["val_auroc"])
-        self.ranks.on_first(lambda: self._write_epoch({**result, **measured}, is_best))
+        line = {"epoch": self.counters.epoch, "size": self.config.size_at(self.counters.epoch), **result, **measured}
+        self.ranks.on_first(lambda: self._write_epoch(line, is_best))
         self.counters.next_epoch()
         self.begun, self.spent = time.monotonic(), 0.0
         self.loss.total.zero_()
         self.save()
         if rate and self.ranks.is_first:
             self.heartbeat.beat(rate, area)
+        if self.on_epoch:  # last: if it raises, nothing is lost
+            told = self.on_epoch
+            self.ranks.on_first(lambda: told(line))
 
     def _validate(self, losses: list[float] | None) -> dict[str, Any]:
         """Losses and AUROC on the validation rows, on every rank. Raises Stopped, with everything saved, after a signal."""
@@ -255,8 +270,7 @@ class Trainer:
 
     def _write_epoch(self, line: dict[str, Any], is_best: bool) -> None:
         """Write metrics, events and, if the epoch was the best, weights into the run; log one line."""
-        epoch = self.counters.epoch
-        line = {"epoch": epoch, "size": self.config.size_at(epoch), **line}
+        epoch = line["epoch"]
         self.run.add_metrics(line)
         if self.board:
             self.board.add(line, epoch)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxrfast.config import VALIDATION_COST, Runtime, TrainConfig, label_differences
+from cxrfast.config import VALIDATION_COST, Runtime, TrainConfig, label_differences, recipe_in_words
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 
@@ -74,6 +74,17 @@ def test_a_mutated_configuration_is_read_as_it_says_or_refused(folder, name, new
         ({"learning_rate": -1.0}, "learning rate must be above 0, not -1.0"),
         ({"learning_rate": 0.0}, "learning rate must be above 0, not 0.0"),
         ({"learning_rate": float("nan")}, "learning rate must be above 0, not nan"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd' is unknown: use one of adam, adamw"),
+        ({"schedule": "step"}, "schedule 'step' is unknown: use one of plateau, cosine"),
+        ({"weight_decay": -0.1}, "weight decay must be at least 0 and below 1, not -0.1"),
+        ({"weight_decay": float("nan")}, "weight decay must be at least 0 and below 1, not nan"),
+        ({"warmup": -1.0}, "warmup must be at least 0 and below the number of epochs, 3, not -1.0"),
+        ({"warmup": 3.0}, "warmup must be at least 0 and below the number of epochs, 3, not 3.0"),
+        ({"warmup": float("nan")}, "warmup must be at least 0"),
+        ({"flip": 1.1}, "flip must be between 0 and 1, not 1.1"),
+        ({"flip": float("nan")}, "flip must be between 0 and 1, not nan"),
+        ({"degrees": -1.0}, "degrees must be between 0 and 180, not -1.0"),
+        ({"degrees": float("inf")}, "degrees must be between 0 and 180, not inf"),
         ({"labels": []}, "findings must be one or more different names"),
         ({"labels": ["Edema", "Edema"]}, "findings must be one or more different names"),
         ({"labels": ["Edema", "part"]}, "a finding cannot be called 'part', as a column of a run's rows is"),
@@ -111,6 +122,24 @@ def test_the_cost_of_a_training_is_the_sum_over_its_epochs(sizes, epochs, done):
 
 def test_the_cost_of_a_billion_epochs_is_known_at_once():
     assert config(epochs=10**9, sizes=((32, 10**8),)).work(0, 3, 3) == pytest.approx(0.9e9 * 4 + 1e8 * 1.75)
+
+
+def test_a_recipe_in_words_tells_what_differs_from_the_study():
+    assert recipe_in_words(config()) == ""
+    assert recipe_in_words(config(weight_decay=0.0)) == ""
+    assert recipe_in_words(config(optimizer="adamw")) == "adamw, weight decay 0.01"
+    assert recipe_in_words(config(optimizer="adamw", weight_decay=0.0, flip=0.0)) == "adamw, flip 0"
+    told = recipe_in_words(config(schedule="cosine", epochs=30, warmup=2, degrees=5.0, weight_decay=1e-4))
+    assert told == (
+        "weight decay 0.0001, cosine schedule over 30 epochs without early stopping, warm-up over 2 epochs, degrees 5"
+    )
+
+
+def test_more_epochs_are_another_configuration_only_under_a_cosine():
+    one, more = (config(schedule="cosine", epochs=epochs) for epochs in (30, 60))
+    assert more.differences(one) == ["epochs: 60, not 30, over which its cosine schedule is laid out"]
+    assert config(epochs=60).differences(config(epochs=30)) == []
+    assert more.differences(config(epochs=30)) == ["schedule: cosine, not plateau"]
 
 
 @pytest.mark.parametrize("name", ["global_batch", "micro_batch", "epochs", "scale", "limit", "learning_rate"])

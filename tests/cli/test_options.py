@@ -41,6 +41,10 @@ CHOSEN = {
     "sizes": st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 100)), max_size=3).map(tuple),
     "compile": st.sampled_from(COMPILE_MODES),
     "threads": st.integers(1, MOST_THREADS),
+    "weight_decay": st.none() | st.floats(0, 0.9),
+    "warmup": st.floats(0, 0.9),
+    "degrees": st.floats(0, 180),
+    "flip": st.floats(0, 1),
     "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9 ._é-]{0,60}[A-Za-z0-9]", fullmatch=True),
 }
 """Where not every value of the type makes sense."""
@@ -80,8 +84,8 @@ def test_what_is_written_as_arguments_is_read_as_the_same_configuration(training
 
 
 def test_a_field_without_an_option_has_no_argument():
-    with pytest.raises(RunError, match="degrees has no command-line option"):
-        as_arguments({"degrees": 5.0})
+    with pytest.raises(RunError, match="patience has no command-line option"):
+        as_arguments({"patience": 5})
 
 
 @pytest.mark.parametrize(
