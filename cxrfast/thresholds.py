@@ -127,7 +127,8 @@ class Thresholds:
     @property
     def probabilities(self) -> np.ndarray:
         """`logits` as probabilities, float64 (L,), NaN where there is no verdict."""
-        return metrics.sigmoid(self.array)
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            return metrics.sigmoid(self.array)
 
     def verdicts(self, logits: np.ndarray) -> np.ndarray:
         """Verdicts float32 (N, L) on logits or log-odds (N, L): 1 positive, 0 negative, NaN none.

@@ -36,14 +36,14 @@ def score_rows(
     for j in (*shown, len(labels)):
         means = np.array([metrics.mean_sd(values[:, [j]])[0][0] for values in both[: len(columns)]])
         best = np.nanmax(means) if compared and (~np.isnan(means)).sum() > 1 else np.inf
-        cells = [_cell(v[:, j], "", deviations, mean == best) for v, mean in zip(both, means, strict=False)]
-        cells += [_cell(v[:, j], "+", deviations) for v in both[len(columns) :]]
+        cells = [score_cell(v[:, j], "", deviations, mean == best) for v, mean in zip(both, means, strict=False)]
+        cells += [score_cell(v[:, j], "+", deviations) for v in both[len(columns) :]]
         rows.append(([*labels, "Mean"][j], cells))
     return rows
 
 
-def _cell(values: np.ndarray, sign: str, deviations: bool, is_best: bool = False) -> Cell:
-    """`0.912 ± 0.004` from the values of K folds, with the number of folds that define it if not all do."""
+def score_cell(values: np.ndarray, sign: str, deviations: bool, is_best: bool = False) -> Cell:
+    """`0.912 ± 0.004` from the values of K folds (K,), with the number of folds that define it if not all do."""
     (mean,), (sd,) = metrics.mean_sd(values[:, None])
     if np.isnan(mean):
         return Cell(UNDEFINED, "dim")

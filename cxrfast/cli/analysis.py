@@ -1,11 +1,15 @@
 """Commands that read finished runs: tables, figures, the report."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cxrfast.cli import options as option
 from cxrfast.cli.terminal import say, show
+
+if TYPE_CHECKING:
+    from cxrfast.thresholds import Rule
 
 FINISHED_ONLY = option.flag(
     "--finished-only", "Leave out runs whose training is not done; otherwise they are marked with ‡."
@@ -35,6 +39,23 @@ def ensemble(runs: Path, finished_only: bool) -> None:
 
     show(ensemble_table(stack_scales(runs, finished_only=finished_only)))
     say(f"tables and figure: {runs / 'ensemble'}")
+
+
+@click.command()
+@option.RUNS
+@click.option(
+    "--rule",
+    type=option.RULE,
+    help="youden, sensitivity=VALUE or specificity=VALUE, on validation rows. [default: the runs' own; at first youden]",
+)
+@FINISHED_ONLY
+def thresholds(runs: Path, rule: "Rule | None", finished_only: bool) -> None:
+    """Choose the thresholds of all runs in RUNS on validation rows; show what they do on test rows."""
+    from cxrfast.analysis.thresholds import choose_thresholds, evaluate_thresholds, thresholds_table
+
+    choose_thresholds(runs, rule, finished_only=finished_only)
+    show(thresholds_table(evaluate_thresholds(runs, finished_only=finished_only)))
+    say(f"tables: {runs / 'evaluation'}")
 
 
 @click.command()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cxrfast import config
 from cxrfast.config import options_of
+from cxrfast.errors import RunError
 from cxrfast.files import read_file
 from cxrfast.text import shown
 
@@ -68,6 +70,30 @@ def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[int,
 
 def workers(help: str) -> Decorator:
     return click.option("--workers", type=COUNT, help=help)
+
+
+class RuleType(click.ParamType):
+    """Text that becomes a rule for thresholds."""
+
+    name = "rule"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "RULE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from cxrfast.thresholds import Rule
+
+        try:
+            return value if isinstance(value, Rule) else Rule.parse(value)
+        except RunError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        known = ("youden", "sensitivity=", "specificity=")
+        return [CompletionItem(text) for text in known if text.startswith(incomplete)]
+
+
+RULE = RuleType()
 
 
 class Parsed(click.ParamType):

@@ -19,9 +19,11 @@ from markdown_it import MarkdownIt
 from PIL import Image, PngImagePlugin
 from runs import LABELS, make_run, metrics_line, rewrite_config, study_rows
 
+from cxrfast.analysis.chapters import shareable
+from cxrfast.analysis.curves import auroc_figure, learning_figure
 from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import evaluate
-from cxrfast.analysis.report import auroc_figure, learning_figure, report, shareable
+from cxrfast.analysis.report import report
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run
 
