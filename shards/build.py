@@ -5,6 +5,7 @@ finishes a build that was killed at any instant, with the same bytes. Nothing is
 """
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from cxrfast.shards.building.dask_workers import run_on_dask
 from cxrfast.shards.building.estimate import Estimate, check_room, estimate
 from cxrfast.shards.building.kinds import look_at_kinds
 from cxrfast.shards.building.layout import assign_rows, check_scales, rows_per_shard, set_id
-from cxrfast.shards.building.reading import check_missing
+from cxrfast.shards.building.reading import check_missing, images_found
 from cxrfast.shards.building.tasks import Blueprint, Todo, find_todo, make_task
 from cxrfast.shards.building.workers import run_here, start_pool
 from cxrfast.shards.format.checksums import check_undamaged, mark_unfinished, write_sums
@@ -124,6 +125,8 @@ def build(
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
         blueprint, todo, report = _survey(request, listed, pool)
+        if todo:
+            log.info("\n".join(report.listed()))
         for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
             log.warning(line)  # now, not after hours
         if not retry_quarantined:  # a retry replaces files
@@ -179,6 +182,7 @@ def default_out(data: str, usual: Path) -> Path:
 def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
     """Lay the set out and estimate the work left; write nothing."""
     blueprint, changes = _lay_out(request, listed)
+    is_new = not is_laid_out(request.out)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
     left = blueprint.rows.iloc[[row for item in todo for row in item.rows]]
     kinds = look_at_kinds(request.tree, left.loc[left["bytes"] > 0, "path"], blueprint.info.grey)
@@ -188,8 +192,9 @@ def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tup
         scales=request.scales,
         source_counts=listed.counts,
         source_notes=listed.notes,
+        found=images_found(request.tree, blueprint.rows) if is_new and request.source == "table" else {},
         kinds=kinds,
-        cautions=[*cautions(blueprint.info, blueprint.rows), *changes],
+        cautions=[*cautions(blueprint.info, blueprint.rows, listed.label_like), *changes],
         estimate=needed,
     )
     return blueprint, todo, report
@@ -250,19 +255,27 @@ def _read_same_set(request: _Request, identity: str, own_folds: bool) -> SetInfo
         ]
         what = f"its images {'or folds ' if own_folds or info.own_folds else ''}differ"
         raise ShardError(
-            f"{out} was built from other input ({'; '.join(differing) or what}): "
-            "choose another --out, or give the same --data and options"
+            f"{out} was built from other input ({'; '.join(differing) or what}): it is a set of {info.images:,} images from "
+            f"{info.source}; choose another --out, or give the same --data and options"
         )
     if info.source != request.source:  # which may name code, and must not be imported
         raise ShardError(f"{out} was built with --source {info.source}, not {request.source}: give the same value")
     there, asked = (with_defaults(request.source, s.source_options) for s in (info, request))
-    for name in ("label", "labels"):
-        if there.get(name) != asked.get(name):
+    for name in ("label", "labels", "keep"):
+        before, now = (_as_typed(name, options.get(name)) for options in (there, asked))
+        if before != now:
+            other = "choose another --out" if name == "keep" else "replace labels with `cxrfast relabel`"
             raise ShardError(
-                f"{out} was built with --{name} {there.get(name)}, not {asked.get(name)}: "
-                "give the same value, and replace labels with `cxrfast relabel`"
+                f"{out} was built with {before or f'no --{name}'}, not {now.removeprefix('--labels ') or f'without --{name}'}: "
+                f"give the same, and {other}"
             )
     return info
+
+
+def _as_typed(option: str, value: Any) -> str:
+    """An option as it is typed; "" if it has no value."""
+    values = [value] if isinstance(value, str) else list(value or ())
+    return " ".join(f"--{option} {shlex.quote(one)}" for one in values)
 
 
 def _estimate(blueprint: Blueprint, todo: list[Todo], workers: int, pool: ProcessPoolExecutor) -> Estimate:

@@ -164,6 +164,11 @@ def make_part(
     if name not in PARTS:
         raise RunError(f"part {shown(str(name))} is unknown: use one of {', '.join(PARTS)}")
     labels = list(selection.labels)
+    if not labels:
+        raise RunError(
+            "the set has no labels, so no row is in a part: add labels with `cxrfast relabel`, or load all its images with "
+            "EvalOrder(rows=reader.rows, …)"
+        )
     blanks = per_label(blank, labels, "negative")
     check_unlabelled(selection.unlabelled, blanks)
     masks = masks_of_parts(table, held, selection)

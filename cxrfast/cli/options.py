@@ -33,6 +33,19 @@ class LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def config_file(command: Command) -> Command:
+    """`--config FILE`: options of this command from a TOML file."""
+    return click.option(
+        "--config",
+        type=FILE,
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=read_toml,
+        help="Read options from a TOML file, with the names used here; the command line wins.",
+    )(command)
+
+
 FOLDER = LocalPath(path_type=Path, file_okay=False)
 FILE = LocalPath(path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -237,9 +250,11 @@ def _spelt(value: Any) -> str:
 SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"type": click.Choice(["chexpert", "negbio"]), "help": "mimic: labeller. [default: chexpert]"},
     "table": {"metavar": "FILE", "help": "table: .csv, .tsv or .parquet, a path or URL."},
-    "path_column": {"help": "table: paths. [default: path, file or filename]"},
-    "patient_column": {"help": "table: patients. [default: patient_id, subject_id or patient]"},
-    "label": {"multiple": True, "help": "table: column of a label; repeatable."},
+    "path_column": {"help": "table: paths. [default: path, file, filename …]"},
+    "patient_column": {"help": "table: patients. [default: patient_id, subject_id, patient …]"},
+    "label": {"multiple": True, "help": "table: column of a label; repeatable. [default: no labels]"},
+    "keep": {"multiple": True, "help": "Column to carry along, such as age or sex; repeatable."},
+    "find_by_name": {"is_flag": True, "help": "table: look for files by their names alone, in all folders."},
     "image_column": {"help": "table: image ids. [default: paths without suffix]"},
     "study_column": {"help": "table: studies. [default: each image is one]"},
     "view_column": {"help": "table: view positions. [default: unknown]"},

@@ -9,7 +9,8 @@ from click import Choice
 
 from cxrfast import config
 from cxrfast.cli import options as option
-from cxrfast.cli.terminal import fail, safe, say, show
+from cxrfast.cli.terminal import fail, safe, say
+from cxrfast.cli.terminal import show as show_tables
 
 
 @click.command()
@@ -30,7 +31,8 @@ def synth(out: Path, **options: Any) -> None:
 @click.command()
 @option.of_source
 @click.option("--out", type=option.FOLDER, help=f"Shard set; or set CXRFAST_SHARDS. [default: {config.SHARDS}]")
-@option.scales("Side, px, such as 512 or 512,1024; repeatable.", required=True)
+@option.config_file
+@option.scales("Side, px, such as 512 or 512,1024; repeatable.")
 @option.workers("Processes. [default: usable cores]")
 @click.option(
     "--part", type=option.PART, metavar="I/N", help="Build only every N-th shard: the share of task I of a job array."
@@ -63,18 +65,20 @@ def synth(out: Path, **options: Any) -> None:
 def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) -> None:
     """Write the source tree as tar shards at every --scale. After an interruption, run it again: it resumes."""
     from cxrfast.shards.build import build, default_out
+    from cxrfast.shards.format.info import is_laid_out
     from cxrfast.shards.format.recipe import ImageRecipe
 
     recipe = ImageRecipe(**{name: options.pop(name) for name in ("seed", "codec", "quality", "resize", "grey")})
-    note = ""
     if out is None:
         out = config.SHARDS if os.environ.get("CXRFAST_SHARDS") else default_out(data, config.SHARDS)
         if out != config.SHARDS:
-            note = (
+            say(
                 f"--out is {out}, since {config.SHARDS} would lie inside --data {data}; give other commands this folder"
             )
+        elif is_laid_out(out):
+            say(f"no --out is given: continuing the set in {out}", err=True)
     report = build(data, out, list(scales), recipe=recipe, source_options=option.chosen_source(options), **options)
-    say("\n".join([note] * bool(note) + report.lines(out)))
+    say("\n".join(report.lines(out)))
 
 
 @click.command()
@@ -104,15 +108,21 @@ def relabel(shards: Path, table: str, labels: tuple[str, ...], **options: Any) -
 @click.option(
     "--out", type=option.FOLDER, default=Path("set-description"), help="Folder for describe.md, sizes.png, remarks.csv."
 )
-def describe(shards: Path, out: Path) -> None:
+@click.option(
+    "--show",
+    multiple=True,
+    metavar="COLUMN",
+    help="Tabulate a kept column even if it may identify patients; repeatable.",
+)
+def describe(shards: Path, out: Path, show: tuple[str, ...]) -> None:
     """Describe SET: patients, splits, labels, exclusions, image sizes, bytes. Needs no tar."""
     from cxrfast.shards.upkeep.describe import describe as describe_set
 
-    description = describe_set(shards, out)
+    description = describe_set(shards, out, show)
     say(description.heading)
     for caution in description.cautions:
         say(f"warning: {caution}")
-    show(*description.tables)
+    show_tables(*description.tables)
     say(f"written: {', '.join(map(str, description.written))}")
 
 

@@ -17,15 +17,7 @@ from cxrfast.launch import launched, refuse_slurm_tasks
 @click.option("--scale", type=int, required=True, help="Side of the images, px.")
 @click.option("--fold", default=0, help="Test fold.")
 @click.option("--runs", type=option.FOLDER, default=config.RUNS, help="Folder of all runs.")
-@click.option(
-    "--config",
-    type=option.FILE,
-    metavar="FILE",
-    is_eager=True,
-    expose_value=False,
-    callback=option.read_toml,
-    help="Read options from a TOML file, with the names used here; the command line wins.",
-)
+@option.config_file
 @option.configuration_options(config.TrainConfig)
 @option.configuration_options(config.Runtime)
 def train(shards: Path, scale: int, fold: int, runs: Path, **options: Any) -> None:

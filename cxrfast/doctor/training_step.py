@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cxrfast.config import Runtime, TrainConfig, preset
@@ -74,7 +75,7 @@ def new_config(reader: Reader, device: torch.device, size: int) -> TrainConfig:
     return TrainConfig(
         set_id=reader.info.id,
         scale=reader.scale,
-        labels=tuple(reader.info.labels),
+        labels=tuple(reader.info.labels) or ("unlabelled",),
         weights="none",
         global_batch=2 * size,
         micro_batch=size,
@@ -96,6 +97,7 @@ def new_trainer(reader: Reader, device: torch.device) -> Iterator[Trainer]:
         raise RunError(f"{len(table)} images are too few for {WARM_UP + STEPS} steps: give a larger set with --shards")
     table["part"] = ["val"] + ["train"] * (len(table) - 1)
     config = new_config(reader, device, size)
+    table = table.assign(**{name: np.float32(0) for name in config.labels if name not in table})  # of an unlabelled set
     benchmark = torch.backends.cudnn.benchmark
     try:
         with without_tf32(), tempfile.TemporaryDirectory(prefix="cxrfast-doctor-") as runs:

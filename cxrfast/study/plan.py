@@ -10,7 +10,7 @@ from cxrfast.shards.parts import resolve_split
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
 from cxrfast.training.resume import kept
-from cxrfast.training.setup import make_config
+from cxrfast.training.setup import check_labelled, make_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ def make_plan(
     empty.
     """
     shard_set = ShardSet(shards)
+    check_labelled(shards, shard_set.info)
     built = shard_set.scales
     options = {name: value for name, value in (options or {}).items() if value is not None}
     scales = sorted(set(scales or built))

@@ -44,6 +44,7 @@ def make_config(
     auto: the training resolves them when the run starts. Raises RunError for impossible values.
     """
     info = ShardSet(shards).info
+    check_labelled(shards, info)
     preset = presets.preset(scale)
     given = {name: value for name, value in given.items() if value is not None}
     global_batch = given.pop("global_batch", preset.global_batch)
@@ -60,6 +61,12 @@ def make_config(
     config = replace(config, weight_decay=config.decay or None if config.optimizer == "adam" else config.decay)
     check_unlabelled(config.unlabelled, config.blanks)
     return config
+
+
+def check_labelled(shards: Path, info: SetInfo) -> None:
+    """Raises RunError for a set without labels."""
+    if not info.labels:
+        raise RunError(f"{shards} has no labels to train on: add them with `cxrfast relabel {shards} TABLE`")
 
 
 def is_partial(reader: Reader, allowed: bool) -> bool:

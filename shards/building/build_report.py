@@ -19,6 +19,8 @@ class Report:
     scales: list[int]
     source_counts: dict[str, int]
     source_notes: tuple[str, ...] = ()
+    found: dict[str, int] = field(default_factory=dict)
+    """Numbers of listed and other images in the tree; empty where a set was continued."""
     estimate: Estimate
     kinds: dict[str, int] = field(default_factory=dict)
     """Source files looked at, by kind."""
@@ -45,12 +47,16 @@ class Report:
 
     def lines(self, out: Path) -> list[str]:
         """The report as text; `out` is the folder of the set."""
+        return self.listed() + (self._done(out) if self.is_done else self._to_do(out))
+
+    def listed(self) -> list[str]:
+        """What the source lists, and what to know about it before the build."""
         info = self.info
         lines = [f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients from {info.source}"]
-        lines += [f"{what}: {n:,}" for what, n in self.source_counts.items() if n]
+        lines += [f"{what}: {n:,}" for what, n in (self.source_counts | self.found).items() if n]
         lines += self.source_notes
         lines += [f"warning: {text}" for text in self.cautions]
-        return lines + (self._done(out) if self.is_done else self._to_do(out))
+        return lines
 
     def _to_do(self, out: Path) -> list[str]:
         needed = self.estimate

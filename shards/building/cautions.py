@@ -4,13 +4,14 @@ Cautions are about its rows: shared patients, a split without a part, blank labe
 images.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, source_hashes
-from cxrfast.shards.format.rows import label_names
+from cxrfast.shards.format.rows import kept_names, label_names
 from cxrfast.shards.images.remark import Remark
 from cxrfast.shards.sources.parts import SPLITS
 from cxrfast.splits import shared_patients
@@ -21,8 +22,11 @@ GROUPS = 3
 # Rows
 
 
-def cautions(info: SetInfo, rows: pd.DataFrame) -> list[str]:
-    """Sentences for the report of a build and for `describe`; they name images by row. [] if there is nothing to say."""
+def cautions(info: SetInfo, rows: pd.DataFrame, label_like: Sequence[str] = ()) -> list[str]:
+    """Sentences for the report of a build and for `describe`; they name images by row. [] if there is nothing to say.
+
+    `label_like`: columns of the source's tables that look like labels, if no label was named.
+    """
     patients = rows["patient_id"].tolist()
     found = [
         f"{what}: {shared.in_words(lambda row: f'row {row}')}; `cxrfast train` refuses it without --allow-shared-patients"
@@ -35,12 +39,20 @@ def cautions(info: SetInfo, rows: pd.DataFrame) -> list[str]:
         found.append(
             f"official split: no image is in {' or '.join(lacking)}; `cxrfast train` needs {', '.join(SPLITS)}, or --split folds"
         )
+    if not info.labels:
+        found.append(_unlabelled(label_like))
     if blank := [name for name in info.labels if rows[name].isna().all()]:
         found.append(
             f"blank for every image: {', '.join(blank)}; such a label is trained as negative everywhere, unless "
             "`cxrfast train --blank LABEL=ignore` leaves it out of the loss"
         )
     return found + doubtful_patients(rows)
+
+
+def _unlabelled(label_like: Sequence[str]) -> str:
+    what = "no labels, so `cxrfast train` refuses this set; `cxrfast relabel` can add some later"
+    options = " ".join(f"--label {shlex.quote(name)}" for name in label_like)
+    return f"{what}. These columns look like labels: {options}" if options else what
 
 
 def doubtful_patients(rows: pd.DataFrame) -> list[str]:
@@ -70,6 +82,7 @@ def kept(info: SetInfo, there: pd.DataFrame, planned: pd.DataFrame) -> list[str]
     for what, names, how in (
         ("other labels", labels, "`cxrfast relabel` replaces labels"),
         ("another split", ["split"], "a new split needs a new --out"),
+        ("other kept columns", sorted({*kept_names(there), *kept_names(planned)}), "new kept columns need a new --out"),
         ("other views", ["view"], "new views need a new --out"),
         ("other studies", ["study_id"], "new studies and paths need a new --out"),
         ("other paths", ["path"], "new studies and paths need a new --out"),

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.shards.format.rows import COLUMNS, reference_names
+from cxrfast.shards.format.rows import COLUMNS, kept_names, reference_names
 from cxrfast.shuffle import permutation
 from cxrfast.splits import deal
 
@@ -47,7 +47,7 @@ def assign_rows(images: pd.DataFrame, labels: tuple[str, ...], seed: int) -> pd.
         rows[side] = rows[side].fillna(0).astype(np.int32)
     own = rows["fold"].to_numpy() if "fold" in rows else None
     rows["fold"], rows["block"] = deal(rows["patient_id"].tolist(), seed, own)
-    return rows[[*COLUMNS, *labels, *reference_names(rows)]]
+    return rows[[*COLUMNS, *labels, *reference_names(rows), *kept_names(rows)]]
 
 
 def rows_per_shard(n: int) -> int:

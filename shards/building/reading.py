@@ -5,6 +5,7 @@ while the rest of the tree can. Stopped: a file that was there and has vanished 
 be missing; and more failures than a few bad files explain, since a file server that is gone must not cost rows.
 """
 
+import posixpath
 import time
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import pandas as pd
 from cxrfast.errors import ShardError
 from cxrfast.shards.images.bad_image import BadImage, Reason
 from cxrfast.shards.source_file import EXHAUSTED, MISSING, NOT_A_FILE, PAUSES, TRANSIENT, UNREADABLE, size_after
-from cxrfast.shards.sources.image_files import where_instead
+from cxrfast.shards.sources.image_files import is_image, where_instead
 from cxrfast.shards.storage import Tree
 
 # While a shard is built
@@ -116,6 +117,24 @@ def check_missing(tree: Tree, rows: pd.DataFrame, allow_missing: bool) -> None:
             "\n".join([f"{len(lacking):,} of {len(rows):,} images are {what} in {tree}:", *lines])
             + "\nfinish the download, or leave them out with --allow-missing"
         )
+
+
+def images_found(tree: Tree, rows: pd.DataFrame) -> dict[str, int]:
+    """How many listed images the tree has, and how many files that look like images no line lists, for a report.
+
+    The latter are counted in folders with listed images, unless these are too many to list.
+    """
+    found = {"listed images found in the tree": int(rows["bytes"].ge(0).sum())}
+    paths = set(rows["path"])
+    folders = {posixpath.dirname(path) for path in paths}
+    if tree.is_local and len(folders) <= MOST_FOLDERS:
+        there = (posixpath.join(folder, name) for folder in folders for name in tree.files(folder) if is_image(name))
+        found["image files in the same folders that no line lists"] = sum(path not in paths for path in there)
+    return found
+
+
+MOST_FOLDERS = 1000
+"""Folders that are listed to count images that the table does not name."""
 
 
 def _elsewhere(tree: Tree, missing: list[str]) -> str:

@@ -10,12 +10,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pandas.api.types import is_numeric_dtype
 
 from cxrfast.errors import ShardError
 from cxrfast.files import open_file, read_file, replacing
 from cxrfast.shards.format.info import COPY, MOST_IMAGES, SetInfo, parse_set, read_info, read_set_json
 from cxrfast.splits import BLOCKS, FOLDS
-from cxrfast.text import BIDI, LONGEST_PATH, find_fault, path_fault, shown
+from cxrfast.text import BIDI, LONGEST_PATH, find_fault, name_fault, path_fault, shown
 
 COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int64(),
@@ -31,7 +32,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "fold": pa.int8(),
     "block": pa.int8(),
 }
-"""The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references."""
+"""The fixed columns; after them one float32 column per label with the raw value 1, 0, -1 or null, then the references, then
+the kept columns, which hold text or float64."""
 
 RESERVED = {*COLUMNS, "part"}
 """Names that no label may have; a run's own table of rows has a column `part`."""
@@ -54,14 +56,23 @@ HIDDEN = rf"[\p{{Cc}}\p{{Zl}}\p{{Zp}}{BIDI}]"
 REFERENCE = "radiologist/"
 """Prefix of columns that hold a reference standard: raw labels that are carried along and never trained on."""
 
+KEPT = "kept/"
+"""Prefix of columns that `--keep` carries along, such as `kept/Age`: text or numbers, never labels."""
+
 
 def label_names(rows: pd.DataFrame) -> tuple[str, ...]:
-    return tuple(c for c in rows.columns if c not in COLUMNS and not c.startswith(REFERENCE))
+    """Columns that are labels; none in an unlabelled set."""
+    return tuple(c for c in rows.columns if c not in COLUMNS and not c.startswith((REFERENCE, KEPT)))
 
 
 def reference_names(rows: pd.DataFrame) -> tuple[str, ...]:
     """Columns of the reference standard, `radiologist/<label>`; most sets have none."""
     return tuple(c for c in rows.columns if c.startswith(REFERENCE))
+
+
+def kept_names(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Columns that were carried along from the source's tables, `kept/<column>`; most sets have none."""
+    return tuple(c for c in rows.columns if c.startswith(KEPT))
 
 
 def write_rows(path: Path, rows: pd.DataFrame, info: SetInfo | None = None) -> None:
@@ -72,7 +83,8 @@ def write_rows(path: Path, rows: pd.DataFrame, info: SetInfo | None = None) -> N
 
 def _write(file: IO[bytes], rows: pd.DataFrame, info: bytes | None) -> None:
     raw = (*label_names(rows), *reference_names(rows))
-    schema = pa.schema([*COLUMNS.items(), *((name, pa.float32()) for name in raw)])
+    kept = ((name, pa.float64() if is_numeric_dtype(rows[name]) else pa.string()) for name in kept_names(rows))
+    schema = pa.schema([*COLUMNS.items(), *((name, pa.float32()) for name in raw), *kept])
     table = pa.Table.from_pandas(rows[schema.names], schema=schema, preserve_index=False)
     table = table.replace_schema_metadata({COPY: info} if info else None)
     pq.write_table(table, file, compression="zstd", write_page_checksum=True)
@@ -112,7 +124,10 @@ def _check_columns(file: pq.ParquetFile) -> None:
     if len(set(schema.names)) < len(schema.names):
         raise ValueError("a column is there twice")
     for name, kind in zip(schema.names, schema.types, strict=True):
-        if kind != (wanted := COLUMNS.get(name, pa.float32())):
+        if name.startswith(KEPT):
+            if kind not in (pa.string(), pa.float64()):
+                raise ValueError(f"column {shown(name)} holds {kind}, not string or double")
+        elif kind != (wanted := COLUMNS.get(name, pa.float32())):
             raise ValueError(f"column {shown(name)} holds {kind}, not {wanted}")
     groups = [claimed.row_group(n) for n in range(claimed.num_row_groups)]
     if claimed.num_rows > MOST_IMAGES or sum(g.total_byte_size for g in groups) > ROOM + claimed.num_rows * LARGEST_ROW:
@@ -138,9 +153,20 @@ def _check_values(table: pa.Table) -> None:
         longest = pc.max(pc.binary_length(table[name])).as_py() or 0
         if longest > LONGEST_PATH or pc.any(pc.match_substring_regex(table[name], HIDDEN)).as_py():
             raise ValueError(f"{name} {find_fault(table[name].drop_null().to_pylist(), path_fault)}")
-    for name in (name for name in there if name not in COLUMNS):
+    for name in (name for name in there if name.startswith(KEPT)):
+        _check_kept(table[name], name)
+    for name in (name for name in there if name not in COLUMNS and not name.startswith(KEPT)):
         if not np.isin(table[name].drop_null().to_numpy(), (1, 0, -1)).all():
             raise ValueError(f"the label {shown(name)} holds more than 1, 0, -1 and blank")
+
+
+def _check_kept(column: pa.ChunkedArray, name: str) -> None:
+    """Raises ValueError for a kept value that `write_rows` never writes."""
+    if column.type == pa.float64():
+        if not np.isfinite(column.drop_null().to_numpy()).all():
+            raise ValueError(f"{shown(name)} holds a number that is not finite")
+    elif fault := find_fault(column.unique().drop_null().to_pylist(), name_fault):
+        raise ValueError(f"{shown(name)}: {fault}")
 
 
 def read_rows(path: Path, info: SetInfo | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:

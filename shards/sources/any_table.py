@@ -4,26 +4,54 @@ Options name its columns; the path and patient columns need no option if they ha
 """
 
 import posixpath
+import shlex
 from collections.abc import Sequence
 
 import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import normal_ids
-from cxrfast.shards.sources.image_files import SUFFIX, as_in_tree
+from cxrfast.shards.sources.image_files import SUFFIX, as_in_tree, by_name
+from cxrfast.shards.sources.kept import kept_columns, notes_on_commas
 from cxrfast.shards.sources.parts import read_parts
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import columns_of, read_table
-from cxrfast.shards.sources.tables.text_columns import filled, lines, notes_on_words, pixels, raw_labels
+from cxrfast.shards.sources.tables.text_columns import (
+    filled,
+    lines,
+    looks_like_labels,
+    notes_on_words,
+    pixels,
+    raw_labels,
+)
 from cxrfast.shards.storage import URL, Tree, relative
 from cxrfast.text import masked
+
+PATHS = (("path", "file", "filename"), ("filepath", "file_path", "file_name", "file name", "image_path", "image path"))
+PATIENTS = (
+    ("patient_id", "subject_id", "patient"),
+    (
+        "patientid",
+        "patient id",
+        "patientnr",
+        "patient nr",
+        "patient_nr",
+        "patient_no",
+        "subjectid",
+        "subject id",
+        "subject",
+    ),
+)
+"""Usual names of the columns of paths and of patients, in lower case, the most usual first."""
 
 
 def table(
     tree: Tree,
     *,
     table: str,
-    label: Sequence[str],
+    label: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    find_by_name: bool = False,
     path_column: str | None = None,
     patient_column: str | None = None,
     image_column: str | None = None,
@@ -35,22 +63,29 @@ def table(
 ) -> Source:
     """Any CSV, TSV (or .gz) or Parquet table with one line per image.
 
-    `table`: path in the tree, absolute path or URL; `label`: the label columns. Without `image_column` an image's id is its
-    path without suffix; without `study_column` each image is its own study. `split_column` holds train, validate and test, or
-    folds, 0 to 4.
+    `table`: path in the tree, absolute path or URL; `label`: the label columns; `keep`: columns to carry along. Without
+    `image_column` an image's id is its path without suffix; without `study_column` each image is its own study.
+    `split_column` holds train, validate and test, or folds, 0 to 4. `find_by_name`: look for files by their names alone.
     """
-    labels = (label,) if isinstance(label, str) else tuple(label)
+    labels, keep = ((given,) if isinstance(given, str) else tuple(given) for given in (label, keep))
     place, file = tree, table
     if is_outside(table):
         folder, _, file = table.rpartition("/")
         place, table = Tree(folder or "/"), masked(table)  # as messages name it
     header = columns_of(place, file)
-    path_column = path_column or _usual(header, "path", ("path", "file", "filename"), table)
-    patient_column = patient_column or _usual(header, "patient", ("patient_id", "subject_id", "patient"), table)
+    path_column = path_column or _usual(header, "path", PATHS, table)
+    patient_column = patient_column or _usual(header, "patient", PATIENTS, table)
+    refuse_lists({"label": labels, "keep": keep}, header)
     ids = [c for c in (path_column, patient_column, image_column, study_column) if c]
     other = [c for c in (view_column, split_column, height_column, width_column) if c]
-    rows = read_table(place, file, list(dict.fromkeys((*ids, *other, *labels))), ids=ids)
-    path = as_in_tree(tree, _below(tree, filled(rows[path_column], table)))
+    used = list(dict.fromkeys((*ids, *other, *labels, *keep)))
+    unused = [] if labels else [name for name in header if name not in used and header.count(name) == 1]
+    try:
+        rows = read_table(place, file, used, optional=unused, ids=ids)
+    except ShardError:  # perhaps for a column that nothing depends on
+        rows = read_table(place, file, used, ids=ids)
+    path = filled(rows[path_column], table)
+    path = by_name(tree, path, table) if find_by_name else as_in_tree(tree, _below(tree, path))
     if repeated := _repeated(path):
         raise ShardError(f"{table} lists {repeated}: keep one line per image, such as one with all its labels")
     image = normal_ids(rows[image_column], table) if image_column else path.str.replace(SUFFIX, "", regex=True)
@@ -64,6 +99,7 @@ def table(
             "patient_id": normal_ids(rows[patient_column], table),
             "path": path,
             **{name: raw_labels(rows[name], table) for name in labels},
+            **(kept := kept_columns(rows, keep)),
             "view": rows[view_column] if view_column else None,
             "split": None,
             **parts,
@@ -74,7 +110,14 @@ def table(
     left_out = (
         {f"images in no part ({split_column} is blank)": int(parts["split"].isna().sum())} if "split" in parts else {}
     )
-    return Source(images=frame, labels=labels, counts=left_out, notes=notes_on_words(rows[list(dict.fromkeys(labels))]))
+    return Source(
+        images=frame,
+        labels=labels,
+        counts=left_out,
+        notes=(*notes_on_words(rows[list(dict.fromkeys(labels))]), *notes_on_commas(rows, kept)),
+        kept=keep,
+        label_like=tuple(name for name in unused if name in rows and looks_like_labels(rows[name])),
+    )
 
 
 def is_outside(table: str) -> bool:
@@ -82,15 +125,28 @@ def is_outside(table: str) -> bool:
     return bool(URL.match(table)) or posixpath.isabs(table)
 
 
-def _usual(header: list[str], what: str, names: tuple[str, ...], table: str) -> str:
-    """The only column with one of the usual names for `what`, in any case."""
-    found = [c for c in header if c.lower() in names]
+def _usual(header: list[str], what: str, names: tuple[tuple[str, ...], ...], table: str) -> str:
+    """The only column with one of the usual names for `what`, in any case; later names count where no earlier one is there."""
+    matches = ([c for c in header if c.lower() in group] for group in names)
+    found = next(filter(None, matches), [])
     if len(found) != 1:
         raise ShardError(
             f"which column of {table} holds the {what} of an image? name it with --{what}-column "
             f"(its columns: {', '.join(header)})"
         )
     return found[0]
+
+
+def refuse_lists(options: dict[str, Sequence[str]], header: list[str]) -> None:
+    """Raises ShardError for `--label a,b` where the table has the columns a and b: a name may hold a comma, so none is split."""
+    for option, names in options.items():
+        for name in (name for name in names if "," in name and name not in header):
+            parts = [part.strip() for part in name.split(",")]
+            if all(part in header for part in parts):
+                raise ShardError(
+                    f"--{option} {name!r} is not a column: give each column of its own: "
+                    + " ".join(f"--{option} {shlex.quote(part)}" for part in parts)
+                )
 
 
 def _repeated(column: pd.Series) -> str:

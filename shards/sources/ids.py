@@ -2,7 +2,7 @@
 
 A spreadsheet, a file system or a join with pandas changes ids: blanks appear at their ends, numbers become floats, letters are
 stored in another Unicode form. An id's normal form has no blanks or invisible characters at its ends, is in Unicode's form
-NFC, and is `1001` where the table says `1001.0`. Nothing else is changed: leading zeros and case count.
+NFC, and is `1001` where the table says `1001.0` or `1001,0`. Nothing else is changed: leading zeros and case count.
 """
 
 import re
@@ -19,7 +19,9 @@ from cxrfast.text import trimmed
 NO_ID = {*BLANK, "<na>", "#n/a", "nat"}
 """What programs write for a missing value, in any case: not an id, or all patients without one would be one patient."""
 
-WHOLE_FLOAT = re.compile(r"(\d+)\.0+")
+WHOLE_FLOAT = re.compile(r"(\d+)(?:\.0+|,0)")
+"""`1001.0` or, with a decimal comma, `1001,0`."""
+
 SCIENTIFIC = re.compile(r"[+-]?(?:\d(?:[.,]\d+)?[eE][+-]\d+|\d{1,3}[.,]\d+[eE]\d+)")
 """`8.39860488694292E+35` or `1e+05`: a spreadsheet's number, of which digits are lost."""
 

@@ -1,17 +1,24 @@
 """Where a tree keeps the images that its tables name, and what to tell a user whose images are elsewhere."""
 
+import os
 import posixpath
 import re
 import unicodedata
+from collections.abc import Iterator
 from functools import cached_property
 
 import pandas as pd
 
+from cxrfast.errors import ShardError
+from cxrfast.shards.sources.tables.text_columns import lines
 from cxrfast.shards.storage import Tree
 
 SUFFIX = r"\.[A-Za-z][^./]*$"
 """Suffix of a file name, which is not part of an image's id. It starts with a letter: a DICOM UID may be the whole name, and
 the number at its end is part of it."""
+
+IMAGES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")
+"""Suffixes of files that are usually images, in lower case; DICOM files often have none."""
 
 LOOKED_FOR = 50
 """Missing images that `where_instead` looks for."""
@@ -38,6 +45,69 @@ def _forms(path: str) -> list[str]:
     return [path, slashes, *(unicodedata.normalize(form, p) for p in (path, slashes) for form in ("NFC", "NFD"))]
 
 
+def by_name(tree: Tree, paths: pd.Series, table: str) -> pd.Series:
+    """Paths in the tree of the files with the names that `paths` end with, wherever the tree has them.
+
+    A name is compared as it is, else without suffix, else without regard to capital letters. One that no file has stays as
+    it is written. Raises ShardError for a name that several files have, and for a file that two lines name.
+    """
+    files = list(_walk(tree))
+    found = pd.Series(list(_named(files, paths, table)), paths.index, dtype=object)
+    if (twice := found.duplicated(keep=False)).any():
+        first = found[twice].iloc[0]
+        at = paths.index[found == first]
+        raise ShardError(f"{table} names {first} in {lines(at)}: keep one line per image")
+    return found
+
+
+def _named(files: list[str], paths: pd.Series, table: str) -> Iterator[str]:
+    """Path of the file that each line means."""
+    keys = (_nfc, lambda name: _nfc(_stem(name)), lambda name: _plain(_stem(name)))
+    likes: list[dict[str, list[str]]] = [{} for _ in keys]
+    for file in files:
+        name = posixpath.basename(file)
+        likes[0].setdefault(_nfc(name), []).append(file)
+        if is_image(name):  # notes may have the name of an image
+            for key, like in list(zip(keys, likes, strict=True))[1:]:
+                like.setdefault(key(name), []).append(file)
+    for line, path in paths.items():
+        name = posixpath.basename(path.strip().replace("\\", "/"))
+        same = next(
+            (files for key, like in zip(keys, likes, strict=True) if (files := like.get(key(name), []))), [path]
+        )
+        if len(same) > 1:
+            raise ShardError(
+                f"line {line} of {table} names {path}, and {len(same):,} files are called so: {same[0]}, {same[1]}: give paths "
+                "instead of names, without --find-by-name"
+            )
+        yield same[0]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file looks like an image by its name. Names that start with a dot are those of other programs."""
+    return name.removeprefix(_stem(name)).lower() in IMAGES and not name.startswith(".")
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _stem(name: str) -> str:
+    return re.sub(SUFFIX, "", name)
+
+
+def _walk(tree: Tree) -> Iterator[str]:
+    """Paths of all files of the tree; a folder that links lead to again is listed once."""
+    folders, seen = [""], set()
+    while folders:
+        folder = folders.pop()
+        place = os.path.realpath(tree.roots[0] + folder) if tree.is_local else folder
+        if place not in seen:
+            seen.add(place)
+            yield from (posixpath.join(folder, name) for name in tree.files(folder))
+            folders += [posixpath.join(folder, name) for name in tree.folders(folder)]
+
+
 def where_instead(tree: Tree, missing: list[str]) -> str:
     """Where the tree seems to have images that are missing under these paths, and what to do; "" if it has none like them."""
     some = missing[:: max(1, len(missing) // LOOKED_FOR)][:LOOKED_FOR]
@@ -55,12 +125,16 @@ def where_instead(tree: Tree, missing: list[str]) -> str:
     if kind == "folder":
         path = next(path for path in some if here.in_other_folder(path) == files[0])
         inside = files[0].removesuffix("/" + path)
-        if inside != files[0]:
+        if inside != files[0] and all(file.startswith(inside + "/") for file in files):
             return f"{like}, in {inside} (such as {files[0]}): give --data {posixpath.join(str(tree), inside)}"
         return (
-            f"{like}, in other folders (such as {files[0]}): give a table with the paths as they are (--source table)"
+            f"{like}, in other folders (such as {files[0]}): give a table with the paths as they are (--source table), or look "
+            "for files by their names alone with --find-by-name"
         )
-    return f"{like}, {kind} (such as {files[0]}): rename them, or give a table with the names that they have (--source table)"
+    return (
+        f"{like}, {kind} (such as {files[0]}): rename them, or give a table with the names that they have (--source table), "
+        "or look for files by their names alone with --find-by-name"
+    )
 
 
 def _difference(path: str, found: str) -> str:

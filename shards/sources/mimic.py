@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from cxrfast.errors import ShardError
 from cxrfast.labels import EARLIER, MIMIC
 from cxrfast.shards.format.rows import REFERENCE
 from cxrfast.shards.sources.ids import check_join, normal_ids
+from cxrfast.shards.sources.kept import kept_columns, notes_on_commas
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_table, tables_in
 from cxrfast.shards.sources.tables.text_columns import lines, notes_on_words, pixels, raw_labels
@@ -19,15 +21,17 @@ IN_PATHS = {"dicom_id": r"\.(?:jpe?g|png|dcm)$", "subject_id": r"^p(?=\d+$)", "s
 """Columns of ids, and what ids have more in paths: the letter of a folder, the suffix of a file."""
 
 
-def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False) -> Source:
+def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False, keep: Sequence[str] = ()) -> Source:
     """MIMIC-CXR-JPG 2.0.0 or 2.1.0 (Johnson et al. 2019), labels by study, the official split.
 
     `labels`: the labeller whose table is read, `chexpert` or `negbio`. If the tree has the radiologist's table of 2.1.0, its
     labels become reference columns. `allow_unmatched`: accept tables that name other studies or images than the metadata.
+    `keep`: columns of the metadata to carry along.
     """
     if labels not in ("chexpert", "negbio"):
         raise ShardError(f"--labels {labels!r} is unknown: use chexpert or negbio")
-    metadata = _mimic_table(tree, "metadata", ["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "Columns"])
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "Columns"]
+    metadata = _mimic_table(tree, "metadata", list(dict.fromkeys((*columns, *keep))))
     split = _mimic_table(tree, "split", ["dicom_id", "split"], ["subject_id", "study_id"])
     labelled = _mimic_table(tree, labels, ["study_id", *MIMIC], ["subject_id"])
     if not tree.is_dir("files"):
@@ -57,8 +61,9 @@ def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False
             "split": split.set_index("dicom_id")["split"].reindex(image).set_axis(metadata.index),
         }
     )
+    kept = kept_columns(metadata, keep)
     by_study = [raw.reindex(study), reference.add_prefix(REFERENCE).reindex(study)]
-    frame = pd.concat([frame, *(values.set_axis(metadata.index) for values in by_study)], axis=1)
+    frame = pd.concat([frame, *(values.set_axis(metadata.index) for values in by_study)], axis=1).assign(**kept)
     studies, with_labels, read = (set(ids) for ids in (study, raw.index, reference.index))
     counts = {
         "studies without a label row": len(studies - with_labels),
@@ -68,7 +73,13 @@ def mimic(tree: Tree, *, labels: str = "chexpert", allow_unmatched: bool = False
         "studies read by a radiologist": len(read & studies),
         "studies read by a radiologist, without an image": len(read - studies),
     }
-    return Source(images=frame, labels=MIMIC, counts=counts, notes=notes_on_words(labelled[list(MIMIC)]))
+    return Source(
+        images=frame,
+        labels=MIMIC,
+        counts=counts,
+        notes=(*notes_on_words(labelled[list(MIMIC)]), *notes_on_commas(metadata, kept)),
+        kept=tuple(keep),
+    )
 
 
 def _check_same(metadata: pd.DataFrame, other: pd.DataFrame, key: str, where: str) -> None:

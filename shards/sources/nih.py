@@ -1,12 +1,14 @@
 """The images and labels that an NIH ChestX-ray14 tree lists."""
 
 import posixpath
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.sources.ids import check_join, normal_id, normal_ids
+from cxrfast.shards.sources.kept import kept_columns, notes_on_commas
 from cxrfast.shards.sources.source import Source
 from cxrfast.shards.sources.table_files import find_table, read_list, read_table, tables_in
 from cxrfast.shards.sources.tables.text_columns import filled, lines, pixels
@@ -38,11 +40,12 @@ FILE = r"^0*(\d+)_\d+\.png$"
 """Published names of images: the patient's number with leading zeros, then the image's."""
 
 
-def nih(tree: Tree, *, allow_unmatched: bool = False) -> Source:
+def nih(tree: Tree, *, allow_unmatched: bool = False, keep: Sequence[str] = ()) -> Source:
     """NIH ChestX-ray14 (Wang et al. 2017): a finding is 1 if the table names it, else 0.
 
     Height and width are the table's: the size before publication, which scaled all images to 1024 × 1024 px.
-    `allow_unmatched`: accept lists of the split that name other images than the table.
+    `allow_unmatched`: accept lists of the split that name other images than the table. `keep`: columns of the table to carry
+    along.
     """
     names = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     path = find_table(tree, names)
@@ -52,7 +55,7 @@ def nih(tree: Tree, *, allow_unmatched: bool = False) -> Source:
         )
     columns = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "View Position"]
     sizes = ["OriginalImage[Width", "Height]"]  # the comma splits the published name
-    table = read_table(tree, path, [*columns, *sizes], "the table of NIH ChestX-ray14")
+    table = read_table(tree, path, list(dict.fromkeys((*columns, *sizes, *keep))), "the table of NIH ChestX-ray14")
     where = posixpath.join(str(tree), path)
     image, patient, visit = (normal_ids(table[c], where) for c in ("Image Index", "Patient ID", "Follow-up #"))
     patient = _patients(image, patient, where)
@@ -69,9 +72,10 @@ def nih(tree: Tree, *, allow_unmatched: bool = False) -> Source:
             "width": pixels(table["OriginalImage[Width"], where),
             "split": split,
             **_nih_labels(filled(table["Finding Labels"], where), where),
+            **(kept := kept_columns(table, keep)),
         }
     )
-    return Source(images=frame, labels=NIH, counts=counts)
+    return Source(images=frame, labels=NIH, counts=counts, kept=tuple(keep), notes=notes_on_commas(table, kept))
 
 
 def _patients(image: pd.Series, patient: pd.Series, where: str) -> pd.Series:

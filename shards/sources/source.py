@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from cxrfast.errors import ShardError
-from cxrfast.shards.format.rows import REFERENCE, RESERVED, reference_names
+from cxrfast.shards.format.rows import KEPT, REFERENCE, RESERVED, reference_names
 from cxrfast.shards.sources.ids import check_distinct, normal_ids
+from cxrfast.shards.sources.kept import check_kept, checked_kept, note_on_kept
 from cxrfast.shards.sources.parts import SPLITS, checked_folds, shared_in_words
 from cxrfast.shards.sources.tables.text_columns import lines
 from cxrfast.shards.storage import Tree
@@ -28,10 +29,16 @@ class Source:
     for every image; else the set deals its own) and reference labels, `radiologist/<label>`. Other columns are dropped. The
     index is the line of each image in its table, for messages."""
     labels: tuple[str, ...]
+    """Columns of labels; () where nobody has labelled the images yet."""
     counts: dict[str, int]
     """Numbers to report about the tables, such as how many studies have no labels."""
     notes: tuple[str, ...] = ()
     """Sentences to report about the tables, such as how words were read as labels."""
+    kept: tuple[str, ...] = ()
+    """Further columns of `images` to carry along, numbers or text, such as age and sex; `rows.parquet` names them
+    `kept/<column>`."""
+    label_like: tuple[str, ...] = ()
+    """Columns of the tables that look like labels, where no label was named."""
     shared: str = ""
     """Patients in two parts of the split, or in two folds, in words; `checked` finds them."""
 
@@ -44,7 +51,8 @@ def checked(source: Source, tree: Tree) -> Source:
     where = f"the tables in {tree}"
     labels = _label_names(source, where)
     images = source.images
-    if absent := [c for c in (*IDS, *labels) if c not in images.columns]:
+    check_kept(source.kept, labels, RESERVED, where)
+    if absent := [c for c in (*IDS, *labels, *source.kept) if c not in images.columns]:
         raise ShardError(f"{where} were listed without the columns {', '.join(absent)}: the source must give them")
     if not len(images):
         raise ShardError(f"{where} list no images")
@@ -79,23 +87,26 @@ def checked(source: Source, tree: Tree) -> Source:
     if "fold" in images:
         columns["fold"] = checked_folds(images["fold"], where)
     columns |= {name: _values(images[name], where) for name in (*labels, *reference_names(images))}
-    frame = pd.DataFrame(columns)
+    kept = checked_kept(images, source.kept, where)
+    frame = pd.DataFrame(columns | {KEPT + name: values for name, values in kept.items()})
     return Source(
         images=frame.reset_index(drop=True),
         labels=labels,
         counts=dict(source.counts),
-        notes=tuple(source.notes),
+        notes=(*source.notes, *note_on_kept(kept)),
+        kept=tuple(kept),
+        label_like=tuple(source.label_like),
         shared=shared_in_words(frame),
     )
 
 
 def _label_names(source: Source, where: str) -> tuple[str, ...]:
     labels = tuple(source.labels)
-    if not labels or not all(isinstance(name, str) and name.strip() for name in labels):
-        raise ShardError(f"{where} were listed with the labels {labels!r}: name one or more columns")
+    if not all(isinstance(name, str) and name.strip() for name in labels):
+        raise ShardError(f"{where} were listed with the labels {labels!r}: name their columns")
     if twice := [name for name in labels if labels.count(name) > 1]:
         raise ShardError(f"label {twice[0]!r} is named twice: name it once")
-    if taken := [name for name in labels if name in RESERVED or name.startswith(REFERENCE)]:
+    if taken := [name for name in labels if name in RESERVED or name.startswith((REFERENCE, KEPT))]:
         raise ShardError(f"a label cannot be called {taken[0]!r}, as a column of rows.parquet is: rename it")
     if fault := find_fault((*labels, *reference_names(source.images)), label_fault):
         raise ShardError(f"the label {fault}: rename its column")

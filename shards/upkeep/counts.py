@@ -21,7 +21,7 @@ from cxrfast.labels import targets
 from cxrfast.shards.building.cautions import cautions, copies_in_words, hashes_by_row
 from cxrfast.shards.format.info import SetInfo
 from cxrfast.shards.format.manifest import ShardManifest, read_manifests
-from cxrfast.shards.format.rows import REFERENCE, label_names, reference_names
+from cxrfast.shards.format.rows import REFERENCE, kept_names, label_names, reference_names
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.shards.source_file import MISSING
 from cxrfast.splits import FOLDS, PARTS, part_masks
@@ -68,6 +68,8 @@ class SetCounts:
     """What to know about the rows before training on them."""
     remarks: pd.DataFrame
     """row, remark: what is noteworthy about images that are held; a row may have several remarks."""
+    kept: pd.DataFrame
+    """The columns that were carried along, and those that they are tabulated by; `kept_counts` counts them."""
     state: str
     """`complete`, or what is missing so that the counts are not final."""
 
@@ -101,6 +103,7 @@ def count_set(folder: Path) -> SetCounts:
             [(row, remark) for row, on_row in sorted(built.remarks.items()) for remark in on_row],
             columns=["row", "remark"],
         ),
+        kept=rows[["patient_id", "split", "fold", *kept_names(rows)]],
         state=_state(info, built),
     )
 

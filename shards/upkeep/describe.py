@@ -4,6 +4,7 @@ The set need not be finished; its tars, torch and DALI are not needed. Nothing i
 """
 
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cxrfast.errors import ShardError
 from cxrfast.files import write_bytes, write_figure
 from cxrfast.shards.building.cautions import by_remark, rows_in_words
 from cxrfast.shards.upkeep.counts import COUNTED, STATES, SetCounts, count_set
+from cxrfast.shards.upkeep.kept_counts import kept_tables
 from cxrfast.splits import FOLDS
 from cxrfast.tables import Table, markdown_text
 from cxrfast.units import size
@@ -34,21 +36,26 @@ class Description:
     """describe.md; if a size is known, sizes.png; if there are remarks on images, remarks.csv."""
 
 
-def describe(folder: Path, out: Path) -> Description:
-    """Write the description of a set to the folder `out`. Raises ShardError for a damaged set, and if `out` is inside it."""
+def describe(folder: Path, out: Path, show: Collection[str] = ()) -> Description:
+    """Write the description of a set to the folder `out`.
+
+    `show`: kept columns to tabulate although they may identify patients. Raises ShardError for a damaged set, if `out` is
+    inside it, and for a column that was not kept.
+    """
     counts = count_set(folder)
-    written = write(counts, folder, out)
-    return Description(
-        heading=heading(counts), cautions=counts.cautions, tables=description_tables(counts), written=written
-    )
+    tables = description_tables(counts, show)
+    written = write(counts, folder, out, show)
+    return Description(heading=heading(counts), cautions=counts.cautions, tables=tables, written=written)
 
 
 # Tables
 
 
-def description_tables(counts: SetCounts) -> list[Table]:
-    """Tables for a terminal of 100 columns or more."""
-    parts = [_splits(counts), _labels(counts), _flow(counts), _sizes(counts), _scales(counts), _views(counts)]
+def description_tables(counts: SetCounts, show: Collection[str] = ()) -> list[Table]:
+    """Tables for a terminal of 100 columns or more; `show`: kept columns that are tabulated in any case."""
+    parts = [_splits(counts), *([_labels(counts)] if counts.info.labels else [])]
+    parts += [_flow(counts), _sizes(counts), _scales(counts), _views(counts)]
+    parts += kept_tables(counts.kept, show)
     parts += [_remarks(counts)] if len(counts.remarks) else []
     return parts + ([_references(counts)] if len(counts.references) else [])
 
@@ -165,11 +172,11 @@ def _references(counts: SetCounts) -> Table:
     return Table(title="Studies labelled by a radiologist", head=head, rows=lines, note="Never trained on.")
 
 
-def description_markdown(counts: SetCounts) -> str:
+def description_markdown(counts: SetCounts, show: Collection[str] = ()) -> str:
     """The tables for a terminal, and all counts by fold."""
     text = f"# Shard set {counts.info.id}\n\n{markdown_text(heading(counts))}\n"
     text += "".join(f"\nWarning: {markdown_text(caution)}.\n" for caution in counts.cautions)
-    return "\n".join([text, *(table.markdown() for table in [*description_tables(counts), *_by_fold(counts)])])
+    return "\n".join([text, *(table.markdown() for table in [*description_tables(counts, show), *_by_fold(counts)])])
 
 
 def heading(counts: SetCounts) -> str:
@@ -186,7 +193,7 @@ def _by_fold(counts: SetCounts) -> list[Table]:
     """Parts of each fold, and each state of each label by fold."""
     lines = [[f"{line['fold']} {line['part']}", *_numbers(line)] for _, line in counts.folds.iterrows()]
     found = [Table(title="Parts of each fold", head=["Fold", "Images", "Studies", "Patients"], rows=lines)]
-    for state in (*STATES, "blank"):
+    for state in (*STATES, "blank") if counts.info.labels else ():
         wide = counts.labels.pivot(index="label", columns="fold", values=state)
         lines = [[label, *(f"{n:,}" for n in wide.loc[label])] for label in counts.info.labels]
         head = ["Finding", "All", *(f"Fold {k}" for k in range(FOLDS))]
@@ -235,7 +242,7 @@ def figure(counts: SetCounts) -> Figure:
 # Files
 
 
-def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
+def write(counts: SetCounts, folder: Path, out: Path, show: Collection[str] = ()) -> list[Path]:
     """Write describe.md and, where there is something to show, sizes.png and remarks.csv to `out`.
 
     Raises ShardError if that is inside the set.
@@ -246,7 +253,7 @@ def write(counts: SetCounts, folder: Path, out: Path) -> list[Path]:
         )
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "describe.md"]
-    write_bytes(written[0], description_markdown(counts).encode())
+    write_bytes(written[0], description_markdown(counts, show).encode())
     if len(counts.sizes):
         written.append(out / "sizes.png")
         write_figure(written[-1], figure(counts), dpi=150)

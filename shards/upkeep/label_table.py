@@ -11,17 +11,24 @@ import pandas as pd
 
 from cxrfast.errors import ShardError, did_you_mean
 from cxrfast.labels import EARLIER, MIMIC
-from cxrfast.shards.format.rows import REFERENCE, RESERVED
+from cxrfast.shards.format.rows import KEPT, REFERENCE, RESERVED
 from cxrfast.shards.sources.ids import normal_ids
 from cxrfast.shards.sources.table_files import columns_of, read_table
 from cxrfast.shards.sources.tables.text_columns import filled, notes_on_words, raw_labels
 from cxrfast.shards.storage import Tree
 from cxrfast.text import find_fault, label_fault, masked, without_credentials
 
-KEYS = {**dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"), "studyid": "study_id", "path": "path"}
+KEYS = {
+    **dict.fromkeys(("imageid", "dicomid", "imageindex"), "image_id"),
+    "studyid": "study_id",
+    **dict.fromkeys(("path", "file", "filename"), "path"),
+}
 """The set's id column by the plain name (see `_plain`) of the table's."""
 
-PATIENTS = ("subjectid", "patientid")
+FILES = ("file", "filename")
+"""Plain names of columns that hold paths or image ids, and count only where no other column of ids is there."""
+
+PATIENTS = ("subjectid", "patientid", "patientnr")
 """Plain names of columns of patients."""
 
 BOOKKEEPING = {
@@ -121,6 +128,7 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
     known = [name for name in columns if _plain(name) in KEYS]
     if key is None:
         known = [name for name in known if KEYS[_plain(name)] != "path"] or known  # tables with ids may have paths too
+        known = [name for name in known if _plain(name) not in FILES] or known
         if len(known) != 1:
             what = f"has the id columns {', '.join(known)}" if known else f"has no id column ({', '.join(columns)})"
             raise ShardError(f"{table} {what}: name the column of image ids, study ids or paths with --key COLUMN")
@@ -128,7 +136,7 @@ def find_key(columns: list[str], table: str, key: str | None) -> tuple[str, str 
     if key not in columns:
         hint = did_you_mean([key], columns)
         raise ShardError(f"{table} has no column {key!r} (--key): {hint}its columns are {', '.join(columns)}")
-    return key, KEYS.get(_plain(key))
+    return key, None if _plain(key) in FILES else KEYS.get(_plain(key))
 
 
 def choose_labels(
@@ -156,7 +164,7 @@ def choose_labels(
     if not taken:
         raise ShardError(f"{table} has no label columns ({', '.join(columns)}): name them with --label COLUMN")
     for label, name in taken.items():
-        if label in RESERVED or name == key or label.startswith(REFERENCE):
+        if label in RESERVED or name == key or label.startswith((REFERENCE, KEPT)):
             raise ShardError(
                 f"{name!r} of {table} cannot be a label: a set uses that name for something else, rename it"
             )

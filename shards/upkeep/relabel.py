@@ -1,7 +1,7 @@
 """Replace the labels of a shard set with the labels in a table keyed by image, study or path.
 
-Rewrites rows.parquet, set.json and their lines in SHA256SUMS. Never touches tars, manifests, folds, reference columns or the
-set id.
+Rewrites rows.parquet, set.json and their lines in SHA256SUMS. Never touches tars, manifests, folds, reference or kept
+columns, or the set id.
 """
 
 import os
@@ -17,7 +17,7 @@ from cxrfast.shards.format.checksums import check_undamaged, listed_sums, sums_b
 from cxrfast.shards.format.info import SetInfo, read_set
 from cxrfast.shards.format.lock import Lock
 from cxrfast.shards.format.names import SET_FILES, is_temporary
-from cxrfast.shards.format.rows import COLUMNS, label_names, read_rows, reference_names, write_rows
+from cxrfast.shards.format.rows import COLUMNS, kept_names, label_names, read_rows, reference_names, write_rows
 from cxrfast.shards.sources.ids import check_join
 from cxrfast.shards.upkeep.id_matching import ID_COLUMNS, best_column, check_patients, match_ids, shared_tail
 from cxrfast.shards.upkeep.label_table import LabelTable, read_label_table
@@ -151,7 +151,8 @@ def _replace_labels(folder: Path, table: LabelTable, unmatched: Path | None, all
     )
     values = table.values.set_axis(pd.Index(ids)).reindex(known).set_axis(rows.index)
     before, info = label_names(rows), replace(info, labels=table.values.columns.tolist(), labels_from=table.source)
-    write_labels(folder, info, pd.concat([rows[list(COLUMNS)], values, rows[list(reference_names(rows))]], axis=1))
+    carried = [*reference_names(rows), *kept_names(rows)]
+    write_labels(folder, info, pd.concat([rows[list(COLUMNS)], values, rows[carried]], axis=1))
     return Relabelled(
         info=info,
         before=before,

@@ -2,7 +2,7 @@ r"""Delimited text (CSV, TSV) → records, read strictly: each has the header's 
 
 Quoting is that of RFC 4180. A field that opens with a quote may hold delimiters, doubled quotes and line breaks; after the
 closing quote comes a delimiter or the end of the line. A quote in the middle of an unquoted field is text. Blank lines are
-skipped. Lines are counted as an editor counts them: a record of two lines counts as two, and has the number of its first.
+skipped, and so are lines of delimiters alone. Lines are counted as an editor counts them: a record of two lines counts as two, and has the number of its first.
 
 A quote that is opened by mistake swallows records up to the next quote. It never does so unnoticed:
 
@@ -33,6 +33,9 @@ DELIMITERS = {",": "','", ";": "';'", "\t": "tabs", "|": "'|'"}
 
 SAMPLE = 20
 """Records that are looked at to find out the delimiter."""
+
+BARE = " \t" + "".join(DELIMITERS)
+"""What a line without any value consists of."""
 
 BLOCK = 10_000
 """Lines that are split at once, if none holds a quote."""
@@ -140,7 +143,12 @@ def read_columns(layout: Layout, wanted: Sequence[int]) -> tuple[list[int], list
 def _read_plain(layout: Layout, block: Sequence[str], wanted: Sequence[int]) -> list[pa.Array] | None:
     """Columns of lines, if each line is a record without quotes; else None. Much faster than record by record."""
     text = "\n".join(block)
-    if '"' in text or "" in block or len(layout.header) == 1 or layout.delimiter.join(layout.header) in block:
+    if (
+        '"' in text
+        or not all(line.strip(BARE) for line in block)
+        or len(layout.header) == 1
+        or layout.delimiter.join(layout.header) in block
+    ):
         return None
     data = text.encode()
     try:
@@ -184,6 +192,8 @@ def _read_records(
             found.wrong.append((at + 1, len(record.fields), record.spans))
         elif record.fields == layout.header:
             found.repeated.append(at + 1)
+        elif not any(map(str.strip, record.fields)) and len(layout.header) > 1:
+            pass  # spreadsheets write such lines below a table
         else:
             starts.append(at + 1)
             for column, index in zip(columns, wanted, strict=True):

@@ -1,5 +1,6 @@
 """Text columns of source tables → labels and sizes as numbers. Errors name the lines."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ from cxrfast.errors import ShardError
 
 BLANK = ("", "na", "nan", "n/a", "null", "none")
 """Text that means no value in a column of numbers, in any case; a column of text is blank only where it is empty."""
+
+WHOLE_COMMA = re.compile(r"^([+-]?\d+),0{1,2}$")
+"""A whole number with a decimal comma, `1,0`. Three zeros may be those of a thousand."""
 
 WORDS = (
     {"true": 1.0, "false": 0.0},
@@ -66,6 +70,14 @@ def _pair_of(column: pd.Series) -> dict[str, float]:
     return next((pair for pair in WORDS if found and found <= pair.keys()), {})
 
 
+def looks_like_labels(column: pd.Series) -> bool:
+    """Whether a text column holds only what `raw_labels` reads, and something: 1, 0, -1, words of one pair, blanks."""
+    try:
+        return bool(raw_labels(column, "").notna().any())
+    except ShardError:
+        return False
+
+
 def pixels(column: pd.Series, where: str) -> pd.Series:
     """Text → float64 height or width in px, NaN where blank. Raises ShardError for anything else, with its line."""
     return _numbers(column, where, {}, None, "whole numbers of pixels and blank")
@@ -80,7 +92,9 @@ def _numbers(
     for code, text in enumerate(texts):
         plain = text.strip().lower()
         try:
-            number = np.nan if plain in BLANK else words[plain] if plain in words else float(plain)
+            number = (
+                np.nan if plain in BLANK else words[plain] if plain in words else float(WHOLE_COMMA.sub(r"\1", plain))
+            )
         except ValueError:
             number = np.inf
         is_known = number in known if known else number >= 0 and number % 1 == 0 and number < 2**31

@@ -139,7 +139,10 @@ REFUSED = {
     "holds 'inf' for Fracture": lambda t: t.assign(Fracture=np.inf),
     "holds no lines": lambda t: t.iloc[:0],
     "has no label columns (study_id)": lambda t: t[["study_id"]],
-    "study_id is blank in line 2": lambda t: t.assign(study_id=[None, *t["study_id"].iloc[1:].astype(str)]),
+    "study_id is blank in line 2": lambda t: t.assign(
+        study_id=[None, *t["study_id"].iloc[1:].astype(str)],
+        Edema=1,  # a line without any value is skipped
+    ),
     "the table has ids like '1', the set has study_ids like '": lambda t: t.assign(study_id=range(1, len(t) + 1)),
     "'radiologist/Edema'": lambda t: t.rename(columns={"Edema": "radiologist/Edema"})[
         ["study_id", "radiologist/Edema"]
