@@ -176,11 +176,12 @@ def csv_text(frame: "pd.DataFrame") -> str:
     plain = frame.copy()
     for name, column in frame.items():
         if any(isinstance(value, str) for value in column):
-            plain[name] = column.map(_no_formula)
+            plain[name] = column.map(no_formula)
     return plain.to_csv(index=False, lineterminator="\n")
 
 
-def _no_formula(value: object) -> object:
+def no_formula(value: object) -> object:
+    """A text as a CSV file may hold it; other values are unchanged."""
     if not isinstance(value, str):
         return value
     text = printable(value)

@@ -17,6 +17,7 @@ from cxrfast import metrics
 from cxrfast.analysis import mixture
 from cxrfast.analysis.join import check_same_study, choose_scales, join_logits, rules_note
 from cxrfast.analysis.marks import footnotes, marked
+from cxrfast.analysis.other_set import AS_TRAINED, OtherRules, OtherTest, other_folder
 from cxrfast.analysis.scores import (
     by_fold,
     folds_text,
@@ -56,13 +57,15 @@ class EnsembleResult:
 
     remark: what to know about the run, see `runs.remarks`; "" if nothing."""
     auroc: pd.DataFrame
-    """fold, label, method (a name, voting or stacked), auroc of the test rows, NaN where undefined, and remark."""
+    """fold, label, method (a name, voting or stacked), auroc of the tested rows, NaN where undefined, and remark."""
     bce: pd.DataFrame
     """fold, label, voting, stacked, optimum: cross-entropy of the validation rows; NaN as in `weights`."""
     rules: str = ""
     """How rows and labels were chosen, the same for all runs."""
     unfinished: tuple[str, ...] = ()
     """Unfinished runs that were left out."""
+    on: str | None = None
+    """Name of another set whose rows were tested; None: the test rows of the runs' own."""
 
     @property
     def short_names(self) -> tuple[str, ...]:
@@ -98,42 +101,55 @@ class EnsembleResult:
 
 
 def ensemble(
-    runs: Path, names: list[str] | None = None, *, finished_only: bool = False, damaged: Collection[str] = ()
+    runs: Path,
+    names: list[str] | None = None,
+    *,
+    finished_only: bool = False,
+    damaged: Collection[str] = (),
+    on: str | None = None,
+    rules: OtherRules = AS_TRAINED,
+    without_shared_patients: bool = False,
 ) -> EnsembleResult:
     """Fit and test the ensemble in every fold that all `names` have predicted; write RUNS/ensemble/.
 
     names: groups of runs, such as densenet121-256; None: all of the one architecture that has several scales.
     finished_only: leave out runs whose training is not done; otherwise they are marked.
     damaged: names of runs to leave out.
+    on: name of another set, on which the weights fitted on the runs' own validation rows are tested; RUNS/ensemble/on-NAME/ is
+    written then. rules, without_shared_patients: as in `evaluate_on`.
 
     Raises RunError if there are fewer than two scales, if they share no fold, if it is unclear which groups are
     meant, or if runs differ in shard set, label policy, or rows and labels of a fold.
     """
-    groups, unfinished = choose_scales(runs, names, finished_only, damaged)
+    groups, unfinished = choose_scales(runs, names, finished_only, damaged, on)
     check_same_study([run for group in groups.values() for run in group.values()])
     folds = shared_folds(groups)
     if not folds:
         held = "; ".join(f"{name}: {folds_text(group)}" for name, group in groups.items())
         raise RunError(f"no fold has predictions of all scales ({held}): train and predict the missing ones")
     remarks = remarks_on(group[fold] for group in groups.values() for fold in folds)
+    tested = [group[fold] for group in groups.values() for fold in folds]
+    test = OtherTest.of(tested, on, rules, without_shared_patients) if on else None
     parts = []
     with progress("ensemble", STEPS * len(folds), unit="steps") as advance:
         for fold in folds:
-            parts.append(_fold([group[fold] for group in groups.values()], remarks, advance))
+            parts.append(_fold([group[fold] for group in groups.values()], remarks, test, advance))
     weights, auroc, bce = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
     configs = [group[folds[0]].config for group in groups.values()]
     left_out = {name: sorted(rest) for name, group in groups.items() if (rest := set(group) - set(folds))}
+    chosen = rules_note({name: {k: group[k] for k in folds} for name, group in groups.items()})
     result = EnsembleResult(
         tuple(groups),
         tuple(c.scale for c in configs),
-        configs[0].labels,
+        test.matching.both if test else configs[0].labels,
         tuple(folds),
         left_out,
         weights,
         auroc,
         bce,
-        rules_note({name: {k: group[k] for k in folds} for name, group in groups.items()}),
+        test.with_rules(chosen) if test else chosen,
         tuple(unfinished),
+        on,
     )
     write(runs / FOLDER, result)
     return result
@@ -144,12 +160,16 @@ STEPS = 4
 
 
 def _fold(
-    runs: Sequence[Run], remarks: Mapping[Path, str], advance: Advance
+    runs: Sequence[Run], remarks: Mapping[Path, str], test: OtherTest | None, advance: Advance
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale; remarks by folder."""
+    """The lines of `EnsembleResult.weights`, `.auroc` and `.bce` of one fold, from a run of each scale; remarks by folder.
+
+    `test`: another set's rows to test on."""
     name = f"fold {runs[0].config.fold}"
-    of_fold = {"fold": runs[0].config.fold, "label": runs[0].config.labels}
-    logits, targets, mask = join_logits(runs, "val")
+    labels = test.matching.both if test else runs[0].config.labels
+    of_fold = {"fold": runs[0].config.fold, "label": labels}
+    at = [runs[0].config.labels.index(label) for label in labels]
+    logits, targets, mask = (values[..., at] for values in join_logits(runs, "val"))
     advance(note=f"{name}: weights")
     fitted = mixture.fit_weights(logits, targets, mask)  # (L, S)
     advance(note=f"{name}: optimum")
@@ -163,7 +183,7 @@ def _fold(
     weights = [
         pd.DataFrame(
             {
-                "label": run.config.labels,
+                "label": labels,
                 "name": run.folder.parent.name,
                 "scale": run.config.scale,
                 "start": origin_of(run),
@@ -175,7 +195,7 @@ def _fold(
         )
         for s, run in enumerate(runs)
     ]
-    logits, targets, mask = join_logits(runs, "test")
+    logits, targets, mask = join_logits(runs, "test", test)
     scores = {run.folder.parent.name: one for run, one in zip(runs, logits, strict=True)}
     scores |= {"voting": mixture.vote(logits), "stacked": mixture.log_odds(logits, fitted)}
     told = {run.folder.parent.name: remarks[run.folder] for run in runs}
@@ -210,9 +230,9 @@ def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
     rows = score_rows(result.labels, columns, list(gains.values()), deviations=not brief)
     short = dict(zip(result.names, result.short_names, strict=True))
     best = {} if brief else {"Best single": dict(zip(result.labels, map(short.get, result.best_single()), strict=True))}
-    notes = [undefined_note(result.labels, columns, "test"), *_notes(result, columns, brief)]
+    notes = [undefined_note(result.labels, columns, result.on or "test"), *_notes(result, columns, brief)]
     return Table(
-        f"Ensemble of scales, AUROC of the test rows, mean{'' if brief else ' ± standard deviation'} over "
+        f"Ensemble of scales, AUROC {f'on {result.on}' if result.on else 'of the test rows'}, mean{'' if brief else ' ± standard deviation'} over "
         f"{folds_text(result.folds)}",
         ["Finding", *best, *result.short_names, "voting", "stacked", *gains],
         [[label, *(names.get(label) or "" for names in best.values()), *cells] for label, cells in rows],
@@ -225,6 +245,11 @@ def ensemble_table(result: EnsembleResult, brief: bool = True) -> Table:
 def _notes(result: EnsembleResult, columns: Sequence[np.ndarray], brief: bool) -> list[str]:
     """What a reader must know to use the numbers; `brief`: the most important of it."""
     caution = "Validation logits served both early stopping and the ensemble's fit; test rows served neither."
+    if result.on:
+        caution = (
+            f"Weights were fitted on the validation rows of the runs' own set and tested on {result.on}. Those validation "
+            "logits served early stopping, too."
+        )
     left_out = f"Left out, unfinished: {', '.join(result.unfinished)}." if result.unfinished else ""
     if brief:
         return [caution, result.footnotes, left_out]
@@ -295,8 +320,11 @@ def weights_figure(result: EnsembleResult) -> Figure:
 
 
 def write(folder: Path, result: EnsembleResult) -> None:
-    """weights.csv, auroc.csv, summary.md, summary.tex and weights.png, each whole or absent."""
+    """weights.csv, auroc.csv, summary.md, summary.tex and weights.png, each whole or absent; in a folder on-<name> of their own
+    if another set was tested."""
     make_own_folder(folder)
+    if result.on:
+        make_own_folder(folder := folder / other_folder(result.on))
     tables = ensemble_table(result, brief=False), weights_table(result)
     for name, text in {
         "weights.csv": csv_text(result.weights),

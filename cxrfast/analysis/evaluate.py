@@ -4,8 +4,8 @@ In: run folders with predictions; no shard set, no GPU. Out: auroc.csv, auroc_su
 RUNS/evaluation/. Runs that did not answer the same questions are never joined; what is undefined is never a number.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,10 @@ import pandas as pd
 from sklearn.metrics import average_precision_score
 
 from cxrfast import metrics
-from cxrfast.analysis.join import (
-    Answers,
-    by_name,
-    check_same_rows,
-    check_same_study,
-    read_answers,
-    rules_note,
-    with_predictions,
-)
+from cxrfast.analysis.answers import Answers, read_answers
+from cxrfast.analysis.join import Predicted, by_name, check_same_rows, check_same_study, rules_note, with_predictions
 from cxrfast.analysis.marks import footnotes, group_remark, marked, origins
+from cxrfast.analysis.other_set import AS_TRAINED, OtherRules, OtherTest, other_folder
 from cxrfast.analysis.scores import (
     by_fold,
     folds_text,
@@ -37,6 +31,7 @@ from cxrfast.files import make_own_folder, write_bytes
 from cxrfast.progress import progress
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
+from cxrfast.runs.run import Run
 from cxrfast.splits import PARTS
 from cxrfast.tables import Table, csv_text
 
@@ -48,7 +43,7 @@ class Evaluation:
     """The tables of `evaluate`. Groups of runs are named by the folder around their folds: densenet121-256."""
 
     part: str
-    """train, val or test."""
+    """train, val, test, or the name of another set."""
     names: tuple[str, ...]
     """Groups of runs, by architecture and scale."""
     labels: tuple[str, ...]
@@ -69,6 +64,8 @@ class Evaluation:
     """Unfinished runs that were left out."""
     damaged: tuple[str, ...] = ()
     """Damaged runs that were left out."""
+    is_other_set: bool = False
+    """Whether the rows are those of another set than the runs' own."""
 
     @property
     def is_compared(self) -> bool:
@@ -147,28 +144,68 @@ def evaluate(
     if part not in PARTS:
         raise RunError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
     found = with_predictions(runs, finished_only, damaged)
+    groups = by_name(found.runs)
+    check_same_study(found.runs)
+    evaluation = _evaluation(found, groups, part, damaged, lambda run: read_answers(run, part))
+    write(runs / FOLDER, evaluation)
+    return evaluation
+
+
+def evaluate_on(
+    runs: Path,
+    name: str,
+    rules: OtherRules = AS_TRAINED,
+    *,
+    without_shared_patients: bool = False,
+    finished_only: bool = False,
+    damaged: Collection[str] = (),
+) -> Evaluation:
+    """Score every run below `runs` that has predictions on another set, which `cxrfast predict` called `name`.
+
+    All networks score the same rows. `rules`: for that set's labels; default: those of the runs. `without_shared_patients`:
+    leave out rows whose patient or image is among the rows of any of the runs.
+
+    Writes nothing. Raises RunError as `evaluate` and `OtherTest.of` do.
+    """
+    found = with_predictions(runs, finished_only, damaged, name, own=False)
+    groups = by_name(found.runs)
+    check_same_study(found.runs)
+    test = OtherTest.of(found.runs, name, rules, without_shared_patients)
+    evaluation = _evaluation(found, groups, name, damaged, test.read, same_rows=True)
+    return replace(evaluation, rules=test.with_rules(evaluation.rules), is_other_set=True)
+
+
+def _evaluation(
+    found: Predicted,
+    groups: Mapping[str, Mapping[int, Run]],
+    part: str,
+    damaged: Collection[str],
+    read: Callable[[Run], Answers],
+    same_rows: bool = False,
+) -> Evaluation:
+    """The evaluation of what `read` reads from each run; `same_rows`: in all folds."""
     predicted = found.runs
-    groups = by_name(predicted)
-    check_same_study(predicted)
     shared, remarks = shared_folds(groups), remarks_on(predicted)
     lines: dict[str, pd.DataFrame] = {}
     held: list[tuple[np.ndarray, np.ndarray]] = []  # by fold
+    labels: tuple[str, ...] = ()
     with progress("evaluate", len(predicted), unit="runs") as advance:
+        answers: Answers | None = None
         for fold in sorted({run.config.fold for run in predicted}):  # one fold in memory at a time
-            answers: Answers | None = None
+            answers = answers if same_rows else None
             for run in (run for run in predicted if run.config.fold == fold):
-                mine = read_answers(run, part)
+                mine = read(run)
+                labels = mine.labels
                 if answers is None:
                     answers = mine
-                    if fold in shared or not shared:
+                    if fold in shared or not shared or same_rows:
                         held.append((mine.row, _held(mine)))
                 check_same_rows(answers, mine)
                 lines[run.name] = score(mine).assign(compared=fold in shared, remark=remarks[run.folder])
                 advance(note=run.name)
-    labels = predicted[0].config.labels
     positives = dict(zip(labels, distinct_positives(held), strict=True))
     table = pd.concat([lines[run.name] for run in predicted], ignore_index=True)
-    evaluation = Evaluation(
+    return Evaluation(
         part,
         tuple(groups),
         labels,
@@ -179,8 +216,6 @@ def evaluate(
         tuple(found.unfinished),
         tuple(damaged),
     )
-    write(runs / FOLDER, evaluation)
-    return evaluation
 
 
 def score(answers: Answers) -> pd.DataFrame:
@@ -200,7 +235,7 @@ def score(answers: Answers) -> pd.DataFrame:
             "scale": config.scale,
             "start": origin_of(answers.run),
             "fold": config.fold,
-            "label": config.labels,
+            "label": answers.labels,
             "part": answers.part,
             "auroc": metrics.auroc(answers.logits, target, mask),
             "auprc": auprc,
@@ -242,14 +277,14 @@ def auroc_table(evaluation: Evaluation) -> Table:
         evaluation.rules,
         undefined_note(labels, columns, evaluation.part),
         evaluation.footnotes,
-        f"Left out, without predictions: {', '.join(evaluation.skipped)}." if evaluation.skipped else "",
+        _skipped_note(evaluation),
         f"Left out, unfinished: {', '.join(evaluation.unfinished)}." if evaluation.unfinished else "",
         f"Left out, damaged: {', '.join(evaluation.damaged)}." if evaluation.damaged else "",
     )
     rows = score_rows(labels, columns, compared=evaluation.is_compared)
     counts = {label: f"{n:,}" for label, n in evaluation.positives.items()}
     return Table(
-        f"AUROC, {evaluation.part} rows",
+        f"AUROC on {evaluation.part}" if evaluation.is_other_set else f"AUROC, {evaluation.part} rows",
         ["Finding", "Positives", *evaluation.marked().values()],
         [[label, counts.get(label, ""), *cells] for label, cells in rows],
         "\n".join(filter(None, notes)),
@@ -257,10 +292,21 @@ def auroc_table(evaluation: Evaluation) -> Table:
     )
 
 
+def _skipped_note(evaluation: Evaluation) -> str:
+    if not evaluation.skipped:
+        return ""
+    on = f" on {evaluation.part}" if evaluation.is_other_set else ""
+    make = f" (`cxrfast predict RUN SET --on {evaluation.part}`)" if on else ""
+    return f"Left out, without predictions{on}{make}: {', '.join(evaluation.skipped)}."
+
+
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent; auroc-<part>.* if not of the test part."""
+    """auroc.csv, auroc_summary.csv, auroc.md and auroc.tex, each whole or absent; auroc-<part>.* if not of the test part, and
+    in a folder on-<name> of their own if of another set."""
     make_own_folder(folder)
-    stem = "auroc" if evaluation.part == "test" else f"auroc-{evaluation.part}"
+    stem = "auroc" if evaluation.part == "test" or evaluation.is_other_set else f"auroc-{evaluation.part}"
+    if evaluation.is_other_set:
+        make_own_folder(folder := folder / other_folder(evaluation.part))
     table = auroc_table(evaluation)
     for name, text in {
         f"{stem}.csv": csv_text(evaluation.table),

@@ -3,6 +3,7 @@
 In: run folders with predictions; no shard set, no GPU. Runs that did not answer the same questions are never joined.
 """
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,34 +11,19 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from cxrfast.analysis.answers import Answers, read_answers
+from cxrfast.analysis.other_set import OtherTest, again
 from cxrfast.analysis.scores import fold_numbers
 from cxrfast.config import TrainConfig, label_differences, recipe_in_words
 from cxrfast.errors import RunError
-from cxrfast.labels import targets
+from cxrfast.runs.external import known_names
+from cxrfast.runs.external import names as external_names
 from cxrfast.runs.lineage import FROM_RUN, origin_of, shared_origin
 from cxrfast.runs.remarks import unfinished
 from cxrfast.runs.run import Run
+from cxrfast.splits import PARTS
+from cxrfast.text import shown
 from cxrfast.units import counted
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits of one part of a run's rows, with their raw labels."""
-
-    run: Run
-    part: str
-    row: np.ndarray
-    """int64 (n,), ascending, unique."""
-    raw: np.ndarray
-    """float32 (n, L): 1, 0, -1 (uncertain) or NaN (blank)."""
-    logits: np.ndarray
-    """float32 (n, L), finite."""
-
-    def targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Targets float32 (n, L) in {0, 1} and mask bool (n, L), by the run's label policies."""
-        config = self.run.config
-        return targets(self.raw, config.policies, config.blanks, config.unlabelled)
-
 
 MAY_DIFFER = ("precision", "micro_batch", "epochs", "allow_shared_patients", "allow_partial", "weighted_validation")
 """Fields of TrainConfig in which the folds of a group may differ: a machine chose them, a version of cxrfast did not know
@@ -120,14 +106,17 @@ class Predicted:
     """Those that are unfinished, if only finished ones were asked for."""
 
 
-def with_predictions(runs: Path, finished_only: bool = False, damaged: Collection[str] = ()) -> Predicted:
-    """The runs that have predictions; `finished_only`: and whose training is done. Raises RunError if there is none."""
+def with_predictions(
+    runs: Path, finished_only: bool = False, damaged: Collection[str] = (), on: str | None = None, own: bool = True
+) -> Predicted:
+    """The runs that have predictions; `finished_only`: and whose training is done. Raises RunError if there is none.
+
+    `on`: name of another set that they must have predictions on; `own`: their own set's rows must be predicted, too.
+    """
     found = Run.find(runs, damaged)
-    predicted = [run for run in found if run.has_predictions]
+    predicted = [run for run in found if (run.has_predictions or not own) and (on is None or on in external_names(run))]
     if not predicted:
-        none = "the only run" if len(found) == 1 else f"none of the {len(found):,} runs"
-        has = "has no predictions" if len(found) == 1 else "has predictions"
-        raise RunError(f"{none} in {runs} {has}: `cxrfast predict {runs}/*/fold-*`")
+        raise RunError(_nothing_predicted(runs, found, on))
     states = {run.name: unfinished(run) for run in predicted} if finished_only else {}
     rest = [name for name, state in states.items() if state]
     if len(rest) == len(predicted):
@@ -135,9 +124,18 @@ def with_predictions(runs: Path, finished_only: bool = False, damaged: Collectio
             f"no run in {runs} that has predictions is finished ({', '.join(f'{name}: {states[name]}' for name in rest[:3])}"
             f"{', …' if len(rest) > 3 else ''}): finish the training, or leave out --finished-only"
         )
-    return Predicted(
-        [run for run in predicted if run.name not in rest], [r.name for r in found if not r.has_predictions], rest
-    )
+    chosen = [run for run in predicted if run.name not in rest]
+    return Predicted(chosen, [run.name for run in found if run not in predicted], rest)
+
+
+def _nothing_predicted(runs: Path, found: Sequence[Run], on: str | None) -> str:
+    none = "the only run" if len(found) == 1 else f"none of the {len(found):,} runs"
+    has = "has no predictions" if len(found) == 1 else "has predictions"
+    if on is None or any(on in external_names(run) for run in found):
+        return f"{none} in {runs} {has}: `cxrfast predict {runs}`"
+    there = known_names(found)
+    known = f"the other sets that runs were tried on are {there}" if there else "the runs were tried on no other set"
+    return f"{none} in {runs} {has} on {shown(on)} ({known}): `cxrfast predict {runs} SET --on {shlex.quote(on)}`"
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
@@ -244,30 +242,6 @@ def _refuse(first: Run, second: Run, why: str) -> NoReturn:
     )
 
 
-def read_answers(run: Run, part: str) -> Answers:
-    """Join a run's logits with its own raw labels, by row.
-
-    Raises RunError if the rows predicted are not exactly the part's, or if a logit is not finite.
-    """
-    again = f"run `cxrfast predict {run.folder}` again"
-    labels, predictions = list(run.config.labels), run.read_predictions(part)
-    rows = run.rows(["row", "part", *labels])
-    rows = rows.loc[rows["part"] == part, ["row", *labels]].sort_values("row")
-    row = rows["row"].to_numpy(np.int64)
-    if not np.array_equal(row, predictions.row):
-        missing, extra = len(np.setdiff1d(row, predictions.row)), len(np.setdiff1d(predictions.row, row))
-        raise RunError(
-            f"{run.name}: of the {len(row):,} {part} rows {missing:,} have no prediction, "
-            f"and {extra:,} other rows have one: {again}"
-        )
-    shape = len(row), len(labels)
-    if predictions.logits.shape != shape:
-        raise RunError(f"{run.name}: logits of {part} are {predictions.logits.shape}, not {shape}: {again}")
-    if not np.isfinite(predictions.logits).all():
-        raise RunError(f"{run.name}: some {part} logits are not finite, its weights diverged: retrain it")
-    return Answers(run, part, row, rows[labels].to_numpy(np.float32), predictions.logits)
-
-
 def check_same_rows(first: Answers, second: Answers) -> None:
     """Raises RunError if two runs of one fold do not hold the same rows with the same raw labels."""
     if len(apart := np.setxor1d(first.row, second.row)):
@@ -280,6 +254,12 @@ def check_same_rows(first: Answers, second: Answers) -> None:
         why = f" ({'; '.join(known)})" if known else ""
         what = f"{len(apart):,} {first.part} rows are" if len(apart) > 1 else f"1 {first.part} row is"
         _refuse(first.run, second.run, f"{what} in only one of them, such as row {apart[0]}{why}")
+    is_same = np.array_equal(first.is_labelled, second.is_labelled)
+    if first.part not in PARTS:
+        is_same &= np.array_equal(first.raw, second.raw, equal_nan=True)
+        if not is_same:
+            names = f"{first.run.name} and {second.run.name}"
+            raise RunError(f"{names} cannot be joined: {first.part} was relabelled between them: {again(first.part)}")
     _check_same_labels(first.run, second.run, first.row, first.raw, second.raw, first.part)
 
 
@@ -298,13 +278,17 @@ def _check_same_labels(first: Run, second: Run, row: np.ndarray, raw: np.ndarray
 
 
 def choose_scales(
-    runs: Path, names: Sequence[str] | None, finished_only: bool = False, damaged: Collection[str] = ()
+    runs: Path,
+    names: Sequence[str] | None,
+    finished_only: bool = False,
+    damaged: Collection[str] = (),
+    on: str | None = None,
 ) -> tuple[dict[str, dict[int, Run]], list[str]]:
     """Groups to combine, ascending in scale: name → fold → run; and the names of the unfinished runs that are left out.
 
-    Raises RunError as `ensemble` does.
+    `on`: name of another set that they must have predictions on. Raises RunError as `ensemble` does.
     """
-    found = with_predictions(runs, finished_only, damaged)
+    found = with_predictions(runs, finished_only, damaged, on)
     predicted, skipped = found.runs, found.without
     known = {run.folder.parent.name: run.config for run in predicted}
     have = ", ".join(names or known)
@@ -339,9 +323,14 @@ def names_to_combine(runs: Iterable[Run], where: object) -> list[str]:
     return names
 
 
-def join_logits(runs: Sequence[Run], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row."""
-    answers = [read_answers(run, part) for run in runs]
+def join_logits(
+    runs: Sequence[Run], part: str, test: OtherTest | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits float32 (S, N, L), targets (N, L) and mask (N, L) of runs of one fold, joined by row.
+
+    `test`: of another set, in place of the part.
+    """
+    answers = [test.read(run) if test else read_answers(run, part) for run in runs]
     for other in answers[1:]:
         check_same_rows(answers[0], other)
     return np.stack([mine.logits for mine in answers]), *answers[0].targets()

@@ -18,11 +18,12 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from cxrfast import __version__
 from cxrfast.analysis import chapters, ensemble, evaluate, thresholds
+from cxrfast.analysis.answers import read_answers
 from cxrfast.analysis.chapters import RUNS, Chapter, saved, shareable
 from cxrfast.analysis.curves import auroc_figure, values_of
-from cxrfast.analysis.join import read_answers
 from cxrfast.errors import RunError
 from cxrfast.files import write_bytes
+from cxrfast.runs import external
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lineage import marked_name, origin_of
 from cxrfast.runs.run import Run
@@ -55,6 +56,7 @@ def report(
     for name, why in damaged.items():
         log.warning(f"{name} is damaged and left out of the report: {why}")
     shown = [_summary(found, damaged), scores, stack, _thresholds(runs, found, damaged, finished_only)]
+    shown += _other_sets(runs, found, damaged, finished_only)
     shown += [chapters.learning(runs, found), chapters.erf(runs, found), chapters.gradcam(found)]
     shown += [chapters.resources(found), chapters.configuration(found)]
     environment = Environment(loader=PackageLoader("cxrfast.analysis", "."), autoescape=select_autoescape(default=True))
@@ -200,6 +202,19 @@ def _ensemble(
     tables = [ensemble.ensemble_table(result, brief=False), ensemble.weights_table(result)]
     figure = saved(ensemble.weights_figure(result), runs, "weights.png")
     return Chapter(title, tables=tables, figures=[("Weights of the scales, mean over folds", figure)])
+
+
+def _other_sets(runs: Path, found: list[Run], damaged: Mapping[str, str], finished_only: bool) -> list[Chapter]:
+    """One chapter with a table for each other set, under the rules of the runs; none if the runs were tried on no other set."""
+    names = sorted({name for run in found for name in external.names(run)})
+    chapter = Chapter("External validation")
+    for name in names:
+        try:
+            scores = evaluate.evaluate_on(runs, name, finished_only=finished_only, damaged=damaged)
+            chapter.tables.append(evaluate.auroc_table(scores))
+        except RunError as error:
+            chapter.text += f"{shareable(str(error), runs)}. "
+    return [chapter] if names else []
 
 
 def _thresholds(runs: Path, found: list[Run], damaged: Mapping[str, str], finished_only: bool) -> Chapter:

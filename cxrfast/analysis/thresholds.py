@@ -14,13 +14,13 @@ import pandas as pd
 
 from cxrfast import metrics
 from cxrfast.analysis import mixture
+from cxrfast.analysis.answers import read_answers
 from cxrfast.analysis.evaluate import FOLDER
 from cxrfast.analysis.join import (
     by_name,
     check_same_study,
     choose_scales,
     join_logits,
-    read_answers,
     rules_note,
     with_predictions,
 )

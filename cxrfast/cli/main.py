@@ -102,7 +102,8 @@ def doctor(deep: bool, shards: Path | None, scale: int | None) -> None:
 IN_ORDER = (
     *(shards.synth, shards.shard, shards.relabel, shards.describe, shards.verify, shards.stage),
     *(training.train, training.fetch_weights, predict.predict),
-    *(analysis.evaluate, analysis.ensemble, analysis.thresholds, analysis.erf, analysis.gradcam, analysis.report),
+    *(analysis.evaluate, analysis.ensemble, analysis.thresholds, analysis.table, analysis.erf, analysis.gradcam),
+    analysis.report,
     *(training.status, study.study, bench.bench, study.demo, doctor),
 )
 """All commands, in the order in which a study needs them."""

@@ -1,8 +1,9 @@
 """`cxrfast predict`: runs on their own set, on another set, or on new films. What each argument is decides which."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +11,10 @@ from cxrfast.cli import options as option
 from cxrfast.cli.terminal import say
 from cxrfast.errors import RunError
 from cxrfast.launch import refuse_slurm_tasks
+
+if TYPE_CHECKING:
+    from cxrfast.distributed import World
+    from cxrfast.runs.run import Run
 
 MODEL = "model.json"
 """Describes the model in a folder that `cxrfast export` wrote."""
@@ -70,23 +75,73 @@ def runs_below(folder: Path) -> list[Path]:
 @click.command()
 @click.argument("targets", nargs=-1, required=True, metavar="RUN... [SET | FILM...]")
 @option.MOVED_SHARDS
+@click.option("--on", "name", metavar="NAME", help="SET: what to call it. [default: the name of its folder]")
+@click.option("--view", "views", multiple=True, help="SET: only this view position, such as PA; repeatable.")
+@option.flag("--allow-partial", "SET: predict the rows that are there if its build is not finished.")
 @option.runtime_options
 def predict(targets: tuple[str, ...], shards: Path | None, device: str, **options: Any) -> None:
-    """Compute the logits of each RUN for its validation and test rows.
+    """Compute the logits of each RUN for its validation and test rows, or for all rows of SET.
 
-    RUN may be the folder of all runs.
+    RUN may be the folder of all runs. SET is another shard set than the runs' own: external validation.
     """
     refuse_slurm_tasks("cxrfast predict", "torchrun --nproc_per_node={n} -m cxrfast predict …")
     from cxrfast.distributed import world
     from cxrfast.runs.run import Run
     from cxrfast.training.predict import predict as predict_run
 
-    found = sort_targets(targets)
-    if found.exports or found.sets or found.films:
-        other = next(iter([*found.films, *map(str, found.sets), *map(str, found.exports)]))
+    found, of_set = sort_targets(targets), {name: options.pop(name) for name in OF_SET}
+    if found.exports or found.films:
+        other = next(iter([*found.films, *map(str, found.exports)]))
         raise RunError(f"{other} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
+    own, others = split_sets(found, of_set["name"])
+    if any(of_set.values()) and not others:
+        raise RunError(
+            "--on, --view and --allow-partial are about a set that the runs were not trained on: give its folder, too"
+        )
     with world(device) as ranks:
-        for folder in found.runs:
+        for folder, where in own:
             run = Run.open(folder)
-            predict_run(run, ranks, shards=shards, **options)
+            predict_run(run, ranks, shards=where or shards, **options)
             say(run.predictions_path)
+        for where, folders in others:
+            _predict_other_set([Run.open(folder) for folder in folders], ranks, where, own=shards, **of_set, **options)
+
+
+OF_SET = ("name", "views", "allow_partial")
+"""Arguments that are about another set."""
+
+
+def split_sets(
+    found: Targets, name: str | None
+) -> tuple[list[tuple[Path, Path | None]], list[tuple[Path, list[Path]]]]:
+    """Runs to predict on their own set, each with the folder of the set, if given; and other sets, each with its runs.
+
+    Raises RunError if several other sets would have the `name` that was given.
+    """
+    from cxrfast.runs.run import Run
+    from cxrfast.shards.format.info import read_set
+
+    if not found.sets:
+        return [(folder, None) for folder in found.runs], []
+    own: list[tuple[Path, Path | None]] = []
+    others: list[tuple[Path, list[Path]]] = []
+    trained_on = {folder: Run.open(folder).config.set_id for folder in found.runs}
+    for shards in found.sets:
+        set_id = read_set(shards).id
+        own += [(folder, shards) for folder in found.runs if trained_on[folder] == set_id]
+        if rest := [folder for folder in found.runs if trained_on[folder] != set_id]:
+            others.append((shards, rest))
+    if name and len(others) > 1:
+        raise RunError(f"--on {name} with {len(others)} sets: predict them in commands of their own, or leave --on out")
+    return own, others
+
+
+def _predict_other_set(runs: "list[Run]", ranks: "World", shards: Path, **options: Any) -> None:
+    from cxrfast.runs.external import store_path
+    from cxrfast.training.external import predict_external
+
+    name = predict_external(runs, ranks, shards, **options)
+    if ranks.is_first:
+        for run in runs:
+            say(store_path(run, name))
+        say(f"next: cxrfast evaluate {runs[0].folder.parents[1]} --on {shlex.quote(name)}")

@@ -60,6 +60,8 @@ class RunFolder:
     """Logits of the validation and test rows."""
     thresholds_path = _File("thresholds.json")
     """Thresholds of its logits, chosen on the validation rows."""
+    external_path = _File("external")
+    """Folder of logits of other sets' rows, see `runs.external`."""
     maps_path = _File("maps.zarr")
     """Receptive field and Grad-CAM maps."""
     profile_path = _File("profile.json")

@@ -328,7 +328,7 @@ class Run(RunFolder):
         from cxrfast.models.weights_file import RECORD
 
         self.check_lease()
-        for derived in (self.predictions_path, self.maps_path):
+        for derived in (self.predictions_path, self.external_path, self.maps_path):
             shutil.rmtree(derived, ignore_errors=True)
         self.thresholds_path.unlink(missing_ok=True)
         for figure in self.gradcam_paths().values():

@@ -60,11 +60,7 @@ def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int |
     total = sum(map(len, rows.values()))
     with progress(f"predict {run.name}", total) as advance:
         for part in PARTS:
-            order = EvalOrder(rows=rows[part], micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
-            loader = Loader(
-                reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size
-            )
-            scores = score(model, loader, world, run.config.precision, advance)
+            scores = score_rows(run, model, reader, rows[part], world, engine, threads, advance)
             if scores is not None:
                 parts[part] = scores
     world.on_first(lambda: _write(run, {part: complete(parts[part], rows[part], run.name) for part in PARTS}, table))
@@ -82,6 +78,22 @@ def _write(run: Run, parts: Mapping[str, Predictions], rows: pd.DataFrame) -> No
     known = targets(raw, config.policies, config.blanks, config.unlabelled)
     chosen = choose(parts["val"].logits, *known, earlier.rule if earlier else YOUDEN)
     run.write_thresholds(chosen, len(raw))
+
+
+def score_rows(
+    run: Run,
+    model: torch.nn.Module,
+    reader: Reader,
+    rows: np.ndarray,
+    world: World,
+    engine: str,
+    threads: int | None,
+    advance: Advance,
+) -> Predictions | None:
+    """`score` of the rows (int64) of a set, with the micro-batch and the precision of the run."""
+    order = EvalOrder(rows=rows, micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
+    loader = Loader(reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size)
+    return score(model, loader, world, run.config.precision, advance)
 
 
 def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:

@@ -69,10 +69,10 @@ def check_labelled(shards: Path, info: SetInfo) -> None:
         raise RunError(f"{shards} has no labels to train on: add them with `cxrfast relabel {shards} TABLE`")
 
 
-def is_partial(reader: Reader, allowed: bool) -> bool:
+def is_partial(reader: Reader, allowed: bool, task: str = "train on") -> bool:
     """Whether shards of the set are still to be built at the reader's scale; quarantined rows are not missing.
 
-    Raises RunError for such a set unless it is `allowed`.
+    Raises RunError for such a set unless it is `allowed`; `task`: what the command does with its rows.
     """
     shard_set, scale = reader.shard_set, reader.scale
     info, shards = shard_set.info, shard_set.shards(scale)
@@ -84,7 +84,7 @@ def is_partial(reader: Reader, allowed: bool) -> bool:
     if not allowed:
         raise RunError(
             f"{found}, since its build is not finished: finish it with the command that began it (`cxrfast shard --out "
-            f"{shard_set.folder} --scale {scale} …`), or train on the rows that are there with --allow-partial"
+            f"{shard_set.folder} --scale {scale} …`), or {task} the rows that are there with --allow-partial"
         )
     return True
 

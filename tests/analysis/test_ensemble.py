@@ -10,8 +10,8 @@ from PIL import Image
 from runs import make_run, read_csv, shown, study_rows
 
 from cxrfast import metrics
+from cxrfast.analysis.answers import read_answers
 from cxrfast.analysis.ensemble import EnsembleResult, ensemble, ensemble_table, weights_figure
-from cxrfast.analysis.join import read_answers
 from cxrfast.analysis.mixture import fit_weights, log_odds, vote
 from cxrfast.errors import RunError
 from cxrfast.runs.run import Run

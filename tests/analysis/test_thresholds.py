@@ -11,7 +11,8 @@ from runs import LABELS, make_run, predict, read_csv, shown, study_rows
 from sklearn.metrics import confusion_matrix
 
 from cxrfast.analysis import mixture
-from cxrfast.analysis.join import join_logits, read_answers
+from cxrfast.analysis.answers import read_answers
+from cxrfast.analysis.join import join_logits
 from cxrfast.analysis.report import report
 from cxrfast.analysis.thresholds import (
     FEW,
