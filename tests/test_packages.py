@@ -18,10 +18,13 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+KINDS = (".py", ".j2", ".typed", ".html", ".css", ".js", ".svg")
+
+
 def files_of(package: Path) -> set[str]:
-    """Modules, templates and py.typed of an installed package or of the source tree, through its links."""
+    """Modules, templates, pages and py.typed of an installed package or of the source tree, through its links."""
     found = (Path(folder, name) for folder, _, names in os.walk(package, followlinks=True) for name in names)
-    return {str(path.relative_to(package)) for path in found if path.suffix in (".py", ".j2", ".typed")}
+    return {str(path.relative_to(package)) for path in found if path.suffix in KINDS}
 
 
 FILES = files_of(ROOT / "cxrfast")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cxrfast import __version__, log
-from cxrfast.cli import analysis, bench, predict, shards, study, training
+from cxrfast.cli import analysis, app, bench, predict, shards, study, training
 from cxrfast.cli import options as option
 from cxrfast.cli.streams import prepare
 from cxrfast.cli.terminal import fail, say, show
@@ -104,6 +104,7 @@ IN_ORDER = (
     *(training.train, training.fetch_weights, predict.predict),
     *(analysis.evaluate, analysis.ensemble, analysis.thresholds, analysis.table, analysis.erf, analysis.gradcam),
     analysis.report,
+    app.app,
     *(training.status, study.study, bench.bench, study.demo, doctor),
 )
 """All commands, in the order in which a study needs them."""
