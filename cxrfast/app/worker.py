@@ -106,8 +106,8 @@ def scale_thresholds(model: ScaleEnsemble, scale: int) -> Thresholds | None:
 def judged(probabilities: np.ndarray, thresholds: Thresholds | None) -> list[dict[str, Any]]:
     """One entry per finding: probability, threshold (a probability) and verdict, each None where there is none. (L,)"""
     n = len(probabilities)
-    cuts = thresholds.probabilities if thresholds else np.full(n, np.nan)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # certain ones have infinite log-odds, unknown ones none
+        cuts = thresholds.probabilities if thresholds else np.full(n, np.nan)
         log_odds = np.log(probabilities) - np.log1p(-probabilities)
     verdicts = in_words(thresholds.verdicts(log_odds[None])[0]) if thresholds else [""] * n
     return [

@@ -79,7 +79,7 @@ export async function ask({ film, question, finding, scale }, largest) {
 
 export function sentence(words) {
   const text = String(words).trim();
-  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+  return (text.startsWith("cxrfast") ? "" : text.charAt(0).toUpperCase()) + text.slice(text.startsWith("cxrfast") ? 0 : 1) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
 export function bytes(base64) {

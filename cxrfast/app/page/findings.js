@@ -17,8 +17,8 @@ export const probability = (p) => (p === null ? "–" : p > 0 && p < 0.005 ? "<0
 const SIGNS = { positive: "▲", negative: "▽" };
 
 // A probability, its threshold and verdict.
-function cell(score, is_chosen) {
-  const words = score.threshold === null ? "no threshold" : `${score.verdict === "positive" ? "≥" : "<"} ${probability(score.threshold)}`;
+function cell(score, is_chosen, has_thresholds) {
+  const words = !has_thresholds ? "" : score.threshold === null ? "no threshold" : `${score.verdict === "positive" ? "≥" : "<"} ${probability(score.threshold)}`;
   return element(
     "td",
     { class: [score.verdict ?? "none", is_chosen ? "chosen" : ""].join(" ") },
@@ -45,15 +45,15 @@ export function table(model, scores, finding, scale, choose) {
       "button",
       { type: "button", class: "finding", "aria-pressed": String(i === finding), "data-finding": i },
       element("span", { class: "name", text: model.labels[i] }),
-      element("span", { class: `verdict ${verdict ?? "none"}`, text: verdict ? `${SIGNS[verdict]} ${verdict}` : "no verdict" }),
+      element("span", { class: `verdict ${verdict ?? "none"}`, text: verdict ? `${SIGNS[verdict]} ${verdict}` : model.rule ? "no verdict" : "" }),
     );
     name.addEventListener("click", () => choose(i));
     return element(
       "tr",
       { class: i === finding ? "chosen" : null },
       element("th", { scope: "row" }, name),
-      ...one.scales.map((score, s) => cell(score, s === scale)),
-      ...(has_ensemble ? [cell(one.ensemble, false)] : []),
+      ...one.scales.map((score, s) => cell(score, s === scale, model.rule)),
+      ...(has_ensemble ? [cell(one.ensemble, false, model.rule)] : []),
       ...(model.scales.length > 1 ? [element("td", { class: "trend" }, trend(one, scale))] : []),
     );
   });

@@ -264,7 +264,7 @@ async function start() {
   model = await answer.json();
   const { scales, labels, networks } = model;
   $("model").textContent = `${labels.length} ${labels.length === 1 ? "finding" : "findings"}, ${scales.join(", ")} px, ${networks} ${networks === 1 ? "network" : "networks"}`;
-  $("scale").max = scales.length - 1;
+  $("scale").max = $("scale").value = scales.length - 1;
   $("scale").disabled = scales.length === 1;
   $("ticks").replaceChildren(...scales.map((side) => element("span", { text: side })));
   $("rule").textContent = ruleText(model.rule);

@@ -42,7 +42,7 @@ export async function drawFilm(picture, width, height) {
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   $("sheet").style.aspectRatio = `${width} / ${height}`;
-  $("sheet").style.setProperty("--shape", width / height);
+  $("stage").style.setProperty("--shape", width / height);
   $("sheet").hidden = false;
   $("hint").hidden = true;
   return true;
@@ -71,7 +71,7 @@ export function clear() {
 
 // Where a map is strongest, in words.
 export function strongest(map) {
-  const at = map.values.indexOf(Math.max(...map.values.length > 65536 ? [] : map.values));
+  const at = map.values.indexOf(map.values.reduce((a, b) => Math.max(a, b), 0));
   const third = (position) => Math.min(2, Math.floor((3 * (position + 0.5)) / map.side));
   const row = ["upper", "middle", "lower"][third(Math.floor(at / map.side))];
   const column = ["left", "centre", "right"][third(at % map.side)];
