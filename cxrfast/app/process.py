@@ -83,7 +83,9 @@ class ModelProcess:
                 raise Refusal(504, f"this film took longer than {self.seconds:g} s and was given up") from None
             except (asyncio.IncompleteReadError, OSError):
                 await self.stop()
-                raise Refusal(422, "this film ended the process that reads it: it is damaged, or memory ran out") from None
+                raise Refusal(
+                    422, "this film ended the process that reads it: it is damaged, or memory ran out"
+                ) from None
             except asyncio.CancelledError:
                 await self.stop()  # else its answer would be taken for the next film's
                 raise
@@ -101,14 +103,18 @@ class ModelProcess:
         await process.wait()
 
     async def _send(self, *messages: bytes) -> None:
-        assert self._process and self._process.stdin
+        assert self._process is not None
+        pipe = self._process.stdin
+        assert pipe is not None
         for message in messages:
-            self._process.stdin.write(len(message).to_bytes(LENGTH))
+            pipe.write(len(message).to_bytes(LENGTH))
             for start in range(0, len(message), PIECE):  # a whole film would be copied
-                self._process.stdin.write(memoryview(message)[start : start + PIECE])
-                await self._process.stdin.drain()
+                pipe.write(memoryview(message)[start : start + PIECE])
+                await pipe.drain()
 
     async def _receive(self) -> dict[str, Any]:
-        assert self._process and self._process.stdout
-        length = int.from_bytes(await self._process.stdout.readexactly(LENGTH))
-        return json.loads(await self._process.stdout.readexactly(length))
+        assert self._process is not None
+        pipe = self._process.stdout
+        assert pipe is not None
+        length = int.from_bytes(await pipe.readexactly(LENGTH))
+        return json.loads(await pipe.readexactly(length))

@@ -8,7 +8,6 @@ import socket
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from cxrfast.errors import RunError
 
@@ -55,7 +54,9 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-async def _serve(listener: socket.socket, model: ModelProcess, opens_browser: bool, say: Callable[[str], object]) -> None:
+async def _serve(
+    listener: socket.socket, model: ModelProcess, opens_browser: bool, say: Callable[[str], object]
+) -> None:
     port = listener.getsockname()[1]
     secret = secrets.token_urlsafe(16)
     hosts = {f"{name}:{port}" for name in (HOST, "localhost")}

@@ -21,6 +21,7 @@ from cxrfast.app.process import LENGTH
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.inference.ensemble import ScaleEnsemble, stacked
+from cxrfast.inference.table import log_odds
 from cxrfast.runs.run import Run
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.decode import encode
@@ -81,9 +82,7 @@ def scores(model: ScaleEnsemble, data: bytes) -> dict[str, Any]:
     film = model.prepare(data)
     with torch.inference_mode():
         found = model(stacked([film], model.scales))
-    by_scale = [
-        judged(found.scales[scale][0].cpu().numpy(), scale_thresholds(model, scale)) for scale in model.scales
-    ]
+    by_scale = [judged(found.scales[scale][0].cpu().numpy(), scale_thresholds(model, scale)) for scale in model.scales]
     ensemble = judged(found.ensemble[0].cpu().numpy(), model.thresholds)
     return {
         "height": film.height,
@@ -100,16 +99,18 @@ def scores(model: ScaleEnsemble, data: bytes) -> dict[str, Any]:
 def scale_thresholds(model: ScaleEnsemble, scale: int) -> Thresholds | None:
     """Thresholds for the mean over the folds of a scale; None if one of them has none."""
     folds = [member.thresholds for member in model.members if member.scale == scale]
-    return mean_over_folds(folds) if all(folds) else None
+    known = [thresholds for thresholds in folds if thresholds]
+    return mean_over_folds(known) if len(known) == len(folds) else None
 
 
 def judged(probabilities: np.ndarray, thresholds: Thresholds | None) -> list[dict[str, Any]]:
     """One entry per finding: probability, threshold (a probability) and verdict, each None where there is none. (L,)"""
     n = len(probabilities)
-    with np.errstate(divide="ignore", invalid="ignore"):  # certain ones have infinite log-odds, unknown ones none
-        cuts = thresholds.probabilities if thresholds else np.full(n, np.nan)
-        log_odds = np.log(probabilities) - np.log1p(-probabilities)
-    verdicts = in_words(thresholds.verdicts(log_odds[None])[0]) if thresholds else [""] * n
+    cuts, verdicts = np.full(n, np.nan), np.full(n, "")
+    if thresholds:
+        with np.errstate(invalid="ignore"):  # of findings without a threshold
+            cuts = thresholds.probabilities
+        verdicts = in_words(thresholds.verdicts(log_odds(probabilities)[None])[0])
     return [
         {"p": number(p), "threshold": number(cut), "verdict": verdict or None}
         for p, cut, verdict in zip(probabilities, cuts, verdicts, strict=True)

@@ -194,13 +194,14 @@ class ScaleEnsemble(nn.Module):
     def gradcam(self, images: Mapping[int, Tensor], label: str) -> dict[int, np.ndarray]:
         """Grad-CAM of a finding by scale: float32 (N, scale, scale) in [0, 1], the mean over folds.
 
-        images: by scale, uint8 (N, 1, scale, scale).
+        images: by scale, uint8 (N, 1, scale, scale); scales that are not given get no map. Raises RunError for a network
+        whose feature map is not known.
         """
         if label not in self.labels:
             raise RunError(f"the ensemble has no finding {label!r}: use one of {', '.join(self.labels)}")
         index = self.labels.index(label)
-        maps: dict[int, list[np.ndarray]] = {scale: [] for scale in self.scales}
-        for member in self.members:
+        maps: dict[int, list[np.ndarray]] = {scale: [] for scale in self.scales if scale in images}
+        for member in (member for member in self.members if member.scale in images):
             found, _ = gradcam(member.network, images[member.scale].to(self.device), index)
             maps[member.scale].append(found.cpu().numpy())
         return {scale: np.stack(those).mean(axis=0) for scale, those in maps.items()}

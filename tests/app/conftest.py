@@ -51,7 +51,9 @@ def film(phantoms: Path) -> bytes:
 def served(*words: object) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """`cxrfast app` with these words in a process of its own: its address, and the process. Ends by Ctrl-C."""
     command = [sys.executable, "-W", "ignore", "-m", "cxrfast", "app", *map(str, words), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert process.stdout
         found = next((m for line in process.stdout if (m := re.search(r"http://\S+", line))), None)

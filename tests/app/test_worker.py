@@ -116,7 +116,12 @@ def test_a_film_that_cannot_be_used_is_refused_with_the_reason(model, film, word
 
 
 def test_patients_of_a_dicom_file_appear_nowhere(model):
-    names = {"PatientName": "Doe^Jane", "PatientID": "4711", "StudyDate": "20200102", "InstitutionName": "Saint Elsewhere"}
+    names = {
+        "PatientName": "Doe^Jane",
+        "PatientID": "4711",
+        "StudyDate": "20200102",
+        "InstitutionName": "Saint Elsewhere",
+    }
     pixels = np.tile(np.arange(80, dtype=np.uint16) * 50, (90, 1))
     film = written(radiograph(pixels, **names))
     damaged = written(radiograph(pixels, **names, Rows=91))

@@ -201,3 +201,14 @@ def test_gradcam_by_scale_is_the_mean_over_folds(made):
     np.testing.assert_allclose(maps[64], np.mean(own, axis=0), rtol=1e-6)
     with pytest.raises(RunError, match="has no finding 'Teeth'"):
         made.gradcam(images, "Teeth")
+
+
+def test_gradcam_of_one_scale_needs_its_images_alone(made):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8))
+    images = {64: image, 32: image[..., ::2, ::2].contiguous()}
+    label = made.labels[3]
+    every = made.gradcam(images, label)
+    for scale in (32, 64):
+        alone = made.gradcam({scale: images[scale]}, label)
+        assert set(alone) == {scale}
+        assert np.array_equal(alone[scale], every[scale])
