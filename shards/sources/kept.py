@@ -130,7 +130,7 @@ def note_on_kept(kept: dict[str, pd.Series]) -> tuple[str, ...]:
     """A sentence on how kept columns were read; it names no value, which may identify a patient."""
     described = [
         f"{name} as {'numbers' if values.dtype == np.float64 else 'text'}"
-        + (f" (blank for {blank:,} images)" if (blank := int(values.isna().sum())) else "")
+        + (f" (blank for {blank:,} image{'s' * (blank > 1)})" if (blank := int(values.isna().sum())) else "")
         for name, values in kept.items()
     ]
     return (f"kept: {', '.join(described)}",) if described else ()

@@ -1,11 +1,20 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cxrfast.errors import ShardError
 from cxrfast.shards.format.info import read_info, read_set
-from cxrfast.shards.format.rows import COLUMNS, REFERENCE, label_names, read_rows, reference_names, write_rows
+from cxrfast.shards.format.rows import (
+    COLUMNS,
+    REFERENCE,
+    kept_names,
+    label_names,
+    read_rows,
+    reference_names,
+    write_rows,
+)
 
 
 def table(n: int = 5) -> pd.DataFrame:
@@ -102,3 +111,44 @@ def test_a_changed_byte_in_the_footer_is_a_shard_error_or_harmless(tmp_path, tin
         except ShardError:
             refused += 1
     assert refused
+
+
+def with_kept() -> pd.DataFrame:
+    return table().assign(
+        **{"kept/Age": [61.0, np.nan, 5.7, 0.0, 7.0], "kept/Sex": ["F", None, "M", "M", "F"], "kept/Blank": None}
+    )
+
+
+def test_kept_columns_are_no_labels_and_come_back_with_their_types_and_the_same_bytes(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = with_kept()
+    write_rows(path, rows)
+    back = read_rows(path)
+    assert label_names(rows) == label_names(back) == ("Zebra", "Apple")
+    assert kept_names(back) == ("kept/Age", "kept/Sex", "kept/Blank")
+    np.testing.assert_array_equal(back["kept/Age"], rows["kept/Age"])
+    assert back["kept/Sex"].fillna("?").tolist() == ["F", "?", "M", "M", "F"]
+    assert back["kept/Blank"].isna().all()
+    types = pq.read_schema(path)
+    assert [str(types.field(name).type) for name in kept_names(back)] == ["double", "string", "string"]
+    write_rows(tmp_path / "again.parquet", back)
+    assert (tmp_path / "again.parquet").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pd.Series([1, 2, 3, 4, 5]), "'kept/x' holds int64, not string or double"),
+        (pd.Series([1.0, np.inf, 3, 4, 5]), "'kept/x' holds a number that is not finite"),
+        (pd.Series(["a", "b", "=1+1", "d", "e"]), r"'kept/x': '=1\+1' would be run as a formula"),
+        (pd.Series(["a", "b", "c\u202e", "d", "e"]), r"'kept/x': .* holds the character U\+202E"),
+        (pd.Series(["a", "b", "c" * 201, "d", "e"]), "'kept/x': .* has 201 characters"),
+    ],
+)
+def test_kept_values_that_no_build_writes_are_damage(tmp_path, column, message):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, table())
+    back = pq.read_table(path)
+    pq.write_table(back.append_column("kept/x", pa.array(column.tolist())), path)
+    with pytest.raises(ShardError, match=message):
+        read_rows(path)

@@ -332,3 +332,103 @@ def test_a_label_that_is_named_twice_is_refused(tree):
     write(tree, path=["1.png", "2.png"], patient_id=list("ab"), Mass=["1", "0"])
     with pytest.raises(ShardError, match="label 'Mass' is named twice: name it once"):
         read_source("table", Tree(tree), {"table": "t.csv", "label": ["Mass", "Mass"]})
+
+
+# Spreadsheets as people export them
+
+
+EXPORT = """\ufeffFilename;PatientNr;Age;Sex;Scanner;Pneumonia;Mass
+i00.jpg;7,0;5,7;F;Canon;1,0;yes
+i01.jpg;8,0;;M;;0,0;no
+i02.jpg;8,0;61;F;Canon;;
+;;;;;;
+"""
+
+
+def exported(tree: Path, **options):
+    (tree / "export.csv").write_text(EXPORT, encoding="utf-8")
+    return read_source("table", tree, {"table": "export.csv", **options})
+
+
+def test_a_semicolon_export_with_decimal_commas_and_a_bare_last_line_is_read(tree):
+    source = exported(tree, label=["Pneumonia", "Mass"], keep=["Age", "Sex", "Scanner"])
+    frame = source.images
+    assert frame["patient_id"].tolist() == ["7", "8", "8"]
+    np.testing.assert_array_equal(frame["Pneumonia"], np.float32([1, 0, np.nan]))
+    np.testing.assert_array_equal(frame["Mass"], np.float32([1, 0, np.nan]))
+    np.testing.assert_array_equal(frame["kept/Age"], [5.7, np.nan, 61])
+    assert frame["kept/Sex"].tolist() == ["F", "M", "F"]
+    assert frame["kept/Scanner"].isna().tolist() == [False, True, False]
+    assert source.labels == ("Pneumonia", "Mass")
+    assert "decimal commas read as points: Age" in source.notes
+    assert (
+        source.notes[-1] == "kept: Age as numbers (blank for 1 image), Sex as text, Scanner as text (blank for 1 image)"
+    )
+
+
+def test_without_labels_the_columns_that_look_like_labels_are_named(tree):
+    source = exported(tree)
+    assert (source.labels, source.label_like) == ((), ("Pneumonia", "Mass"))
+    assert exported(tree, keep=["Mass"]).label_like == ("Pneumonia",)
+    assert exported(tree, label="Mass").label_like == ()
+
+
+def test_a_column_that_cannot_be_read_does_not_matter_where_nothing_is_asked_of_it(tree):
+    frame = FRAME[["path", "patient_id", "Mass"]].assign(taken=pd.to_datetime("2024"))
+    frame.to_parquet(tree / "t.parquet")
+    assert read_source("table", tree, {"table": "t.parquet"}).labels == ()
+    with pytest.raises(ShardError, match=r"holds timestamp.* in column taken"):
+        read_source("table", tree, {"table": "t.parquet", "keep": ["taken"]})
+
+
+@pytest.mark.parametrize(("option", "name"), [("label", "Pneumonia,Mass"), ("keep", "Age, Sex")])
+def test_several_columns_in_one_option_are_told_how_to_be_given(tree, option, name):
+    parts = [part.strip() for part in name.split(",")]
+    with pytest.raises(
+        ShardError, match=f"--{option} '{name}' is not a column.*: --{option} {parts[0]} --{option} {parts[1]}$"
+    ):
+        exported(tree, **{option: [name]})
+
+
+def test_a_comma_may_be_part_of_a_column_s_name(tree):
+    write(tree, path=["1.png"], patient_id=["a"], **{"Mass, any": ["1"], "Mass": ["0"], "any": ["0"]})
+    assert read_source("table", tree, {"table": "t.csv", "label": ["Mass, any"]}).labels == ("Mass, any",)
+
+
+# Files that are found by their names
+
+
+def by_name(tree: Path, *names: str) -> list[str]:
+    write(tree, path=list(names), patient_id=[f"p{n}" for n in range(len(names))], Mass=["1"] * len(names))
+    return simple(tree, find_by_name=True).images["path"].tolist()
+
+
+def test_files_are_found_by_their_names_in_any_folder(tree):
+    for name in ("a/1.jpeg", "b/c/2.JPG", "3.png", "b/1.2.840.7", "b/u\u0308.png", "a/5.txt", "b/5.png"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(b"an image")
+    (tree / "a" / "loop").symlink_to("..")
+    asked = ["1.jpeg", "2", r"D:\export\3.PNG", "1.2.840.7", "\u00fc.png", "5", "absent.png"]
+    expected = ["a/1.jpeg", "b/c/2.JPG", "3.png", "b/1.2.840.7", "b/u\u0308.png", "b/5.png", "absent.png"]
+    assert by_name(tree, *asked) == expected
+
+
+def test_a_name_of_several_files_or_a_file_of_several_lines_is_refused(tree):
+    for name in ("a/1.png", "b/1.png", "c/2.png"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(b"an image")
+    with pytest.raises(
+        ShardError, match=r"line 3 of t.csv names 1.png, and 2 files are called so: [ab]/1.png, [ab]/1.png"
+    ):
+        by_name(tree, "2.png", "1.png")
+    with pytest.raises(ShardError, match=r"t.csv names c/2.png in lines 2, 3: keep one line per image"):
+        by_name(tree, "2.png", "2")
+
+
+def test_a_message_leads_to_find_by_name_where_folders_differ(tree, tmp_path):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (tree / name).parent.mkdir()
+        (tree / name).write_bytes(b"an image")
+    write(tree, path=["1.jpg", "2.jpg"], patient_id=["a", "b"], Mass=["1", "0"])
+    with pytest.raises(ShardError, match=r"2 of 2 images looked for are there, in other folders .*--find-by-name$"):
+        build(tree, tmp_path / "set", [32], source="table", source_options={"table": "t.csv", "label": ["Mass"]})

@@ -182,3 +182,20 @@ def test_all_of_chexpert_is_listed_as_plain_pandas_counts_it(tmp_path):
     assert images["view"].value_counts().to_dict() == expected
     assert (images["path"] == table["Path"].str.removeprefix("CheXpert-v1.0-small/")).all()
     assert source.counts["images whose labels are all blank"] == table[list(MIMIC)].isna().all(axis=1).sum()
+
+
+def test_columns_of_the_tables_can_be_kept_and_are_blank_where_a_table_lacks_them(small):
+    text = (small / "valid.csv").read_text().splitlines()
+    header = text[0].split(",")
+    without = [",".join(v for n, v in zip(header, line.split(","), strict=True) if n != "Sex") for line in text]
+    (small / "valid.csv").write_text("\n".join(without) + "\n")
+    source = read_source("chexpert", small, {"keep": ["Age", "Sex", "AP/PA"]})
+    frame = source.images
+    assert frame["kept/Age"].eq(60).all()
+    assert frame.loc[frame["split"] == "train", "kept/Sex"].eq("Female").all()
+    assert frame.loc[frame["split"] == "validate", "kept/Sex"].isna().all()
+    assert set(frame["kept/AP/PA"].dropna()) == {"AP", "PA"}
+    with pytest.raises(ShardError, match=r"no table of CheXpert in .* has the column Weight"):
+        read_source("chexpert", small, {"keep": ["Weight"]})
+    with pytest.raises(ShardError, match="--keep Edema: this column is a label already"):
+        read_source("chexpert", small, {"keep": ["Edema"]})

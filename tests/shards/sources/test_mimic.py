@@ -271,3 +271,13 @@ def test_a_radiologist_s_table_that_is_wrong_is_named(tree, text, message):
     (tree / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(text)
     with pytest.raises(ShardError, match=rf"test-set-labeled.csv.*{message}"):
         read_source("mimic", tree)
+
+
+def test_columns_of_the_metadata_can_be_kept(tree):
+    change(tree, "metadata", lambda lines: [f"{lines[0]},Dose", *(f"{line},{n / 4}" for n, line in enumerate(lines[1:]))])  # fmt: skip
+    source = read_source("mimic", tree, {"keep": ["ViewPosition", "Dose"]})
+    assert source.labels == MIMIC
+    assert source.images["kept/ViewPosition"].tolist() == source.images["view"].tolist()
+    assert source.images["kept/Dose"].tolist() == [n / 4 for n in range(len(source.images))]
+    with pytest.raises(ShardError, match="lacks the columns Age"):
+        read_source("mimic", tree, {"keep": ["Age"]})

@@ -177,3 +177,12 @@ def test_all_of_nih_is_listed_as_plain_pandas_counts_it(tmp_path):
     assert images["view"].value_counts().to_dict() == table["View Position"].value_counts().to_dict()
     assert images["height"].sum() == table["Height]"].sum()
     assert images["image_id"].tolist() == table["Image Index"].str.removesuffix(".png").tolist()
+
+
+def test_columns_of_the_table_can_be_kept(tmp_path):
+    source = read_source("nih", write_nih(tmp_path), {"keep": ["Patient Age", "Patient Gender"]})
+    assert source.images["kept/Patient Age"].tolist() == [57.0, 58.0, 80.0, 27.0]
+    assert source.images["kept/Patient Gender"].tolist() == ["M"] * 4
+    assert source.labels == NIH
+    with pytest.raises(ShardError, match="lacks the columns Patient Sex: did you mean 'Patient Age'"):
+        read_source("nih", write_nih(tmp_path), {"keep": ["Patient Sex"]})
