@@ -71,6 +71,23 @@ class Memory:
         self._arrays.clear()
 
 
+class CopyStream:
+    """Copies from pinned memory to a GPU, on a stream of their own: they overlap with the consumer's kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def move(self, batch: torch.Tensor) -> torch.Tensor:
+        """The batch on the GPU. Kernels of the current stream wait for it; torch keeps the pinned memory until then."""
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self.device, non_blocking=True)
+        consumer = torch.cuda.current_stream(self.device)
+        consumer.wait_stream(self._stream)
+        moved.record_stream(consumer)
+        return moved
+
+
 class HostEngine:
     """Decode, resize if the size differs from the stored one, flip and rotate, on `threads` threads.
 
@@ -84,8 +101,8 @@ class HostEngine:
         self.size, self.device, self.threads = size, device, threads
         self.cache = PixelCache(cache, reader, size) if cache else None
         self.pixels = Pixels(reader, size, self.cache)
-        self._copies: torch.cuda.Stream | None = None
-        """Stream that copies batches to a GPU, made with the first batch; None on a CPU."""
+        self._copies: CopyStream | None = None
+        """Copies batches to a GPU, made with the first batch; None on a CPU."""
         self._memory = Memory(threads + KEPT)
 
     def batches(self, work: Iterable[Work]) -> Iterator[torch.Tensor]:
@@ -94,7 +111,7 @@ class HostEngine:
         Raises LoadError naming the row that cannot be decoded.
         """
         if self.device.type == "cuda" and self._copies is None:
-            self._copies = torch.cuda.Stream(self.device)
+            self._copies = CopyStream(self.device)
         pending: deque[tuple[torch.Tensor | np.ndarray, list[Future[None]]]] = deque()
         held = 0
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="cxrfast-host")
@@ -139,13 +156,7 @@ class HostEngine:
             # numpy sets the strides: each operation of torch would release the GIL and wait to get it back
             return torch.from_numpy(batch[..., None].transpose(0, 3, 1, 2))
         assert self._copies
-        # overlaps with the consumer's kernels; torch keeps the pinned memory until the copy has ended
-        with torch.cuda.stream(self._copies):
-            moved = batch.to(self.device, non_blocking=True)[..., None].permute(0, 3, 1, 2)
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_stream(self._copies)
-        moved.record_stream(consumer)
-        return moved
+        return self._copies.move(batch)[..., None].permute(0, 3, 1, 2)
 
     def _fill(self, pixels: np.ndarray, work: Work, items: slice) -> None:
         """Write the `items` of a batch into `pixels`, uint8 (N, size, size)."""

@@ -78,11 +78,15 @@ def runs_below(folder: Path) -> list[Path]:
 @click.option("--on", "name", metavar="NAME", help="SET: what to call it. [default: the name of its folder]")
 @click.option("--view", "views", multiple=True, help="SET: only this view position, such as PA; repeatable.")
 @option.flag("--allow-partial", "SET: predict the rows that are there if its build is not finished.")
+@click.option(
+    "--out", type=option.FILE, help="FILM: CSV of the answers, a Parquet file next to it. [default: predictions.csv]"
+)
 @option.runtime_options
-def predict(targets: tuple[str, ...], shards: Path | None, device: str, **options: Any) -> None:
-    """Compute the logits of each RUN for its validation and test rows, or for all rows of SET.
+def predict(targets: tuple[str, ...], shards: Path | None, out: Path | None, device: str, **options: Any) -> None:
+    """Compute the logits of each RUN for its validation and test rows, or for all rows of SET, or answer for new films.
 
-    RUN may be the folder of all runs. SET is another shard set than the runs' own: external validation.
+    RUN may be the folder of all runs. SET is another shard set than the runs' own: external validation. FILM: a JPEG, PNG
+    or DICOM file, a folder of them, or a quoted pattern such as 'films/*.dcm'.
     """
     refuse_slurm_tasks("cxrfast predict", "torchrun --nproc_per_node={n} -m cxrfast predict …")
     from cxrfast.distributed import world
@@ -90,8 +94,15 @@ def predict(targets: tuple[str, ...], shards: Path | None, device: str, **option
     from cxrfast.training.predict import predict as predict_run
 
     found, of_set = sort_targets(targets), {name: options.pop(name) for name in OF_SET}
-    if found.exports or found.films:
-        other = next(iter([*found.films, *map(str, found.exports)]))
+    if found.films:
+        if any(of_set.values()):
+            raise RunError("--on, --view and --allow-partial are about a set, not about films: leave them out")
+        _predict_films(found, shards, out, device, **options)
+        return
+    if out:
+        raise RunError("--out is for films: the logits of a set's rows go into the folders of the runs")
+    if found.exports:
+        other = found.exports[0]
         raise RunError(f"{other} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
     own, others = split_sets(found, of_set["name"])
     if any(of_set.values()) and not others:
@@ -145,3 +156,23 @@ def _predict_other_set(runs: "list[Run]", ranks: "World", shards: Path, **option
         for run in runs:
             say(store_path(run, name))
         say(f"next: cxrfast evaluate {runs[0].folder.parents[1]} --on {shlex.quote(name)}")
+
+
+def _predict_films(
+    found: Targets, shards: Path | None, out: Path | None, device: str, engine: str, threads: int | None
+) -> None:
+    """Predict new films by all runs together, or by an export."""
+    from cxrfast.distributed import world
+    from cxrfast.inference.ensemble import ScaleEnsemble
+    from cxrfast.inference.predict import OUT, predict_films
+    from cxrfast.runs.run import Run
+
+    if engine == "dali":
+        raise RunError("--engine dali reads shard sets, and films are decoded by CPU threads: leave it out")
+    with world(device) as ranks:
+        if ranks.size > 1:
+            raise RunError(
+                "films are predicted by one process: run it without torchrun, or give each process films of its own"
+            )
+        ensemble = ScaleEnsemble.from_runs([Run.open(run) for run in found.runs], ranks.device, shards=shards)
+        say(predict_films(ensemble, found.films, out or OUT, threads=threads))

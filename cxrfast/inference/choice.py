@@ -7,6 +7,7 @@ from pathlib import Path
 from cxrfast.analysis.join import by_name, names_to_combine
 from cxrfast.analysis.scores import folds_text, left_out_note, shared_folds
 from cxrfast.errors import RunError, ShardError
+from cxrfast.runs.reference import Reference, merged, read_reference
 from cxrfast.runs.remarks import unfinished
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.info import read_set
@@ -48,10 +49,13 @@ def choose_members(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
 
 
 def recipe_of(runs: Sequence[Run], shards: Path | None = None) -> ImageRecipe:
-    """How the images of the runs' set were made, from the set itself: where it was in training, or in `shards`.
+    """How the images of the runs' set were made: as `cxrfast predict` recorded it, else from the set where it is, or in `shards`.
 
     Raises RunError if it is not there.
     """
+    for run in runs:
+        if (known := read_reference(run)) and not shards:
+            return known[1]
     for folder in dict.fromkeys([shards] if shards else [run.shards for run in runs]):
         try:
             info = read_set(folder)
@@ -63,3 +67,15 @@ def recipe_of(runs: Sequence[Run], shards: Path | None = None) -> ImageRecipe:
         f"how the images of set {runs[0].config.set_id} were made is not known: its set.json is not in {shards or runs[0].shards} "
         "any more; give the set's folder with --shards"
     )
+
+
+def reference_of(runs: Sequence[Run]) -> Reference | None:
+    """What the training set's films look like at the lowest scale; None, said in the log, if no run tells."""
+    lowest = min(run.config.scale for run in runs)
+    known = [found[0] for run in runs if run.config.scale == lowest and (found := read_reference(run)) and found[0]]
+    if not known:
+        log.warning(
+            "whether films are unlike the training set is not assessed: the runs have no reference, or too few validation "
+            "films; runs of an earlier version get one by `cxrfast predict RUNS`"
+        )
+    return merged(known) if known else None

@@ -18,10 +18,12 @@ from cxrfast.analysis import mixture
 from cxrfast.analysis.gradcam import gradcam
 from cxrfast.analysis.join import check_same_study, join_logits
 from cxrfast.errors import RunError
-from cxrfast.inference.choice import choose_members, recipe_of
+from cxrfast.inference.choice import choose_members, recipe_of, reference_of
 from cxrfast.inference.film import Film, prepared
+from cxrfast.inference.table import Line, table_of
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import autocast, resolve_precision, use_tf32
+from cxrfast.runs.reference import Reference
 from cxrfast.runs.run import Run
 from cxrfast.runs.thresholds import shared_rule
 from cxrfast.shards.format.recipe import ImageRecipe
@@ -77,7 +79,7 @@ class ScaleEnsemble(nn.Module):
         members: Sequence[Member],
         weights: Mapping[int, np.ndarray],
         thresholds: Thresholds | None = None,
-        reference: Any = None,
+        reference: Reference | None = None,
     ) -> None:
         super().__init__()
         self.labels = tuple(labels)
@@ -146,6 +148,7 @@ class ScaleEnsemble(nn.Module):
             members=members,
             weights={fold: weights for fold, (weights, _) in fitted.items()},
             thresholds=mean_over_folds([thresholds for _, thresholds in fitted.values()]),
+            reference=reference_of(chosen),
         )
 
     def prepare(self, film: Path | str | bytes | np.ndarray) -> Film:
@@ -153,7 +156,7 @@ class ScaleEnsemble(nn.Module):
 
         Raises BadImage if it cannot be used.
         """
-        return prepared(film, self.scales, self.recipe)
+        return prepared(film, self.scales, self.recipe, self.reference)
 
     def forward(self, images: Mapping[int, Tensor]) -> Scores:
         """Scores of N films. images: by scale, uint8 (N, 1, scale, scale), on any device."""
@@ -182,14 +185,13 @@ class ScaleEnsemble(nn.Module):
 
         One line per film, with the columns of the CSV that `cxrfast predict` writes. Raises BadImage if a film cannot be used.
         """
-        from cxrfast.inference.table import table_of
-
         given = [films] if isinstance(films, str | Path | bytes | np.ndarray) else list(films)
         ready = [self.prepare(film) for film in given]
         names = [str(film) if isinstance(film, str | Path) else "" for film in given]
         with torch.inference_mode():
             scores = self.forward(stacked(ready, self.scales))
-        return table_of(self, names, ready, scores)
+        logits = np.stack([scores.logits[member.name].cpu().numpy() for member in self.members], axis=1)
+        return table_of(self, [Line.of(name, film) for name, film in zip(names, ready, strict=True)], logits)
 
     def gradcam(self, images: Mapping[int, Tensor], label: str) -> dict[int, np.ndarray]:
         """Grad-CAM of a finding by scale: float32 (N, scale, scale) in [0, 1], the mean over folds.

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cxrfast.files import NOT_REGULAR, read_file
+from cxrfast.inference.likeness import colour_reason, reasons
+from cxrfast.runs.reference import Reference
 from cxrfast.shards.format.film import as_stored, decoded
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.shards.images.bad_image import BadImage, Reason, check_size
@@ -61,21 +63,35 @@ def _why_not(error: OSError) -> tuple[Reason, str]:
     return Reason.UNREADABLE, error.strerror or str(error)
 
 
-def prepared(film: Path | str | bytes | np.ndarray, scales: Sequence[int], recipe: ImageRecipe) -> Film:
+def prepared(
+    film: Path | str | bytes | np.ndarray,
+    scales: Sequence[int],
+    recipe: ImageRecipe,
+    reference: Reference | None = None,
+) -> Film:
     """A film from its path, its bytes or its decoded pixels, uint8 (H, W).
+
+    scales: px, ascending; `reference`: of the lowest of them, to tell whether the film is like the training set.
 
     Raises BadImage if it cannot be used, ShardError where a library for it is missing.
     """
     if isinstance(film, np.ndarray):
-        image, remarks = _checked(film), remarks_on(film)
+        image, colour = _checked(film), []
+        remarks = remarks_on(image)
     else:
         data = film if isinstance(film, bytes) else read_film(Path(film))
         if recipe.grey == "none" and with_preamble(data):
             raise BadImage(Reason.UNSUPPORTED, NO_GREY)
         image, remarks = decoded(data, recipe)
+        colour = colour_reason(data) if reference else []
     height, width = image.shape
     images = as_stored(image, scales, recipe)
-    return Film(images=images, height=height, width=width, remarks=tuple(remark.value for remark in remarks))
+    unlike = None
+    if reference:
+        unlike = (*reasons(reference, images[scales[0]], height, width, scales[-1]), *colour)
+    return Film(
+        images=images, height=height, width=width, remarks=tuple(remark.value for remark in remarks), unlike=unlike
+    )
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

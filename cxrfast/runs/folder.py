@@ -62,6 +62,8 @@ class RunFolder:
     """Thresholds of its logits, chosen on the validation rows."""
     external_path = _File("external")
     """Folder of logits of other sets' rows, see `runs.external`."""
+    reference_path = _File("reference.json")
+    """What its validation films look like, and how the images of its set were made."""
     maps_path = _File("maps.zarr")
     """Receptive field and Grad-CAM maps."""
     profile_path = _File("profile.json")

@@ -4,7 +4,7 @@ One process, or several by torchrun.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.progress import Advance, progress
 from cxrfast.runs.lease import locked_by_first
+from cxrfast.runs.reference import MOST_FILMS, reference_of, sampled, write_reference
 from cxrfast.runs.remarks import relabelling_note
 from cxrfast.runs.run import Predictions, Run, part_rows
 from cxrfast.thresholds import YOUDEN, choose
@@ -57,12 +58,15 @@ def _predict(run: Run, world: World, reader: Reader, engine: str, threads: int |
     table = run.rows()
     rows = {part: part_rows(table, part) for part in PARTS}
     parts: dict[str, Predictions] = {}
+    looks = Looks()
     total = sum(map(len, rows.values()))
     with progress(f"predict {run.name}", total) as advance:
         for part in PARTS:
-            scores = score_rows(run, model, reader, rows[part], world, engine, threads, advance)
+            look = looks if part == "val" else None
+            scores = score_rows(run, model, reader, rows[part], world, engine, threads, advance, look)
             if scores is not None:
                 parts[part] = scores
+    world.on_first(lambda: write_reference(run, reference_of(looks.pixels(), source_sizes(reader)), reader.info.recipe))
     world.on_first(lambda: _write(run, {part: complete(parts[part], rows[part], run.name) for part in PARTS}, table))
 
 
@@ -80,6 +84,39 @@ def _write(run: Run, parts: Mapping[str, Predictions], rows: pd.DataFrame) -> No
     run.write_thresholds(chosen, len(raw))
 
 
+class Looks:
+    """A few pixels of the first images that are loaded, for the run's reference."""
+
+    def __init__(self) -> None:
+        self._parts: list[torch.Tensor] = []
+        self._room = MOST_FILMS
+
+    def __call__(self, images: torch.Tensor) -> None:
+        """images: uint8 (N, 1, H, W). Does not wait for the device."""
+        if self._room > 0:
+            self._parts.append(sampled(images[: self._room, 0]).clone())  # a view would keep the batch in memory
+            self._room -= len(images)
+
+    def pixels(self) -> np.ndarray:
+        """uint8 (n, h, w)."""
+        return torch.cat(self._parts).cpu().numpy() if self._parts else np.zeros((0, 1, 1), np.uint8)
+
+
+MOST_SIZES = 20_000
+"""Source images whose sizes the reference is made from."""
+
+
+def source_sizes(reader: Reader) -> np.ndarray:
+    """int64 (M, 2): height and width of the set's first source images, px; rows are in random order."""
+    shard_set, found = reader.shard_set, []
+    for shard in shard_set.shards(reader.scale):
+        if manifest := shard_set.manifest(reader.scale, shard):
+            found += manifest.sizes
+        if len(found) >= MOST_SIZES:
+            break
+    return np.array(found[:MOST_SIZES], np.int64).reshape(-1, 2)
+
+
 def score_rows(
     run: Run,
     model: torch.nn.Module,
@@ -89,15 +126,25 @@ def score_rows(
     engine: str,
     threads: int | None,
     advance: Advance,
+    look: Callable[[torch.Tensor], None] | None = None,
 ) -> Predictions | None:
     """`score` of the rows (int64) of a set, with the micro-batch and the precision of the run."""
     order = EvalOrder(rows=rows, micro_batch=run.config.micro_batch, rank=world.rank, world=world.size)
     loader = Loader(reader, order, device=world.device, engine=engine, threads=threads, local_ranks=world.local_size)
-    return score(model, loader, world, run.config.precision, advance)
+    return score(model, loader, world, run.config.precision, advance, look)
 
 
-def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, advance: Advance) -> Predictions | None:
+def score(
+    model: torch.nn.Module,
+    loader: Loader,
+    world: World,
+    precision: str,
+    advance: Advance,
+    look: Callable[[torch.Tensor], None] | None = None,
+) -> Predictions | None:
     """Logits float32 (n, L) of every row in the loader's order, gathered to rank 0; None on the other ranks.
+
+    `look`: called with the images of each batch.
 
     Puts the model into eval mode, with rank 0's BatchNorm statistics on every rank.
     """
@@ -109,6 +156,8 @@ def score(model: torch.nn.Module, loader: Loader, world: World, precision: str, 
         for batch in loader:
             logits.append(model(batch.image).float())  # stays on the device: no synchronisation in the loop
             rows.append(batch.row)
+            if look:
+                look(batch.image)
             advance(len(batch.row) * world.size)
     mine = (torch.cat(rows).cpu().numpy(), torch.cat(logits).cpu().numpy()) if rows else None
     gathered = world.gather(mine)
