@@ -94,7 +94,7 @@ def film_batches(
         while pending:
             yield _finish(*pending.popleft(), copies)
     finally:
-        readers.shutdown(wait=False, cancel_futures=True)
+        readers.shutdown(wait=True, cancel_futures=True)
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -34,7 +34,7 @@ def predicted_study(
     """Small networks of random weights for every scale and fold, with logits of the set's first rows."""
     for fold in folds:
         for scale in scales:
-            parts = [("test", "val", "train", "val", "train")[(i + fold) % 5] for i in range(40)]
+            parts = [("test", "val", "train", "val", "train")[(i + fold) % 5] for i in range(60)]
             run = make_untrained(runs, shards, parts, scale, fold)
             tell_films_apart(run)
             predict(run, CPU)

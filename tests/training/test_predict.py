@@ -12,10 +12,11 @@ from cxrfast.distributed import World
 from cxrfast.errors import RunError
 from cxrfast.labels import targets
 from cxrfast.pipelines.reader import Reader
+from cxrfast.runs.reference import read_reference, reference_of
 from cxrfast.runs.run import Run, part_rows
 from cxrfast.shards.images.jpeg import decode_grey
 from cxrfast.thresholds import Rule, choose
-from cxrfast.training.predict import PARTS, predict
+from cxrfast.training.predict import PARTS, Looks, predict, source_sizes
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,32 @@ def test_a_run_whose_set_was_relabelled_is_predicted_with_a_warning(run, folder,
         "densenet121-32/fold-0 keeps the labels that it was started with, and its set was relabelled since: 1 label of 1 row "
         f"differs, such as Support Devices of row {row}: 1 then, -1 now; to use the new labels, train in another --runs folder"
     )
+
+
+def test_the_reference_tells_what_its_validation_films_look_like(trained, tiny_set, tmp_path):
+    folder = tmp_path / "densenet121-32" / "fold-0"
+    shutil.copytree(trained.folder, folder)
+    run = Run.open(folder)
+    with Reader(tiny_set, 32) as reader:
+        sizes, rows = source_sizes(reader), part_rows(run.rows(), "val")
+        assert sizes.shape == (150, 2)
+        held = dict(zip(reader.rows.tolist(), sizes.tolist(), strict=True))
+        table = reader.shard_set.rows(["row", "height", "width"])
+        assert [held[row] for row in table["row"]] == table[["height", "width"]].to_numpy().tolist()
+        images = np.stack([decode_grey(bytes(reader.read(int(row)))) for row in rows])
+        predict(run, World(torch.device("cpu")))
+        found = read_reference(run)
+    assert found == (reference_of(images, sizes), reader.info.recipe)
+
+
+def test_looks_take_the_first_images_only_and_keep_no_batch():
+    looks = Looks()
+    for start in range(0, 3000, 500):
+        batch = (
+            torch.arange(start, start + 500).remainder(251).to(torch.uint8)[:, None, None, None].expand(-1, 1, 128, 128)
+        )
+        looks(batch)
+    pixels = looks.pixels()
+    assert pixels.shape == (2000, 64, 64)
+    assert pixels[:, 0, 0].tolist() == [n % 251 for n in range(2000)]
+    assert Looks().pixels().shape[0] == 0
