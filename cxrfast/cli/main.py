@@ -13,6 +13,7 @@ import click
 from cxrfast import __version__, log
 from cxrfast.cli import analysis, app, bench, predict, shards, study, training
 from cxrfast.cli import options as option
+from cxrfast.cli.completion import add_completion
 from cxrfast.cli.streams import prepare
 from cxrfast.cli.terminal import fail, say, show
 from cxrfast.errors import CxrfastError, is_disk_full, is_out_of_memory
@@ -111,3 +112,4 @@ IN_ORDER = (
 
 for command in IN_ORDER:
     cli.add_command(command)
+add_completion(cli)

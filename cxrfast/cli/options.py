@@ -102,7 +102,7 @@ class RuleType(click.ParamType):
             self.fail(str(error), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        known = ("youden", "sensitivity=", "specificity=")
+        known = ("youden", "sensitivity=0.9", "specificity=0.9")
         return [CompletionItem(text) for text in known if text.startswith(incomplete)]
 
 
