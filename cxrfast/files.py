@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import warnings
@@ -65,6 +66,44 @@ def sync_folder(folder: Path) -> None:
         # some network file systems refuse fsync on a folder
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that replaces the folder `path`, which may be absent, when the block ends; removed if the block raises.
+
+    Leftovers of processes of this machine that were killed are removed at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, aside = temporary_name(path), temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if aside.exists():
+                os.rename(aside, path)
+            raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in (aside, *_leftovers(path)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary folders next to `path` of processes of this machine that are gone."""
+    import psutil  # not at the top: the command line loads this module
+
+    of_host = re.compile(
+        re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}" + re.escape(TEMPORARY)
+    )
+    named = [(folder, of_host.fullmatch(folder.name)) for folder in path.parent.iterdir()]
+    return [folder for folder, match in named if match and not psutil.pid_exists(int(match[1]))]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -12,7 +12,19 @@ import cxrfast
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-NAMES = ["Augment", "EvalOrder", "Loader", "Reader", "Run", "ShardSet", "Source", "TrainOrder", "__version__", "build"]
+NAMES = [
+    "Augment",
+    "EvalOrder",
+    "Loader",
+    "Reader",
+    "Run",
+    "ShardSet",
+    "Source",
+    "TrainOrder",
+    "__version__",
+    "build",
+    "load",
+]
 DOCUMENTED = {
     ("cxrfast.pipelines.loader", "Loader"),
     ("cxrfast.pipelines.order", "Augment"),

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cxrfast import __version__, log
-from cxrfast.cli import analysis, app, bench, predict, shards, study, training
+from cxrfast.cli import analysis, app, bench, export, predict, shards, study, training
 from cxrfast.cli import options as option
 from cxrfast.cli.completion import add_completion
 from cxrfast.cli.streams import prepare
@@ -104,8 +104,7 @@ IN_ORDER = (
     *(shards.synth, shards.shard, shards.relabel, shards.describe, shards.verify, shards.stage),
     *(training.train, training.fetch_weights, predict.predict),
     *(analysis.evaluate, analysis.ensemble, analysis.thresholds, analysis.table, analysis.erf, analysis.gradcam),
-    analysis.report,
-    app.app,
+    *(analysis.report, export.export, app.app),
     *(training.status, study.study, bench.bench, study.demo, doctor),
 )
 """All commands, in the order in which a study needs them."""

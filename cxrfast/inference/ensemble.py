@@ -22,7 +22,7 @@ from cxrfast.inference.choice import choose_members, recipe_of, reference_of
 from cxrfast.inference.film import Film, prepared
 from cxrfast.inference.table import Line, table_of
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.precision import autocast, resolve_precision, use_tf32
+from cxrfast.models.precision import autocast, inference_precision, use_tf32
 from cxrfast.runs.reference import Reference
 from cxrfast.runs.run import Run
 from cxrfast.runs.thresholds import shared_rule
@@ -136,7 +136,7 @@ class ScaleEnsemble(nn.Module):
                 scale=run.config.scale,
                 fold=run.config.fold,
                 network=run.load(where),
-                precision=resolve_precision(run.config.precision, where),
+                precision=inference_precision(run.config.precision, where),
                 micro_batch=max(1, run.config.micro_batch),
                 thresholds=run.read_thresholds(),
             )

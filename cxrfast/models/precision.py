@@ -25,6 +25,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")) else "fp32"
 
 
+def inference_precision(precision: str, device: torch.device) -> str:
+    """The number format in which a trained network is computed: as `resolve_precision`, but tf32 is fp32 where there is none.
+
+    A network that a GPU trained in tf32 answers on a CPU too, a little more exactly.
+    """
+    return "fp32" if precision == "tf32" and device.type != "cuda" else resolve_precision(precision, device)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context for a forward pass of that precision; see also `use_tf32` for tf32 and fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
