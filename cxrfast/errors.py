@@ -24,6 +24,10 @@ class RunError(CxrfastError):
     """A study, a run or its configuration (`cxrfast.*`) is invalid."""
 
 
+class NotDefined(RunError):
+    """What was asked for means nothing for this network, such as the feature map of one that has none."""
+
+
 class DeviceError(CxrfastError):
     """A requested GPU, driver or library cannot be used here."""
 

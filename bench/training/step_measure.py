@@ -31,6 +31,7 @@ from cxrfast.bench.harness import (
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
+from cxrfast.models.factories import trusted
 from cxrfast.models.precision import resolve_precision
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader
@@ -91,7 +92,9 @@ def make_trainer(runtime: Runtime, scale: int, arch: str, micro_batch: int, rank
     reader = Reader(runtime.shards, scale)
     rows = select_rows(reader.shard_set.rows(), config, reader.rows)
     run = Run.start(runtime.runs / "run", config, runtime.shards, rows)
-    trainer = Trainer(run, ranks, Classifier(arch, len(config.labels)), reader, runtime)
+    with trusted(arch):
+        model = Classifier.of(config)
+    trainer = Trainer(run, ranks, model, reader, runtime)
     trainer.train_loader.order = LongOrder(rows=trainer.order.rows, micro_batch=micro_batch)
     trainer.val_loader.order = LongOrder(rows=trainer.val_rows, micro_batch=micro_batch)
     return trainer

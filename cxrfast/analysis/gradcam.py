@@ -7,12 +7,10 @@ that names images only by their row: ids may be paths, and hold names. Nothing h
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn import functional
 
 from cxrfast.analysis.maps import batches, stored
@@ -21,7 +19,8 @@ from cxrfast.figures import figure_text
 from cxrfast.files import write_figure
 from cxrfast.labels import targets
 from cxrfast.metrics import sigmoid
-from cxrfast.models.classifier import Classifier, frozen
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.feature_map import map_and_logits
 from cxrfast.models.precision import without_tf32
 from cxrfast.runs.arrays import read_array
 from cxrfast.runs.folder import file_name
@@ -34,10 +33,10 @@ def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.T
     `image`: uint8 (N, 1, H, W). The gradient of the logit with respect to the last feature map, averaged over
     positions, weighs the map's channels (equation 1); the positive part of their sum (equation 2) is enlarged
     bilinearly and divided by its maximum. A map is zero if no position supports the finding. Evaluation mode, no
-    autocast.
+    autocast. Raises NotDefined for a network without a feature map, see `models.feature_map`.
     """
     with torch.enable_grad(), without_tf32():
-        features, logits = _features_and_logits(model, image)
+        features, logits = map_and_logits(model, image)
         # In evaluation mode images are independent: the gradient of the sum holds the gradient of each.
         (gradient,) = torch.autograd.grad(logits[:, label].sum(), features)
     weights = gradient.mean((2, 3), keepdim=True)
@@ -45,24 +44,6 @@ def gradcam(model: Classifier, image: torch.Tensor, label: int) -> tuple[torch.T
     maps = functional.interpolate(positive, size=image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     largest = maps.amax((1, 2), keepdim=True)
     return torch.where(largest > 0, maps / largest, 0).float(), logits[:, label].detach()
-
-
-def _features_and_logits(model: Classifier, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last feature map (N, C, h, w), where the graph starts, and the logits (N, L) computed from it."""
-    found: list[torch.Tensor] = []
-
-    def start_graph(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        found.append(output.detach().requires_grad_())
-        return found[0].clone()  # densenet121 continues with an in-place ReLU, which would change the map
-
-    last = list(model.feature_layers.children())[-1]
-    hook = last.register_forward_hook(start_graph)
-    try:
-        with frozen(model), torch.autocast(image.device.type, enabled=False):
-            logits = model(image)
-        return found[0], logits
-    finally:
-        hook.remove()
 
 
 PART = "test"

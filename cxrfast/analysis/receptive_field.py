@@ -96,7 +96,7 @@ def _erf(run: Run, images: int, shards: Path | None, device: "torch.device | str
     found = fields.effective_receptive_field(model, moved).astype(np.float32)
     size, theoretical = erf_size(found), None
     with suppress(RunError):  # none is known for some architectures
-        theoretical = fields.theoretical_receptive_field(run.config.arch)[0]
+        theoretical = fields.theoretical_receptive_field(run.config.arch, scale)[0]
     result = Erf(
         run=run.name,
         map=found,

@@ -1,5 +1,6 @@
 """Commands that read finished runs: tables, figures, the report."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from click.core import ParameterSource
 
 from cxrfast.cli import options as option
 from cxrfast.cli.terminal import fail, say, show
+from cxrfast.errors import NotDefined
 
 if TYPE_CHECKING:
     from cxrfast.thresholds import Rule
@@ -146,14 +148,17 @@ def table(
 @click.option("--images", default=64, help="Validation images to average over.")
 @option.MOVED_SHARDS
 @option.DEVICE
+@option.TRUST_ARCH
 def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -> None:
     """Effective receptive field of each RUN, next to the theoretical one."""
     from cxrfast.analysis.receptive_field import erf as measure_erf
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
 
-    for folder in runs:
-        say(measure_erf(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words())
+    def measure(folder: Path) -> str:
+        return measure_erf(Run.open(folder), images=images, shards=shards, device=pick_device(device)).in_words()
+
+    _where_defined(runs, measure)
 
 
 @click.command()
@@ -162,16 +167,32 @@ def erf(runs: tuple[Path, ...], images: int, shards: Path | None, device: str) -
 @click.option("--images", default=8, help="Number of positives, those with the highest logits.")
 @option.MOVED_SHARDS
 @option.DEVICE
+@option.TRUST_ARCH
 def gradcam(runs: tuple[Path, ...], label: str, images: int, shards: Path | None, device: str) -> None:
     """Grad-CAM maps and a figure of each RUN for a finding."""
     from cxrfast.analysis.gradcam import gradcam_run, save_figure
     from cxrfast.distributed import pick_device
     from cxrfast.runs.run import Run
 
-    for folder in runs:
+    def draw(folder: Path) -> Path:
         run = Run.open(folder)
         gradcam_run(run, label, images=images, shards=shards, device=pick_device(device))
-        say(save_figure(run, label, shards=shards))
+        return save_figure(run, label, shards=shards)
+
+    _where_defined(runs, draw)
+
+
+def _where_defined(runs: tuple[Path, ...], make: Callable[[Path], object]) -> None:
+    """Say what `make` gives for each run; networks for which it is not defined are named and left out, unless all are."""
+    left_out: list[NotDefined] = []
+    for folder in runs:
+        try:
+            say(make(folder))
+        except NotDefined as error:
+            left_out.append(error)
+            if len(left_out) == len(runs):
+                raise
+            say(f"cxrfast: {folder}: {error}", err=True)
 
 
 @click.command()

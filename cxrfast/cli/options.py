@@ -318,6 +318,21 @@ def _type(name: str, option: config.Option, kind: Any) -> Any:
     return str if kind in (str | None, tuple[str, ...]) else kind
 
 
+def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from cxrfast.models.factories import ANY, trusted  # torch
+
+        ctx.with_resource(trusted(ANY))
+
+
+TRUST_ARCH = click.option(
+    "--trust-arch",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Import a network of one's own (package.module:factory) that a run names: this runs its code.",
+)
+
 runtime_options = configuration_options(config.Runtime, {"device", "engine", "threads"})
 """Options of every command that loads images."""
 

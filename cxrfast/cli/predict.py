@@ -82,6 +82,7 @@ def runs_below(folder: Path) -> list[Path]:
     "--out", type=option.FILE, help="FILM: CSV of the answers, a Parquet file next to it. [default: predictions.csv]"
 )
 @option.runtime_options
+@option.TRUST_ARCH
 def predict(targets: tuple[str, ...], shards: Path | None, out: Path | None, device: str, **options: Any) -> None:
     """Compute the logits of each RUN for its validation and test rows, or for all rows of SET, or answer for new films.
 

@@ -36,7 +36,7 @@ def train(shards: Path, scale: int, fold: int, runs: Path, **options: Any) -> No
 
 
 @click.command(name="fetch-weights")
-@click.option("--arch", default="densenet121", help="A torchvision classifier.")
+@click.option("--arch", default="densenet121", help="A torchvision classifier, or timm/NAME.")
 @click.option("--to", type=option.FOLDER, help="Folder for the file. [default: torch's own]")
 def fetch_weights(arch: str, to: Path | None) -> None:
     """Download ImageNet weights for machines without a network."""

@@ -47,7 +47,9 @@ class TrainConfig:
     labels: tuple[str, ...]
     """Findings, in the order of the logits."""
     fold: int = 0
-    arch: Annotated[str, Option("A torchvision classifier.")] = "densenet121"
+    arch: Annotated[str, Option("A torchvision classifier, timm/NAME, or your own package.module:factory.")] = (
+        "densenet121"
+    )
     weights: Annotated[str, Option("imagenet, none, a .pth or .safetensors file, or a run.")] = "imagenet"
     policy: Annotated[str, Option("Uncertain labels: u_zeros, u_ones or u_ignore.")] = "u_zeros"
     label_policies: Annotated[

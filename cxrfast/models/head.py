@@ -40,6 +40,32 @@ def head_name(net: nn.Module) -> str | None:
     return name if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
 
 
+def last_layer(net: nn.Module, side: int | None) -> str | None:
+    """Name of the layer with weights that a forward pass calls last; None if it is neither a plain linear layer nor a plain
+    convolution, or if images of `side` px cannot be tried.
+
+    For networks whose layers may be registered in any order.
+    """
+    called: list[str] = []
+    trial = copy.deepcopy(net).eval()
+    for name, module in trial.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    image = torch.zeros((2, 3, side or 64, side or 64))
+    for device in ("meta", "cpu"):  # shapes alone are quick, but not every network can do with them
+        called.clear()
+        try:
+            with torch.no_grad():
+                trial.to(device)(image.to(device))
+            break
+        except Exception:  # of a user's code: `check_size` says what is wrong
+            trial = trial.to_empty(device="cpu") if device == "meta" else trial
+    else:
+        return None
+    # a class that inherits from these may compute something else
+    return called[-1] if called and type(net.get_submodule(called[-1])) in (nn.Linear, nn.Conv2d) else None
+
+
 def use_float32(net: nn.Module, name: str) -> None:
     """Make the last layer of `net` compute in float32 under autocast. Its parameters stay as they are, with their names."""
     old = net.get_submodule(name)
@@ -63,15 +89,15 @@ def use_float32(net: nn.Module, name: str) -> None:
     net.set_submodule(name, new)
 
 
-def check_outputs(net: nn.Module, arch: str, outputs: int, side: int) -> None:
+def check_outputs(net: nn.Module, arch: str, outputs: int, side: int, head: str | None = None) -> None:
     """Raises RunError unless the logits of `net`, for images of `side` px, are the outputs of its last layer, (N, L).
 
     A layer that follows, such as the ReLU of SqueezeNet, would leave no logit below 0, and a sigmoid would leave
-    probabilities. `net` may have no numbers (device meta).
+    probabilities. `net` may have no numbers (device meta). `head`: name of the last layer; None: that with the last weights.
     """
-    name = head_name(net)
+    name = head or head_name(net)
     if name is None:
-        raise RunError(f"{arch} does not end in a linear layer or a convolution: use another classifier")
+        raise no_last_layer(arch)
     trial = copy.deepcopy(net).to_empty(device="cpu").eval()
     for tensor in (*trial.parameters(), *trial.buffers()):
         tensor.detach().zero_()
@@ -81,7 +107,10 @@ def check_outputs(net: nn.Module, arch: str, outputs: int, side: int) -> None:
             logits = trial(torch.zeros((2, 3, side, side)))
         hook.remove()
         if not isinstance(logits, torch.Tensor) or logits.shape != (2, outputs):
-            raise RunError(f"{arch} does not return one logit per finding and image: use another classifier")
+            raise RunError(
+                f"{arch} does not return one logit per finding and image, but {_kind(logits)} for 2 images and {outputs} findings: "
+                "use another classifier"
+            )
         if not torch.allclose(logits, torch.full_like(logits, shift)):
             found = (
                 "none of its outputs is below 0"
@@ -92,3 +121,17 @@ def check_outputs(net: nn.Module, arch: str, outputs: int, side: int) -> None:
                 f"{arch} does not return logits: {found}, because an activation follows the last layer; use another classifier, such "
                 "as densenet121 or resnet50"
             )
+
+
+def no_last_layer(arch: str) -> RunError:
+    return RunError(
+        f"{arch} does not end in a linear layer or a convolution of torch's, which would compute in float32: use another "
+        "classifier"
+    )
+
+
+def _kind(value: object) -> str:
+    """What a network returned, for a message."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

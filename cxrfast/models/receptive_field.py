@@ -12,28 +12,51 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from cxrfast.errors import RunError
+from cxrfast.errors import NotDefined, RunError
+from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier, frozen
+from cxrfast.models.feature_map import last_map, layers_of
 from cxrfast.models.precision import without_tf32
 
 _POINTWISE = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.cat}
-_POINTWISE_NAMES = {"relu", "relu_", "sigmoid", "stochastic_depth", "layer_norm", "permute", "contiguous"}
+_POINTWISE_NAMES = {
+    "relu",
+    "relu_",
+    "sigmoid",
+    "sigmoid_",
+    "silu",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "mul",
+    "mul_",
+    "add",
+    "add_",
+}
+_POINTWISE_NAMES |= {"stochastic_depth", "layer_norm", "batch_norm", "permute", "contiguous"}
+_NUMBERS = {"getattr", "_assert", "eq", "dim", "numel"}
+"""What networks ask about a map without changing it; the result is no map."""
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish)
 _POINTWISE_MODULES = (*_NORMS, *_ACTIVATIONS, nn.Dropout, nn.Identity, nn.Linear)
 _GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_KERNELS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_KNOWN = (*_POINTWISE_MODULES, *_GLOBAL, *_KERNELS)
 
 Field = tuple[int, int]
 """Side of the field and stride, px."""
 
 
-def theoretical_receptive_field(arch: str) -> Field:
+def theoretical_receptive_field(arch: str, side: int | None = None) -> Field:
     """Side of the square of input pixels that one unit of the last feature map depends on, and the map's stride, px.
 
-    densenet121: 2071 and 32. Raises RunError for architectures without a convolutional feature map (swin_t).
+    densenet121: 2071 and 32. `side`: of the images, px, for architectures that are made for one size. Raises RunError for
+    architectures without a convolutional feature map (swin_t), and for one's own.
     """
+    if kind_of(arch) == "own":
+        raise NotDefined(f"no theoretical receptive field is known for {arch}: it is a network of your own")
     with torch.device("meta"):  # shapes alone are enough: no weights are made
-        layers = Classifier(arch, 1).feature_layers
+        layers = layers_of(Classifier(arch, 1, side=side))
     try:
         return receptive_field(layers)
     except RunError as error:
@@ -48,7 +71,10 @@ def receptive_field(layers: nn.Module) -> Field:
     networks", Distill). The gate of a squeeze-and-excitation block, which sees the whole image through a
     global mean, is left out. Raises RunError naming a layer that is neither a kernel nor pointwise.
     """
-    graph = fx.symbolic_trace(layers)
+    try:
+        graph = fx.GraphModule(layers, _Tracer().trace(layers))
+    except (TypeError, ValueError, RuntimeError, AttributeError, fx.proxy.TraceError) as error:
+        raise RunError(f"its layers cannot be followed ({' '.join(str(error).split())[:100]})") from error
     fields: dict[fx.Node, Field | None] = {}
     for node in graph.graph.nodes:
         before = [f for n in node.all_input_nodes if (f := fields[n])]
@@ -56,8 +82,12 @@ def receptive_field(layers: nn.Module) -> Field:
         name = getattr(node.target, "__name__", node.target)
         if node.op == "placeholder":
             fields[node] = (1, 1)
+        elif not before:  # made of no map, such as a scale per channel
+            fields[node] = None
         elif node.op == "call_module":
             fields[node] = _after(graph.get_submodule(str(node.target)), widest)
+        elif name in _NUMBERS or _is_global_mean(node):
+            fields[node] = None
         elif node.op in ("get_attr", "output") or node.target in _POINTWISE or name in _POINTWISE_NAMES:
             fields[node] = widest
         else:
@@ -68,11 +98,24 @@ def receptive_field(layers: nn.Module) -> Field:
     return field
 
 
+class _Tracer(fx.Tracer):
+    """Follows a network down to layers that are known, also where timm inherits from torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _KNOWN) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_global_mean(node: fx.Node) -> bool:
+    """Whether a node is the mean over both sides of a map, as in a squeeze-and-excitation block."""
+    given = node.args[1:] or (node.kwargs.get("dim"),)
+    return node.target in ("mean", torch.mean) and given[0] in ((2, 3), [2, 3], (-2, -1), [-2, -1])
+
+
 def _after(module: nn.Module, field: Field | None) -> Field | None:
     """Receptive field after one layer; None after a global pool, whose output is not a feature map."""
     if isinstance(module, _GLOBAL):
         return None
-    if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+    if isinstance(module, _KERNELS):
         if field is None:
             return None
         kernel, stride = _largest(module.kernel_size), _largest(module.stride)
@@ -121,7 +164,7 @@ def squared_gradients(model: Classifier, images: torch.Tensor) -> torch.Tensor:
     """
     with torch.enable_grad(), without_tf32():
         pixels = model.normalise(images).detach().requires_grad_()
-        features = model.feature_layers(pixels)
+        features = last_map(model, pixels)
         centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
         # In evaluation mode images are independent: the gradient of the sum holds the gradient of each.
         (gradient,) = torch.autograd.grad(centre.sum(), pixels)

@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torchvision
 
 from cxrfast.errors import RunError
-from cxrfast.models.classifier import Classifier, check_arch
+from cxrfast.models.architecture import kind_of
+from cxrfast.models.classifier import Classifier
+from cxrfast.models.make import check_arch
+from cxrfast.models.timm_networks import cached_weights, converted, fetch_timm
 from cxrfast.models.weights_file import WeightsFile
 
 OPTIONAL = re.compile(r"normalise\.|.*num_batches_tracked$")
@@ -25,11 +29,33 @@ def imagenet_file(arch: str) -> tuple[str, Path]:
     return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
+def has_imagenet(arch: str) -> bool:
+    """Whether pretrained weights of an architecture are on this machine. Raises RunError if there are none anywhere."""
+    match kind_of(arch):
+        case "timm":
+            return cached_weights(arch) is not None
+        case "own":
+            raise _own_weights(arch)
+    return imagenet_file(arch)[1].exists()
+
+
+def _own_weights(arch: str) -> RunError:
+    return RunError(
+        f"--weights imagenet: there are no ImageNet weights for {arch}, a network of your own: give --weights none (its factory may "
+        "load weights itself) or --weights FILE"
+    )
+
+
 def fetch_weights(arch: str, to: Path | None = None) -> Path:
-    """Download torchvision's ImageNet weights if they are missing, and check the hash in their name.
+    """Download the ImageNet weights of torchvision or timm if they are missing. Torchvision's hold a hash in their name.
 
     Raises RunError without a network.
     """
+    match kind_of(arch):
+        case "timm":
+            return fetch_timm(arch, to)
+        case "own":
+            raise _own_weights(arch)
     url, cached = imagenet_file(arch)
     target = to / cached.name if to else cached
     if target.exists():
@@ -55,7 +81,10 @@ def load_weights(
     `theirs`: findings of the file's outputs, in their order; None if it does not say. Outputs are taken over by finding;
     the others stay as they are. Raises RunError if the weights are not finite, or not of the model's architecture.
     """
-    own, given = model.state_dict(), _by_our_names(file)
+    is_ours = any(name.startswith("net.") for name in file.tensors)
+    is_timms = kind_of(model.arch) == "timm" and not is_ours
+    tensors = converted(model.arch, model.net, file.tensors) if is_timms else file.tensors
+    own, given = model.state_dict(), _by_our_names(replace(file, tensors=dict(tensors)))
     head = [name for name in own if name.rpartition(".")[0] == f"net.{model.head}"]
     expected = {name: tensor for name, tensor in own.items() if name not in head}
     if theirs is not None:

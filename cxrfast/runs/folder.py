@@ -4,6 +4,7 @@ Imports neither torch nor pandas, since `cxrfast status` must answer at once.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -75,8 +76,11 @@ class RunFolder:
 
     @staticmethod
     def of(runs: Path, arch: str, scale: int, fold: int, name: str | None = None) -> "RunFolder":
-        """The folder of a run below `runs`; `name` replaces `<arch>-<scale>`."""
-        return RunFolder(runs / (name or f"{arch}-{scale}") / f"fold-{fold}")
+        """The folder of a run below `runs`; `name` replaces `<arch>-<scale>`.
+
+        `timm/test_vit` at 64 px is `timm-test_vit-64`, `mynets.small:make` is `mynets.small-make-64`.
+        """
+        return RunFolder(runs / (name or f"{re.sub('[/:]', '-', arch)}-{scale}") / f"fold-{fold}")
 
     @staticmethod
     def below(runs: Path) -> list["RunFolder"]:

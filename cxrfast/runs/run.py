@@ -352,10 +352,13 @@ class Run(RunFolder):
         return file.tensors
 
     def load(self, device: "torch.device | str" = "cpu") -> "Classifier":
-        """The run's classifier with its best weights, in eval mode on the device."""
+        """The run's classifier with its best weights, in eval mode on the device.
+
+        Raises RunError without weights, and for a network of one's own that is not `models.factories.trusted`.
+        """
         from cxrfast.models.classifier import Classifier  # torchvision, which tables do without
 
-        model = Classifier(self.config.arch, len(self.config.labels))
+        model = Classifier.of(self.config)
         try:
             model.load_state_dict(self.read_weights())
         except RuntimeError as error:

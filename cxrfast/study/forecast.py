@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -21,8 +21,10 @@ import torch
 from cxrfast.config import AUTO, TrainConfig
 from cxrfast.distributed import World
 from cxrfast.errors import CxrfastError, RunError
+from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.weights import imagenet_file
+from cxrfast.models.factories import trusted
+from cxrfast.models.weights import has_imagenet
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.remarks import LabelsNow
@@ -151,7 +153,8 @@ def forecast(plan: Plan, rates: Mapping[int, float] | None = None) -> Forecast:
     outlooks: list[Outlook] = []
     for scale in plan.scales:
         try:
-            data = read_scale(plan, scale, labels)
+            with trusted(plan.options.get("arch")):
+                data = read_scale(plan, scale, labels)
         except CxrfastError as error:
             outlooks += [
                 Outlook(name=plan.run_name(scale, fold), scale=scale, fold=fold, refusals=[str(error)])
@@ -198,8 +201,9 @@ def read_scale(plan: Plan, scale: int, labels: LabelsNow) -> ScaleData:
         is_partial(reader, plan.options.get("allow_partial", False))
         held = reader.rows
     config, info = plan.config(scale, plan.folds[0], "cpu"), labels.shard_set.info
-    with torch.device("meta"):  # shapes only, no numbers: quick
-        model = Classifier(config.arch, len(info.labels))
+    # shapes only, no numbers: quick; a network of one's own may need numbers
+    with nullcontext() if kind_of(config.arch) == "own" else torch.device("meta"):
+        model = Classifier.of(config)
         for side in config.sides:
             model.check_size(side)
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -305,7 +309,7 @@ def _first_weights(config: TrainConfig, table: pd.DataFrame, rows: pd.DataFrame)
     if config.weights == "none":
         return "none"
     if config.weights == "imagenet":
-        return "imagenet" if imagenet_file(config.arch)[1].exists() else "imagenet, to download"
+        return "imagenet" if has_imagenet(config.arch) else "imagenet, to download"
     own_division = division(table, config.split, config.fold)
     FirstWeights.find(config).refuse_seen_patients(config, own_division, rows)
     return Path(config.weights).name

@@ -6,6 +6,7 @@ from typing import Any
 
 from cxrfast.config import Runtime, TrainConfig, as_arguments, options_of
 from cxrfast.errors import RunError
+from cxrfast.runs.folder import RunFolder
 from cxrfast.shards.parts import resolve_split
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.splits import FOLDS
@@ -39,7 +40,7 @@ class Plan:
 
     def run_name(self, scale: int, fold: int) -> str:
         """`densenet121-2048/fold-0`, even if the options are impossible."""
-        return f"{self.options.get('arch', TrainConfig.arch)}-{scale}/fold-{fold}"
+        return RunFolder.of(self.runtime.runs, self.options.get("arch", TrainConfig.arch), scale, fold).name
 
     def differences(self, config: TrainConfig, other: TrainConfig) -> list[str]:
         """Differences from the configuration of a run on disk, except in what such a run keeps."""

@@ -17,7 +17,8 @@ from cxrfast.analysis.gradcam import gradcam_run, save_figure
 from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
-from cxrfast.errors import CxrfastError, RunError
+from cxrfast.errors import CxrfastError, NotDefined, RunError
+from cxrfast.models.factories import trusted
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import InUse
 from cxrfast.runs.run import Run
@@ -61,7 +62,12 @@ def study(
     Raises RunError or ShardError before the first training if the set, a scale or an option is wrong, RunError naming the
     run if one fails, and Stopped if a signal ended one.
     """
-    plan = make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime)
+    with trusted((options or {}).get("arch")):
+        return _study(make_plan(shards, runs, scales, folds, nproc=nproc, options=options, **runtime), keep_going)
+
+
+def _study(plan: Plan, keep_going: bool) -> Study:
+    """As `study`, of a plan."""
     pick_device(plan.runtime.device)  # raises before anything is trained
     expected = forecast(plan)
     expected.check()
@@ -153,7 +159,7 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
         except InUse:
             raise
         except RunError as error:  # no known feature map: this architecture has tables, but no maps
-            log.warning(error)
+            log.warning(f"{error}; the study goes on without maps")
             return
     largest = max(runs, key=lambda run: run.config.scale)
     known = evaluation.table[
@@ -164,5 +170,9 @@ def _maps(runs: list[Run], evaluation: evaluate.Evaluation, shards: Path, device
     ]
     for label in known.sort_values("auroc", ascending=False)["label"].head(CAM_FINDINGS):
         if not largest.gradcam_path(label).exists():
-            gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
+            try:
+                gradcam_run(largest, label, images=CAM_IMAGES, shards=shards, device=chosen)
+            except NotDefined as error:
+                log.warning(f"{error}; the study goes on without them")
+                return
             save_figure(largest, label, shards=shards)

@@ -24,6 +24,7 @@ from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.machine import memory_bytes, resident_bytes
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.densenet import ARCHITECTURES
+from cxrfast.models.make import is_exact
 from cxrfast.models.precision import autocast, compiled, use_tf32
 
 log = logging.getLogger(__name__)
@@ -153,10 +154,11 @@ def gpu_room(device: torch.device) -> int:
 def cpu_step_bytes(config: TrainConfig, runtime: Runtime) -> Callable[[int], int]:
     """Bytes that torch allocates for a training step on a CPU, as a function of its number of images.
 
-    Linear in images and in their area, from steps over 2 and 4 images of at most `CPU_SIDE`.
+    Linear in images and in their area, from steps over 2 and 4 images of at most `CPU_SIDE`, unless the network takes images
+    of one size alone.
     """
     scale = max(config.sides)
-    side = min(scale, CPU_SIDE)
+    side = scale if is_exact(config.arch) else min(scale, CPU_SIDE)
     two, four = (_allocated(config, runtime, images, side) for images in (2, 4))
     return lambda images: int(two + (images * (scale / side) ** 2 - 2) * (four - two) / 2)
 
@@ -184,7 +186,7 @@ def _train(config: TrainConfig, runtime: Runtime, device: torch.device, images: 
         outputs = len(config.labels)
         use_tf32(config.precision)
         torch.backends.cudnn.benchmark = not runtime.deterministic  # as in training: its workspaces count
-        model = Classifier(config.arch, outputs, recompute=runtime.recompute).to(device).train()
+        model = Classifier.of(config, recompute=runtime.recompute).to(device).train()
         forward = compiled(model, runtime.compile) if runtime.compile else model
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")

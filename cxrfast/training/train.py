@@ -15,6 +15,7 @@ import torch
 from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import World, world
 from cxrfast.models.classifier import Classifier
+from cxrfast.models.factories import trusted
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import locked_by_first
@@ -36,6 +37,8 @@ def train(config: TrainConfig, runtime: Runtime, on_epoch: OnEpoch | None = None
     `on_epoch` is called after each epoch, once it is saved, with the epoch's line of metrics.jsonl, by the first rank alone. What
     it raises ends the training, which the same call resumes.
 
+    A network of one's own, `config.arch` as package.module:factory, is imported.
+
     Raises Stopped (a SystemExit), with everything saved, after a signal; RunError if another process writes into its folder.
     """
     if runtime.stage:
@@ -43,9 +46,9 @@ def train(config: TrainConfig, runtime: Runtime, on_epoch: OnEpoch | None = None
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks:
+    with world(runtime.device, timeout=timedelta(minutes=runtime.dist_timeout)) as ranks, trusted(config.arch):
         torch.manual_seed(config.seed)
-        model = Classifier(config.arch, len(config.labels), recompute=runtime.recompute)
+        model = Classifier.of(config, recompute=runtime.recompute)
         for side in config.sides:
             model.check_size(side)
         folder = RunFolder.of(runtime.runs, config.arch, config.scale, config.fold, runtime.name)
