@@ -15,6 +15,7 @@ from cxrfast.cli.terminal import say
 @click.option("--timeout", type=click.FloatRange(1, 3600), default=120, help="Seconds for one film, at most.")
 @option.MOVED_SHARDS
 @option.DEVICE
+@option.TRUST_ARCH
 def app(model: Path, port: int, opens_browser: bool, timeout: float, shards: Path | None, device: str) -> None:
     """Show what a model says about films, in a page on this machine.
 

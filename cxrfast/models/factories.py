@@ -6,11 +6,11 @@ stands in a run's files: `trusted` says which.
 
 import inspect
 import math
+import os
 import pkgutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from cxrfast.models.head import last_layer
 
 ANY = "*"
 
-_TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted", default=frozenset())
+TRUSTED = "CXRFAST_TRUST_ARCH"
+"""Environment variable that names the factories that may be imported, separated by blanks; child processes inherit it."""
 
 SIZES = ("image_size", "img_size")
 """Names of an argument of a factory that takes the side of the images, px."""
@@ -30,17 +31,25 @@ SIZES = ("image_size", "img_size")
 
 @contextmanager
 def trusted(arch: str | None) -> Iterator[None]:
-    """Allow the import of this `package.module:factory` inside the block. `ANY`: of every one that a run names; None: of none."""
-    token = _TRUSTED.set(_TRUSTED.get() | ({arch} if arch else set()))
+    """Allow the import of this `package.module:factory` inside the block, in this process and in those that it starts.
+
+    `ANY`: of every one that a run names; None: of none.
+    """
+    before = os.environ.get(TRUSTED)
+    if arch:
+        os.environ[TRUSTED] = f"{before or ''} {arch}"
     try:
         yield
     finally:
-        _TRUSTED.reset(token)
+        if before is None:
+            os.environ.pop(TRUSTED, None)
+        else:
+            os.environ[TRUSTED] = before
 
 
 def make_own(arch: str, outputs: int, side: int | None) -> Architecture:
     """Import and call a factory. Raises RunError if it is not trusted, or if what it returns is no such network."""
-    if not _TRUSTED.get() & {arch, ANY}:
+    if not {arch, ANY} & set(os.environ.get(TRUSTED, "").split()):
         raise RunError(
             f"the network {arch} is code of its author's own, and it is imported only if you say so: add --trust-arch if you trust "
             "it (in Python: `with cxrfast.models.factories.trusted(name):`)"

@@ -97,7 +97,7 @@ def test_one_image_in_a_batch_is_refused_where_batch_norm_sees_one_value():
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere_at_all:make", "mynets.absent:make", ":", "a b:c", "mynets:", "../x:y", "mynets:Small:x"]
+    "name", ["nowhere_at_all:make", "mynets.absent:make", ":", "mynets:", "../x:y", "mynets:Small:x"]
 )
 def test_a_name_that_leads_nowhere_is_a_message(name):
     with trusted(name), pytest.raises(RunError, match=r"cannot be imported|is module"):
