@@ -35,6 +35,7 @@ FORMATS = ("onnx", "torchscript", "torchvision")
 )
 @FINISHED_ONLY
 @option.MOVED_SHARDS
+@option.TRUST_ARCH
 def export(
     runs: Path,
     out: Path,

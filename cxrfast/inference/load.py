@@ -99,7 +99,7 @@ def _member(
     _check_sum(path, name, file.sha256, sums)
     if wrong := [name for name, tensor in file.tensors.items() if not tensor.isfinite().all()]:
         raise RunError(f"{path}: {wrong[0][:80]} holds NaN or infinite values: {AGAIN}")
-    network = Classifier(member.arch, outputs)
+    network = Classifier(member.arch, outputs, side=member.scale)
     try:
         network.load_state_dict(file.tensors)
     except RuntimeError as error:
