@@ -16,18 +16,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cxrfast import __version__, metrics
 from cxrfast.analysis.join import rules_note
 from cxrfast.analysis.marks import footnotes, marked
-from cxrfast.config import TrainConfig
 from cxrfast.inference.checklist import TODO, checklist
-from cxrfast.inference.cohort import UNKNOWN, Cohort, findings_table, parts_table, read_cohort, views_text
+from cxrfast.inference.cohort import UNKNOWN, Cohort, findings_table, parts_table, read_cohort
 from cxrfast.inference.description import Description
 from cxrfast.inference.ensemble import Member, ScaleEnsemble
+from cxrfast.inference.external import Validation, validation_table, validations
 from cxrfast.inference.formats import BATCHES, BOUND, Difference
+from cxrfast.inference.provenance import data_table, label_limit, preprocessing_steps, recipe_table, sides_text
 from cxrfast.inference.scorecard import Scorecard, auroc_table, score, thresholds_table
-from cxrfast.models.classifier import MEAN, STD
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
 from cxrfast.runs.run import Run
-from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.tables import Table, markdown_text
 from cxrfast.thresholds import YOUDEN
 from cxrfast.units import counted
@@ -68,40 +67,44 @@ def card_text(facts: Facts) -> str:
     of_folds = facts.by_fold()
     cohort = read_cohort({fold: runs[0] for fold, runs in of_folds.items()})
     scores = score(of_folds, ensemble.weights, ensemble.thresholds.rule if ensemble.thresholds else YOUDEN)
+    archs = sorted({member.network.arch for member in ensemble.members})
+    normalise = ensemble.members[0].network.normalise
+    mean, std = (", ".join(f"{value:g}" for value in of.flatten().tolist()) for of in (normalise.mean, normalise.std))
+    external = validations(ensemble, facts.runs)
     lines = _lines(facts)
     notes = footnotes(lines)
     heads = list(marked({name: _scale_name(facts, name) for name in facts.groups()}, lines).values())
     formats = sorted({kind for _, kind in facts.differences})
     values = {
         "todo": TODO,
-        "archs": sorted({member.network.arch for member in ensemble.members}),
-        "summary": f"{counted(len(ensemble.labels), 'finding')} at {_sides(ensemble.scales)}",
-        "overview": _overview(facts, cohort, scores).markdown(),
-        "needs_code": "",
+        "archs": archs,
+        "summary": f"{counted(len(ensemble.labels), 'finding')} at {sides_text(ensemble.scales)}",
+        "overview": _overview(facts, cohort, scores, external).markdown(),
+        "own_code": [arch for arch in archs if ":" in arch],
         "formats": formats,
         "example": facts.description.members[0],
         "outputs": len(ensemble.labels),
-        "mean": ", ".join(map(str, MEAN)),
-        "std": ", ".join(map(str, STD)),
+        "mean": mean,
+        "std": std,
         "networks": _networks(facts, lines).markdown(),
         "combination": _combination(ensemble),
         "weights_table": _weights(ensemble, heads).markdown() if len(ensemble.scales) > 1 else "",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "version": __version__,
-        "label_limit": _label_limit(cohort),
+        "label_limit": label_limit(cohort),
         "weighted": first.config.positive_weights,
-        "data": _data(cohort).markdown(),
+        "data": data_table(cohort).markdown(),
         "parts": parts_table(cohort).markdown(),
         "findings": findings_table(cohort).markdown(),
         "rules": _paragraphs(rules_note(facts.groups())),
-        "preprocessing": _preprocessing(ensemble.recipe, ensemble.scales),
-        "recipe": _recipe(list(facts.runs.values())).markdown(),
+        "preprocessing": preprocessing_steps(ensemble.recipe, ensemble.scales, mean, std),
+        "recipe": recipe_table(list(facts.runs.values())).markdown(),
         "auroc": auroc_table(scores, heads).markdown(),
         "own_rows": _own_rows(ensemble),
         "rule": f"`{ensemble.thresholds.rule}`" if ensemble.thresholds else "",
         "thresholds": thresholds_table(scores).markdown(),
         "thresholds_note": _thresholds_note(ensemble),
-        "external": "None is known to cxrfast.",
+        "external": _external(external),
         "remarks": _paragraphs(notes) if notes else "None.",
         "files": _files(facts.files).markdown(),
         "equality": _equality(facts).markdown() if facts.differences else "",
@@ -132,12 +135,6 @@ def _scale_name(facts: Facts, group: str) -> str:
     return f"{next(iter(facts.groups()[group].values())).config.scale} px"
 
 
-def _sides(scales: Sequence[int]) -> str:
-    """`256, 512 and 1024 px`."""
-    *others, last = map(str, scales)
-    return f"{', '.join(others)} and {last} px" if others else f"{last} px"
-
-
 def _lines(facts: Facts) -> pd.DataFrame:
     """A line per network: name of the group, start, fold, remark."""
     remarks = remarks_on(facts.runs.values())
@@ -154,7 +151,7 @@ def _lines(facts: Facts) -> pd.DataFrame:
     )
 
 
-def _overview(facts: Facts, cohort: Cohort, scores: Scorecard) -> Table:
+def _overview(facts: Facts, cohort: Cohort, scores: Scorecard, external: Sequence[Validation]) -> Table:
     ensemble = facts.ensemble
     means, shared = metrics.over_findings([*scores.scales.values(), scores.ensemble])
     images = len(np.unique(np.concatenate([rows["row"] for rows in cohort.rows.values()])))
@@ -168,7 +165,7 @@ def _overview(facts: Facts, cohort: Cohort, scores: Scorecard) -> Table:
             ["Architecture", ", ".join(sorted({member.network.arch for member in ensemble.members}))],
             ["Images used", f"{images:,}"],
             ["Test AUROC, mean over findings", f"{means[-1].mean():.3f}" if shared else "undefined"],
-            ["External validation", "none known"],
+            ["External validation", ", ".join(one.name for one in external) or "none known"],
         ],
         text=["Value"],
     )
@@ -233,133 +230,6 @@ def _weights(ensemble: ScaleEnsemble, heads: Sequence[str]) -> Table:
     )
 
 
-def _label_limit(cohort: Cohort) -> str:
-    if cohort.info is not None and cohort.info.source in ("mimic", "chexpert", "nih"):
-        return (
-            "Labels were read from radiology reports by a program, so they hold its errors and what reports leave out; a finding "
-            "that a report does not mention counts by the label policies below."
-        )
-    return f"How the labels were made, by whom and from what, is {UNKNOWN} to cxrfast: {TODO}."
-
-
-SOURCES = {
-    "mimic": "MIMIC-CXR-JPG, as its tables and folders are laid out",
-    "chexpert": "CheXpert, as its tables and folders are laid out",
-    "nih": "NIH ChestX-ray14, as its tables and folders are laid out",
-    "table": "a table of the author's own",
-}
-
-
-def _data(cohort: Cohort) -> Table:
-    info, config = cohort.info, cohort.run.config
-    folds = "five folds, dealt by patient" if info is None or not info.own_folds else "folds given by the source"
-    split = {"folds": folds, "official": "the official one of the data set (train, validate, test)"}.get(
-        config.split, UNKNOWN
-    )
-    shared = "patients may be in two parts (--allow-shared-patients)" if config.allow_shared_patients else "patients"
-    source = whole = labels_from = UNKNOWN
-    if info is not None:
-        source = SOURCES.get(info.source, info.source)
-        whole = f"{info.images:,} images, {info.studies:,} studies, {info.patients:,} patients"
-        labels_from = info.labels_from.split(" sha256:")[0] or "not replaced"
-    rows = [
-        ["Data set", source],
-        ["Id of the shard set", config.set_id],
-        ["The whole set", whole],
-        ["Views", views_text(cohort)],
-        ["Split", split],
-        ["Parts are disjoint by", shared],
-        ["Labels replaced from", labels_from],
-        ["Sites, dates, devices, age, sex", UNKNOWN],
-        ["Consent, ethics, de-identification", f"{UNKNOWN} to cxrfast: to be filled in by the author"],
-    ]
-    return Table("", ["", "Value"], rows, text=["Value"])
-
-
-GREYS = {
-    "none": "8-bit images as they are; deeper ones by their full range",
-    "mimic": "deeper images to 8 bits as MIMIC-CXR-JPG did (histogram equalised)",
-    "window": "deeper images by the window that the file gives",
-}
-
-
-def _preprocessing(recipe: ImageRecipe, scales: Sequence[int]) -> str:
-    shape = {
-        "squash": "both sides become the scale, whatever the aspect",
-        "pad": "the longer side becomes the scale, centred on a black square",
-    }[recipe.resize]
-    codec = (
-        f"encoded as grey JPEG of quality {recipe.quality} ({recipe.dct} DCT) and decoded, since the networks were trained on such pixels"
-        if recipe.codec == "jpeg"
-        else "kept uncompressed"
-    )
-    steps = [
-        f"Decode to grey (`grey: {recipe.grey}`): {GREYS[recipe.grey]}.",
-        f"Resize to {_sides(scales)} (`resize: {recipe.resize}`): {shape}; area averaging where an axis shrinks, bilinear where it grows.",
-        f"`codec: {recipe.codec}`: {codec}.",
-        "In the network: grey / 255, copied to three channels, minus "
-        f"{', '.join(map(str, MEAN))}, over {', '.join(map(str, STD))} (ImageNet's mean and standard deviation).",
-    ]
-    return "".join(f"{number}. {step}\n" for number, step in enumerate(steps, 1)) + "\n"
-
-
-NOT_SHOWN = (
-    *("set_id", "labels", "weights", "scale", "fold", "arch", "split", "views", "limit", "subset"),
-    *(
-        "policy",
-        "label_policies",
-        "blank",
-        "unlabelled",
-        "allow_shared_patients",
-        "allow_partial",
-        "weighted_validation",
-    ),
-)
-"""Fields of TrainConfig that other chapters tell."""
-
-SETTINGS = {
-    "positive_weights": "Positives weighted by negatives / positives",
-    "global_batch": "Images per optimiser step",
-    "micro_batch": "Images per forward pass",
-    "epochs": "Epochs at most",
-    "factor": "Factor of the learning rate on a plateau",
-    "patience": "Plateau: epochs without a lower validation loss",
-    "stop_after": "Training stops after such epochs",
-    "degrees": "Rotation, ± degrees",
-    "flip": "Probability of a horizontal flip",
-    "sizes": "Smaller images first, side x epochs",
-    "sync_bn": "BatchNorm over the batches of all GPUs",
-    "order": "Order of rows",
-    "optimizer": "Optimiser",
-}
-"""What readers call fields of TrainConfig; others have the name of the field."""
-
-
-def _recipe(runs: Sequence[Run]) -> Table:
-    """Every other field of the configurations: one value if all networks share it, else by network."""
-    records = []
-    for name in (name for name in TrainConfig.__dataclass_fields__ if name not in NOT_SHOWN):
-        by_value: dict[str, list[str]] = {}
-        for run in runs:
-            by_value.setdefault(_words(getattr(run.config, name)), []).append(run.name)
-        shared = len(by_value) == 1
-        told = [value if shared else f"{value}: {', '.join(names)}" for value, names in by_value.items()]
-        records.append([SETTINGS.get(name, name.replace("_", " ").capitalize()), "; ".join(told)])
-    note = (
-        "Loss: binary cross-entropy with logits over the labels that count. The weights used are those of the epoch with the "
-        "lowest validation loss."
-    )
-    return Table("", ["Setting", "Value"], records, note, text=["Value"])
-
-
-def _words(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join("=".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _own_rows(ensemble: ScaleEnsemble) -> str:
     if len(ensemble.folds) == 1:
         return "Test rows served neither training nor the choice of epoch, weights or thresholds."
@@ -380,6 +250,19 @@ def _thresholds_note(ensemble: ScaleEnsemble) -> str:
             + text
         )
     return text
+
+
+def _external(found: Sequence[Validation]) -> str:
+    """A table per other set."""
+    if not found:
+        return "None is known to cxrfast."
+    intro = (
+        "The exported model itself, folds averaged, with its own thresholds. Rows of patients and images that are among the "
+        "runs' rows are left out. Intervals: not computed.\n"
+    )
+    return "\n".join(
+        [intro, *(f"#### {markdown_text(one.name)}\n\n{validation_table(one).markdown()}" for one in found)]
+    )
 
 
 def _files(files: Mapping[str, int]) -> Table:
