@@ -104,7 +104,7 @@ class OtherTest:
         row, matching = external.rows["row"].to_numpy(), Matching.of(first.config.labels, external.other.labels)
         overlaps = [overlap(first, external)]
         for run in others:
-            theirs = read_external(run, name)
+            theirs = read_external(run, name, ids=False)
             if theirs.other.set_id != external.other.set_id:
                 raise RunError(
                     f"{first.name} and {run.name} cannot be joined: their predictions named {name} are of two sets "
@@ -116,7 +116,7 @@ class OtherTest:
                     f"{first.name} and {run.name} cannot be joined: they predicted other {what} of {name}, which was built, "
                     f"relabelled or filtered (--view) since: {again(name)}"
                 )
-            overlaps.append(overlap(run, theirs))
+            overlaps.append(overlap(run, replace(theirs, rows=external.rows)))  # one set has the same ids
         if not matching.both and not every_finding:
             raise RunError(_nothing_in_common(first, external.other, matching))
         labels = first.config.labels if every_finding else matching.both

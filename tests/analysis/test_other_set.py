@@ -132,7 +132,7 @@ def test_patients_and_images_that_the_runs_know_are_counted_by_part_and_can_be_l
     other_parts = {part: set(runs[1].rows().query("part == @part")["patient_id"]) for part in parts}
     for part in parts:
         low, high = sorted((counted[part], rows["patient_id"].isin(other_parts[part]).sum()))
-        expected = f"({low} rows" if low == high else f"({low} to {high} rows"
+        expected = f"({low} row" if low == high else f"({low} to {high} rows"
         assert expected in note.split(f" {part} ")[1].partition(";")[0].partition(",")[0]
     assert "p0" not in note
     before = evaluate_on(tmp_path, "hospital-b")
