@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from commands import invoke
+from runs import noise
 from trainings import FAST, assert_same
 
 from cxrfast.config import Runtime
 from cxrfast.errors import RunError
+from cxrfast.inference.load import load as cxrfast_load
 from cxrfast.models.factories import trusted
 from cxrfast.runs.run import Run
 from cxrfast.training.setup import make_config
@@ -83,6 +85,23 @@ def test_it_is_predicted_and_evaluated_and_its_maps_are_drawn_or_said_not_to_exi
     text = Path(cxrfast("report", runs).split()[-1]).read_text()
     assert copy.folder.parent.name in text
     assert copy.config.arch in text
+
+
+def test_it_is_exported_and_loaded_with_the_same_logits(copy, tmp_path):
+    own = ["--trust-arch"] if ":" in copy.config.arch else []
+    runs, out = copy.folder.parents[1], tmp_path / "out"
+    cxrfast("predict", copy.folder, "--device=cpu", *own)
+    cxrfast("export", runs, out, *own)
+    with trusted(copy.config.arch):
+        mine, theirs = copy.load(), cxrfast_load(out)
+    with torch.no_grad():
+        (found,) = theirs({64: noise(2, 64)}).logits.values()
+        assert torch.equal(found, mine(noise(2, 64)))
+    if own:
+        assert "--trust-arch" in refused("export", runs, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+        with pytest.raises(RunError, match="--trust-arch"):
+            cxrfast_load(out)
 
 
 def test_a_network_of_ones_own_is_not_imported_for_tables_nor_without_being_trusted(copy):
