@@ -14,6 +14,7 @@ from cxrfast.labels import BLANKS, POLICIES, UNLABELLED
 from cxrfast.runs.external import Matching, OtherSet, read_external
 from cxrfast.runs.overlap import Overlap, overlap, overlap_note
 from cxrfast.runs.run import Run
+from cxrfast.shards.parts import check_unlabelled
 from cxrfast.text import shown
 from cxrfast.units import counted
 
@@ -38,6 +39,7 @@ class OtherRules:
         unlabelled = self.unlabelled or rules.unlabelled
         if unlabelled not in UNLABELLED:
             raise RunError(f"--unlabelled {unlabelled} is unknown: use one of {', '.join(UNLABELLED)}")
+        check_unlabelled(unlabelled, blanks)
         return replace(rules, policies=policies, blanks=blanks, unlabelled=unlabelled)
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cxrfast.errors import RunError, did_you_mean
-from cxrfast.files import open_file, replacing
+from cxrfast.files import make_own_folder, open_file, replacing
 from cxrfast.labels import EARLIER
 from cxrfast.runs.arrays import open_arrays, read_array, write_arrays
 from cxrfast.runs.folder import RunFolder
@@ -172,7 +172,7 @@ def write_external(run: Run, external: External) -> None:
     table = pa.Table.from_pandas(pd.concat([rows[list(IDS)], raw], axis=1), preserve_index=False)
     description = json.dumps({**asdict(other), "config_hash": run.hash}, sort_keys=True, ensure_ascii=False)
     run.check_lease()
-    run.external_path.mkdir(exist_ok=True)
+    make_own_folder(run.external_path)
     with replacing(_table(run, other.name)) as file:
         pq.write_table(table.replace_schema_metadata({KEY: description.encode()}), file, compression="zstd")
     arrays = {

@@ -208,6 +208,7 @@ def test_predictions_that_do_not_belong_together_are_not_joined(study, spoil, me
         (["--without-shared-patients"], "need --on"),
         (["--on", "hospital-b", "--policy", "u_two"], "'u_two' is unknown"),
         (["--on", "hospital-b", "--label-policy", "edema=u_ones"], "did you mean 'Edema'?"),
+        (["--on", "hospital-b", "--blank", "ignore", "--unlabelled", "negative"], "would have no label that counts"),
         (["--on", "hospital-b", "--blank", "Mass=ignore"], "share are 'Edema', 'Pneumonia'"),
     ],
 )

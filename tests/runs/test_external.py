@@ -86,6 +86,14 @@ def test_a_name_is_taken_by_one_set(run, tmp_path):
     check_free(run, "hospital-b", "c" * 32, tmp_path)
 
 
+def test_predictions_are_not_written_through_a_link(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    run.external_path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is a link"):
+        predict_other(run)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def described(path, **changes) -> None:
     """Change the description in a table."""
     import json
