@@ -1,15 +1,10 @@
 """A model of small random networks on phantoms, alone, behind a site, and served by `cxrfast app`."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from apps import Served, served
 from runs import make_untrained
 from trainings import CPU
 
@@ -47,27 +42,10 @@ def film(phantoms: Path) -> bytes:
     return next(iter(sorted(phantoms.rglob("*.jpg")))).read_bytes()
 
 
-@contextmanager
-def served(*words: object) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """`cxrfast app` with these words in a process of its own: its address, and the process. Ends by Ctrl-C."""
-    command = [sys.executable, "-W", "ignore", "-m", "cxrfast", "app", *map(str, words), "--port", "0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout
-        found = next((m for line in process.stdout if (m := re.search(r"http://\S+", line))), None)
-        assert found, process.communicate(timeout=20)
-        yield found[0], process
-    finally:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGINT)
-        process.communicate(timeout=20)
-
-
 @pytest.fixture(scope="module")
-def address(runs: Path) -> Iterator[str]:
-    """Of an app that serves `runs`."""
-    with served(runs, "--device", "cpu") as (address, process):
-        yield address
-        assert process.poll() is None, "the app lives on"
+def app(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An app that serves `runs`, and writes nothing."""
+    folder = tmp_path_factory.mktemp("empty")
+    with served(runs, "--device", "cpu", folder=folder) as found:
+        yield found
+    assert not list(folder.iterdir())

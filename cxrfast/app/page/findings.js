@@ -14,16 +14,22 @@ export function element(name, attributes = {}, ...children) {
 
 export const probability = (p) => (p === null ? "–" : p > 0 && p < 0.005 ? "<0.01" : p < 1 && p >= 0.995 ? ">0.99" : p.toFixed(2));
 
+// Roles are said, since a narrow page shows the table as a grid, and browsers then forget what it is.
+const head = (attributes, ...children) => element("th", { role: "columnheader", scope: "col", ...attributes }, ...children);
+
 const SIGNS = { positive: "▲", negative: "▽" };
 
-// A probability, its threshold and verdict.
-function cell(score, is_chosen, has_thresholds) {
-  const words = !has_thresholds ? "" : score.threshold === null ? "no threshold" : `${score.verdict === "positive" ? "≥" : "<"} ${probability(score.threshold)}`;
+// A probability, its threshold and verdict. Two numbers that look the same get a third digit.
+function cell(score, is_chosen) {
+  const { p, threshold, verdict } = score;
+  const has_verdict = verdict !== null && threshold !== null;
+  const is_close = has_verdict && probability(p) === probability(threshold);
+  const text = (value) => (is_close ? value.toFixed(3) : probability(value));
   return element(
     "td",
-    { class: [score.verdict ?? "none", is_chosen ? "chosen" : ""].join(" ") },
-    element("span", { class: "p", text: probability(score.p) }),
-    element("small", { text: score.p === null ? "not a number" : words }),
+    { role: "cell", class: [verdict ?? "none", is_chosen ? "chosen" : ""].join(" ") },
+    element("span", { class: "p", text: p === null ? "NaN" : text(p) }),
+    element("small", { text: has_verdict ? `${verdict === "positive" ? "≥" : "<"} ${text(threshold)}` : "" }),
   );
 }
 
@@ -34,10 +40,10 @@ export const verdictOf = (finding) => (finding.ensemble ?? finding.scales[0]).ve
 export function table(model, scores, finding, scale, choose) {
   const has_ensemble = scores.findings.some((one) => one.ensemble);
   const heads = [
-    element("th", { scope: "col", text: "Finding" }),
-    ...model.scales.map((side, i) => element("th", { scope: "col", class: i === scale ? "chosen" : null }, `${side}`, element("small", { text: " px" }))),
-    ...(has_ensemble ? [element("th", { scope: "col", text: "Ensemble" })] : []),
-    ...(model.scales.length > 1 ? [element("th", { scope: "col", class: "trend" }, "By scale")] : []),
+    head({ text: "Finding" }),
+    ...model.scales.map((side, i) => head({ class: i === scale ? "chosen" : null }, `${side}`, element("small", { text: " px" }))),
+    ...(has_ensemble ? [head({ text: "Ensemble" })] : []),
+    ...(model.scales.length > 1 ? [head({ class: "trend", text: "By scale" })] : []),
   ];
   const rows = scores.findings.map((one, i) => {
     const verdict = verdictOf(one);
@@ -45,24 +51,24 @@ export function table(model, scores, finding, scale, choose) {
       "button",
       { type: "button", class: "finding", "aria-pressed": String(i === finding), "data-finding": i },
       element("span", { class: "name", text: model.labels[i] }),
-      element("span", { class: `verdict ${verdict ?? "none"}`, text: verdict ? `${SIGNS[verdict]} ${verdict}` : model.rule ? "no verdict" : "" }),
+      element("span", { class: `verdict ${verdict ?? "none"}`, text: verdict ? `${SIGNS[verdict]} ${verdict}` : model.rule ? "no threshold" : "" }),
     );
     name.addEventListener("click", () => choose(i));
     return element(
       "tr",
-      { class: i === finding ? "chosen" : null },
-      element("th", { scope: "row" }, name),
-      ...one.scales.map((score, s) => cell(score, s === scale, model.rule)),
-      ...(has_ensemble ? [cell(one.ensemble, false, model.rule)] : []),
-      ...(model.scales.length > 1 ? [element("td", { class: "trend" }, trend(one, scale))] : []),
+      { role: "row", class: i === finding ? "chosen" : null },
+      element("th", { role: "rowheader", scope: "row" }, name),
+      ...one.scales.map((score, s) => cell(score, s === scale)),
+      ...(has_ensemble ? [cell(one.ensemble, false)] : []),
+      ...(model.scales.length > 1 ? [element("td", { role: "cell", class: "trend" }, trend(one, scale))] : []),
     );
   });
   return element(
     "table",
-    {},
+    { role: "table" },
     element("caption", { class: "hidden", text: "Probabilities of every finding by scale and of the ensemble" }),
-    element("thead", {}, element("tr", {}, ...heads)),
-    element("tbody", {}, ...rows),
+    element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads)),
+    element("tbody", { role: "rowgroup" }, ...rows),
   );
 }
 

@@ -9,6 +9,7 @@ const $ = (id) => document.getElementById(id);
 let model = null;
 let chosen = null; // the film looked at
 let finding = 0;
+let is_own_choice = false; // of the finding: until then, the likeliest one of the film is shown
 let is_asking = false;
 let shown = null; // the picture in the canvas
 
@@ -45,6 +46,7 @@ function keep({ film, question, finding, scale }, found) {
   if (film.state === "removed") return;
   if (question === "scores") {
     Object.assign(film, { scores: found, state: "done" });
+    if (film === chosen) chooseLikeliest();
   } else if (question === "pictures") {
     const pictures = found.pictures.map((one) => new Blob([bytes(one)], { type: "image/jpeg" }));
     film.pictures = { ...found, pictures };
@@ -55,9 +57,17 @@ function keep({ film, question, finding, scale }, found) {
 
 // What is shown
 
+function chooseLikeliest() {
+  if (is_own_choice || !chosen?.scores) return;
+  const rank = (one) => (verdictOf(one) === "positive" ? 1 : 0) + ((one.ensemble ?? one.scales[0]).p ?? 0);
+  const ranks = chosen.scores.findings.map(rank);
+  finding = ranks.indexOf(Math.max(...ranks));
+}
+
 function choose(film) {
   chosen = film;
   if (film) use(film);
+  chooseLikeliest();
   shown = null;
   zoomBy(0);
   show();
@@ -190,6 +200,7 @@ function showProgress(left_out = "") {
 
 function chooseFinding(index) {
   finding = index;
+  is_own_choice = true;
   show();
   work();
 }
@@ -264,7 +275,8 @@ async function start() {
   model = await answer.json();
   const { scales, labels, networks } = model;
   $("model").textContent = `${labels.length} ${labels.length === 1 ? "finding" : "findings"}, ${scales.join(", ")} px, ${networks} ${networks === 1 ? "network" : "networks"}`;
-  $("scale").max = $("scale").value = scales.length - 1;
+  $("scale").max = scales.length - 1;
+  $("scale").value = scales.length - 1;
   $("scale").disabled = scales.length === 1;
   $("ticks").replaceChildren(...scales.map((side) => element("span", { text: side })));
   $("rule").textContent = ruleText(model.rule);
