@@ -41,11 +41,12 @@ def serve(model: ModelProcess, port: int, opens_browser: bool, say: Callable[[st
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket on the loopback interface."""
+    """A socket on the loopback interface. It listens at once: who opens the address early waits instead of being refused."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

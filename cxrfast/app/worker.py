@@ -20,8 +20,11 @@ import torch
 from cxrfast.app.process import LENGTH
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
+from cxrfast.inference.description import MODEL
 from cxrfast.inference.ensemble import ScaleEnsemble, stacked
+from cxrfast.inference.load import load
 from cxrfast.inference.table import log_odds
+from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.shards.images.bad_image import BadImage
 from cxrfast.shards.images.decode import encode
@@ -34,13 +37,18 @@ QUALITY = 92
 
 
 def open_model(folder: Path, device: str, shards: Path | None = None) -> ScaleEnsemble:
-    """The model of an export folder, or of a folder of runs that have predicted. Raises RunError."""
+    """The model of an export folder, or of runs that have predicted: all, one scale's folds, or one. Raises RunError."""
     where = pick_device(device)
-    if (folder / "model.json").exists():
-        from cxrfast.inference.load import load
-
+    if (folder / MODEL).exists():
         return load(folder, where)
-    return ScaleEnsemble.from_runs(Run.find(folder), where, shards=shards)
+    return ScaleEnsemble.from_runs(_runs(folder), where, shards=shards)
+
+
+def _runs(folder: Path) -> list[Run]:
+    if RunFolder(folder).is_started:
+        return [Run.open(folder)]
+    folds = [run.folder for run in RunFolder.below(folder.parent) if run.folder.parent == folder and run.is_started]
+    return [Run.open(fold) for fold in folds] or Run.find(folder)
 
 
 def about(model: ScaleEnsemble) -> dict[str, Any]:

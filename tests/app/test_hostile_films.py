@@ -86,7 +86,11 @@ def lives_on(client: Client, film: bytes) -> Iterator[None]:
     """After each request the same processes answer, as before, and hold no more memory."""
     children, before = client.process.children(), client.resident()
     yield
-    status, found = client.ask(body=film)
+    for _ in range(50):
+        status, found = client.ask(body=film)
+        if status != 503:  # films that were broken off may have their places still
+            break
+        time.sleep(0.1)
     assert (status, len(found["findings"])) == (200, 14)
     assert client.process.children() == children
     assert client.resident() < before + 200 * MB
@@ -224,14 +228,14 @@ def test_films_beyond_those_that_fit_are_told_to_wait(client, film):
         ({"Content_Type": "text/plain"}, 415),
         ({"Content_Type": "multipart/form-data; boundary=../../x"}, 415),
         ({"Content_Type": "<script>"}, 415),
-        ({"X_Large": "x" * 10**5}, 400),
+        ({"X_Large": "x" * 10**6}, 400),
         ({"Cookie": "a=" + "x" * 10**4}, 200),
         ({"X_Forwarded_Host": "evil.example", "X_Forwarded_For": "1.2.3.4"}, 200),
         ({"Content_Encoding": "gzip"}, 200),
         ({"Range": "bytes=0-"}, 200),
         ({"X_HTTP_Method_Override": "DELETE"}, 200),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_hostile_headers(client, film, headers, status):
     if status == 400:

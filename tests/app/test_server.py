@@ -9,21 +9,16 @@ import time
 
 import psutil
 import pytest
-from apps import served
+from apps import heed_ctrl_c, served
 from commands import invoke, run
 
 
 def test_a_port_in_use_is_one_message(runs):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        done = invoke("app", runs, "--port", other.getsockname()[1])
-    assert done.exit_code == 2
-    assert done.stderr == (
-        f"cxrfast: port {other_port(done.stderr)} is in use: stop the other program, or use --port 0 for a free one\n"
-    )
-
-
-def other_port(text: str) -> int:
-    return int(text.split()[2])
+        port = other.getsockname()[1]
+        done = invoke("app", runs, "--port", port)
+    message = f"cxrfast: port {port} is in use: stop the other program, or use --port 0 for a free one\n"
+    assert (done.exit_code, done.stderr) == (2, message)
 
 
 @pytest.mark.parametrize("module", ["starlette", "uvicorn"])
@@ -70,7 +65,8 @@ def test_it_ends_at_once_and_takes_its_model_along(runs, tmp_path, sent):
 @pytest.mark.slow
 def test_ctrl_c_while_it_loads_ends_it(runs, tmp_path):
     command = [sys.executable, "-m", "cxrfast", "app", str(runs), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, preexec_fn=heed_ctrl_c) as process:
         assert process.stdout
         assert process.stdout.readline().startswith("loading the model")
         process.send_signal(signal.SIGINT)

@@ -16,6 +16,8 @@ from PIL import Image
 from cxrfast.app import worker
 from cxrfast.errors import RunError
 from cxrfast.inference.ensemble import stacked
+from cxrfast.inference.export import export
+from cxrfast.runs.run import Run
 from cxrfast.thresholds import Rule, Thresholds
 
 
@@ -23,6 +25,18 @@ def of(answer: dict) -> dict:
     """As the page gets it."""
     assert "error" not in answer, answer
     return json.loads(json.dumps(answer, allow_nan=False))
+
+
+def test_a_model_is_an_export_all_runs_the_folds_of_a_scale_or_one_run(runs, model, film, tmp_path):
+    export(Run.find(runs), tmp_path / "out")
+    expected = worker.scores(model, film)
+    assert worker.scores(worker.open_model(tmp_path / "out", "cpu"), film) == expected
+    assert worker.scores(worker.open_model(runs, "cpu"), film) == expected
+    one = next(run for run in Run.find(runs) if run.config.scale == 64)
+    assert [m.name for m in worker.open_model(one.folder, "cpu").members] == [one.name]
+    folds = worker.open_model(one.folder.parent, "cpu")
+    assert [(m.scale, m.fold) for m in folds.members] == [(64, 0), (64, 1)]
+    assert worker.scores(folds, film)["findings"][0]["ensemble"] is None, "one scale is the ensemble"
 
 
 def test_scores_are_those_of_the_ensemble(model, film):

@@ -18,6 +18,11 @@ class Served(NamedTuple):
     process: "subprocess.Popen[str]"
 
 
+def heed_ctrl_c() -> None:
+    """In a new process: a shell's background jobs, such as a run of these tests, ignore SIGINT, and so do their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def served(*words: object, folder: Path) -> Iterator[Served]:
     """`cxrfast app` with these words in a process of its own, which runs in `folder`. Ends by Ctrl-C, silently."""
@@ -30,6 +35,7 @@ def served(*words: object, folder: Path) -> Iterator[Served]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         assert process.stdout
@@ -41,4 +47,4 @@ def served(*words: object, folder: Path) -> Iterator[Served]:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=20)
-    assert (process.returncode, output, errors) == (0, "stopped\n", ""), "nothing of the films is in its log"
+    assert (process.returncode, output, errors) == (0, "stopped\n", "")

@@ -63,13 +63,15 @@ export function table(model, scores, finding, scale, choose) {
       ...(model.scales.length > 1 ? [element("td", { role: "cell", class: "trend" }, trend(one, scale))] : []),
     );
   });
-  return element(
+  const made = element(
     "table",
     { role: "table" },
     element("caption", { class: "hidden", text: "Probabilities of every finding by scale and of the ensemble" }),
     element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads)),
     element("tbody", { role: "rowgroup" }, ...rows),
   );
+  made.style.setProperty("--columns", model.scales.length + (has_ensemble ? 1 : 0));
+  return made;
 }
 
 // Probability by scale as a line from 0 (bottom) to 1 (top), thresholds as a dashed line.

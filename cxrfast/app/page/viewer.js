@@ -27,7 +27,7 @@ export function drawLegend() {
 }
 
 // Where the map is low, the film is seen without it.
-const alpha = (value) => Math.min(1, (1.6 * value) / 255);
+const alpha = (value) => Math.min(1, (1.3 * value) / 255);
 
 let drawing = 0;
 
