@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from cxrfast.files import TEMPORARY, open_own, read_file, replacing, sha256, temporary_name, write_bytes, write_json
+from cxrfast.files import (
+    TEMPORARY,
+    open_own,
+    read_file,
+    replacing,
+    replacing_folder,
+    sha256,
+    temporary_name,
+    write_bytes,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -139,3 +149,46 @@ def test_a_file_of_another_user_is_refused(tmp_path):
     os.chown(tmp_path / "theirs", 65534, 65534)
     with pytest.raises(OSError, match="belongs to user 65534"):
         open_own(tmp_path / "theirs")
+
+
+def test_a_folder_is_replaced_whole_or_if_the_block_raises_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    with replacing_folder(folder) as new:
+        (new / "old").touch()
+    with pytest.raises(ValueError, match="half"), replacing_folder(folder) as new:
+        (new / "new").touch()
+        raise ValueError("half")
+    assert (names(tmp_path), names(folder)) == (["model"], ["old"])
+    with replacing_folder(folder) as new:
+        (new / "new").touch()
+        assert names(folder) == ["old"]
+    assert (names(tmp_path), names(folder)) == (["model"], ["new"])
+
+
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", os.rename
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def fails_once(source: Path, target: Path) -> None:
+        if target == folder and not (Path(source) / "old").exists():
+            raise OSError(28, "No space left on device", str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails_once)
+    with pytest.raises(OSError, match="No space left"), replacing_folder(folder) as new:
+        (new / "new").touch()
+    assert (names(tmp_path), names(folder)) == (["model"], ["old"])
+
+
+def test_temporary_folders_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = temporary_name(tmp_path / "model")
+    theirs = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    other = tmp_path / f"other.{theirs.name.partition('.')[2]}"
+    for leftover in (mine, theirs, other):
+        leftover.mkdir()
+    with replacing_folder(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == sorted([mine.name, other.name, "model"])

@@ -12,7 +12,7 @@ from trainings import CUDA, make_trainer, needs_gpu
 from cxrfast.config import COMPILE_MODES, Runtime
 from cxrfast.errors import RunError
 from cxrfast.models.densenet import lean
-from cxrfast.models.precision import compiled, resolve_precision, use_tf32, without_tf32
+from cxrfast.models.precision import compiled, inference_precision, resolve_precision, use_tf32, without_tf32
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
@@ -31,6 +31,12 @@ def test_an_unknown_mode_and_tf32_on_a_cpu_are_refused():
     with pytest.raises(RunError, match="--precision tf32 works on NVIDIA GPUs only"):
         resolve_precision("tf32", torch.device("cpu"))
     assert resolve_precision("tf32", CUDA) == "tf32"
+
+
+def test_a_network_that_was_trained_in_tf32_answers_in_fp32_on_a_cpu():
+    assert inference_precision("tf32", torch.device("cpu")) == "fp32"
+    assert inference_precision("tf32", CUDA) == "tf32"
+    assert inference_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @needs_gpu
