@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cxrfast.analysis import mixture
 from cxrfast.analysis.gradcam import gradcam
-from cxrfast.analysis.join import check_same_study, join_logits
+from cxrfast.analysis.join import check_same_study
+from cxrfast.analysis.thresholds import ensemble_thresholds
 from cxrfast.errors import RunError
 from cxrfast.inference.choice import choose_members, recipe_of, reference_of
 from cxrfast.inference.film import Film, prepared
@@ -27,7 +27,7 @@ from cxrfast.runs.reference import Reference
 from cxrfast.runs.run import Run
 from cxrfast.runs.thresholds import shared_rule
 from cxrfast.shards.format.recipe import ImageRecipe
-from cxrfast.thresholds import Rule, Thresholds, choose, mean_over_folds
+from cxrfast.thresholds import Thresholds, mean_over_folds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class ScaleEnsemble(nn.Module):
         config = chosen[0].config
         folds = sorted(next(iter(groups.values())))
         rule = shared_rule(chosen)
-        fitted = {fold: fit([group[fold] for group in groups.values()], rule) for fold in folds}
+        fitted = {fold: ensemble_thresholds([group[fold] for group in groups.values()], rule) for fold in folds}
         where = torch.device(device)
         members = [
             Member(
@@ -214,10 +214,3 @@ def stacked(films: Sequence[Film], scales: Sequence[int]) -> dict[int, Tensor]:
     if not films:
         return {scale: torch.zeros((0, 1, scale, scale), dtype=torch.uint8) for scale in scales}
     return {scale: torch.from_numpy(np.stack([film.images[scale] for film in films]))[:, None] for scale in scales}
-
-
-def fit(runs: Sequence[Run], rule: Rule) -> tuple[np.ndarray, Thresholds]:
-    """Weights float64 (L, S) of one fold's runs, by scale, and thresholds of their mixture, from their validation logits."""
-    logits, targets, mask = join_logits(runs, "val")
-    weights = mixture.fit_weights(logits, targets, mask)
-    return weights, choose(mixture.log_odds(logits, weights), targets, mask, rule)
