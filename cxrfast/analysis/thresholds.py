@@ -268,7 +268,7 @@ def thresholds_table(result: ThresholdResult, brief: bool = True) -> Table:
         f"{'; '.join(over)}",
         [
             *("Finding", "Scale", "Threshold", "Validation\nsensitivity", "Validation\nspecificity"),
-            *("Test\nsensitivity", "Test\nspecificity", "PPV", "NPV", "TP / FP / TN / FN"),
+            *("Test\nsensitivity", "Test\nspecificity", "PPV", "NPV", "TP/FP/TN/FN"),
         ],
         rows,
         "\n".join(filter(None, [*_notes(result), *_few_note(few)])),
@@ -288,7 +288,7 @@ def _cells(lines: pd.DataFrame, deviations: bool) -> list[str | Cell]:
     return [
         _probability(float(logit)) + some,
         *(score_cell(lines[name].to_numpy(np.float64), "", deviations) for name in ratios),
-        " / ".join(counts),
+        "/".join(counts),
     ]
 
 
@@ -329,7 +329,7 @@ def _notes(result: ThresholdResult) -> Iterator[str]:
     """What a reader must know to use the numbers."""
     yield (
         "Thresholds as probabilities. Validation rows served early stopping, the ensemble's weights and the choice of "
-        "thresholds; test rows served none of them. PPV and NPV hold for the prevalence among the test rows. TP / FP / TN / FN: "
+        "thresholds; test rows served none of them. PPV and NPV hold for the prevalence among the test rows. TP/FP/TN/FN: "
         "test rows, summed over folds."
     )
     yield from _none_notes(result)

@@ -167,7 +167,7 @@ def test_the_table_says_what_was_chosen_and_what_was_not(made: Path, result: Thr
     logit = lines["threshold_logit"].mean()
     assert cells[2] == f"{1 / (1 + np.exp(-logit)):.3f}"
     assert cells[5].text == f"{lines['test_sensitivity'].mean():.3f}"
-    assert cells[9] == " / ".join(str(lines[f"test_{name}"].sum()) for name in ("tp", "fp", "tn", "fn"))
+    assert cells[9] == "/".join(str(lines[f"test_{name}"].sum()) for name in ("tp", "fp", "tn", "fn"))
 
 
 def test_files_hold_the_result_and_the_same_bytes_every_time(study: Path) -> None:
