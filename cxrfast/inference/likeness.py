@@ -61,8 +61,9 @@ def colour_reason(data: bytes) -> list[str]:
     pixels = _in_colour(data)
     if pixels is None:
         return []
-    chroma = pixels.max(axis=2).astype(np.int16) - pixels.min(axis=2)
-    share = float((chroma >= SATURATED).mean())
+    one, two, three = cv2.split(pixels)
+    chroma = cv2.subtract(cv2.max(cv2.max(one, two), three), cv2.min(cv2.min(one, two), three))
+    share = cv2.countNonZero(cv2.compare(chroma, SATURATED, cv2.CMP_GE)) / chroma.size
     return [f"colour in {share:.0%} of its pixels"] if share > COLOURED else []
 
 

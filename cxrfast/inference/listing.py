@@ -110,7 +110,7 @@ def _walk(name: str, real: str, above: tuple[str, ...]) -> Iterator[tuple[str, L
         where = os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)
         try:
             if entry.is_dir():
-                if where in above:
+                if where in above or real.startswith(where.rstrip("/") + "/"):
                     yield path, Listed(path, problem="a link that leads back to a folder above it")
                 else:
                     yield from _walk(path, where, (*above, where))

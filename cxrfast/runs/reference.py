@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
@@ -57,17 +58,15 @@ def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     darker or of less contrast has the same.
     """
     n, height, width = images.shape
-    flat = np.sort(images.reshape(n, -1), axis=1)
-    levels = flat[:, [min(flat.shape[1] - 1, int(q * flat.shape[1])) for q in QUANTILES]].astype(np.float64)
-    rows, columns = (np.linspace(0, side, CELLS + 1).astype(int) for side in (height, width))
-    cells = np.stack(
-        [
-            images[:, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean(axis=(1, 2))
-            for i in range(CELLS)
-            for j in range(CELLS)
-        ],
-        axis=1,
-    )
+    size = height * width
+    places = np.arange(n)[:, None]
+    held = np.bincount((images.reshape(n, -1) + 256 * places).ravel(), minlength=256 * n).reshape(n, 256)
+    below = np.cumsum(held, axis=1)  # pixels of each level or darker
+    ranks = np.array([min(size - 1, int(q * size)) for q in QUANTILES])
+    levels = (below[:, :, None] <= ranks).sum(axis=1).astype(np.float64)
+    rows, columns = (np.arange(CELLS + 1) * side // CELLS for side in (height, width))
+    sums = np.add.reduceat(np.add.reduceat(images, rows[:-1], axis=1, dtype=np.int64), columns[:-1], axis=2)
+    cells = (sums / (np.diff(rows)[:, None] * np.diff(columns))).reshape(n, -1)
     cells -= cells.mean(axis=1, keepdims=True)
     return levels, cells / np.maximum(cells.std(axis=1, keepdims=True), 1.0)
 
@@ -84,7 +83,11 @@ class Spread:
 
     def distance(self, values: np.ndarray) -> np.ndarray:
         """Distances float64 (N,) of features (N, D)."""
-        return _distance(values, np.array(self.mean), np.array(self.precision))
+        return _distance(values, *self._arrays)
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.mean), np.array(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ class Reference:
 
 def _distance(values: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
     apart = values - mean
-    return np.sqrt(np.maximum(np.einsum("nd,de,ne->n", apart, precision, apart), 0.0))
+    return np.sqrt(np.maximum(((apart @ precision) * apart).sum(axis=1), 0.0))
 
 
 def _turned(layout: np.ndarray, usual: Spread) -> np.ndarray:
