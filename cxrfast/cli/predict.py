@@ -103,8 +103,9 @@ def predict(targets: tuple[str, ...], shards: Path | None, out: Path | None, dev
     if out:
         raise RunError("--out is for films: the logits of a set's rows go into the folders of the runs")
     if found.exports:
-        other = found.exports[0]
-        raise RunError(f"{other} is not a run (no config.json): give a folder like runs/densenet121-256/fold-0")
+        raise RunError(
+            f"{found.exports[0]} is an exported model, which predicts films: name some, such as film.png or a folder"
+        )
     own, others = split_sets(found, of_set["name"])
     if any(of_set.values()) and not others:
         raise RunError(
@@ -165,6 +166,7 @@ def _predict_films(
     """Predict new films by all runs together, or by an export."""
     from cxrfast.distributed import world
     from cxrfast.inference.ensemble import ScaleEnsemble
+    from cxrfast.inference.load import load
     from cxrfast.inference.predict import OUT, predict_films
     from cxrfast.runs.run import Run
 
@@ -175,5 +177,8 @@ def _predict_films(
             raise RunError(
                 "films are predicted by one process: run it without torchrun, or give each process films of its own"
             )
-        ensemble = ScaleEnsemble.from_runs([Run.open(run) for run in found.runs], ranks.device, shards=shards)
+        if found.exports:
+            ensemble = load(found.exports[0], ranks.device)
+        else:
+            ensemble = ScaleEnsemble.from_runs([Run.open(run) for run in found.runs], ranks.device, shards=shards)
         say(predict_films(ensemble, found.films, out or OUT, threads=threads))

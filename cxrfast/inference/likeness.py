@@ -63,7 +63,7 @@ def colour_reason(data: bytes) -> list[str]:
         return []
     one, two, three = cv2.split(pixels)
     chroma = cv2.subtract(cv2.max(cv2.max(one, two), three), cv2.min(cv2.min(one, two), three))
-    share = cv2.countNonZero(cv2.compare(chroma, SATURATED, cv2.CMP_GE)) / chroma.size
+    share = np.count_nonzero(np.asarray(chroma) >= SATURATED) / np.size(chroma)
     return [f"colour in {share:.0%} of its pixels"] if share > COLOURED else []
 
 

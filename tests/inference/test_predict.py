@@ -270,6 +270,18 @@ def test_mistakes_are_one_message(study, tmp_path, monkeypatch, more, why):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_exported_model_predicts_as_its_runs_do(study, films, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("export", study, "model").exit_code == 0
+    assert invoke("predict", study, films / "film-1.jpg", "--device=cpu").exit_code == 0
+    done = invoke("predict", "model", films / "film-1.jpg", "--device=cpu", "--out=exported.csv")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "exported.csv").read_bytes() == (tmp_path / "predictions.csv").read_bytes()
+    done = invoke("predict", "model")
+    assert done.exit_code == 2
+    assert "model is an exported model, which predicts films" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_command_is_finished_by_the_same_one_with_the_same_bytes(study, phantoms, tmp_path):
     command = [sys.executable, "-m", "cxrfast", "predict", study, phantoms, "--device=cpu", "--out"]
