@@ -8,7 +8,7 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -90,12 +90,14 @@ def build(
     allow_shared_patients: bool = False,
     retry_quarantined: bool = False,
     dry_run: bool = False,
+    announce: Callable[[str], None] = log.info,
 ) -> Report:
     """Write the images of the tree `data` into the shard set `out` at `scales` (px).
 
     Adds what an existing set lacks and leaves the rest alone. `part` (i, n) builds every n-th shard; `dask` is the address
     of a scheduler whose workers build instead of `workers` processes here; `limit` builds the shards that hold the first
-    `limit` rows; `dry_run` estimates and writes nothing. Raises ShardError, also for a patient in two parts of the source's
+    `limit` rows; `dry_run` estimates and writes nothing. `announce` is called with what the source lists and what to know
+    about it, before anything is written. Raises ShardError, also for a patient in two parts of the source's
     split unless `allow_shared_patients`; finished shards are kept.
     """
     start = time.monotonic()
@@ -122,11 +124,11 @@ def build(
     if dry_run:
         with start_pool(request.workers) as pool:
             _, _, report = _survey(request, listed, pool)
+            announce("\n".join(report.listed()))
             return report
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
         blueprint, todo, report = _survey(request, listed, pool)
-        if todo:
-            log.info("\n".join(report.listed()))
+        announce("\n".join(report.listed()))
         for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
             log.warning(line)  # now, not after hours
         if not retry_quarantined:  # a retry replaces files

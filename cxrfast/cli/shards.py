@@ -77,8 +77,9 @@ def shard(data: str, out: Path | None, scales: tuple[int, ...], **options: Any) 
             )
         elif is_laid_out(out):
             say(f"no --out is given: continuing the set in {out}", err=True)
-    report = build(data, out, list(scales), recipe=recipe, source_options=option.chosen_source(options), **options)
-    say("\n".join(report.lines(out)))
+    source_options = option.chosen_source(options)
+    report = build(data, out, list(scales), recipe=recipe, source_options=source_options, announce=say, **options)
+    say("\n".join(report.outcome(out)))
 
 
 @click.command()

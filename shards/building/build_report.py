@@ -47,7 +47,11 @@ class Report:
 
     def lines(self, out: Path) -> list[str]:
         """The report as text; `out` is the folder of the set."""
-        return self.listed() + (self._done(out) if self.is_done else self._to_do(out))
+        return [*self.listed(), *self.outcome(out)]
+
+    def outcome(self, out: Path) -> list[str]:
+        """What was built, or is to be built."""
+        return self._done(out) if self.is_done else self._to_do(out)
 
     def listed(self) -> list[str]:
         """What the source lists, and what to know about it before the build."""

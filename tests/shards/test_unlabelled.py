@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from commands import invoke
 from damage import contents
-from sets import rows_of, table_arguments, write_table
+from sets import build, rows_of, table_arguments, write_table
 
 from cxrfast.errors import RunError
 from cxrfast.pipelines.loader import Loader
@@ -56,8 +56,15 @@ def test_a_forgotten_label_is_seen_before_the_build_with_the_columns_that_look_l
     assert "warning: no labels, so `cxrfast train` refuses this set" in tried.output
     assert "These columns look like labels: --label Mass\n" in tried.output
     assert "listed images found in the tree: 20\n" in tried.output
-    done = invoke("shard", *table_arguments(tree, tmp_path / "set"))
-    assert done.stderr.index("look like labels: --label Mass") < done.stderr.index("sharding")
+    said = []
+
+    def announce(text: str) -> None:
+        said.append((text, (tmp_path / "set" / "rows.parquet").exists()))
+
+    build(tree, tmp_path / "set", [32], source="table", source_options={"table": "t.csv"}, announce=announce)
+    ((text, is_laid_out),) = said
+    assert "look like labels: --label Mass" in text
+    assert not is_laid_out, "it is said before anything is written"
     assert "no labels" not in invoke("shard", *table_arguments(tree, tmp_path / "other", "Mass")).output
 
 
