@@ -171,14 +171,16 @@ class ScaleEnsemble(nn.Module):
         for fold in self.folds:
             parts = torch.stack([sigmoids[fold, scale] for scale in self.scales], -1)  # (N, L, S)
             mixed.append((parts * torch.from_numpy(self.weights[fold]).to(parts.device)).sum(-1))
-        return Scores(logits=dict(logits), scales=scales, ensemble=torch.stack(mixed).mean(0))
+        whole = torch.stack(mixed).mean(0).clamp(max=1.0)  # weights sum up to 1 but for rounding
+        return Scores(logits=dict(logits), scales=scales, ensemble=whole)
 
     def _logits(self, member: Member, images: Tensor) -> Tensor:
         """float32 (N, L), in micro-batches, as `training.predict.score` computes them."""
+        if not len(images):  # of films that cannot be used; not every network takes no image
+            return images.new_zeros((0, len(self.labels)), dtype=torch.float32)
         use_tf32(member.precision)
         with autocast(images.device, member.precision):
-            parts = [member.network(part).float() for part in images.split(member.micro_batch)]
-        return torch.cat(parts) if parts else images.new_zeros((0, len(self.labels)), dtype=torch.float32)
+            return torch.cat([member.network(part).float() for part in images.split(member.micro_batch)])
 
     def predict(self, films: Any) -> pd.DataFrame:
         """Probabilities of one film or several: a path, bytes or pixels uint8 (H, W), or a sequence of them.

@@ -14,6 +14,7 @@ from cxrfast import metrics
 from cxrfast.analysis.other_set import AS_TRAINED, OtherTest
 from cxrfast.errors import RunError
 from cxrfast.inference.ensemble import ScaleEnsemble
+from cxrfast.inference.table import log_odds
 from cxrfast.runs.external import names, read_external
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
@@ -65,8 +66,6 @@ def validate(ensemble: ScaleEnsemble, runs: Mapping[str, Run], name: str) -> Val
     positives, negatives = metrics.counts(targets, mask)
     known = ensemble.thresholds
     thresholds = np.full(len(columns), np.nan) if known is None else np.array([known.array[j] for j in columns])
-    with np.errstate(divide="ignore"):  # a probability of 0 or 1 is beyond every threshold
-        odds = np.log(p) - np.log1p(-p)
     return Validation(
         name=name,
         labels=test.labels,
@@ -74,7 +73,7 @@ def validate(ensemble: ScaleEnsemble, runs: Mapping[str, Run], name: str) -> Val
         negatives=negatives,
         scales={scale: metrics.auroc(one.numpy()[:, columns], targets, mask) for scale, one in scores.scales.items()},
         ensemble=metrics.auroc(p, targets, mask),
-        at=metrics.at_thresholds(odds, targets, mask, thresholds),
+        at=metrics.at_thresholds(log_odds(p), targets, mask, thresholds),
         note=test.note,
     )
 

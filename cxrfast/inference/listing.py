@@ -56,7 +56,7 @@ def list_films(given: Sequence[str]) -> list[Listed]:
         is_pattern = glob.has_magic(name) and not os.path.lexists(name)
         matches = natural(glob.glob(name, recursive=True)) if is_pattern else [name]
         listed = [film for match in matches for film in _films_of(match)]
-        if not listed or (listed[0][1].problem == MISSING and not is_pattern):
+        if not listed or not (matches and (is_pattern or os.path.lexists(name))):
             raise RunError(_nothing(name, is_pattern, bool(matches)))
         for real, film in listed:
             found.setdefault(real, film)

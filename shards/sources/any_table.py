@@ -79,11 +79,7 @@ def table(
     ids = [c for c in (path_column, patient_column, image_column, study_column) if c]
     other = [c for c in (view_column, split_column, height_column, width_column) if c]
     used = list(dict.fromkeys((*ids, *other, *labels, *keep)))
-    unused = [] if labels else [name for name in header if name not in used and header.count(name) == 1]
-    try:
-        rows = read_table(place, file, used, optional=unused, ids=ids)
-    except ShardError:  # perhaps for a column that nothing depends on
-        rows = read_table(place, file, used, ids=ids)
+    rows = _read(place, file, used, ids, header if not labels else [])
     path = filled(rows[path_column], table)
     path = by_name(tree, path, table) if find_by_name else as_in_tree(tree, _below(tree, path))
     if repeated := _repeated(path):
@@ -107,17 +103,25 @@ def table(
             "width": pixels(rows[width_column], table) if width_column else None,
         }
     )
-    left_out = (
-        {f"images in no part ({split_column} is blank)": int(parts["split"].isna().sum())} if "split" in parts else {}
-    )
     return Source(
         images=frame,
         labels=labels,
-        counts=left_out,
+        counts={f"images in no part ({split_column} is blank)": int(frame["split"].isna().sum())}
+        if "split" in parts
+        else {},
         notes=(*notes_on_words(rows[list(dict.fromkeys(labels))]), *notes_on_commas(rows, kept)),
         kept=keep,
-        label_like=tuple(name for name in unused if name in rows and looks_like_labels(rows[name])),
+        label_like=tuple(name for name in rows if name not in used and looks_like_labels(rows[name])),
     )
+
+
+def _read(place: Tree, file: str, used: list[str], ids: list[str], others: list[str]) -> pd.DataFrame:
+    """The `used` columns of a table, and those of `others` that can be read."""
+    more = [name for name in others if name not in used and others.count(name) == 1]
+    try:
+        return read_table(place, file, used, optional=more, ids=ids)
+    except ShardError:  # perhaps for a column that nothing depends on
+        return read_table(place, file, used, ids=ids)
 
 
 def is_outside(table: str) -> bool:

@@ -18,8 +18,8 @@ from cxrfast.text import shown
 MOST_VALUES = 20
 """Values of text that a table lists."""
 
-IDENTIFYING_WORDS = (
-    *(
+IDENTIFYING_WORDS = frozenset(
+    [
         "id",
         "ids",
         "uid",
@@ -36,9 +36,15 @@ IDENTIFYING_WORDS = (
         "ssn",
         "nhs",
         "ahv",
-    ),
-    *("name", "names", "vorname", "nachname", "surname", "firstname", "lastname", "initials", "accession"),
-    *(
+        "name",
+        "names",
+        "vorname",
+        "nachname",
+        "surname",
+        "firstname",
+        "lastname",
+        "initials",
+        "accession",
         "birth",
         "birthday",
         "birthdate",
@@ -51,8 +57,6 @@ IDENTIFYING_WORDS = (
         "date",
         "datum",
         "time",
-    ),
-    *(
         "datetime",
         "timestamp",
         "day",
@@ -65,8 +69,6 @@ IDENTIFYING_WORDS = (
         "postcode",
         "plz",
         "postal",
-    ),
-    *(
         "phone",
         "tel",
         "telefon",
@@ -78,8 +80,6 @@ IDENTIFYING_WORDS = (
         "doctor",
         "radiologist",
         "arzt",
-    ),
-    *(
         "reader",
         "operator",
         "comment",
@@ -92,8 +92,14 @@ IDENTIFYING_WORDS = (
         "remarks",
         "befund",
         "file",
-    ),
-    *("path", "filename", "admission", "fall", "fallnummer", "url", "serial"),
+        "path",
+        "filename",
+        "admission",
+        "fall",
+        "fallnummer",
+        "url",
+        "serial",
+    ]
 )
 IDENTIFYING_NAMES = ("patient", "subject", "case", "study", "image")
 IDENTIFYING = re.compile(

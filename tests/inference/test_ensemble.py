@@ -15,13 +15,14 @@ from cxrfast.analysis.gradcam import gradcam
 from cxrfast.analysis.join import join_logits
 from cxrfast.errors import RunError
 from cxrfast.inference.ensemble import ScaleEnsemble, stacked
+from cxrfast.inference.table import Line, table_of
 from cxrfast.metrics import sigmoid
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.run import Run
 from cxrfast.shards.images.bad_image import BadImage
-from cxrfast.thresholds import choose, mean_over_folds
+from cxrfast.thresholds import Rule, Thresholds, choose, mean_over_folds
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,21 @@ def test_verdicts_say_on_which_side_of_the_threshold_the_probability_is(made, st
             assert verdicts.tolist() == ["positive" if p >= threshold else "negative" for p in probability]
         seen |= set(verdicts)
     assert seen >= {"positive", "negative"}
+
+
+def test_weights_that_round_to_more_than_one_leave_no_film_without_a_verdict(made):
+    weights = {fold: np.tile(np.nextafter(0.5, 1), (len(made.labels), 2)) for fold in made.folds}
+    known = Thresholds(
+        rule=Rule(),
+        logits=(0.0,) * len(made.labels),
+        **dict.fromkeys(("positives", "negatives"), (1,) * len(made.labels)),
+        **dict.fromkeys(("sensitivity", "specificity"), (1.0,) * len(made.labels)),
+    )
+    one = ScaleEnsemble(labels=made.labels, recipe=made.recipe, members=made.members, weights=weights, thresholds=known)
+    sure = np.full((1, len(made.members), len(made.labels)), 60, np.float32)
+    found = table_of(one, [Line(film="a")], sure).iloc[0]
+    assert {found[f"{label}: probability"] for label in made.labels} == {1.0}
+    assert {found[f"{label}: verdict"] for label in made.labels} == {"positive"}
 
 
 def test_only_folds_that_every_scale_has_are_taken_and_the_log_says_so(study, tmp_path, caplog):

@@ -84,6 +84,13 @@ def test_a_film_named_twice_counts_once_also_by_a_link(tree):
     assert len({os.path.realpath(name) for name in found}) == 7
 
 
+def test_a_broken_link_that_comes_first_hides_no_other_film(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "b.jpg").write_bytes(JPEG)
+    assert problems(tmp_path) == {"a.jpg": "missing", "b.jpg": ""}
+    assert problems(tmp_path / "a.jpg") == {"a.jpg": "missing"}, "it is there, and is a line with a reason"
+
+
 def test_what_cannot_be_read_becomes_a_line_with_a_reason(tree):
     os.mkfifo(tree / "pipe")
     (tree / "broken.jpg").symlink_to(tree / "gone.jpg")

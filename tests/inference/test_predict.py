@@ -18,9 +18,11 @@ from dicoms import radiograph, shapes, written
 
 from cxrfast.errors import RunError
 from cxrfast.inference import predict as module
-from cxrfast.inference.ensemble import ScaleEnsemble
+from cxrfast.inference.ensemble import Member, ScaleEnsemble
 from cxrfast.inference.predict import predict_films
+from cxrfast.models.classifier import Classifier
 from cxrfast.runs.run import Run
+from cxrfast.shards.format.recipe import ImageRecipe
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,17 @@ def test_a_network_that_gives_no_number_is_a_line_with_a_reason(ensemble, films,
     monkeypatch.setattr(ensemble, "_logits", lambda member, images: torch.full((len(images), 14), float("nan")))
     csv = predict_films(ensemble, [str(films / "film-1.jpg")], tmp_path / "out.csv").csv
     assert read(csv)["error"].tolist() == ["a network gave no finite logit for it"]
+
+
+def test_a_batch_of_damaged_films_stops_no_network(tmp_path):
+    network = Classifier("timm/test_vit", 2, side=32).eval()  # which refuses a batch of no images
+    member = Member(name="vit/fold-0", scale=32, fold=0, network=network)
+    vit = ScaleEnsemble(labels=("A", "B"), recipe=ImageRecipe(), members=[member], weights={0: np.ones((2, 1))})
+    (tmp_path / "a.png").write_bytes(b"no film")
+    predict_films(vit, [str(tmp_path / "a.png")], tmp_path / "out.csv")
+    table = pd.read_parquet(tmp_path / "out.parquet")
+    assert table["error"].ne("").all()
+    assert table["A: probability"].isna().all()
 
 
 def test_names_that_are_formulas_or_no_text_harm_no_table(ensemble, films, tmp_path):

@@ -2,7 +2,8 @@ r"""Delimited text (CSV, TSV) → records, read strictly: each has the header's 
 
 Quoting is that of RFC 4180. A field that opens with a quote may hold delimiters, doubled quotes and line breaks; after the
 closing quote comes a delimiter or the end of the line. A quote in the middle of an unquoted field is text. Blank lines are
-skipped, and so are lines of delimiters alone. Lines are counted as an editor counts them: a record of two lines counts as two, and has the number of its first.
+skipped, and so are lines of delimiters alone. Lines are counted as an editor counts them: a record of two lines counts as two,
+and has the number of its first.
 
 A quote that is opened by mistake swallows records up to the next quote. It never does so unnoticed:
 
