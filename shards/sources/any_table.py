@@ -111,7 +111,9 @@ def table(
         else {},
         notes=(*notes_on_words(rows[list(dict.fromkeys(labels))]), *notes_on_commas(rows, kept)),
         kept=keep,
-        label_like=tuple(name for name in rows if name not in used and looks_like_labels(rows[name])),
+        label_like=tuple(
+            name for name in header if name in rows and name not in used and looks_like_labels(rows[name])
+        ),
     )
 
 
