@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cxrfast.inference.load import load
+    from cxrfast.exports.load import load
     from cxrfast.pipelines.loader import Loader
     from cxrfast.pipelines.order import Augment, EvalOrder, TrainOrder
     from cxrfast.pipelines.reader import Reader
@@ -42,7 +42,7 @@ MODULES = {
     "Source": "cxrfast.shards.sources.source",
     "TrainOrder": "cxrfast.pipelines.order",
     "build": "cxrfast.shards.build",
-    "load": "cxrfast.inference.load",
+    "load": "cxrfast.exports.load",
 }
 """Where each name of the public API is defined."""
 

@@ -20,7 +20,7 @@ from cxrfast.bench.training.step_measure import FIGURES, measure
 from cxrfast.config import Runtime, preset
 from cxrfast.distributed import pick_device
 from cxrfast.errors import RunError
-from cxrfast.models.make import check_arch
+from cxrfast.models.networks.make import check_arch
 from cxrfast.pipelines.reader import Reader
 from cxrfast.shards.shard_set import ShardSet
 from cxrfast.tables import Table

@@ -31,7 +31,7 @@ from cxrfast.bench.harness import (
 from cxrfast.config import Runtime
 from cxrfast.distributed import World, pick_device
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import trusted
+from cxrfast.models.networks.factories import trusted
 from cxrfast.models.precision import resolve_precision
 from cxrfast.pipelines.loader import Batch, Loader
 from cxrfast.pipelines.reader import Reader

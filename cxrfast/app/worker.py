@@ -20,9 +20,9 @@ import torch
 from cxrfast.app.process import LENGTH
 from cxrfast.distributed import pick_device
 from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
-from cxrfast.inference.description import MODEL
+from cxrfast.exports.description import MODEL
+from cxrfast.exports.load import load
 from cxrfast.inference.ensemble import ScaleEnsemble, stacked
-from cxrfast.inference.load import load
 from cxrfast.inference.table import log_odds
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run

@@ -51,8 +51,8 @@ def export(
     RUNS is the folder of all runs, of one scale's folds, or of one run. `cxrfast.load("OUT")` and `cxrfast predict OUT`
     read OUT.
     """
-    from cxrfast.inference.export import export as write_export
-    from cxrfast.inference.export import select
+    from cxrfast.exports.export import export as write_export
+    from cxrfast.exports.export import select
     from cxrfast.runs.folder import RunFolder
     from cxrfast.runs.run import Run
 

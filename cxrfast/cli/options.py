@@ -320,7 +320,7 @@ def _type(name: str, option: config.Option, kind: Any) -> Any:
 
 def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from cxrfast.models.factories import ANY, trusted  # torch
+        from cxrfast.models.networks.factories import ANY, trusted  # torch
 
         ctx.with_resource(trusted(ANY))
 

@@ -165,8 +165,8 @@ def _predict_films(
 ) -> None:
     """Predict new films by all runs together, or by an export."""
     from cxrfast.distributed import world
+    from cxrfast.exports.load import load
     from cxrfast.inference.ensemble import ScaleEnsemble
-    from cxrfast.inference.load import load
     from cxrfast.inference.predict import OUT, predict_films
     from cxrfast.runs.run import Run
 

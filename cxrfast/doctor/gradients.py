@@ -20,7 +20,7 @@ from torchvision.models import DenseNet
 
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.densenet import lean
+from cxrfast.models.networks.densenet import lean
 from cxrfast.models.precision import autocast, compiled, resolve_precision, use_tf32, without_tf32
 from cxrfast.pipelines.loader import Loader
 from cxrfast.pipelines.order import EvalOrder

@@ -1,1 +1,1 @@
-"""A trained study on new films: the same preparation, every scale, the ensemble; and what is handed on."""
+"""A trained study on new films: the same preparation as its set, every scale, the ensemble."""

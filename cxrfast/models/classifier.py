@@ -10,10 +10,10 @@ from torch import nn
 
 from cxrfast.config import TrainConfig
 from cxrfast.errors import NotDefined, RunError
-from cxrfast.models.architecture import MEAN, STD, kind_of
-from cxrfast.models.factories import where
 from cxrfast.models.head import check_outputs, no_last_layer, use_float32
-from cxrfast.models.make import make
+from cxrfast.models.networks.architecture import MEAN, STD, kind_of
+from cxrfast.models.networks.factories import where
+from cxrfast.models.networks.make import make
 
 __all__ = ["MEAN", "STD", "Classifier", "Normalise", "frozen"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from cxrfast.errors import NotDefined
-from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier, frozen
+from cxrfast.models.networks.architecture import kind_of
 
 Reshape = Callable[[torch.Tensor], torch.Tensor]
 

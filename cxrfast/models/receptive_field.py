@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from cxrfast.errors import NotDefined, RunError
-from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier, frozen
 from cxrfast.models.feature_map import last_map, layers_of
+from cxrfast.models.networks.architecture import kind_of
 from cxrfast.models.precision import without_tf32
 
 _POINTWISE = {operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.cat}

@@ -9,10 +9,10 @@ import torch
 import torchvision
 
 from cxrfast.errors import RunError
-from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.make import check_arch
-from cxrfast.models.timm_networks import cached_weights, converted, fetch_timm
+from cxrfast.models.networks.architecture import kind_of
+from cxrfast.models.networks.make import check_arch
+from cxrfast.models.networks.timm_networks import cached_weights, converted, fetch_timm
 from cxrfast.models.weights_file import WeightsFile
 
 OPTIONAL = re.compile(r"normalise\.|.*num_batches_tracked$")

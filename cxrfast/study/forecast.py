@@ -21,9 +21,9 @@ import torch
 from cxrfast.config import AUTO, TrainConfig
 from cxrfast.distributed import World
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.models.architecture import kind_of
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import trusted
+from cxrfast.models.networks.architecture import kind_of
+from cxrfast.models.networks.factories import trusted
 from cxrfast.models.weights import has_imagenet
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder

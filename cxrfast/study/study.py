@@ -18,7 +18,7 @@ from cxrfast.analysis.receptive_field import erf, has_erf
 from cxrfast.analysis.report import report
 from cxrfast.distributed import pick_device, world
 from cxrfast.errors import CxrfastError, NotDefined, RunError
-from cxrfast.models.factories import trusted
+from cxrfast.models.networks.factories import trusted
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import InUse
 from cxrfast.runs.run import Run

@@ -23,8 +23,8 @@ from cxrfast.distributed import World
 from cxrfast.errors import RunError, is_out_of_memory
 from cxrfast.machine import memory_bytes, resident_bytes
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.densenet import ARCHITECTURES
-from cxrfast.models.make import is_exact
+from cxrfast.models.networks.densenet import ARCHITECTURES
+from cxrfast.models.networks.make import is_exact
 from cxrfast.models.precision import autocast, compiled, use_tf32
 
 log = logging.getLogger(__name__)

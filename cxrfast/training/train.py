@@ -15,7 +15,7 @@ import torch
 from cxrfast.config import AUTO, Runtime, TrainConfig
 from cxrfast.distributed import World, world
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import trusted
+from cxrfast.models.networks.factories import trusted
 from cxrfast.pipelines.reader import Reader
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.lease import locked_by_first

@@ -15,8 +15,8 @@ from PIL import Image
 
 from cxrfast.app import worker
 from cxrfast.errors import RunError
+from cxrfast.exports.export import export
 from cxrfast.inference.ensemble import stacked
-from cxrfast.inference.export import export
 from cxrfast.runs.run import Run
 from cxrfast.thresholds import Rule, Thresholds
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from cxrfast.bench import harness
 from cxrfast.bench.harness import Budget, Measured, in_time, interleave, one_core, saved_bytes
-from cxrfast.models.densenet import lean
+from cxrfast.models.networks.densenet import lean
 
 
 class Clock:

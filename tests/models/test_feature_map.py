@@ -11,8 +11,8 @@ from torch.nn import functional
 from cxrfast.analysis.gradcam import gradcam
 from cxrfast.errors import NotDefined, RunError
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import trusted
 from cxrfast.models.feature_map import last_map, map_and_logits
+from cxrfast.models.networks.factories import trusted
 from cxrfast.models.receptive_field import effective_receptive_field, squared_gradients, theoretical_receptive_field
 
 

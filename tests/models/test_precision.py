@@ -11,7 +11,7 @@ from trainings import CUDA, make_trainer, needs_gpu
 
 from cxrfast.config import COMPILE_MODES, Runtime
 from cxrfast.errors import RunError
-from cxrfast.models.densenet import lean
+from cxrfast.models.networks.densenet import lean
 from cxrfast.models.precision import compiled, inference_precision, resolve_precision, use_tf32, without_tf32
 
 

@@ -15,8 +15,8 @@ from trainings import FAST, assert_same
 
 from cxrfast.config import Runtime
 from cxrfast.errors import RunError
-from cxrfast.inference.load import load as cxrfast_load
-from cxrfast.models.factories import trusted
+from cxrfast.exports.load import load as cxrfast_load
+from cxrfast.models.networks.factories import trusted
 from cxrfast.runs.run import Run
 from cxrfast.training.setup import make_config
 from cxrfast.training.signals import Stopped

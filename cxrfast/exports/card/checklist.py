@@ -5,7 +5,7 @@ Source: CLAIM (Mongan, Moy and Kahn 2020, Radiology: Artificial Intelligence 2(2
 
 from collections.abc import Sequence
 
-from cxrfast.inference.cohort import Cohort
+from cxrfast.exports.card.cohort import Cohort
 from cxrfast.inference.ensemble import ScaleEnsemble
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table

@@ -16,14 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cxrfast import __version__, metrics
 from cxrfast.analysis.join import rules_note
 from cxrfast.analysis.marks import footnotes, marked
-from cxrfast.inference.checklist import TODO, checklist
-from cxrfast.inference.cohort import UNKNOWN, Cohort, findings_table, parts_table, read_cohort
-from cxrfast.inference.description import Description
+from cxrfast.exports.card.checklist import TODO, checklist
+from cxrfast.exports.card.cohort import UNKNOWN, Cohort, findings_table, parts_table, read_cohort
+from cxrfast.exports.card.external import Validation, validation_table, validations
+from cxrfast.exports.card.provenance import data_table, label_limit, preprocessing_steps, recipe_table, sides_text
+from cxrfast.exports.card.scorecard import Scorecard, auroc_table, score, thresholds_table
+from cxrfast.exports.description import Description
+from cxrfast.exports.formats import BATCHES, BOUND, Difference
 from cxrfast.inference.ensemble import Member, ScaleEnsemble
-from cxrfast.inference.external import Validation, validation_table, validations
-from cxrfast.inference.formats import BATCHES, BOUND, Difference
-from cxrfast.inference.provenance import data_table, label_limit, preprocessing_steps, recipe_table, sides_text
-from cxrfast.inference.scorecard import Scorecard, auroc_table, score, thresholds_table
 from cxrfast.runs.lineage import origin_of
 from cxrfast.runs.remarks import remarks_on
 from cxrfast.runs.run import Run
@@ -116,7 +116,7 @@ def card_text(facts: Facts) -> str:
         "checklist": checklist(first, ensemble, formats, cohort).markdown(),
     }
     environment = Environment(
-        loader=PackageLoader("cxrfast.inference", "."),
+        loader=PackageLoader("cxrfast.exports.card", "."),
         undefined=StrictUndefined,
         autoescape=False,  # Markdown: every text from outside goes through `markdown_text`
         trim_blocks=True,

@@ -9,7 +9,7 @@ from runs import noise
 
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import ANY, trusted
+from cxrfast.models.networks.factories import ANY, trusted
 
 
 def made(name: str, outputs: int = 3, side: int = 64) -> Classifier:

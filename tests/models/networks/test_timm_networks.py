@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from cxrfast.errors import RunError
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.make import check_arch, is_exact
-from cxrfast.models.timm_networks import cached_weights, fetch_timm
+from cxrfast.models.networks.make import check_arch, is_exact
+from cxrfast.models.networks.timm_networks import cached_weights, fetch_timm
 from cxrfast.models.weights import has_imagenet, load_weights
 from cxrfast.models.weights_file import read_weights_file
 

@@ -6,9 +6,9 @@ from others import OTHER_LABELS, other_rows, predict_other
 from runs import SMALL, make_run, predict
 from sklearn.metrics import recall_score, roc_auc_score
 
+from cxrfast.exports.card.external import validate, validations
+from cxrfast.exports.export import export
 from cxrfast.inference.ensemble import ScaleEnsemble
-from cxrfast.inference.export import export
-from cxrfast.inference.external import validate, validations
 from cxrfast.metrics import sigmoid
 from cxrfast.models.classifier import Classifier
 from cxrfast.runs.external import read_external

@@ -17,8 +17,8 @@ from safetensors.torch import load
 from torch import nn
 
 from cxrfast.errors import DeviceError, RunError
-from cxrfast.inference import formats
-from cxrfast.inference.formats import (
+from cxrfast.exports import formats
+from cxrfast.exports.formats import (
     FORMATS,
     Exported,
     check_films,

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from cxrfast.errors import CxrfastError, RunError
-from cxrfast.models.architecture import MEAN, STD, Architecture
 from cxrfast.models.head import last_layer
+from cxrfast.models.networks.architecture import MEAN, STD, Architecture
 
 ANY = "*"
 

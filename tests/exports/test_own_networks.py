@@ -12,10 +12,10 @@ from runs import make_run, predict
 
 import cxrfast
 from cxrfast.errors import RunError
-from cxrfast.inference.export import export
-from cxrfast.inference.formats import check_films, export_network, torchscript_runner
+from cxrfast.exports.export import export
+from cxrfast.exports.formats import check_films, export_network, torchscript_runner
 from cxrfast.models.classifier import Classifier
-from cxrfast.models.factories import trusted
+from cxrfast.models.networks.factories import trusted
 from cxrfast.runs.run import Run
 from cxrfast.shards.shard_set import ShardSet
 

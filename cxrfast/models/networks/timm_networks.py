@@ -13,7 +13,7 @@ from torch import nn
 
 from cxrfast.errors import RunError, did_you_mean
 from cxrfast.files import replacing
-from cxrfast.models.architecture import TIMM, Architecture
+from cxrfast.models.networks.architecture import TIMM, Architecture
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in a repository of the Hugging Face hub, in timm's order of preference."""

@@ -6,10 +6,10 @@ A name comes in; a network with one logit per finding goes out, with what the cl
 import torchvision
 
 from cxrfast.errors import RunError, did_you_mean
-from cxrfast.models import factories, timm_networks
-from cxrfast.models.architecture import Architecture, kind_of
-from cxrfast.models.densenet import ARCHITECTURES, lean
 from cxrfast.models.head import head_name
+from cxrfast.models.networks import factories, timm_networks
+from cxrfast.models.networks.architecture import Architecture, kind_of
+from cxrfast.models.networks.densenet import ARCHITECTURES, lean
 
 
 def check_arch(arch: str) -> None:

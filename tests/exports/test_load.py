@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 import cxrfast
 from cxrfast.errors import RunError
-from cxrfast.inference.export import export, select
+from cxrfast.exports.export import export, select
 from cxrfast.runs.run import Run
 
 STEM = "mobilenet_v3_small-32-fold-0"

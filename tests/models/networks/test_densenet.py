@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import DenseNet, densenet121, get_model
 
-from cxrfast.models.densenet import ARCHITECTURES, lean
+from cxrfast.models.networks.densenet import ARCHITECTURES, lean
 
 ODD = 7
 """Images in a batch: no weight has so many output channels, so that a 4-d tensor of 7 is an activation or its gradient."""

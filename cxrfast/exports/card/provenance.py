@@ -6,8 +6,8 @@ In: cohort, recipe and configurations. Out: tables and lines of Markdown.
 from collections.abc import Sequence
 
 from cxrfast.config import TrainConfig
-from cxrfast.inference.checklist import TODO
-from cxrfast.inference.cohort import UNKNOWN, Cohort, views_text
+from cxrfast.exports.card.checklist import TODO
+from cxrfast.exports.card.cohort import UNKNOWN, Cohort, views_text
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.tables import Table

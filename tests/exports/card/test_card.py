@@ -13,8 +13,8 @@ from runs import SMALL, make_run, predict, study_rows
 
 from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import evaluate
-from cxrfast.inference.checklist import TODO
-from cxrfast.inference.export import export, select
+from cxrfast.exports.card.checklist import TODO
+from cxrfast.exports.export import export, select
 from cxrfast.models.classifier import Classifier
 from cxrfast.runs.run import Run
 from cxrfast.shards.shard_set import ShardSet

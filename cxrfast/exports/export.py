@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save
 
 from cxrfast.errors import RunError
+from cxrfast.exports.card.card import Facts, card_text
+from cxrfast.exports.description import CARD, MODEL, SUMS, WEIGHTS, Description, MemberDescription
+from cxrfast.exports.formats import FORMATS, SUFFIXES, Difference, check_libraries, export_network
+from cxrfast.exports.load import load, read_sums
 from cxrfast.files import replacing_folder, sha256, write_bytes
-from cxrfast.inference.card import Facts, card_text
-from cxrfast.inference.description import CARD, MODEL, SUMS, WEIGHTS, Description, MemberDescription
 from cxrfast.inference.ensemble import Member, ScaleEnsemble
-from cxrfast.inference.formats import FORMATS, SUFFIXES, Difference, check_libraries, export_network
-from cxrfast.inference.load import load, read_sums
 from cxrfast.machine import installed
 from cxrfast.models.weights_file import RECORD
 from cxrfast.progress import progress

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from cxrfast.errors import RunError
-from cxrfast.files import read_file
-from cxrfast.inference.description import (
+from cxrfast.exports.description import (
     MODEL,
     SUMS,
     WEIGHTS,
@@ -21,6 +20,7 @@ from cxrfast.inference.description import (
     MemberDescription,
     parse_description,
 )
+from cxrfast.files import read_file
 from cxrfast.inference.ensemble import Member, ScaleEnsemble
 from cxrfast.models.classifier import Classifier
 from cxrfast.models.precision import inference_precision

@@ -17,9 +17,9 @@ from safetensors import safe_open
 import cxrfast
 from cxrfast.cli.main import cli
 from cxrfast.errors import RunError
-from cxrfast.inference import export as module
+from cxrfast.exports import export as module
+from cxrfast.exports.export import check_free, export, files_in, select
 from cxrfast.inference.ensemble import ScaleEnsemble
-from cxrfast.inference.export import check_free, export, files_in, select
 from cxrfast.runs.run import Run
 
 

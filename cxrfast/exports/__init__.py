@@ -1,0 +1,1 @@
+"""Trained networks as a folder that others can load, and its model card."""

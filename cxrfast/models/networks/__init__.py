@@ -1,0 +1,1 @@
+"""Where networks come from: torchvision, timm, or a function of one's own."""
