@@ -52,7 +52,7 @@ def make_own(arch: str, outputs: int, side: int | None) -> Architecture:
     if not {arch, ANY} & set(os.environ.get(TRUSTED, "").split()):
         raise RunError(
             f"the network {arch} is code of its author's own, and it is imported only if you say so: add --trust-arch if you trust "
-            "it (in Python: `with cxrfast.models.factories.trusted(name):`)"
+            "it (in Python: `with cxrfast.models.networks.factories.trusted(name):`)"
         )
     factory = imported(arch)
     given = _arguments(arch, factory, outputs, side)
