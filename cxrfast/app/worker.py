@@ -41,14 +41,8 @@ def open_model(folder: Path, device: str, shards: Path | None = None) -> ScaleEn
     where = pick_device(device)
     if (folder / MODEL).exists():
         return load(folder, where)
-    return ScaleEnsemble.from_runs(_runs(folder), where, shards=shards)
-
-
-def _runs(folder: Path) -> list[Run]:
-    if RunFolder(folder).is_started:
-        return [Run.open(folder)]
-    folds = [run.folder for run in RunFolder.below(folder.parent) if run.folder.parent == folder and run.is_started]
-    return [Run.open(fold) for fold in folds] or Run.find(folder)
+    runs = [Run.open(one.folder) for one in RunFolder.within(folder)] or Run.find(folder)
+    return ScaleEnsemble.from_runs(runs, where, shards=shards)
 
 
 def about(model: ScaleEnsemble) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import click
 
 from cxrfast.cli import options as option
 from cxrfast.cli.analysis import FINISHED_ONLY
-from cxrfast.cli.predict import runs_below
 from cxrfast.cli.terminal import say
 
 FORMATS = ("onnx", "torchscript", "torchvision")
@@ -56,7 +55,6 @@ def export(
     from cxrfast.runs.folder import RunFolder
     from cxrfast.runs.run import Run
 
-    folders = [runs] if RunFolder(runs).is_started else runs_below(runs)
-    found = [Run.open(folder) for folder in folders] or Run.find(runs)
+    found = [Run.open(one.folder) for one in RunFolder.within(runs)] or Run.find(runs)
     chosen = select(found, scales=scales, folds=folds, names=names, finished_only=finished_only)
     say(f"model: {write_export(chosen, out, formats=formats, shards=shards)}")

@@ -40,14 +40,13 @@ def sort_targets(given: tuple[str, ...]) -> Targets:
     found = Targets()
     for name in given:
         folder = Path(name)
-        if RunFolder(folder).is_started:
-            found.runs.append(folder)
-        elif (folder / MODEL).is_file():
+        is_run = RunFolder(folder).is_started
+        if not is_run and (folder / MODEL).is_file():
             found.exports.append(folder)
-        elif is_laid_out(folder):
+        elif not is_run and is_laid_out(folder):
             found.sets.append(folder)
-        elif below := runs_below(folder):
-            found.runs.extend(below)
+        elif runs := RunFolder.within(folder):
+            found.runs.extend(run.folder for run in runs)
         else:
             found.films.append(name)
     if not found.runs and not found.exports:
@@ -62,14 +61,6 @@ def sort_targets(given: tuple[str, ...]) -> Targets:
             f"{found.sets[0]} is a shard set and {found.films[0]} is not: give a set or films, in commands of their own"
         )
     return found
-
-
-def runs_below(folder: Path) -> list[Path]:
-    """Run folders in a folder of all runs, such as runs, or of one scale's folds, such as runs/densenet121-256; sorted."""
-    from cxrfast.runs.folder import RunFolder
-
-    found = RunFolder.below(folder) or [run for run in RunFolder.below(folder.parent) if run.folder.parent == folder]
-    return [run.folder for run in found if run.is_started]
 
 
 @click.command()

@@ -82,7 +82,7 @@ def _nothing(name: str, is_pattern: bool, matches: bool) -> str:
         return f"no file matches {name}"
     if is_pattern or os.path.isdir(name):
         return f"there are no films in {name}: no JPEG, PNG or DICOM file"
-    return f"{name} is no run, shard set or film: there is no such file"
+    return f"{name} is not a run, a shard set or a film: there is no such file"
 
 
 def _films_of(name: str) -> list[tuple[str, Listed]]:

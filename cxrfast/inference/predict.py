@@ -270,7 +270,7 @@ class Outputs:
 
 
 def _hash(path: Path) -> str | None:
-    """sha256 of a file; None if it is absent, "" if it is no regular file."""
+    """sha256 of a file; None if it is absent, "" if it is not a regular file."""
     if not os.path.lexists(path):
         return None
     try:

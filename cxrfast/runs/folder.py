@@ -4,6 +4,7 @@ Imports neither torch nor pandas, since `cxrfast status` must answer at once.
 """
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,15 @@ class RunFolder:
         # glob skips unreadable folders, such as those of other users
         found = {path.parent for name in ("config.json", "state.json") for path in runs.glob(f"*/fold-*/{name}")}
         return [RunFolder(folder) for folder in sorted(found)]
+
+    @staticmethod
+    def within(folder: Path) -> list["RunFolder"]:
+        """The started runs of a folder: it is one itself, or holds one scale's folds, or all runs; sorted by path."""
+        if folder.name in ("", "..") or (not folder.parent.name and RunFolder(folder).is_started):
+            folder = Path(os.path.abspath(folder))  # the name of the folder above a run says what it is
+        folds = {path.parent for path in folder.glob("fold-*/config.json")}
+        found = [RunFolder(folder), *map(RunFolder, sorted(folds)), *RunFolder.below(folder)]
+        return [run for run in found if run.is_started]
 
     @property
     def name(self) -> str:

@@ -119,7 +119,7 @@ def test_nothing_to_predict_is_one_message(tree):
     for name, why in (
         ("bare", r"there are no films in .*bare: no JPEG, PNG or DICOM file"),
         ("*.dcm", r"no file matches .*\*\.dcm"),
-        ("gone.png", r"gone\.png is no run, shard set or film: there is no such file"),
+        ("gone.png", r"gone\.png is not a run, a shard set or a film: there is no such file"),
     ):
         with pytest.raises(RunError, match=why):
             list_films([str(tree / name)])

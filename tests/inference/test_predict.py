@@ -270,7 +270,7 @@ def test_the_command_predicts_films_into_the_working_folder(study, films, tmp_pa
     ("more", "why"),
     [
         (["nothing-*.png"], "no file matches nothing-*.png"),
-        (["gone.png"], "gone.png is no run, shard set or film"),
+        (["gone.png"], "gone.png is not a run, a shard set or a film"),
         (["--out=x.csv"], "--out is for films"),
     ],
 )

@@ -190,3 +190,26 @@ def test_folders_of_runs_are_found_from_text_too_and_by_either_class(tmp_path: P
     assert RunFolder.below(tmp_path) == Run.below(tmp_path) == [folder]
     with pytest.raises(RunError, match="no runs in"):
         Run.find(str(tmp_path))
+
+
+def test_runs_are_found_from_all_runs_one_scale_and_one_run_also_from_inside(tmp_path, monkeypatch):
+    folds = [tmp_path / "runs" / "densenet121-64" / f"fold-{fold}" for fold in (0, 1)]
+    for fold in folds:
+        fold.mkdir(parents=True)
+        (fold / "config.json").write_text("{}")
+    scale = folds[0].parent
+
+    def found(folder: str) -> list[Path]:
+        return [run.folder for run in RunFolder.within(Path(folder))]
+
+    assert found(str(scale.parent)) == found(str(scale)) == folds
+    assert found(str(folds[1])) == [folds[1]]
+    assert found(str(tmp_path / "gone")) == []
+    monkeypatch.chdir(scale)
+    assert found(".") == folds
+    assert found("fold-1") == [folds[1]], "with the name of its scale"
+    assert found("..") == folds
+    monkeypatch.chdir(folds[0])
+    assert RunFolder.within(Path("."))[0].name == "densenet121-64/fold-0"
+    monkeypatch.chdir(tmp_path)
+    assert found("runs")[0] == Path("runs/densenet121-64/fold-0"), "otherwise as it was given"

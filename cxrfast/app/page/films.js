@@ -57,7 +57,7 @@ export async function ask({ film, question, finding, scale }, largest) {
     throw new Error(`This file is too large: films have at most ${Math.round(largest / 1e6)} MB.`);
   }
   const body = await film.file.arrayBuffer().catch(() => {
-    throw new Error("This is no file that the browser can read (a folder, or it was moved).");
+    throw new Error("This is not a file that the browser can read (a folder, or it was moved).");
   });
   const query = question === "map" ? `?scale=${scale}&finding=${finding}` : "";
   let answer;

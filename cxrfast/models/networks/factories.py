@@ -48,7 +48,7 @@ def trusted(arch: str | None) -> Iterator[None]:
 
 
 def make_own(arch: str, outputs: int, side: int | None) -> Architecture:
-    """Import and call a factory. Raises RunError if it is not trusted, or if what it returns is no such network."""
+    """Import and call a factory. Raises RunError if it is not trusted, or if it returns anything else."""
     if not {arch, ANY} & set(os.environ.get(TRUSTED, "").split()):
         raise RunError(
             f"the network {arch} is code of its author's own, and it is imported only if you say so: add --trust-arch if you trust "
