@@ -23,7 +23,6 @@ from cxrfast.errors import CxrfastError, RunError, is_out_of_memory
 from cxrfast.exports.description import MODEL
 from cxrfast.exports.load import load
 from cxrfast.inference.ensemble import ScaleEnsemble, stacked
-from cxrfast.inference.table import log_odds
 from cxrfast.runs.folder import RunFolder
 from cxrfast.runs.run import Run
 from cxrfast.shards.images.bad_image import BadImage
@@ -84,8 +83,10 @@ def scores(model: ScaleEnsemble, data: bytes) -> dict[str, Any]:
     film = model.prepare(data)
     with torch.inference_mode():
         found = model(stacked([film], model.scales))
-    by_scale = [judged(found.scales[scale][0].cpu().numpy(), scale_thresholds(model, scale)) for scale in model.scales]
-    ensemble = judged(found.ensemble[0].cpu().numpy(), model.thresholds)
+    by_scale = [
+        judged(found.scale_log_odds[scale][0].cpu().numpy(), scale_thresholds(model, scale)) for scale in model.scales
+    ]
+    ensemble = judged(found.log_odds[0].cpu().numpy(), model.thresholds)
     return {
         "height": film.height,
         "width": film.width,
@@ -105,17 +106,19 @@ def scale_thresholds(model: ScaleEnsemble, scale: int) -> Thresholds | None:
     return mean_over_folds(known) if len(known) == len(folds) else None
 
 
-def judged(probabilities: np.ndarray, thresholds: Thresholds | None) -> list[dict[str, Any]]:
-    """One entry per finding: probability, threshold (a probability) and verdict, each None where there is none. (L,)"""
-    n = len(probabilities)
+def judged(log_odds: np.ndarray, thresholds: Thresholds | None) -> list[dict[str, Any]]:
+    """One entry per finding: probability, threshold (a probability) and verdict, each None where there is none.
+
+    log_odds: float64 (L,).
+    """
+    n = len(log_odds)
     cuts, verdicts = np.full(n, np.nan), np.full(n, "")
     if thresholds:
-        with np.errstate(invalid="ignore"):  # of findings without a threshold
-            cuts = thresholds.probabilities
-        verdicts = in_words(thresholds.verdicts(log_odds(probabilities)[None])[0])
+        cuts = thresholds.probabilities
+        verdicts = in_words(thresholds.verdicts(log_odds[None])[0])
     return [
         {"p": number(p), "threshold": number(cut), "verdict": verdict or None}
-        for p, cut, verdict in zip(probabilities, cuts, verdicts, strict=True)
+        for p, cut, verdict in zip(torch.sigmoid(torch.from_numpy(log_odds)).tolist(), cuts, verdicts, strict=True)
     ]
 
 

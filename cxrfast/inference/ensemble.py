@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cxrfast.analysis.gradcam import gradcam
 from cxrfast.analysis.join import check_same_study
@@ -55,10 +56,20 @@ class Scores:
 
     logits: dict[str, Tensor]
     """By member: float32 (N, L)."""
-    scales: dict[int, Tensor]
-    """By scale: probabilities float64 (N, L), the mean over its folds."""
-    ensemble: Tensor
-    """Probabilities float64 (N, L): the mean over folds of Σ_s w_fs σ(l_fs)."""
+    scale_log_odds: dict[int, Tensor]
+    """By scale: float64 (N, L), see `scales`."""
+    log_odds: Tensor
+    """Of the ensemble: float64 (N, L). Thresholds are compared with log-odds, which tell films apart where p is rounded to 1."""
+
+    @property
+    def scales(self) -> dict[int, Tensor]:
+        """By scale: probabilities float64 (N, L), the mean over its folds."""
+        return {scale: torch.sigmoid(odds) for scale, odds in self.scale_log_odds.items()}
+
+    @property
+    def ensemble(self) -> Tensor:
+        """Probabilities float64 (N, L): the mean over folds of Σ_s w_fs σ(l_fs)."""
+        return torch.sigmoid(self.log_odds)
 
 
 class ScaleEnsemble(nn.Module):
@@ -165,14 +176,14 @@ class ScaleEnsemble(nn.Module):
 
     def combine(self, logits: Mapping[str, Tensor]) -> Scores:
         """Scores from the logits of every member, float (N, L)."""
-        sigmoids = {(m.fold, m.scale): torch.sigmoid(logits[m.name].double()) for m in self.members}
-        scales = {s: torch.stack([sigmoids[fold, s] for fold in self.folds]).mean(0) for s in self.scales}
-        mixed = []
-        for fold in self.folds:
-            parts = torch.stack([sigmoids[fold, scale] for scale in self.scales], -1)  # (N, L, S)
-            mixed.append((parts * torch.from_numpy(self.weights[fold]).to(parts.device)).sum(-1))
-        whole = torch.stack(mixed).mean(0).clamp(max=1.0)  # weights sum up to 1 but for rounding
-        return Scores(logits=dict(logits), scales=scales, ensemble=whole)
+        by_scale = {
+            s: torch.stack([logits[m.name] for m in self.members if m.scale == s]).double() for s in self.scales
+        }
+        weights = torch.from_numpy(np.stack([self.weights[fold] for fold in self.folds]))  # (K, L, S)
+        every = torch.stack(list(by_scale.values()), -1)  # (K, N, L, S)
+        mixed = log_odds(every, weights.to(every.device)[:, None], (0, 3))
+        of_scales = {s: log_odds(one, torch.ones_like(one), (0,)) for s, one in by_scale.items()}
+        return Scores(logits=dict(logits), scale_log_odds=of_scales, log_odds=mixed)
 
     def _logits(self, member: Member, images: Tensor) -> Tensor:
         """float32 (N, L), in micro-batches, as `training.predict.score` computes them."""
@@ -209,6 +220,16 @@ class ScaleEnsemble(nn.Module):
             found, _ = gradcam(member.network, images[member.scale].to(self.device), index)
             maps[member.scale].append(found.cpu().numpy())
         return {scale: np.stack(those).mean(axis=0) for scale, those in maps.items()}
+
+
+def log_odds(logits: Tensor, weights: Tensor, over: tuple[int, ...]) -> Tensor:
+    """log p - log(1 - p) of p = Σ w σ(l) / Σ w, summed over the dimensions `over`; finite for finite logits.
+
+    logits and weights: float64, weights from 0, broadcast to the logits. `mixture.log_odds` does the same in NumPy.
+    """
+    log_weights = weights.log()
+    positive = torch.logsumexp(log_weights + functional.logsigmoid(logits), over)
+    return positive - torch.logsumexp(log_weights + functional.logsigmoid(-logits), over)
 
 
 def stacked(films: Sequence[Film], scales: Sequence[int]) -> dict[int, Tensor]:

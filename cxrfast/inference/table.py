@@ -39,8 +39,8 @@ def table_of(ensemble: "ScaleEnsemble", lines: Sequence[Line], logits: np.ndarra
     logits: float32 (N, M, L) of the members in their order, NaN where there are none.
     """
     scores = ensemble.combine({m.name: torch.from_numpy(logits[:, i]) for i, m in enumerate(ensemble.members)})
-    mixed = scores.ensemble.cpu().numpy()
-    verdicts = in_words(ensemble.thresholds.verdicts(log_odds(mixed))) if ensemble.thresholds else None
+    mixed = scores.ensemble.numpy()
+    verdicts = in_words(ensemble.thresholds.verdicts(scores.log_odds.numpy())) if ensemble.thresholds else None
     columns: dict[str, object] = {
         "film": [os.fsencode(line.film).decode("utf-8", "backslashreplace") for line in lines],
         "error": [line.error for line in lines],
@@ -55,14 +55,8 @@ def table_of(ensemble: "ScaleEnsemble", lines: Sequence[Line], logits: np.ndarra
         columns[f"{label}: verdict"] = [""] * len(lines) if verdicts is None else verdicts[:, j]
     for scale, own in scores.scales.items():
         for j, label in enumerate(ensemble.labels):
-            columns[f"{label}: probability {scale} px"] = own[:, j].cpu().numpy().astype(np.float32)
+            columns[f"{label}: probability {scale} px"] = own[:, j].numpy().astype(np.float32)
     for i, member in enumerate(ensemble.members):
         for j, label in enumerate(ensemble.labels):
             columns[f"{label}: logit {member.scale} px fold {member.fold}"] = logits[:, i, j]
     return pd.DataFrame(columns)
-
-
-def log_odds(probabilities: np.ndarray) -> np.ndarray:
-    """log p - log(1 - p), same shape; infinite for 0 and 1."""
-    with np.errstate(divide="ignore"):
-        return np.log(probabilities) - np.log1p(-probabilities)

@@ -51,6 +51,11 @@ def test_scores_are_those_of_the_ensemble(model, film):
     assert (found["height"], found["width"]) == (prepared.height, prepared.width)
 
 
+def log_odds(*probabilities: float) -> np.ndarray:
+    p = np.array(probabilities)
+    return np.log(p / (1 - p))
+
+
 def test_verdicts_are_those_of_the_thresholds():
     cut = math.log(0.3 / 0.7)
     thresholds = Thresholds(
@@ -61,7 +66,7 @@ def test_verdicts_are_those_of_the_thresholds():
         sensitivity=(1, 1, None, 1),
         specificity=(1, 1, None, 1),
     )
-    found = worker.judged(np.array([0.31, 0.29, 0.9, np.nan]), thresholds)
+    found = worker.judged(log_odds(0.31, 0.29, 0.9, np.nan), thresholds)
     assert [one["verdict"] for one in found] == ["positive", "negative", None, None]
     assert [one["threshold"] for one in found] == [pytest.approx(0.3), pytest.approx(0.3), None, pytest.approx(0.3)]
     assert found[3]["p"] is None
@@ -71,11 +76,11 @@ def test_certain_probabilities_have_verdicts():
     thresholds = Thresholds(
         rule=Rule(), logits=(0.0, 0.0), positives=(1, 1), negatives=(1, 1), sensitivity=(1, 1), specificity=(1, 1)
     )
-    assert [one["verdict"] for one in worker.judged(np.array([0.0, 1.0]), thresholds)] == ["negative", "positive"]
+    assert [one["verdict"] for one in worker.judged(np.array([-80.0, 80.0]), thresholds)] == ["negative", "positive"]
 
 
 def test_without_thresholds_there_are_no_verdicts():
-    assert worker.judged(np.array([0.5]), None) == [{"p": 0.5, "threshold": None, "verdict": None}]
+    assert worker.judged(log_odds(0.5), None) == [{"p": 0.5, "threshold": None, "verdict": None}]
 
 
 def test_pictures_are_what_the_networks_get(model, film):

@@ -137,6 +137,17 @@ def test_weights_that_round_to_more_than_one_leave_no_film_without_a_verdict(mad
     assert {found[f"{label}: verdict"] for label in made.labels} == {"positive"}
 
 
+def test_films_that_are_all_but_certain_are_told_apart_as_thresholds_were_chosen(made):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 60, (len(made.scales), 500, len(made.labels))).astype(np.float32)
+    given = {m.name: torch.from_numpy(logits[made.scales.index(m.scale)]) for m in made.members}
+    found = made.combine(given)
+    weights = np.mean([made.weights[fold] for fold in made.folds], axis=0)
+    np.testing.assert_allclose(found.log_odds.numpy(), mixture.log_odds(logits, weights), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.scale_log_odds[made.scales[0]].numpy(), logits[0], rtol=1e-9, atol=1e-9)
+    assert np.abs(logits).max() > 100, "probabilities of these are rounded to 1"
+
+
 def test_only_folds_that_every_scale_has_are_taken_and_the_log_says_so(study, tmp_path, caplog):
     copy = Path(shutil.copytree(study, tmp_path / "runs"))
     shutil.rmtree(copy / "mobilenet_v3_small-64" / "fold-1")

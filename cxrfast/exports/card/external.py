@@ -14,7 +14,6 @@ from cxrfast import metrics
 from cxrfast.analysis.other_set import AS_TRAINED, OtherTest
 from cxrfast.errors import RunError
 from cxrfast.inference.ensemble import ScaleEnsemble
-from cxrfast.inference.table import log_odds
 from cxrfast.runs.external import names, read_external
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
@@ -62,7 +61,7 @@ def validate(ensemble: ScaleEnsemble, runs: Mapping[str, Run], name: str) -> Val
     }
     scores = ensemble.combine(logits)
     columns = [ensemble.labels.index(label) for label in test.labels]
-    p = scores.ensemble.numpy()[:, columns]
+    log_odds = scores.log_odds.numpy()[:, columns]
     positives, negatives = metrics.counts(targets, mask)
     known = ensemble.thresholds
     thresholds = np.full(len(columns), np.nan) if known is None else np.array([known.array[j] for j in columns])
@@ -71,9 +70,11 @@ def validate(ensemble: ScaleEnsemble, runs: Mapping[str, Run], name: str) -> Val
         labels=test.labels,
         positives=positives,
         negatives=negatives,
-        scales={scale: metrics.auroc(one.numpy()[:, columns], targets, mask) for scale, one in scores.scales.items()},
-        ensemble=metrics.auroc(p, targets, mask),
-        at=metrics.at_thresholds(log_odds(p), targets, mask, thresholds),
+        scales={
+            scale: metrics.auroc(one.numpy()[:, columns], targets, mask) for scale, one in scores.scale_log_odds.items()
+        },
+        ensemble=metrics.auroc(log_odds, targets, mask),
+        at=metrics.at_thresholds(log_odds, targets, mask, thresholds),
         note=test.note,
     )
 
