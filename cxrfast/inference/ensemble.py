@@ -31,6 +31,25 @@ from cxrfast.shards.format.recipe import ImageRecipe
 from cxrfast.thresholds import Thresholds, mean_over_folds
 
 
+def check_images(images: Mapping[int, Tensor], scales: Sequence[int]) -> None:
+    """Raises RunError unless each of the scales has images uint8 (N, 1, scale, scale), with one N for all.
+
+    Networks would take other sizes, channels and float pixels too, and answer wrongly.
+    """
+    wanted = ", ".join(f"{scale}: uint8 (N, 1, {scale}, {scale})" for scale in scales)
+    if not isinstance(images, Mapping):
+        raise RunError(f"the model takes images by scale, {{{wanted}}}, not a {type(images).__name__}")
+    count = None
+    for scale in scales:
+        one = images.get(scale)
+        if not isinstance(one, Tensor):
+            raise RunError(f"the model takes images by scale, {{{wanted}}}: there are none of {scale} px")
+        count = one.shape[0] if count is None and one.ndim else count
+        if one.dtype != torch.uint8 or tuple(one.shape) != (count, 1, scale, scale):
+            found = f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}"
+            raise RunError(f"the model takes images by scale, {{{wanted}}}: those of {scale} px are {found}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Member:
     """One network: a scale and a fold."""
@@ -170,7 +189,8 @@ class ScaleEnsemble(nn.Module):
         return prepared(film, self.scales, self.recipe, self.reference)
 
     def forward(self, images: Mapping[int, Tensor]) -> Scores:
-        """Scores of N films. images: by scale, uint8 (N, 1, scale, scale), on any device."""
+        """Scores of N films. images: by scale, uint8 (N, 1, scale, scale), on any device. Raises RunError for anything else."""
+        check_images(images, self.scales)
         logits = {member.name: self._logits(member, images[member.scale].to(self.device)) for member in self.members}
         return self.combine(logits)
 
@@ -209,9 +229,10 @@ class ScaleEnsemble(nn.Module):
     def gradcam(self, images: Mapping[int, Tensor], label: str) -> dict[int, np.ndarray]:
         """Grad-CAM of a finding by scale: float32 (N, scale, scale) in [0, 1], the mean over folds.
 
-        images: by scale, uint8 (N, 1, scale, scale); scales that are not given get no map. Raises RunError for a network
-        whose feature map is not known.
+        images: by scale, uint8 (N, 1, scale, scale); scales that are not given get no map. Raises RunError for anything else,
+        and for a network whose feature map is not known.
         """
+        check_images(images, [scale for scale in self.scales if scale in images])
         if label not in self.labels:
             raise RunError(f"the ensemble has no finding {label!r}: use one of {', '.join(self.labels)}")
         index = self.labels.index(label)

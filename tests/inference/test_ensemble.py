@@ -239,3 +239,26 @@ def test_gradcam_of_one_scale_needs_its_images_alone(made):
         alone = made.gradcam({scale: images[scale]}, label)
         assert set(alone) == {scale}
         assert np.array_equal(alone[scale], every[scale])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 1, 64, 64),  # float pixels
+        torch.zeros(2, 1, 65, 64, dtype=torch.uint8),
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(1, 1, 64, 64, dtype=torch.uint8),  # fewer films than at the other scale
+        torch.zeros((), dtype=torch.uint8),
+        np.zeros((2, 1, 64, 64), np.uint8),
+        None,
+    ],
+)
+def test_batches_that_the_networks_were_not_trained_on_are_refused(made, wrong):
+    images = {32: torch.zeros(2, 1, 32, 32, dtype=torch.uint8), 64: wrong}
+    with pytest.raises(RunError, match=r"32: uint8 \(N, 1, 32, 32\), 64: uint8 \(N, 1, 64, 64\)\}: .*64 px"):
+        made(images)
+
+
+def test_a_batch_without_scales_is_refused(made):
+    with pytest.raises(RunError, match="not a Tensor"):
+        made(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))

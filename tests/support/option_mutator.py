@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 
 import click
+import cv2
+import numpy as np
 from hostile import limit_memory, outcome, try_seeds
 
 from cxrfast.cli.main import cli
@@ -115,6 +117,10 @@ def base(name: str, folder: Path) -> list[str]:
         "predict": [str(run), f"--shards={shards}", "--device=cpu"],
         "evaluate": ["runs"],
         "ensemble": ["runs"],
+        "thresholds": ["runs"],
+        "table": ["runs"],
+        "export": ["runs", "model", f"--shards={shards}"],
+        "app": ["nothing", "--port=0"],
         "erf": [str(run), "--images=1", f"--shards={shards}", "--device=cpu"],
         "gradcam": [str(run), "--label=Cardiomegaly", "--images=1", f"--shards={shards}", "--device=cpu"],
         "report": ["nothing"],
@@ -140,6 +146,8 @@ def words_of(seed: int, folder: Path) -> list[str]:
     is_number = isinstance(param.type, click.types.IntParamType | click.types.FloatParamType)
     value = random.choice(NUMBERS if is_number and random.random() < 0.9 else TEXTS + NUMBERS)
     words = base(name, folder)
+    if name == "predict" and random.random() < 0.5:
+        words.append("films/film.png")
     if isinstance(param, click.Argument):
         at = [one for one in known[name].params if isinstance(one, click.Argument)].index(param)
         words[at] = value
@@ -156,6 +164,8 @@ def attempt(whole: Path, run: Path, seed: int, aside: Path) -> str:
     shutil.copytree(whole, here / "set")
     shutil.copytree(run, here / "runs" / "small" / "fold-0")
     (here / "labels.csv").write_text("image_id,Cardiomegaly\n")
+    (here / "films").mkdir()
+    cv2.imwrite(str(here / "films" / "film.png"), np.arange(64 * 64, dtype=np.uint8).reshape(64, 64))
     os.chdir(here)
     words = words_of(seed, here)
     print(f"seed {seed}: {words!r:.600}", flush=True)

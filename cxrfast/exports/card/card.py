@@ -245,9 +245,9 @@ def _thresholds_note(ensemble: ScaleEnsemble) -> str:
     text = "PPV and NPV hold at the prevalence of the test rows. – means undefined. Intervals: not computed."
     if several:
         text = (
-            "The threshold is that of the mean over folds (the mean of the folds' thresholds as log-odds). Validation values are "
-            "means over folds; test counts are sums over folds, each fold by its own threshold on its own test rows. "
-            + text
+            "The threshold is that of the mean over folds (the mean of the folds' thresholds as log-odds). Sensitivity, "
+            "specificity, PPV and NPV are means over folds, and counts are sums over folds, each fold by its own threshold on its "
+            "own rows. " + text
         )
     return text
 

@@ -13,6 +13,7 @@ from cxrfast import metrics
 from cxrfast.analysis import mixture
 from cxrfast.analysis.join import join_logits
 from cxrfast.analysis.scores import folds_text, mean_note, score_rows, undefined_note
+from cxrfast.analysis.thresholds import COUNTS, RATIOS
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 from cxrfast.thresholds import YOUDEN, Rule, Thresholds, choose, mean_over_folds
@@ -30,14 +31,14 @@ class Scorecard:
     """Test AUROC of the ensemble of scales, float64 (K, L)."""
     thresholds: Thresholds
     """Of the ensemble, the mean over folds; chosen on validation rows."""
-    at: metrics.AtThresholds
-    """Verdicts on the test rows, each fold by its own threshold, summed over folds."""
+    at: tuple[metrics.AtThresholds, ...]
+    """By fold: its verdicts on its test rows, by its own threshold."""
 
 
 def score(runs: Mapping[int, Sequence[Run]], weights: Mapping[int, np.ndarray], rule: Rule = YOUDEN) -> Scorecard:
     """Scores of an ensemble. runs: by fold, those of each scale. weights: by fold, float64 (L, S)."""
     of_scales: list[np.ndarray] = []
-    of_ensemble, thresholds, counts = [], [], []
+    of_ensemble, thresholds, at = [], [], []
     for fold, members in runs.items():
         logits, targets, mask = join_logits(members, "val")
         thresholds.append(choose(mixture.log_odds(logits, weights[fold]), targets, mask, rule))
@@ -45,8 +46,7 @@ def score(runs: Mapping[int, Sequence[Run]], weights: Mapping[int, np.ndarray], 
         mixed = mixture.log_odds(logits, weights[fold])
         of_scales.append(np.stack([metrics.auroc(one, targets, mask) for one in logits]))
         of_ensemble.append(metrics.auroc(mixed, targets, mask))
-        at = metrics.at_thresholds(mixed, targets, mask, thresholds[-1].array)
-        counts.append(np.stack([at.tp, at.fp, at.tn, at.fn]))
+        at.append(metrics.at_thresholds(mixed, targets, mask, thresholds[-1].array))
     by_scale = np.stack(of_scales)  # (K, S, L)
     config = next(iter(runs.values()))[0].config
     scales = [run.config.scale for run in next(iter(runs.values()))]
@@ -56,7 +56,7 @@ def score(runs: Mapping[int, Sequence[Run]], weights: Mapping[int, np.ndarray], 
         {scale: by_scale[:, s] for s, scale in enumerate(scales)},
         np.stack(of_ensemble),
         mean_over_folds(thresholds),
-        metrics.AtThresholds(*np.sum(counts, axis=0)),
+        tuple(at),
     )
 
 
@@ -81,14 +81,17 @@ def auroc_table(card: Scorecard, heads: Sequence[str]) -> Table:
 
 
 def thresholds_table(card: Scorecard) -> Table:
-    """The ensemble's thresholds as probabilities, and their sensitivity, specificity and predictive values."""
-    known, at = card.thresholds, card.at
+    """The ensemble's thresholds as probabilities, their sensitivity, specificity and predictive values as means over folds, and
+    counts as sums over folds: what `cxrfast thresholds` prints for the ensemble."""
+    known = card.thresholds
+    means = [metrics.mean_sd(np.stack([getattr(one, name) for one in card.at]))[0] for name in RATIOS]
+    sums = [np.sum([getattr(one, name) for one in card.at], axis=0) for name in COUNTS]
     heads = ["Threshold", "Val. sensitivity", "Val. specificity", "Test sensitivity", "Test specificity"]
     rows = []
     for j in (j for j, threshold in enumerate(known.logits) if threshold is not None):
         ratios = [known.sensitivity[j], known.specificity[j]]
-        ratios += [values[j] for values in (at.sensitivity, at.specificity, at.ppv, at.npv)]
-        counts = " / ".join(f"{values[j]:,}" for values in (at.tp, at.fp, at.tn, at.fn))
+        ratios += [values[j] for values in means]
+        counts = " / ".join(f"{values[j]:,}" for values in sums)
         rows.append([card.labels[j], f"{metrics.sigmoid(known.array[j]):.3g}", *map(_percent, ratios), counts])
     without = [label for label, threshold in zip(card.labels, known.logits, strict=True) if threshold is None]
     note = f"No threshold, since validation rows allow none: {', '.join(without)}." if without else ""

@@ -13,6 +13,7 @@ from runs import SMALL, make_run, predict, study_rows
 
 from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import evaluate
+from cxrfast.analysis.thresholds import evaluate_thresholds
 from cxrfast.exports.card.checklist import TODO
 from cxrfast.exports.export import export, select
 from cxrfast.models.classifier import Classifier
@@ -93,6 +94,21 @@ def test_thresholds_have_the_rule_and_their_counts_add_up(card, runs):
     cells = table_below(card, "Thresholds")["Pneumothorax"]
     tested = sum((run.rows()["part"] == "test").sum() for run in Run.find(runs) if run.config.scale == 32)
     assert sum(map(int, cells[-1].split(" / "))) == tested
+
+
+def test_thresholds_do_what_the_command_thresholds_says(card, runs):
+    result = evaluate_thresholds(runs)
+    compared = 0
+    for label, cells in table_below(card, "Thresholds").items():
+        lines = result.lines[(result.lines["label"] == label) & (result.lines["name"] == result.ensemble)]
+        if lines.empty:
+            continue
+        means = [lines[f"test_{ratio}"].mean() for ratio in ("sensitivity", "specificity", "ppv", "npv")]
+        assert cells[3:7] == ["–" if np.isnan(mean) else f"{100 * mean:.1f} %" for mean in means]
+        sums = [f"{lines[f'test_{count}'].sum()}" for count in ("tp", "fp", "tn", "fn")]
+        assert cells[7] == " / ".join(sums)
+        compared += 1
+    assert compared > 5
 
 
 def test_what_the_set_would_tell_is_unknown_where_the_set_is_gone(study, tiny_set, tmp_path):
