@@ -37,6 +37,9 @@ CHANGES = {
 """Events of Python's audit hooks that change files: which arguments are paths, and in which folders (an open one, or -1)."""
 
 STARTS = ("os.exec", "os.posix_spawn", "os.system", "subprocess.Popen")
+KNOWN = ("'/sbin/ldconfig'", "'-m', 'cxrfast.app.worker'")
+"""Programs that may start: torch asks the first for libraries, and the app keeps its model in the second."""
+
 REACHES = (
     "socket.connect",
     "socket.getaddrinfo",
@@ -79,7 +82,7 @@ class Watch:
                 ):
                     cls.check(event, arguments[n])
         else:
-            starts = event in STARTS and "/sbin/ldconfig" not in arguments  # which torch asks for libraries
+            starts = event in STARTS and not any(program in repr(arguments) for program in KNOWN)
             if starts or (event in REACHES and not (event.startswith("socket.") and _is_local(arguments))):
                 cls.found.append(f"{event} {arguments!r:.200}")
 
