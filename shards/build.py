@@ -123,12 +123,9 @@ def build(
     _check_folder(request.tree, request.out)
     if dry_run:
         with start_pool(request.workers) as pool:
-            _, _, report = _survey(request, listed, pool)
-            announce("\n".join(report.listed()))
-            return report
+            return _survey(request, listed, pool, announce)[2]
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
-        blueprint, todo, report = _survey(request, listed, pool)
-        announce("\n".join(report.listed()))
+        blueprint, todo, report = _survey(request, listed, pool, announce)
         for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
             log.warning(line)  # now, not after hours
         if not retry_quarantined:  # a retry replaces files
@@ -181,8 +178,10 @@ def default_out(data: str, usual: Path) -> Path:
 # Planning
 
 
-def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tuple[Blueprint, list[Todo], Report]:
-    """Lay the set out and estimate the work left; write nothing."""
+def _survey(
+    request: _Request, listed: Source, pool: ProcessPoolExecutor, announce: Callable[[str], None]
+) -> tuple[Blueprint, list[Todo], Report]:
+    """Lay the set out, estimate the work left and announce what was found; write nothing."""
     blueprint, changes = _lay_out(request, listed)
     is_new = not is_laid_out(request.out)
     todo = find_todo(blueprint, request.scales, request.shards(blueprint.info), request.retry_quarantined)
@@ -199,6 +198,7 @@ def _survey(request: _Request, listed: Source, pool: ProcessPoolExecutor) -> tup
         cautions=[*cautions(blueprint.info, blueprint.rows, listed.label_like), *changes],
         estimate=needed,
     )
+    announce("\n".join(report.listed()))
     return blueprint, todo, report
 
 

@@ -8,6 +8,7 @@ labels, are text and never markup.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -115,6 +116,11 @@ def card_text(facts: Facts) -> str:
         ).markdown(),
         "checklist": checklist(first, ensemble, formats, cohort).markdown(),
     }
+    return _rendered(values)
+
+
+def _rendered(values: Mapping[str, Any]) -> str:
+    """The template with these values."""
     environment = Environment(
         loader=PackageLoader("cxrfast.exports.card", "."),
         undefined=StrictUndefined,
