@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from damage import put
@@ -23,7 +24,10 @@ from set_mutator import NUMBERS, RAW, TEXTS, VALUES, change_bytes, change_json, 
 from trainings import started, wait_for
 
 DONE, UNFINISHED = "mobilenet_v3_small-32/fold-0", "stopped/fold-0"
-"""Runs of the folder that are changed; it also holds mobilenet_v3_small-64/fold-0, for ensembles."""
+"""Runs of the folder that are changed."""
+
+OTHER = "mobilenet_v3_small-64/fold-0"
+"""A run that is done and is not changed, for ensembles."""
 
 SECRET = b"\x89PNG\r\n\x1a\n precious and private"
 """Content of a file outside the runs, to which links lead."""
@@ -89,6 +93,7 @@ def make_runs(runs: Path, shards: Path) -> None:
         run = runs / f"mobilenet_v3_small-{scale}" / "fold-0"
         for name in ("predict", "erf", "gradcam"):
             assert outcome(command(name, runs, shards, run), runs) == "right", name
+    cv2.imwrite(str(runs / "film.png"), np.arange(80 * 80, dtype=np.uint8).reshape(80, 80))
     stopped = runs / UNFINISHED
     with started(
         [sys.executable, "-m", "cxrfast", *map(str, command("train", runs, shards, stopped))], runs / "log"
@@ -135,6 +140,23 @@ def change_state(run: Path, random: Random) -> str:
     text = change_json(value, random) if random.random() < 0.5 else json.dumps(value)
     path.write_text(text)
     return f"state.json {text[:300]}"
+
+
+def change_record(run: Path, random: Random) -> str:
+    """thresholds.json or reference.json: a value in it, another run's, or bytes."""
+    path = run / random.choice(["thresholds.json", "reference.json"])
+    how = random.choice(["json", "json", "key", "other", "bytes"])
+    if how == "json":
+        path.write_text(change_json(json.loads(path.read_text()), random), errors="surrogatepass")
+    elif how == "key":
+        value = json.loads(path.read_text())
+        value[random.choice(list(value))] = random.choice(VALUES)
+        path.write_text(json.dumps(value))
+    elif how == "other":
+        shutil.copy(run.parents[1] / OTHER / path.name, path)
+    else:
+        path.write_bytes(change_bytes(path.read_bytes(), random))
+    return f"{path.name} {how}"
 
 
 def change_metrics(run: Path, random: Random) -> str:
@@ -402,6 +424,8 @@ CHANGES: list[Callable[[Path, Random], str]] = [
         change_config,
         change_config,
         change_state,
+        change_record,
+        change_record,
         change_metrics,
         change_run_rows,
         change_run_rows,
@@ -427,7 +451,7 @@ def mutate(runs: Path, seed: int) -> str:
     random = Random(seed)
     change = random.choice(CHANGES)
     run = runs / (UNFINISHED if change is change_checkpoint or random.random() < 0.2 else DONE)
-    if change in (change_arrays, change_copies):
+    if change in (change_arrays, change_copies, change_record):
         run = runs / DONE
     return f"{run.relative_to(runs)}: {change(run, random)}"
 
@@ -444,6 +468,20 @@ def command(name: str, runs: Path, shards: Path, run: Path) -> list[Any]:
         "evaluate": ["evaluate", runs],
         "ensemble": ["ensemble", runs],
         "report": ["report", runs],
+        "thresholds": ["thresholds", runs],
+        "rule": ["thresholds", runs, "--rule=sensitivity=0.8"],
+        "table": ["table", runs],
+        "on": ["evaluate", runs, "--on=other"],
+        "table on": ["table", runs, "--on=other"],
+        "film": [
+            "predict",
+            run,
+            runs / "film.png",
+            f"--shards={shards}",
+            "--device=cpu",
+            f"--out={runs / 'films.csv'}",
+        ],
+        "export": ["export", run, runs / "model", f"--shards={shards}"],
         "predict": ["predict", run, f"--shards={shards}", "--device=cpu"],
         "erf": ["erf", run, "--images=2", f"--shards={shards}", "--device=cpu"],
         "gradcam": ["gradcam", run, "--label=Cardiomegaly", "--images=2", f"--shards={shards}", "--device=cpu"],
@@ -488,6 +526,7 @@ OFTEN = (
     "again",
     "weights",
     "study",
+    *("thresholds", "rule", "table", "on", "table on", "film", "export"),
 )
 SELDOM = ("report",)
 """It draws figures."""
@@ -505,6 +544,8 @@ def attempt(whole: Path, shards: Path, seed: int, aside: Path) -> str:
     done = mutate(runs, seed)
     print(f"seed {seed}: {done!r:.400}", flush=True)
     names = list(dict.fromkeys(random.sample(OFTEN, 2)))
+    if "thresholds.json" in done or "reference.json" in done:
+        names[0] = random.choice(["thresholds", "rule", "film", "export"])
     if ": last.pt" in done and "train" not in names:
         names[0] = "train"
     if random.random() < 0.05 or "gradcam-" in done:
