@@ -26,6 +26,9 @@ SCHEMA = 1
 MODEL, CARD, SUMS = "model.json", "README.md", "SHA256SUMS"
 """Files of an export, next to the folders of its networks."""
 
+AGAIN = "restore the folder from a copy, or export the model again"
+"""What to do about an export that cannot be read."""
+
 WEIGHTS = "weights"
 """Folder of the networks that `load` reads; those of other formats are in folders with their names."""
 
@@ -152,17 +155,15 @@ class Description:
         return json_bytes(asdict(self))
 
 
-def parse_description(data: bytes) -> Description:
-    """The contents of a model.json. Raises RunError saying what is wrong with it."""
+def parse_description(data: bytes, path: object = MODEL) -> Description:
+    """The contents of a model.json. Raises RunError naming `path`, if it is damaged or of another schema version."""
     try:
         value = parse_json(data)
         schema = value.get("schema")
-        if isinstance(schema, int) and schema != SCHEMA:
-            raise RunError(
-                f"it has schema version {schema}, this cxrfast reads {SCHEMA}: use the cxrfast that exported it"
-            )
-        if "schema" not in value:
-            raise ValueError("it has no schema version")
-        return typed(value, Description)
+        if not isinstance(schema, int) or schema == SCHEMA:
+            if schema is None:
+                raise ValueError("it has no schema version")
+            return typed(value, Description)
     except (ValueError, CxrfastError) as error:
-        raise RunError(str(error)) from error
+        raise RunError(f"{path} is damaged ({error}): {AGAIN}") from error
+    raise RunError(f"{path} has schema version {schema}, this cxrfast reads {SCHEMA}: use the cxrfast that exported it")

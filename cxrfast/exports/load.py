@@ -13,6 +13,7 @@ import torch
 
 from cxrfast.errors import RunError
 from cxrfast.exports.description import (
+    AGAIN,
     MODEL,
     SUMS,
     WEIGHTS,
@@ -29,8 +30,6 @@ from cxrfast.runs.folder import LARGEST_TEXT
 
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n\\]+)")
 """A line of SHA256SUMS, as `sha256sum` writes it."""
-
-AGAIN = "restore the folder from a copy, or export the model again"
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> ScaleEnsemble:
@@ -81,10 +80,7 @@ def read_description(folder: Path, sums: Mapping[str, str]) -> Description:
     except OSError as error:
         raise RunError(f"{path} {_words(error)}: {AGAIN}") from error
     _check_sum(path, MODEL, hashlib.sha256(data).hexdigest(), sums)
-    try:
-        return parse_description(data)
-    except RunError as error:
-        raise RunError(f"{path} is damaged ({error}): {AGAIN}") from error
+    return parse_description(data, path)
 
 
 def _member(

@@ -99,6 +99,13 @@ class RunFolder:
         found = [RunFolder(folder), *map(RunFolder, sorted(folds)), *RunFolder.below(folder)]
         return [run for run in found if run.is_started]
 
+    @staticmethod
+    def none_below(runs: Path) -> str:
+        """Why there are no runs below `runs`, and what to do, for a message."""
+        if RunFolder(runs).is_started or next(runs.glob("fold-*/config.json"), None):
+            return f"{runs} is {'a run' if RunFolder(runs).is_started else 'one scale of a study'}: give the folder of all runs"
+        return f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
+
     @property
     def name(self) -> str:
         """`densenet121-2048/fold-0`, for people."""

@@ -92,9 +92,7 @@ class Run(RunFolder):
         folders = [one for one in RunFolder.below(Path(runs)) if one.is_started and one.name not in damaged]
         found = [cls.open(one.folder) for one in folders]
         if not found:
-            raise RunError(
-                f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
-            )
+            raise RunError(RunFolder.none_below(Path(runs)))
         return sorted(
             found, key=lambda run: (run.config.arch, run.config.scale, run.folder.parent.name, run.config.fold)
         )

@@ -55,9 +55,7 @@ def status(runs: Path, now: float | None = None) -> list[Status]:
     """
     found = RunFolder.below(runs)
     if not found:
-        raise RunError(
-            f"no runs in {runs}: train one with `cxrfast train --runs {runs}`, or give the folder that holds them"
-        )
+        raise RunError(RunFolder.none_below(runs))
     return [read_status(run, time.time() if now is None else now) for run in sorted(found, key=_natural)]
 
 

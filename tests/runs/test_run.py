@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from runs import make_run
 
 from cxrfast.config import PRESETS, TrainConfig, learning_rate, preset
 from cxrfast.errors import RunError
@@ -190,6 +191,14 @@ def test_folders_of_runs_are_found_from_text_too_and_by_either_class(tmp_path: P
     assert RunFolder.below(tmp_path) == Run.below(tmp_path) == [folder]
     with pytest.raises(RunError, match="no runs in"):
         Run.find(str(tmp_path))
+
+
+def test_a_run_in_place_of_the_folder_of_all_runs_is_named(tmp_path):
+    run = make_run(tmp_path, 32)
+    for folder, what in ((run.folder, "a run"), (run.folder.parent, "one scale of a study")):
+        for read in (Run.find, status):
+            with pytest.raises(RunError, match=f"{folder} is {what}: give the folder of all runs"):
+                read(folder)
 
 
 def test_runs_are_found_from_all_runs_one_scale_and_one_run_also_from_inside(tmp_path, monkeypatch):
