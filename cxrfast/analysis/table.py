@@ -133,7 +133,7 @@ class _Fold:
     """Everything that the lines of one fold are made of."""
 
     first: Answers
-    """Of one of the runs: all have the same rows and raw labels."""
+    """Raw labels and rows of one of the runs: all have the same."""
     target: np.ndarray
     counts: np.ndarray
     ids: pd.DataFrame

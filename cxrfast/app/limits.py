@@ -24,7 +24,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one app."""
+    """Limits of one app."""
 
     film_bytes: int = 2 * MAX_PIXELS + 2**20
     """The largest film that the decoders accept, uncompressed at 16 bits, and a header."""

@@ -38,7 +38,7 @@ class ModelProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None while there is none."""
+        """Id of the process; None while there is none."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:

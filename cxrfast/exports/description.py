@@ -47,7 +47,7 @@ class MemberDescription:
     """One network: a scale and a fold."""
 
     name: str
-    """Of the run that trained it: `densenet121-256/fold-0`."""
+    """Name of the run that trained it: `densenet121-256/fold-0`."""
     arch: str
     scale: Scale
     """px"""
@@ -81,7 +81,7 @@ class Description:
     labels: list[str]
     """Findings, in the order of the logits."""
     set_id: str
-    """Of the training set."""
+    """Id of the training set."""
     recipe: dict[str, Any]
     """ImageRecipe of the training set: films are prepared like its images."""
     members: list[MemberDescription]

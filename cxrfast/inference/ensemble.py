@@ -66,7 +66,7 @@ class Member:
     micro_batch: int = 32
     """Images per forward pass."""
     thresholds: Thresholds | None = None
-    """Of its own logits, chosen on its own validation rows."""
+    """Thresholds for its own logits, chosen on its own validation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Scores:
     scale_log_odds: dict[int, Tensor]
     """By scale: float64 (N, L), see `scales`."""
     log_odds: Tensor
-    """Of the ensemble: float64 (N, L). Thresholds are compared with log-odds, which tell films apart where p is rounded to 1."""
+    """Log-odds of the ensemble: float64 (N, L). Thresholds are compared with log-odds, which tell films apart where p is rounded to 1."""
 
     @property
     def scales(self) -> dict[int, Tensor]:

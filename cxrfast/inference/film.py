@@ -35,7 +35,7 @@ class Film:
     images: dict[int, np.ndarray]
     """By scale: uint8 (scale, scale)."""
     height: int
-    """Of the film as it was given, px."""
+    """Size of the film as it was given, px."""
     width: int
     remarks: tuple[str, ...] = ()
     """What was noteworthy when it was decoded, such as an invalid window; see `shards.images.remark`."""

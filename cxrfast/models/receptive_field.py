@@ -35,7 +35,7 @@ _POINTWISE_NAMES = {
 }
 _POINTWISE_NAMES |= {"stochastic_depth", "layer_norm", "batch_norm", "permute", "contiguous"}
 _NUMBERS = {"getattr", "_assert", "eq", "dim", "numel"}
-"""What networks ask about a map without changing it; the result is no map."""
+"""What networks ask about a map without changing it; the result is not a map."""
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish)
 _POINTWISE_MODULES = (*_NORMS, *_ACTIVATIONS, nn.Dropout, nn.Identity, nn.Linear)

@@ -225,7 +225,7 @@ class ReferenceFile(TypedDict):
     config_hash: str
     set_id: str
     recipe: dict[str, Any]
-    """Of the set's images, see `ImageRecipe`: new films are prepared by it, also where the set is not at hand."""
+    """Recipe of the set's images, see `ImageRecipe`: new films are prepared by it, also where the set is not at hand."""
     reference: dict[str, Any] | None
     """None: there were too few validation films."""
 

@@ -88,7 +88,7 @@ def kermany(n: int = 400) -> list[bytes]:
 
 @cache
 def reference() -> Reference:
-    """Of half of them, at 64 px."""
+    """Reference of half of them, at 64 px."""
     films = [prepared(data, [64], ImageRecipe()) for data in kermany()[::2]]
     sizes = np.array([[film.height, film.width] for film in films])
     return reference_of(sampled(np.stack([film.images[64] for film in films])), sizes)

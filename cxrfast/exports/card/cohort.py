@@ -31,7 +31,7 @@ class Cohort:
     run: Run
     """One of them; all have the same label policies."""
     info: SetInfo | None
-    """Of the shard set; None if it is no longer where it was."""
+    """Description of the shard set; None if it is gone from where it was."""
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Scorecard:
     ensemble: np.ndarray
     """Test AUROC of the ensemble of scales, float64 (K, L)."""
     thresholds: Thresholds
-    """Of the ensemble, the mean over folds; chosen on validation rows."""
+    """Mean of the folds' ensembles; chosen on validation rows."""
     at: tuple[metrics.AtThresholds, ...]
     """By fold: its verdicts on its test rows, by its own threshold."""
 

@@ -22,7 +22,7 @@ class Architecture:
     head: str | None
     """Name of the layer that gives the logits; None if it is not known."""
     mean: tuple[float, ...] = MEAN
-    """Of its three channels, in [0, 1]."""
+    """Mean of its three channels, in [0, 1]."""
     std: tuple[float, ...] = STD
     exact: bool = False
     """Whether it may take images of the side alone that it was made for."""
