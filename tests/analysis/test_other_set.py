@@ -15,6 +15,7 @@ from cxrfast.analysis.evaluate import auroc_table, evaluate, evaluate_on, write
 from cxrfast.analysis.join import join_logits
 from cxrfast.analysis.mixture import fit_weights, log_odds
 from cxrfast.analysis.other_set import OtherRules
+from cxrfast.analysis.report import report
 from cxrfast.errors import RunError
 from cxrfast.runs.external import read_external
 from cxrfast.runs.run import Run
@@ -267,3 +268,20 @@ def test_the_ensemble_and_the_table_refuse_what_evaluate_refuses(made, command):
     done = invoke(command, made, "--blank", "ignore")
     assert done.exit_code == 2
     assert "need --on" in done.output
+
+
+def test_the_report_has_a_table_for_each_other_set_and_names_a_damaged_store(tmp_path):
+    for scale in (32, 64):
+        for fold in (0, 1):
+            run = make_run(tmp_path, scale, fold)
+            predict_other(run)
+            predict_other(run, "hospital-c", set_id="c" * 32)
+    (tmp_path / "densenet121-64" / "fold-1" / "external" / "hospital-c.parquet").write_bytes(b"damaged")
+    html = report(tmp_path).read_text()
+    chapter = html[html.index("<h2>External validation</h2>") :]
+    chapter = chapter[: chapter.index("<h2>", 4)]
+    table = evaluate_on(tmp_path, "hospital-b").table
+    for line in table.groupby(["name", "label"])["auroc"].mean().dropna():
+        assert f"{line:.3f}" in chapter
+    assert "hospital-c.parquet" in chapter
+    assert "p10000" not in html
