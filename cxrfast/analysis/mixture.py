@@ -116,7 +116,9 @@ def _extrapolated(start: np.ndarray, first: np.ndarray, second: np.ndarray) -> n
     """Weights further along the way of two steps of EM, (S,), above 0, of sum one: SQUAREM, scheme S3, of Varadhan and
     Roland 2008, which takes ten steps where EM takes a thousand."""
     step, change = first - start, second - 2 * first + start
-    length = max(1.0, float(np.linalg.norm(step)) / max(float(np.linalg.norm(change)), 1e-300))  # 1: just the two steps
+    size, curvature = float(np.linalg.norm(step)), float(np.linalg.norm(change))
+    # 1: just the two steps; 1 / size crosses all weights there are, also where two steps of one size leave no curvature
+    length = max(1.0, size / max(curvature, size**2, 1e-300))
     w = np.maximum(start + 2 * length * step + length**2 * change, second / 10)
     return w / w.sum()
 

@@ -173,6 +173,21 @@ def test_a_vote_does_not_depend_on_which_scale_gave_which_logit():
     np.testing.assert_array_equal(vote(logits), vote(logits[[3, 0, 4, 2, 1]]))
 
 
+def test_scales_that_are_all_but_equal_leave_em_no_curvature_and_it_ends():
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        targets = (rng.random((rng.integers(4, 40), 1)) < 0.5).astype(float)
+        targets[0], targets[1] = 1, 0
+        one = rng.normal(0, 1e-3, targets.shape)
+        other = one + rng.choice([1, -1]) * 10.0 ** -rng.uniform(3, 7) * (2 * targets - 1)
+        logits = np.stack([one, other]).astype(np.float32)
+        best = fit_weights_by_em(logits, targets)
+        np.testing.assert_allclose(best.sum(axis=1), 1)
+        assert best.min() >= 0
+        loss = mixture_bce(logits, targets, None, best)
+        assert (loss <= mixture_bce(logits, targets, None, uniform(logits)) + 1e-12).all()
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_no_weights_are_better_than_the_optimum_by_more_than_the_gap(seed):
     rng = np.random.default_rng(seed)

@@ -20,14 +20,20 @@ import numpy as np
 import torch
 from damage import put
 from hostile import outcome, try_seeds
+from others import predict_other
 from set_mutator import NUMBERS, RAW, TEXTS, VALUES, change_bytes, change_json, change_rows
 from trainings import started, wait_for
+
+from cxrfast.runs.run import Run
 
 DONE, UNFINISHED = "mobilenet_v3_small-32/fold-0", "stopped/fold-0"
 """Runs of the folder that are changed."""
 
 OTHER = "mobilenet_v3_small-64/fold-0"
 """A run that is done and is not changed, for ensembles."""
+
+ELSEWHERE = "elsewhere"
+"""Name of another set that the finished runs have predictions on."""
 
 SECRET = b"\x89PNG\r\n\x1a\n precious and private"
 """Content of a file outside the runs, to which links lead."""
@@ -93,6 +99,7 @@ def make_runs(runs: Path, shards: Path) -> None:
         run = runs / f"mobilenet_v3_small-{scale}" / "fold-0"
         for name in ("predict", "erf", "gradcam"):
             assert outcome(command(name, runs, shards, run), runs) == "right", name
+        predict_other(Run.open(run), ELSEWHERE)
     cv2.imwrite(str(runs / "film.png"), np.arange(80 * 80, dtype=np.uint8).reshape(80, 80))
     stopped = runs / UNFINISHED
     with started(
@@ -157,6 +164,29 @@ def change_record(run: Path, random: Random) -> str:
     else:
         path.write_bytes(change_bytes(path.read_bytes(), random))
     return f"{path.name} {how}"
+
+
+def change_external(run: Path, random: Random) -> str:
+    """Predictions on another set: bytes of its table, a value or bytes of its arrays, another run's, or a part that is gone."""
+    table, arrays = (run / "external" / f"{ELSEWHERE}{suffix}" for suffix in (".parquet", ".zarr"))
+    how = random.choice(["bytes", "json", "chunk", "other table", "other arrays", "no table", "no arrays"])
+    files = [path for path in sorted(arrays.rglob("*")) if path.is_file()]
+    described = [path for path in files if path.name == "zarr.json"]
+    path = random.choice({"json": described, "chunk": sorted({*files} - {*described})}.get(how, [table]))
+    other = run.parents[1] / OTHER / "external"
+    if how == "json":
+        path.write_text(change_json(json.loads(path.read_text()), random))
+    elif how in ("bytes", "chunk"):
+        path.write_bytes(change_bytes(path.read_bytes(), random))
+    elif how == "other table":
+        shutil.copy(other / table.name, table)
+    elif how == "no table":
+        table.unlink()
+    else:
+        shutil.rmtree(arrays)
+        if how == "other arrays":
+            shutil.copytree(other / arrays.name, arrays)
+    return f"external {path.name} {how}"
 
 
 def change_metrics(run: Path, random: Random) -> str:
@@ -426,6 +456,7 @@ CHANGES: list[Callable[[Path, Random], str]] = [
         change_state,
         change_record,
         change_record,
+        change_external,
         change_metrics,
         change_run_rows,
         change_run_rows,
@@ -451,7 +482,7 @@ def mutate(runs: Path, seed: int) -> str:
     random = Random(seed)
     change = random.choice(CHANGES)
     run = runs / (UNFINISHED if change is change_checkpoint or random.random() < 0.2 else DONE)
-    if change in (change_arrays, change_copies, change_record):
+    if change in (change_arrays, change_copies, change_external, change_record):
         run = runs / DONE
     return f"{run.relative_to(runs)}: {change(run, random)}"
 
@@ -471,8 +502,8 @@ def command(name: str, runs: Path, shards: Path, run: Path) -> list[Any]:
         "thresholds": ["thresholds", runs],
         "rule": ["thresholds", runs, "--rule=sensitivity=0.8"],
         "table": ["table", runs],
-        "on": ["evaluate", runs, "--on=other"],
-        "table on": ["table", runs, "--on=other"],
+        "on": ["evaluate", runs, f"--on={ELSEWHERE}"],
+        "table on": ["table", runs, f"--on={ELSEWHERE}"],
         "film": [
             "predict",
             run,
@@ -546,6 +577,8 @@ def attempt(whole: Path, shards: Path, seed: int, aside: Path) -> str:
     names = list(dict.fromkeys(random.sample(OFTEN, 2)))
     if "thresholds.json" in done or "reference.json" in done:
         names[0] = random.choice(["thresholds", "rule", "film", "export"])
+    if ": external" in done:
+        names[0] = random.choice(["on", "table on"])
     if ": last.pt" in done and "train" not in names:
         names[0] = "train"
     if random.random() < 0.05 or "gradcam-" in done:
