@@ -241,7 +241,11 @@ def test_an_image_that_was_fine_at_another_scale_and_is_damaged_now_stops_its_sh
             ImageRecipe(codec="raw", resize="pad"),
             r"\(codec jpeg there, raw requested; resize squash there, pad requested\)",
         ),
-        ("sound", ImageRecipe(), r"built from other input \(its images differ\): choose another --out"),
+        (
+            "sound",
+            ImageRecipe(),
+            r"built from other input \(its images differ\): it is a set of 150 images from mimic; choose another --out",
+        ),
     ],
 )
 def test_another_recipe_or_other_images_for_the_same_set_are_refused_and_the_difference_named(
