@@ -248,6 +248,8 @@ def log_odds(logits: Tensor, weights: Tensor, over: tuple[int, ...]) -> Tensor:
 
     logits and weights: float64, weights from 0, broadcast to the logits. `mixture.log_odds` does the same in NumPy.
     """
+    if all(logits.shape[dimension] == 1 for dimension in over):
+        return logits.sum(over)  # one network's logit, without rounding
     log_weights = weights.log()
     positive = torch.logsumexp(log_weights + functional.logsigmoid(logits), over)
     return positive - torch.logsumexp(log_weights + functional.logsigmoid(-logits), over)
