@@ -94,11 +94,11 @@ def build(
 ) -> Report:
     """Write the images of the tree `data` into the shard set `out` at `scales` (px).
 
-    Adds what an existing set lacks and leaves the rest alone. `part` (i, n) builds every n-th shard; `dask` is the address
+    Adds what an existing set lacks, leaves the rest alone. `part` (i, n) builds every n-th shard; `dask` is the address
     of a scheduler whose workers build instead of `workers` processes here; `limit` builds the shards that hold the first
     `limit` rows; `dry_run` estimates and writes nothing. `announce` is called with what the source lists and what to know
-    about it, before anything is written. Raises ShardError, also for a patient in two parts of the source's
-    split unless `allow_shared_patients`; finished shards are kept.
+    about it, before anything is written. Raises ShardError, also for a patient in two parts of the source's split unless
+    `allow_shared_patients`; finished shards are kept.
     """
     start = time.monotonic()
     tree = _source_tree(data, dask)
@@ -126,8 +126,7 @@ def build(
             return _survey(request, listed, pool, announce)[2]
     with _writing_to(request.out, part) as lock, start_pool(request.workers) as pool:
         blueprint, todo, report = _survey(request, listed, pool, announce)
-        for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
-            log.warning(line)  # now, not after hours
+        _warn_of_sampled(report)
         if not retry_quarantined:  # a retry replaces files
             check_room(report.estimate, request.out)
         _prepare(request, blueprint, todo)
@@ -135,6 +134,12 @@ def build(
         _finish(blueprint, report, whole=not part)
     report.seconds = time.monotonic() - start
     return report
+
+
+def _warn_of_sampled(report: Report) -> None:
+    """Warn of what the sampled images show now, not after hours."""
+    for line in sample_lines(report.estimate.remarks, report.estimate.sampled):
+        log.warning(line)
 
 
 def _with_encoder(recipe: ImageRecipe, out: Path) -> ImageRecipe:

@@ -68,10 +68,7 @@ def table(
     `split_column` holds train, validate and test, or folds, 0 to 4. `find_by_name`: look for files by their names alone.
     """
     labels, keep = ((given,) if isinstance(given, str) else tuple(given) for given in (label, keep))
-    place, file = tree, table
-    if is_outside(table):
-        folder, _, file = table.rpartition("/")
-        place, table = Tree(folder or "/"), masked(table)  # as messages name it
+    place, file, table = _place(tree, table)
     header = columns_of(place, file)
     path_column = path_column or _usual(header, "path", PATHS, table)
     patient_column = patient_column or _usual(header, "patient", PATIENTS, table)
@@ -106,15 +103,29 @@ def table(
     return Source(
         images=frame,
         labels=labels,
-        counts={f"images in no part ({split_column} is blank)": int(frame["split"].isna().sum())}
-        if "split" in parts
-        else {},
+        counts=_without_part(frame, split_column) if "split" in parts else {},
         notes=(*notes_on_words(rows[list(dict.fromkeys(labels))]), *notes_on_commas(rows, kept)),
         kept=keep,
-        label_like=tuple(
-            name for name in header if name in rows and name not in used and looks_like_labels(rows[name])
-        ),
+        label_like=_label_like(rows, header, used),
     )
+
+
+def _place(tree: Tree, table: str) -> tuple[Tree, str, str]:
+    """Where the table is: a tree, its name there, and its name in messages."""
+    if not is_outside(table):
+        return tree, table, table
+    folder, _, file = table.rpartition("/")
+    return Tree(folder or "/"), file, masked(table)
+
+
+def _without_part(frame: pd.DataFrame, split_column: str | None) -> dict[str, int]:
+    """Number of images that a split leaves out, under the words for it."""
+    return {f"images in no part ({split_column} is blank)": int(frame["split"].isna().sum())}
+
+
+def _label_like(rows: pd.DataFrame, header: Sequence[str], used: Sequence[str]) -> tuple[str, ...]:
+    """Columns that nobody asked for and that look like labels."""
+    return tuple(name for name in header if name in rows and name not in used and looks_like_labels(rows[name]))
 
 
 def _read(place: Tree, file: str, used: list[str], ids: list[str], others: list[str]) -> pd.DataFrame:

@@ -200,10 +200,12 @@ def test_a_body_that_stops_is_not_waited_for(client, film):
     assert time.monotonic() - before < Limits().pause_seconds + 10
 
 
-def test_a_connection_that_breaks_off_does_no_harm(client):
+def test_a_connection_that_breaks_off_does_no_harm(client, film):
     for _ in range(20):
         with socket.create_connection((client.parts.hostname, client.parts.port)) as connection:
             connection.sendall(client.start("Content-Length: 1000000") + bytes(1000))
+    answers = (client.ask("api/scores", film)[0] for _ in range(100))
+    assert next(status for status in answers if status != 503) == 200, "their places are free again"
 
 
 def test_films_beyond_those_that_fit_are_told_to_wait(client, film):

@@ -119,5 +119,6 @@ def test_the_process_ends_with_its_server(runs):
         process = psutil.Process(model.pid)
         model._process.stdin.close()  # as when the server is killed
         await asyncio.to_thread(process.wait, 10)
+        assert not process.is_running()
 
     with_model(runs, work)

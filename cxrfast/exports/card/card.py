@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cxrfast import __version__, metrics
 from cxrfast.analysis.join import rules_note
 from cxrfast.analysis.marks import footnotes, marked
-from cxrfast.exports.card.checklist import TODO, checklist
+from cxrfast.exports.card.checklist import TO_FILL_IN, checklist
 from cxrfast.exports.card.cohort import UNKNOWN, Cohort, findings_table, parts_table, read_cohort
 from cxrfast.exports.card.external import Validation, validation_table, validations
 from cxrfast.exports.card.provenance import data_table, label_limit, preprocessing_steps, recipe_table, sides_text
@@ -77,7 +77,7 @@ def card_text(facts: Facts) -> str:
     heads = list(marked({name: _scale_name(facts, name) for name in facts.groups()}, lines).values())
     formats = sorted({kind for _, kind in facts.differences})
     values = {
-        "todo": TODO,
+        "todo": TO_FILL_IN,
         "archs": archs,
         "summary": f"{counted(len(ensemble.labels), 'finding')} at {sides_text(ensemble.scales)}",
         "overview": _overview(facts, cohort, scores, external).markdown(),

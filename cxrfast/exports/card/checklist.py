@@ -10,7 +10,7 @@ from cxrfast.inference.ensemble import ScaleEnsemble
 from cxrfast.runs.run import Run
 from cxrfast.tables import Table
 
-TODO = "**to be filled in by the author**"
+TO_FILL_IN = "**to be filled in by the author**"
 """Stands in a card where only the author knows."""
 
 AUTHOR = "to be filled in by the author"

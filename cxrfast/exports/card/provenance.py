@@ -6,7 +6,7 @@ In: cohort, recipe and configurations. Out: tables and lines of Markdown.
 from collections.abc import Sequence
 
 from cxrfast.config import TrainConfig
-from cxrfast.exports.card.checklist import TODO
+from cxrfast.exports.card.checklist import TO_FILL_IN
 from cxrfast.exports.card.cohort import UNKNOWN, Cohort, views_text
 from cxrfast.runs.run import Run
 from cxrfast.shards.format.recipe import ImageRecipe
@@ -19,7 +19,7 @@ def label_limit(cohort: Cohort) -> str:
             "In the published data set a program read the labels from radiology reports, so they hold its errors and what reports "
             "leave out; a finding that a report does not mention counts by the label policies below."
         )
-    return f"How the labels were made, by whom and from what, is {UNKNOWN} to cxrfast: {TODO}."
+    return f"How the labels were made, by whom and from what, is {UNKNOWN} to cxrfast: {TO_FILL_IN}."
 
 
 SOURCES = {

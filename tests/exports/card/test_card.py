@@ -14,7 +14,7 @@ from runs import SMALL, make_run, predict, study_rows
 from cxrfast.analysis.ensemble import ensemble
 from cxrfast.analysis.evaluate import evaluate
 from cxrfast.analysis.thresholds import evaluate_thresholds
-from cxrfast.exports.card.checklist import TODO
+from cxrfast.exports.card.checklist import TO_FILL_IN
 from cxrfast.exports.export import export, select
 from cxrfast.models.classifier import Classifier
 from cxrfast.runs.run import Run
@@ -77,7 +77,7 @@ def test_aurocs_are_those_of_evaluate_and_ensemble(card, runs, tmp_path):
 
 def test_intervals_are_said_to_be_missing_and_what_only_the_author_knows_is_marked(card):
     assert "**Confidence intervals: not computed.**" in card
-    assert card.count(TODO) >= 4
+    assert card.count(TO_FILL_IN) >= 4
     assert "| 42 | Funding | to be filled in by the author |" in card
 
 
